@@ -375,7 +375,8 @@ typedef struct attn_plan_seq {
 // Lives in the caller's memory; holds no pointer into Q, K, V or O, so one plan serves every layer.
 typedef struct attn_plan {
     attn_plan_params params;
-    int32_t n_seq, n_tokens, n_heads, n_kv_heads, head_dim, v_head_dim;
+    int32_t n_seq, n_active, n_tokens; // n_active: sequences that have queries
+    int32_t n_heads, n_kv_heads, head_dim, v_head_dim;
     int32_t n_tasks, n_merges, n_segments, n_shared; // n_shared: segments of more than one sequence
     int32_t tile_tokens;   // query tokens per task at most
     int32_t cap_seq, cap_segments, cap_tasks, cap_chain;
@@ -389,6 +390,7 @@ typedef struct attn_plan {
     attn_task *task;
     int32_t *chain;
     int32_t *merge;        // (n_merges) sequences whose partials must be merged
+    int32_t *stack;        // (3 * n_seq + 3) for the builder
 } attn_plan;
 
 // Bytes attn_plan_build needs for d, or for the capacities in p if those are larger; 0 when invalid.
@@ -1480,7 +1482,7 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
         attni_ref_row(d, v, s, kv_head, j, row);
         for (e = 0; e < vd; e++) o[e] += f * row[e];
     }
-    if (d->logits.sink) {
+    if (d->logits.sink && d->logits.sink[h] > -3.0e38f) {
         x = (double)d->logits.sink[h];
         if (!seen || x > m) {
             f = seen ? attni_exp64(m - x) : 0;
@@ -1510,6 +1512,540 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
                 attni_ref_query(d, &k, &v, s, t, h, o + row * attni_v_dim(d), lse ? lse + row : NULL);
             }
     return ATTN_OK;
+}
+
+// ==== >>impl-plan  ===============================================================================
+//
+// 1. spans each sequence may see   2. order: common pages side by side   3. shared[i]: whole spans that
+// place i and i + 1 have in common   4. segments: maximal rectangles (places x spans), from the root
+// down   5. tasks: segment x row tile x KV head, dearest first   6. each sequence's chain of segments
+
+// Builder state; all arrays lie in the plan's memory. Every sequence's own segment, tiles and chain link
+// are provided for by the capacities; what sharing and cutting add is charged to the *_left counters.
+typedef struct attni_planner {
+    attn_plan *p;
+    const attn_desc *d;
+    int32_t *stack;    // (3 * n_seq) pending (lo, hi, span)
+    int32_t group;     // GQA heads
+    int64_t rows_left; // partial rows in the caller's workspace
+    int64_t tiles_left, chain_left, cuts_left;
+    float max_cost;    // dearer tasks are cut along the KV; 0: never
+} attni_planner;
+
+static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
+    const attn_mask *m = &d->mask;
+    int64_t lo, hi, p0, p1;
+    q->q_begin = d->q_start[s];
+    q->q_len = d->q_start[s + 1] - d->q_start[s];
+    q->q_pos0 = attni_q_pos0(d, s);
+    q->kv_len = d->kv.kv_len[s];
+    q->kv_pos0 = attni_kv_pos0(d, s);
+    q->is_chain = 0;
+    if (m->kind == ATTN_MASK_TREE) {
+        int32_t t = 0;
+        while (t < q->q_len && m->tree_parent[q->q_begin + t] == t - 1) t++;
+        q->is_chain = t == q->q_len;
+    }
+    p0 = q->q_pos0;
+    p1 = p0 + attni_max32(q->q_len, 1) - 1;
+    lo = q->kv_pos0;
+    hi = lo + q->kv_len;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 + 1); // a tree's nodes end at p1 as well
+    else if (m->window_right) hi = attni_min64(hi, attni_max64(p1 + m->window_right, m->n_sink));
+    // tree nodes have positions from p0 on, so p0 bounds every window from below
+    if (m->window_left && !m->n_sink) lo = attni_max64(lo, p0 - (m->window_left - 1));
+    q->span0 = (int32_t)(lo / ATTN_SPAN);
+    q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
+}
+
+// Orders sequences by first position, then by page ids, then by number.
+static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
+    const attn_kv *kv = &b->d->kv;
+    const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
+    int32_t j, n = attni_min32(sx->kv_len, sy->kv_len) / kv->page_tokens;
+    if (sx->kv_pos0 != sy->kv_pos0) return sx->kv_pos0 < sy->kv_pos0;
+    if (kv->page_table)
+        for (j = 0; j < n; j++) {
+            int32_t px = kv->page_table[x * kv->page_table_stride + j];
+            int32_t py = kv->page_table[y * kv->page_table_stride + j];
+            if (px != py) return px < py;
+        }
+    return x < y;
+}
+
+static void attni_sort_order(const attni_planner *b, int32_t n) { // heap sort: no memory, no recursion
+    int32_t *a = b->p->order, start, end, root, child, t;
+    for (start = n / 2 - 1, end = n; end > 1;) {
+        if (start >= 0) root = start--;
+        else {
+            root = 0;
+            end--;
+            t = a[0], a[0] = a[end], a[end] = t;
+        }
+        for (; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && attni_seq_less(b, a[child], a[child + 1])) child++;
+            if (!attni_seq_less(b, a[root], a[child])) break;
+            t = a[root], a[root] = a[child], a[child] = t;
+        }
+    }
+}
+
+// Absolute end of the whole spans that two sequences hold in the same pages.
+static int32_t attni_shared_spans(const attn_desc *d, const attn_plan *p, int32_t x, int32_t y) {
+    const attn_kv *kv = &d->kv;
+    const attn_plan_seq *sx = &p->seq[x], *sy = &p->seq[y];
+    int64_t len = attni_min32(sx->kv_len, sy->kv_len), same = 0;
+    int32_t j, n = (int32_t)((len + kv->page_tokens - 1) / kv->page_tokens);
+    if (!kv->page_table || sx->kv_pos0 != sy->kv_pos0) return 0;
+    for (j = 0; j < n; j++)
+        if (kv->page_table[x * kv->page_table_stride + j] !=
+            kv->page_table[y * kv->page_table_stride + j])
+            break;
+    same = attni_min64(len, (int64_t)j * kv->page_tokens);
+    return (int32_t)((sx->kv_pos0 + same) / ATTN_SPAN);
+}
+
+// Fills order with the sequences that have queries; their number in *n.
+static attn_result attni_plan_order(attni_planner *b, int32_t *n) {
+    attn_plan *p = b->p;
+    int32_t i, k = 0, s;
+    for (s = 0; s < p->n_seq; s++) p->seq[s].place = -1;
+    for (i = 0; i < p->n_seq; i++) {
+        s = b->d->seq_order ? b->d->seq_order[i] : i;
+        if (p->seq[s].place >= 0) return ATTN_ERR_ARGUMENT; // not a permutation
+        p->seq[s].place = 0;
+        if (p->seq[s].q_len > 0) p->order[k++] = s;
+    }
+    if (!b->d->seq_order && b->d->kv.page_table) attni_sort_order(b, k);
+    for (i = 0; i < k; i++) {
+        p->seq[p->order[i]].place = i;
+        p->share[i] = i + 1 < k ? attni_shared_spans(b->d, p, p->order[i], p->order[i + 1]) : 0;
+    }
+    *n = k;
+    return ATTN_OK;
+}
+
+static int64_t attni_tile_count(const attn_plan *p, int64_t n_tokens) {
+    return n_tokens / p->tile_tokens + 2;
+}
+
+static float attni_task_cost(const attn_plan *p, int64_t spans, int64_t rows) {
+    return (float)spans * ATTN_SPAN *
+           (p->params.cost_kv_token + (float)rows * p->params.cost_row_token);
+}
+
+// How many of the spans [span0, span1) the window and causality leave to queries at [p0, p1].
+static int32_t attni_span_count(const attn_mask *m, int64_t span0, int64_t span1, int64_t p0,
+                                int64_t p1) {
+    int64_t lo = span0, hi = span1, sinks = 0;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 / ATTN_SPAN + 1);
+    else if (m->window_right) hi = attni_min64(hi, (p1 + m->window_right - 1) / ATTN_SPAN + 1);
+    if (m->window_left) {
+        lo = attni_max64(lo, (p0 - (m->window_left - 1)) / ATTN_SPAN);
+        sinks = attni_min64(lo, ((int64_t)m->n_sink + ATTN_SPAN - 1) / ATTN_SPAN) - span0;
+    }
+    return (int32_t)(attni_max64(hi - lo, 0) + attni_max64(sinks, 0));
+}
+
+static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
+                              int32_t tokens, int32_t n_slots) {
+    attn_plan *p = b->p;
+    attn_segment *s = &p->segment[p->n_segments++];
+    s->seq0 = lo;
+    s->n_seq = hi - lo;
+    s->span0 = span0;
+    s->span1 = span1;
+    s->n_tokens = tokens;
+    s->n_slots = n_slots;
+    s->partial = (int64_t)p->partial_rows;
+    p->partial_rows += (size_t)n_slots * (size_t)tokens * (size_t)p->n_heads;
+    p->n_shared += hi - lo > 1;
+}
+
+// Spans per piece so that no task is dearer than max_cost, if workspace and capacities allow; n if not.
+// `more`: partial rows that cutting costs, charged.
+static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t tokens, int starts,
+                           int direct) {
+    attn_plan *p = b->p;
+    float one = attni_task_cost(p, 1, (int64_t)attni_min32(tokens, p->tile_tokens) * b->group);
+    int32_t piece = b->max_cost > one ? (int32_t)attni_min64((int64_t)(b->max_cost / one), n) : 1;
+    int64_t extra, more;
+    if (b->max_cost <= 0 || piece >= n) return n;
+    extra = (n + piece - 1) / piece - 1;
+    more = starts ? (int64_t)tokens * p->n_heads * (n - piece + (direct ? 1 : 0)) : 0;
+    if (more > b->rows_left || extra > b->cuts_left || extra * n_seq > b->chain_left ||
+        extra * attni_tile_count(p, tokens) > b->tiles_left)
+        return n;
+    b->rows_left -= more;
+    b->cuts_left -= extra;
+    b->chain_left -= extra * n_seq;
+    b->tiles_left -= extra * attni_tile_count(p, tokens);
+    return piece;
+}
+
+// Emits the spans [span0, span1) of places [lo, hi), cut if need be. The piece where the rows' folds
+// start keeps them in registers and leaves one slot per row; the others leave one per span.
+static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
+                       int32_t tokens, int direct) {
+    int32_t i, piece;
+    int starts = 1;
+    for (i = lo; i < hi; i++) starts &= span0 <= b->p->seq[b->p->order[i]].span0;
+    piece = attni_piece(b, span1 - span0, hi - lo, tokens, starts, direct);
+    if (direct && piece >= span1 - span0) {
+        attni_add_segment(b, lo, hi, span0, span1, tokens, 0);
+        return;
+    }
+    for (; span0 < span1; span0 += piece, starts = 0) {
+        int32_t end = attni_min32(span0 + piece, span1);
+        attni_add_segment(b, lo, hi, span0, end, tokens, starts ? 1 : end - span0);
+    }
+}
+
+// Is it worth computing the spans [from, to) of places [lo, hi) once for all? Charges workspace (for the
+// whole rest of these rows, unless an outer segment did) and capacities if so.
+static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t from, int32_t to,
+                               int reserved, int32_t *tokens) {
+    attn_plan *p = b->p;
+    int64_t slots = 0, n = hi - lo;
+    float gain, loss;
+    int starts = 1;
+    int32_t i;
+    *tokens = 0;
+    for (i = lo; i < hi; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        *tokens += q->q_len;
+        starts &= from <= q->span0;
+        slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+    }
+    if (p->params.share == 1) return 0;
+    slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
+    gain = (float)(n - 1) * (float)(to - from) * ATTN_SPAN * p->params.cost_kv_token *
+           (float)p->n_kv_heads;
+    loss = reserved ? 0 : (float)slots * p->params.cost_partial;
+    if (p->params.share == 0 && loss >= gain) return 0;
+    if (!reserved && slots > b->rows_left) return 0;
+    if (attni_tile_count(p, *tokens) > b->tiles_left || n > b->chain_left) return 0;
+    b->tiles_left -= attni_tile_count(p, *tokens);
+    b->chain_left -= n;
+    if (!reserved) b->rows_left -= slots;
+    return 1;
+}
+
+// Walks the implicit tree of common prefixes with a stack of (places, spans already covered; -1: none).
+static void attni_plan_segments(attni_planner *b, int32_t n) {
+    attn_plan *p = b->p;
+    int32_t *top = b->stack, lo, hi, from, start, to, end, i, tokens;
+    if (n == 0) return;
+    *top++ = 0, *top++ = n, *top++ = -1;
+    while (top > b->stack) {
+        from = *--top, hi = *--top, lo = *--top;
+        if (hi - lo == 1) {
+            const attn_plan_seq *q = &p->seq[p->order[lo]];
+            if (from < q->span1 || from < 0)
+                attni_emit(b, lo, hi, attni_max32(from, q->span0), q->span1, q->q_len, from < 0);
+            continue;
+        }
+        start = from < 0 ? INT32_MAX : from;
+        to = p->share[lo];
+        for (end = 0, i = lo; i < hi; i++) {
+            const attn_plan_seq *q = &p->seq[p->order[i]];
+            if (i < hi - 1) to = attni_min32(to, p->share[i]);
+            if (from < 0) start = attni_min32(start, q->span0);
+            end = attni_max32(end, q->span1);
+        }
+        end = attni_min32(end, to);
+        if (end > start && attni_worth_sharing(b, lo, hi, start, end, from >= 0, &tokens)) {
+            attni_emit(b, lo, hi, start, end, tokens, 0);
+            from = end;
+        }
+        // split where only these spans are common; last group first, so that places pop in order
+        for (i = end = hi; i > lo; i--)
+            if (i - 1 == lo || p->share[i - 2] <= to) {
+                *top++ = i - 1, *top++ = end, *top++ = from;
+                end = i - 1;
+            }
+    }
+}
+
+// The positions of a segment's flattened query tokens [first, first + n): least and greatest.
+static void attni_tile_positions(const attn_plan *p, const attn_segment *g, int32_t first, int32_t n,
+                                 int64_t *p0, int64_t *p1) {
+    int32_t i, skip = first;
+    *p0 = INT64_MAX;
+    *p1 = -1;
+    for (i = g->seq0; i < g->seq0 + g->n_seq && n > 0; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        int32_t take = attni_min32(q->q_len - skip, n);
+        if (take > 0) {
+            *p0 = attni_min64(*p0, (int64_t)q->q_pos0 + skip);
+            *p1 = attni_max64(*p1, (int64_t)q->q_pos0 + skip + take - 1);
+            n -= take;
+        }
+        skip = attni_max32(0, skip - q->q_len);
+    }
+}
+
+static void attni_plan_tasks(attni_planner *b) {
+    attn_plan *p = b->p;
+    int32_t i, h, first, n, spans, tile = p->tile_tokens;
+    for (i = 0; i < p->n_segments; i++) {
+        const attn_segment *g = &p->segment[i];
+        const attn_plan_seq *q = &p->seq[p->order[g->seq0]];
+        for (first = 0; first < g->n_tokens; first += n) {
+            int64_t p0, p1, tokens;
+            n = attni_min32(tile, g->n_tokens - first);
+            // tiles of a long prefill start at multiples of the tile, as row blocks of masks do
+            if (first == 0 && g->n_seq == 1 && g->n_tokens > tile && q->q_pos0 % tile)
+                n = tile - q->q_pos0 % tile;
+            attni_tile_positions(p, g, first, n, &p0, &p1);
+            spans = attni_span_count(&b->d->mask, g->span0, g->span1, p0, p1);
+            tokens = attni_min64((int64_t)g->span1 * ATTN_SPAN, (int64_t)q->kv_pos0 + q->kv_len);
+            tokens = attni_min64((int64_t)spans * ATTN_SPAN, attni_max64(0, tokens - q->kv_pos0));
+            for (h = 0; h < p->n_kv_heads; h++) {
+                attn_task *t = &p->task[p->n_tasks++];
+                t->segment = i;
+                t->kv_head = h;
+                t->first_token = first;
+                t->n_tokens = n;
+                t->cost = attni_task_cost(p, spans, (int64_t)n * b->group);
+                p->kv_tokens_read += tokens;
+            }
+        }
+    }
+}
+
+static int attni_task_before(const attn_task *a, const attn_task *b) { // dearest first, then in order
+    if (a->cost != b->cost) return a->cost > b->cost;
+    if (a->kv_head != b->kv_head) return a->kv_head < b->kv_head;
+    if (a->segment != b->segment) return a->segment < b->segment;
+    return a->first_token < b->first_token;
+}
+
+static void attni_sort_tasks(attn_task *a, int32_t n) {
+    int32_t start, end, root, child;
+    attn_task t;
+    for (start = n / 2 - 1, end = n; end > 1;) {
+        if (start >= 0) root = start--;
+        else {
+            root = 0;
+            end--;
+            t = a[0], a[0] = a[end], a[end] = t;
+        }
+        for (; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && attni_task_before(&a[child], &a[child + 1])) child++;
+            if (!attni_task_before(&a[root], &a[child])) break;
+            t = a[root], a[root] = a[child], a[child] = t;
+        }
+    }
+}
+
+// Chains, merges and what a run without sharing would read.
+static void attni_plan_chains(attn_plan *p) {
+    int32_t i, s, at = 0;
+    for (s = 0; s < p->n_seq; s++) p->seq[s].n_chain = 0;
+    for (i = 0; i < p->n_segments; i++)
+        for (s = 0; s < p->segment[i].n_seq; s++) p->seq[p->order[p->segment[i].seq0 + s]].n_chain++;
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *q = &p->seq[s];
+        q->chain = at;
+        at += q->n_chain;
+        q->n_chain = 0;
+        if (q->q_len > 0)
+            p->kv_tokens_seen += (int64_t)p->n_kv_heads * ((q->q_len + p->tile_tokens - 1) /
+                                                           p->tile_tokens) *
+                                 attni_min64(q->kv_len, (int64_t)(q->span1 - q->span0) * ATTN_SPAN);
+    }
+    for (i = 0; i < p->n_segments; i++)
+        for (s = 0; s < p->segment[i].n_seq; s++) {
+            attn_plan_seq *q = &p->seq[p->order[p->segment[i].seq0 + s]];
+            p->chain[q->chain + q->n_chain++] = i;
+        }
+    for (s = 0; s < p->n_seq; s++)
+        if (p->seq[s].n_chain > 0 && p->segment[p->chain[p->seq[s].chain]].n_slots > 0)
+            p->merge[p->n_merges++] = s;
+}
+
+static int32_t attni_floor_pow2(int32_t x) {
+    int32_t p = 1;
+    while (p <= x / 2) p *= 2;
+    return p;
+}
+
+// Query tokens per tile: a power of two; smaller tiles when there would be too few tasks.
+static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, int least) {
+    int32_t group = d->n_heads / d->n_kv_heads, s, tile, low;
+    tile = attni_floor_pow2(attni_max32(1, (q->row_tile > 0 ? q->row_tile : 256) / group));
+    low = attni_min32(tile, attni_floor_pow2(attni_max32(1, 32 / group)));
+    if (least) return low;
+    for (; q->workers > 1 && tile > low; tile /= 2) {
+        int64_t n = 0;
+        for (s = 0; s < d->n_seq; s++) n += (d->q_start[s + 1] - d->q_start[s] + tile - 1) / tile;
+        if (n * d->n_kv_heads >= 3 * (int64_t)q->workers) break;
+    }
+    return tile;
+}
+
+typedef struct attni_plan_caps {
+    int64_t seq, segments, tiles, tasks, chain;
+    size_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack, bytes;
+} attni_plan_caps;
+
+static size_t attni_take(size_t *at, int64_t n, size_t size) {
+    size_t here = *at;
+    *at += ((size_t)n * size + 63) & ~(size_t)63;
+    return here;
+}
+
+static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params *q,
+                                      attni_plan_caps *c) {
+    int64_t tokens = attni_max64(d->q_start[d->n_seq], q->max_tokens);
+    int64_t workers = attni_max32(q->workers, 1);
+    size_t at = (sizeof(attn_plan) + 63) & ~(size_t)63;
+    if (workers > 1 << 16) return ATTN_ERR_ARGUMENT;
+    c->seq = attni_max32(d->n_seq, q->max_seq);
+    c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers;
+    c->tasks = c->tiles * d->n_kv_heads;
+    c->segments = 2 * c->seq + 8 * workers;
+    c->chain = 12 * c->seq + 16 * workers;
+    if (c->tasks > INT32_MAX / 64 || c->seq > INT32_MAX / 64) return ATTN_ERR_OVERFLOW;
+    c->at_seq = attni_take(&at, c->seq, sizeof(attn_plan_seq));
+    c->at_order = attni_take(&at, c->seq, 4);
+    c->at_share = attni_take(&at, c->seq, 4);
+    c->at_segment = attni_take(&at, c->segments, sizeof(attn_segment));
+    c->at_task = attni_take(&at, c->tasks, sizeof(attn_task));
+    c->at_chain = attni_take(&at, c->chain, 4);
+    c->at_merge = attni_take(&at, c->seq, 4);
+    c->at_stack = attni_take(&at, 3 * c->seq + 3, 4);
+    c->bytes = at;
+    return ATTN_OK;
+}
+
+ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *q) {
+    attni_plan_caps c;
+    if (!d || !q || attni_check_shape(d) != ATTN_OK) return 0;
+    return attni_plan_caps_of(d, q, &c) == ATTN_OK ? c.bytes : 0;
+}
+
+// Plans d into p, whose arrays and capacities are set.
+static attn_result attni_plan_fill(attn_plan *p, const attn_desc *d, int32_t *stack) {
+    attni_planner b;
+    float total = 0;
+    int32_t s, n;
+    attn_result r;
+    p->n_seq = d->n_seq;
+    p->n_tokens = d->q_start[d->n_seq];
+    p->tile_tokens = attni_tile_tokens(d, &p->params, 0);
+    p->n_tasks = p->n_merges = p->n_segments = p->n_shared = 0;
+    p->partial_rows = 0;
+    p->kv_tokens_read = p->kv_tokens_seen = 0;
+    b.p = p;
+    b.d = d;
+    b.stack = stack;
+    b.group = d->n_heads / d->n_kv_heads;
+    b.rows_left = (int64_t)(p->params.partial_bytes / 4 / (size_t)(p->v_head_dim + 2));
+    b.tiles_left = p->cap_tasks / p->n_kv_heads;
+    b.chain_left = p->cap_chain - p->n_seq;
+    b.cuts_left = p->cap_segments - 2 * p->n_seq;
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *q = &p->seq[s];
+        attni_seq_spans(d, s, q);
+        b.tiles_left -= attni_tile_count(p, q->q_len);
+        total += attni_task_cost(p, q->span1 - q->span0, (int64_t)q->q_len * b.group);
+    }
+    b.max_cost = p->params.workers > 1
+                     ? total * (float)p->n_kv_heads / (3.0f * (float)p->params.workers) : 0;
+    if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
+    p->n_active = n;
+    attni_plan_segments(&b, n);
+    attni_plan_tasks(&b);
+    attni_sort_tasks(p->task, p->n_tasks);
+    attni_plan_chains(p);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *q, void *mem,
+                                     size_t bytes, attn_plan **plan) {
+    attn_result r = attn_validate(d);
+    attni_plan_caps c;
+    uint8_t *m = (uint8_t *)mem;
+    attn_plan *p = (attn_plan *)mem;
+    if (r != ATTN_OK) return r;
+    if (!q || !mem || !plan || q->row_tile < 0 || q->workers < 0) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_plan_caps_of(d, q, &c)) != ATTN_OK) return r;
+    if (bytes < c.bytes || (uintptr_t)mem % 64) return ATTN_ERR_BUFFER;
+    memset(p, 0, sizeof *p);
+    p->params = *q;
+    if (p->params.workers < 1) p->params.workers = 1;
+    // defaults in units of one row x token at 128 dims, measured on AVX-512
+    if (!(p->params.cost_kv_token > 0)) p->params.cost_kv_token = 4;
+    if (!(p->params.cost_row_token > 0)) p->params.cost_row_token = 1;
+    if (!(p->params.cost_partial > 0)) p->params.cost_partial = 16;
+    p->n_heads = d->n_heads;
+    p->n_kv_heads = d->n_kv_heads;
+    p->head_dim = d->head_dim;
+    p->v_head_dim = attni_v_dim(d);
+    p->cap_seq = (int32_t)c.seq;
+    p->cap_segments = (int32_t)c.segments;
+    p->cap_tasks = (int32_t)c.tasks;
+    p->cap_chain = (int32_t)c.chain;
+    p->seq = (attn_plan_seq *)(void *)(m + c.at_seq);
+    p->order = (int32_t *)(void *)(m + c.at_order);
+    p->share = (int32_t *)(void *)(m + c.at_share);
+    p->segment = (attn_segment *)(void *)(m + c.at_segment);
+    p->task = (attn_task *)(void *)(m + c.at_task);
+    p->chain = (int32_t *)(void *)(m + c.at_chain);
+    p->merge = (int32_t *)(void *)(m + c.at_merge);
+    p->stack = (int32_t *)(void *)(m + c.at_stack);
+    r = attni_plan_fill(p, d, p->stack);
+    if (r == ATTN_OK) *plan = p;
+    return r;
+}
+
+// 1 when d differs from what p was built for in lengths only; patches those.
+static int attni_plan_patch(attn_plan *p, const attn_desc *d) {
+    int32_t s, i;
+    attn_plan_seq q;
+    if (d->n_seq != p->n_seq || d->q_start[d->n_seq] != p->n_tokens) return 0;
+    for (s = 0, i = 0; s < p->n_seq; s++) {
+        const attn_plan_seq *o = &p->seq[s];
+        attni_seq_spans(d, s, &q);
+        if (q.q_begin != o->q_begin || q.q_len != o->q_len || q.span0 != o->span0 ||
+            q.span1 != o->span1)
+            return 0;
+        if (d->seq_order && p->seq[d->seq_order[s]].q_len > 0 && p->order[i++] != d->seq_order[s])
+            return 0;
+    }
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *o = &p->seq[s];
+        attni_seq_spans(d, s, &q);
+        o->q_pos0 = q.q_pos0;
+        o->kv_len = q.kv_len;
+        o->kv_pos0 = q.kv_pos0;
+        o->is_chain = q.is_chain;
+    }
+    for (i = 0; i + 1 < p->n_active; i++)
+        if (p->share[i] != attni_shared_spans(d, p, p->order[i], p->order[i + 1])) return 0;
+    return 1;
+}
+
+ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt) {
+    attni_plan_caps c;
+    attn_result r = attn_validate(d);
+    if (r != ATTN_OK) return r;
+    if (!plan) return ATTN_ERR_ARGUMENT;
+    if (rebuilt) *rebuilt = 0;
+    if (d->n_heads != plan->n_heads || d->n_kv_heads != plan->n_kv_heads ||
+        d->head_dim != plan->head_dim || attni_v_dim(d) != plan->v_head_dim)
+        return ATTN_ERR_STALE;
+    if (attni_plan_patch(plan, d)) return ATTN_OK;
+    if (rebuilt) *rebuilt = 1;
+    if ((r = attni_plan_caps_of(d, &plan->params, &c)) != ATTN_OK) return r;
+    if (c.seq > plan->cap_seq || c.tasks > plan->cap_tasks) return ATTN_ERR_BUFFER;
+    return attni_plan_fill(plan, d, plan->stack);
+}
+
+ATTN_DEF size_t attn_plan_partial_bytes(const attn_plan *plan) {
+    return plan ? plan->partial_rows * (size_t)(plan->v_head_dim + 2) * 4 : 0;
 }
 
 #endif // ATTNI_CORE_IMPLEMENTED
