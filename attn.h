@@ -702,6 +702,8 @@ struct attn_tree {
     int32_t *next, *prev;   // (n_pages) order inside a node
     int32_t *fill, *hold;   // (n_pages)
     int32_t *copy_src;      // (n_pages) source of the copy into this page not acknowledged, or -1
+    int32_t *n_copying;     // (n_pages) such copies that read or write the page
+    int32_t *lock;          // (n_pages) slots below are read or written by them: not to be reused
     int32_t *token;         // (n_pages, page_tokens)
     int32_t *scratch;       // (2 * n_pages + 3 * max_nodes) for check, save and load
 };
@@ -724,11 +726,19 @@ static void attni_page_drop(attn_tree *t, int32_t page, int held) {
     (void)attn_pool_release(&t->pool, page);
 }
 
-// A copy reads or writes the page: neither may be reused before it was carried out.
-static void attni_page_copy_ref(attn_tree *t, int32_t page, int32_t delta) {
-    attni_page_hold(t, page, delta);
-    if (delta > 0) (void)attn_pool_retain(&t->pool, page);
-    else (void)attn_pool_release(&t->pool, page);
+// A copy reads or writes the first n_tokens slots of the page: until it was carried out the page is
+// not freed nor, after a truncation say, those slots given to other tokens. So it does not matter
+// whether copies run before or after the stores of tokens appended later.
+static void attni_page_begin_copy(attn_tree *t, int32_t page, int32_t n_tokens) {
+    attni_page_hold(t, page, 1);
+    (void)attn_pool_retain(&t->pool, page);
+    t->n_copying[page]++;
+    if (t->lock[page] < n_tokens) t->lock[page] = n_tokens;
+}
+
+static void attni_page_end_copy(attn_tree *t, int32_t page) {
+    if (--t->n_copying[page] == 0) t->lock[page] = 0;
+    attni_page_drop(t, page, 1);
 }
 
 // The page of node x that holds position pos, from the nearer end.
@@ -1156,6 +1166,8 @@ static uint64_t attni_tree_layout(const attn_tree_desc *desc, unsigned char *bas
     t->fill = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
     t->hold = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
     t->copy_src = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->n_copying = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->lock = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
     t->token = (int32_t *)attni_carve(base, &at, p * desc->page_tokens, sizeof(int32_t));
     t->scratch = (int32_t *)attni_carve(base, &at, 2 * p + 3 * n, sizeof(int32_t));
     return at + ATTNI_ALIGN;
@@ -1182,7 +1194,7 @@ ATTN_DEF attn_result attn_tree_init(const attn_tree_desc *desc, void *mem, size_
     attni_pool_reset(&t->pool, t->n_pages);
     for (i = 0; i < t->n_pages; i++) {
         t->next[i] = t->prev[i] = t->copy_src[i] = -1;
-        t->fill[i] = t->hold[i] = 0;
+        t->fill[i] = t->hold[i] = t->n_copying[i] = t->lock[i] = 0;
     }
     for (i = 0; i < t->max_nodes; i++) {
         t->node[i].start = t->node[i].heap_at = -1;
@@ -1225,43 +1237,74 @@ ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *to
     return ATTN_OK;
 }
 
+// Must tokens behind x go to a copy of its last page?
+static int attni_node_must_copy(const attn_tree *t, int32_t x) {
+    int32_t slot = t->node[x].end % t->page_tokens, page = t->node[x].last_page;
+    return slot != 0 && (t->fill[page] > slot || t->lock[page] > slot);
+}
+
 // May s, about to sit alone with new tokens behind x, lengthen x itself? They are neither cached nor
 // of any priority. pins: those of the call in progress.
 static int attni_node_extends(const attn_tree *t, int32_t x, int32_t s, int32_t pins) {
     const attni_tree_node *n = t->node + x;
     return n->parent >= 0 && n->n_child == 0 && n->pins == pins && !n->cached && n->priority == 0 &&
-           n->first_seq == s && t->seq[s].next < 0;
+           n->first_seq == s && t->seq[s].next < 0 && !attni_node_must_copy(t, x);
 }
 
-static int attni_node_must_copy(const attn_tree *t, int32_t x) {
-    int32_t slot = t->node[x].end % t->page_tokens;
-    return slot != 0 && t->fill[t->node[x].last_page] > slot;
+// Is a copy of x's last page needed only because of a child that continues in it and that nobody
+// holds? The page names that child's first token.
+static int attni_node_owns_tail(const attn_tree *t, int32_t x) {
+    int32_t slot = t->node[x].end % t->page_tokens, page = t->node[x].last_page;
+    if (t->lock[page] > slot) return 0;
+    x = attni_index_find(t, x, (uint32_t)*attni_page_token(t, page, slot));
+    return t->node[x].held == 0;
 }
 
-// Room for n tokens of s behind x, which is pinned: pages, a node, a place for the copy.
+// Held pages that fall free all the same when everything is evicted: then u merges with the one child
+// that is held, which has its own copy of u's last page.
+static int32_t attni_tree_doubled(const attn_tree *t) {
+    int32_t x, n = 0;
+    for (x = 0; x < t->max_nodes; x++) {
+        const attni_tree_node *c = t->node + x, *u = t->node + c->parent;
+        if (c->start < 1 || c->held == 0 || c->start % t->page_tokens == 0) continue;
+        n += u->held == 1 && u->first_seq < 0 && u->pins == 0 && u->cached == c->cached &&
+             u->priority == c->priority && u->last_page != c->first_page &&
+             t->hold[u->last_page] == 1;
+    }
+    return n;
+}
+
+// Room for n tokens of s behind x, which is pinned: pages, a node, a place for the copy. Where simply
+// evicting falls short, evicting everything may also free doubled pages and spare the copy: a
+// sequence may fill the whole pool whatever is cached.
 static attn_result attni_tree_reserve(attn_tree *t, int32_t s, int32_t x, int32_t n, int can_copy) {
     int64_t pt = t->page_tokens, end = t->node[x].end;
-    int copy = attni_node_must_copy(t, x);
-    int64_t pages = (end + n + pt - 1) / pt - (end + pt - 1) / pt + copy;
+    int copy = attni_node_must_copy(t, x), node = !attni_node_extends(t, x, s, 1), less;
+    int64_t pages = (end + n + pt - 1) / pt - (end + pt - 1) / pt;
     if (n == 0) return ATTN_OK;
     if (copy && !can_copy) return ATTN_ERR_BUFFER;
-    if (!attni_tree_room(t, pages, !attni_node_extends(t, x, s, 1))) return ATTN_ERR_FULL;
-    return ATTN_OK;
+    if (attni_tree_room(t, pages + copy, node)) return ATTN_OK;
+    less = copy && attni_node_owns_tail(t, x);
+    if (t->n_heap == 0 || t->n_held_nodes + node > t->max_nodes ||
+        pages + copy - less > (int64_t)t->n_pages - t->n_held_pages + attni_tree_doubled(t))
+        return ATTN_ERR_FULL;
+    while (t->n_heap > 0) attni_tree_shrink(t, t->heap[0], INT32_MAX);
+    return attni_tree_room(t, pages + attni_node_must_copy(t, x), node) ? ATTN_OK : ATTN_ERR_FULL;
 }
 
 // A child of x that begins inside x's last page: the same page or a copy of it.
-static void attni_tree_begin_inside(attn_tree *t, int32_t child, int32_t x, attn_page_copy *copies,
+static void attni_node_begin_inside(attn_tree *t, int32_t child, int32_t x, attn_page_copy *copies,
                                     int32_t *n_copies) {
     attn_page_copy *copy;
     int32_t page = t->node[x].last_page, slot = t->node[x].end % t->page_tokens, own = page;
-    if (t->fill[page] > slot) {
+    if (attni_node_must_copy(t, x)) {
         (void)attn_pool_alloc(&t->pool, &own);
         memcpy(attni_page_token(t, own, 0), attni_page_token(t, page, 0),
                (size_t)slot * sizeof(int32_t));
         t->fill[own] = slot;
         t->copy_src[own] = page;
-        attni_page_copy_ref(t, page, 1);
-        attni_page_copy_ref(t, own, 1);
+        attni_page_begin_copy(t, page, slot);
+        attni_page_begin_copy(t, own, slot);
         copy = copies + (*n_copies)++;
         copy->src = page;
         copy->dst = own;
@@ -1330,7 +1373,7 @@ ATTN_DEF attn_result attn_tree_append(attn_tree *t, int32_t seq, const int32_t *
         if (!attni_node_extends(t, x, seq, 0)) {
             child = attni_node_new(t, x, (uint32_t)tokens[hit], t->node[x].end);
             if (t->node[x].end % t->page_tokens != 0)
-                attni_tree_begin_inside(t, child, x, copies, n_copies);
+                attni_node_begin_inside(t, child, x, copies, n_copies);
         }
         attni_node_fill(t, child, tokens + hit, n - hit);
         attni_seq_move(t, seq, child);
@@ -1375,8 +1418,8 @@ ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, i
         return ATTN_ERR_ARGUMENT;
     }
     for (i = 0; i < n_copies; i++) {
-        attni_page_copy_ref(t, copies[i].src, -1);
-        attni_page_copy_ref(t, copies[i].dst, -1);
+        attni_page_end_copy(t, copies[i].src);
+        attni_page_end_copy(t, copies[i].dst);
     }
     return ATTN_OK;
 }
@@ -1614,7 +1657,7 @@ static int attni_check_totals(const attn_tree *t, const int32_t *ref, const int3
     if (t->pool.n_free < 0 || t->pool.n_free > t->n_pages) return 0;
     for (i = 0; i < t->n_pages; i++) {
         if (t->pool.ref[i] != ref[i] || t->hold[i] != held[i]) return 0;
-        if (t->copy_src[i] >= 0 && t->pool.ref[t->copy_src[i]] == 0) return 0;
+        if (t->n_copying[i] > ref[i] || (t->n_copying[i] > 0) != (t->lock[i] > 0)) return 0;
         n += ref[i] == 0;
         n_held += held[i] > 0;
     }
