@@ -28,6 +28,7 @@ typedef struct model {
     attn_tree *t;
     int32_t pt, n_pages, max_seq, n_ns, alphabet;
     int tight;           // few nodes: running out of them is part of the test
+    int ranks;           // with priorities; their borders may cost a page
     int used[MAX_SEQ];   // by handle
     run live[MAX_SEQ];
     int32_t page[MAX_SEQ][MAX_LEN];    // page table after the last operation
@@ -264,7 +265,7 @@ static void op_append(model *m, int32_t s, const run *want, int insert) {
         CHECK(r == ATTN_ERR_FULL || (r == ATTN_ERR_BUFFER && max == 0));
         CHECK_EQ(n_copies, 0);
         verify_failed(m, m->tight);
-        if (r == ATTN_ERR_FULL && !m->tight && test_below(&m->rng, 4) == 0 &&
+        if (r == ATTN_ERR_FULL && !m->tight && !m->ranks && test_below(&m->rng, 4) == 0 &&
             (!insert || m->was.n_seq < m->max_seq)) { // it really was hopeless
             CHECK_EQ(attn_tree_evict(m->t, -1, NULL), ATTN_OK);
             resync(m, -1, 0);
@@ -492,7 +493,7 @@ static int step(model *m) {
     } else if (what < 89) {
         op_evict(m);
     } else if (what < 91) {
-        CHECK_EQ(attn_tree_priority(m->t, s, test_below(&m->rng, 3)), ATTN_OK);
+        CHECK_EQ(attn_tree_priority(m->t, s, m->ranks * test_below(&m->rng, 3)), ATTN_OK);
     } else if (what < 94) {
         ack(m, 3);
     } else {
@@ -524,6 +525,7 @@ static int random_round(uint64_t seed, int32_t n_ops) {
     d.max_seq = m.max_seq = 2 + test_below(&m.rng, MAX_SEQ - 1);
     m.tight = test_below(&m.rng, 3) == 0;
     if (m.tight) d.max_nodes = 4 + test_below(&m.rng, 12);
+    m.ranks = test_below(&m.rng, 2);
     m.n_ns = 1 + test_below(&m.rng, 3);
     m.alphabet = 2 + test_below(&m.rng, 3);
     hash_mask = test_below(&m.rng, 3) == 0 ? 0 : test_below(&m.rng, 2) ? 7 : 0xffffffffu;
@@ -556,9 +558,321 @@ static int random_round(uint64_t seed, int32_t n_ops) {
     return test_failed == 0;
 }
 
+// ---- directed tests
+
+static attn_tree *make(int32_t n_pages, int32_t page_tokens, int32_t max_seq, int32_t max_nodes) {
+    static unsigned char mem[1 << 20];
+    attn_tree *t = NULL;
+    attn_tree_desc d;
+    memset(&d, 0, sizeof d);
+    d.n_pages = n_pages;
+    d.page_tokens = page_tokens;
+    d.max_seq = max_seq;
+    d.max_nodes = max_nodes;
+    if (!CHECK_EQ(attn_tree_init(&d, mem, sizeof mem, &t), ATTN_OK)) exit(1);
+    return t;
+}
+
+static int32_t put(attn_tree *t, const char *text) { // a sequence of the letters; copies acknowledged
+    int32_t token[MAX_LEN], n = (int32_t)strlen(text), i, s = -1, n_copies = 0;
+    attn_page_copy c;
+    for (i = 0; i < n; i++) token[i] = text[i];
+    CHECK_EQ(attn_tree_insert(t, 0, token, n, &s, NULL, &c, 1, &n_copies), ATTN_OK);
+    CHECK_EQ(attn_tree_ack(t, &c, n_copies), ATTN_OK);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    return s;
+}
+
+static int32_t match(attn_tree *t, const char *text) {
+    int32_t token[MAX_LEN], n = (int32_t)strlen(text), i;
+    for (i = 0; i < n; i++) token[i] = text[i];
+    return attn_tree_match(t, 0, token, n);
+}
+
+static attn_result pin(attn_tree *t, const char *text, int delta) {
+    int32_t token[MAX_LEN], n = (int32_t)strlen(text), i;
+    for (i = 0; i < n; i++) token[i] = text[i];
+    return attn_tree_pin(t, 0, token, n, delta);
+}
+
+static void test_pool(void) {
+    unsigned char mem[256];
+    attn_pool p;
+    int32_t a = -1, b = -1;
+    CHECK_EQ(attn_pool_bytes(0), 0);
+    CHECK_EQ(attn_pool_init(NULL, 2, mem, sizeof mem), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_pool_init(&p, 0, mem, sizeof mem), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_pool_init(&p, 2, mem, attn_pool_bytes(2) - 1), ATTN_ERR_BUFFER);
+    CHECK_EQ(attn_pool_init(&p, 2, mem, attn_pool_bytes(2)), ATTN_OK);
+    CHECK_EQ(attn_pool_alloc(&p, &a), ATTN_OK);
+    CHECK_EQ(attn_pool_alloc(&p, &b), ATTN_OK);
+    CHECK(a == 0 && b == 1);
+    CHECK_EQ(attn_pool_alloc(&p, &b), ATTN_ERR_FULL);
+    CHECK_EQ(attn_pool_retain(&p, a), ATTN_OK);
+    CHECK_EQ(attn_pool_release(&p, a), ATTN_OK);
+    CHECK_EQ(p.n_free, 0);
+    CHECK_EQ(attn_pool_release(&p, a), ATTN_OK);
+    CHECK_EQ(p.n_free, 1);
+    CHECK_EQ(attn_pool_release(&p, a), ATTN_ERR_PAGE);
+    CHECK_EQ(attn_pool_retain(&p, a), ATTN_ERR_PAGE);
+    CHECK_EQ(attn_pool_retain(&p, -1), ATTN_ERR_PAGE);
+    CHECK_EQ(attn_pool_release(&p, 2), ATTN_ERR_PAGE);
+    CHECK_EQ(attn_pool_alloc(&p, NULL), ATTN_ERR_ARGUMENT);
+}
+
+static void test_errors(void) {
+    attn_tree *t = make(4, 4, 2, 0);
+    int32_t tok[32] = {1, 2, 3, 4, 5, 6}, s = -1, s2 = -1, s3 = -1, hit = 0, out[8], n = 0, scratch[2];
+    attn_tree_desc d = {0, 4, 0, 0};
+    attn_page_copy c = {0, 0, 1};
+    CHECK_EQ(attn_tree_bytes(&d), 0);
+    CHECK_EQ(attn_tree_bytes(NULL), 0);
+    d.n_pages = 0x7fffffff;
+    CHECK_EQ(attn_tree_bytes(&d), 0); // more nodes than ids
+    d.n_pages = 1 << 20;
+    d.page_tokens = 0x7fffffff;
+    CHECK_EQ(attn_tree_bytes(&d), 0);
+    d.n_pages = 4;
+    d.page_tokens = 4;
+    CHECK_EQ(attn_tree_init(&d, out, sizeof out, &t), ATTN_ERR_BUFFER);
+    CHECK_EQ(attn_tree_init(NULL, out, sizeof out, &t), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_match(t, 0, NULL, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_match(t, 0, tok, -1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_open(t, 0, NULL, 1, &s, &hit), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_open(t, 0, tok, 1, NULL, &hit), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_append(t, 0, tok, 1, &hit, NULL, 0, NULL), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_append(t, 7, tok, 1, &hit, NULL, 0, NULL), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_length(t, -1), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_fork(t, 0, &s2), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_truncate(t, 1, 0), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_release(t, 1, 0), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_priority(t, 1, 0), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_pin(t, 0, tok, 2, 1), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_pin(t, 0, tok, 0, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_pin(t, 0, tok, 2, 2), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_ack(t, &c, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_ack(t, NULL, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_insert(t, 0, tok, 17, &s, &hit, NULL, 0, NULL), ATTN_ERR_FULL);
+    CHECK(s == -1 && t->n_nodes == 0);
+    CHECK_EQ(attn_tree_insert(t, 0, tok, 6, &s, &hit, NULL, 0, NULL), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, s, tok, 1, &hit, NULL, 1, &n), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_append(t, s, tok, 1, &hit, &c, 1, NULL), ATTN_ERR_ARGUMENT);
+    n = 2;
+    CHECK_EQ(attn_tree_append(t, s, tok, 1, &hit, &c, 1, &n), ATTN_ERR_ARGUMENT);
+    n = 0;
+    CHECK_EQ(attn_tree_append(t, s, NULL, 0, &hit, NULL, 0, NULL), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, s, tok, 0x7fffffff, &hit, NULL, 0, NULL), ATTN_ERR_OVERFLOW);
+    CHECK_EQ(attn_tree_truncate(t, s, 7), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_truncate(t, s, -1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_tokens(t, s, 5, 2, out), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_tokens(t, s, 0, 1, NULL), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_pages(t, s, out, 1), ATTN_ERR_BUFFER);
+    CHECK_EQ(attn_tree_pages(t, s, NULL, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_fork(t, s, &s2), ATTN_OK);
+    CHECK_EQ(attn_tree_fork(t, s, &s3), ATTN_ERR_FULL);
+    CHECK_EQ(attn_tree_open(t, 0, tok, 1, &s3, &hit), ATTN_ERR_FULL);
+    CHECK_EQ(attn_tree_order(t, out, -1, out, scratch), ATTN_ERR_ARGUMENT);
+    out[0] = 5;
+    CHECK_EQ(attn_tree_order(t, out, 1, out + 1, scratch), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+}
+
+// Fork, divergence inside a page, copy on write, acknowledgement, roll-back.
+static void test_fork(void) {
+    attn_tree *t = make(8, 4, 8, 0);
+    int32_t a = put(t, "abcdef"), b = -1, x = 'x', y = 'y', hit = -1, n = 0, pa[4], pb[4];
+    attn_page_copy c[2], twice[2];
+    CHECK_EQ(attn_tree_fork(t, a, &b), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, a, &x, 1, &hit, c, 1, &n), ATTN_OK);
+    CHECK(n == 0 && hit == 0); // the first goes on in place
+    CHECK_EQ(attn_tree_append(t, b, &y, 1, &hit, NULL, 0, NULL), ATTN_ERR_BUFFER);
+    CHECK_EQ(attn_tree_append(t, b, &y, 1, &hit, c, 2, &n), ATTN_OK);
+    CHECK_EQ(attn_tree_pages(t, a, pa, 4), 2);
+    CHECK_EQ(attn_tree_pages(t, b, pb, 4), 2);
+    CHECK(n == 1 && c[0].src == pa[1] && c[0].dst == pb[1] && c[0].n_tokens == 2);
+    CHECK(pa[0] == pb[0] && pa[1] != pb[1]);
+    CHECK_EQ(attn_tree_release(t, a, 0), ATTN_OK);
+    CHECK_EQ(t->pool.ref[pa[1]], 1); // still to be read
+    CHECK_EQ(attn_tree_truncate(t, b, 5), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, b, &x, 1, &hit, c, 2, &n), ATTN_OK);
+    CHECK(n == 2 && c[1].src == pb[1] && c[1].n_tokens == 1); // its slots are still to be written
+    twice[0] = twice[1] = c[0];
+    CHECK_EQ(attn_tree_ack(t, twice, 2), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    CHECK_EQ(attn_tree_ack(t, c, 2), ATTN_OK);
+    CHECK_EQ(attn_tree_ack(t, c, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(t->pool.n_free, 6);
+    CHECK_EQ(match(t, "abcdex"), 6);
+    CHECK_EQ(match(t, "abcdef"), 5);
+    CHECK_EQ(attn_tree_truncate(t, b, 0), ATTN_OK);
+    CHECK(t->pool.n_free == 8 && attn_tree_length(t, b) == 0);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+}
+
+static void test_truncate(void) {
+    attn_tree *t = make(8, 2, 8, 0);
+    int32_t a = put(t, "abcdefgh"), b;
+    CHECK_EQ(attn_tree_release(t, a, 1), ATTN_OK);
+    a = put(t, "abcdefghij");
+    CHECK_EQ(attn_tree_truncate(t, a, 3), ATTN_OK);
+    CHECK_EQ(match(t, "abcdefghij"), 8); // cached before; its own tokens are gone
+    b = put(t, "abcdefghk");
+    CHECK_EQ(attn_tree_release(t, b, 0), ATTN_OK);
+    CHECK_EQ(match(t, "abcdefghk"), 8);
+    CHECK_EQ(attn_tree_evict(t, -1, NULL), ATTN_OK);
+    CHECK_EQ(match(t, "abcdefghk"), 3); // what lives stays, to the token
+    a = put(t, "ab"), b = put(t, "abxyz");
+    CHECK_EQ(attn_tree_truncate(t, b, 4), ATTN_OK);
+    CHECK_EQ(match(t, "abxyz"), 4);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+}
+
+static void test_evict(void) {
+    attn_tree *t = make(6, 2, 8, 0);
+    int32_t a = put(t, "aaaa"), b = put(t, "bbbb"), c = put(t, "cccc"), freed = -1;
+    CHECK_EQ(attn_tree_priority(t, b, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, b, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, c, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, a, 1), ATTN_OK);
+    CHECK_EQ(pin(t, "aaa", 1), ATTN_OK);
+    CHECK_EQ(pin(t, "aaax", 1), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_evict(t, 1, &freed), ATTN_OK);
+    CHECK(freed == 1 && match(t, "cccc") == 2 && match(t, "aaaa") == 4); // oldest, from its tail
+    CHECK_EQ(attn_tree_evict(t, 2, &freed), ATTN_OK);
+    CHECK(freed == 2 && match(t, "cccc") == 0 && match(t, "aaaa") == 3 && match(t, "bbbb") == 2);
+    CHECK_EQ(attn_tree_evict(t, -1, &freed), ATTN_OK);
+    CHECK(freed == 1 && match(t, "bbbb") == 0 && match(t, "aaaa") == 3); // pinned
+    CHECK_EQ(pin(t, "aa", -1), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(pin(t, "aaa", -1), ATTN_OK);
+    CHECK_EQ(pin(t, "aaa", -1), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    CHECK_EQ(attn_tree_evict(t, -1, &freed), ATTN_OK);
+    CHECK(freed == 2 && t->n_nodes == 0);
+    // A hopeless request evicts nothing; a sequence may fill the pool over a cached neighbour.
+    a = put(t, "abcdefghijkl");
+    CHECK_EQ(attn_tree_release(t, a, 1), ATTN_OK);
+    a = put(t, "abc");
+    CHECK_EQ(attn_tree_append(t, a, &b, 0, NULL, NULL, 0, NULL), ATTN_OK);
+    {
+        int32_t many[10] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, n = 0;
+        attn_page_copy copy;
+        CHECK_EQ(attn_tree_append(t, a, many, 10, NULL, &copy, 1, &n), ATTN_ERR_FULL);
+        CHECK_EQ(match(t, "abcdefghijkl"), 12);
+        CHECK_EQ(attn_tree_append(t, a, many, 9, NULL, &copy, 1, &n), ATTN_OK);
+        CHECK(n == 0 && attn_tree_length(t, a) == 12);
+    }
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+}
+
+static void test_order(void) {
+    attn_tree *t = make(16, 4, 8, 0);
+    int32_t seqs[5], order[5], scratch[5], i;
+    seqs[0] = put(t, "abd");
+    seqs[1] = put(t, "b");
+    seqs[2] = put(t, "abc");
+    seqs[3] = put(t, "ab");
+    CHECK_EQ(attn_tree_fork(t, seqs[2], &seqs[4]), ATTN_OK);
+    CHECK_EQ(attn_tree_order(t, seqs, 5, order, scratch), ATTN_OK);
+    {
+        static const int32_t want[5] = {3, 2, 4, 0, 1};
+        for (i = 0; i < 5; i++) CHECK_EQ(order[i], want[i]);
+    }
+}
+
+static void test_blob(void) {
+    attn_tree *t = make(8, 4, 8, 0);
+    static model m;
+    static uint64_t kv[64];
+    static unsigned char blob[256];
+    int32_t s = put(t, "abcdefg"), out = -1, i, id = -5;
+    size_t bytes = attn_tree_save_bytes(t, s, 8), k;
+    attn_tree_stats was, now;
+    memset(&m, 0, sizeof m);
+    m.kv = kv;
+    m.pt = 4;
+    for (i = 0; i < 32; i++) kv[i] = 100u + (uint64_t)i;
+    CHECK_EQ(attn_tree_append(t, s, &id, 1, NULL, NULL, 0, NULL), ATTN_OK);
+    bytes = attn_tree_save_bytes(t, s, 8);
+    CHECK_EQ(bytes, 48 + 8 * 12);
+    CHECK_EQ(attn_tree_save_bytes(t, 5, 8), 0);
+    CHECK_EQ(attn_tree_save_bytes(t, s, SIZE_MAX), 0);
+    CHECK_EQ(attn_tree_save_bytes(t, s, SIZE_MAX / 4), 0);
+    CHECK_EQ(attn_tree_save(t, s, 8, read_rows, &m, blob, bytes - 1), ATTN_ERR_BUFFER);
+    CHECK_EQ(attn_tree_save(t, 5, 8, read_rows, &m, blob, bytes), ATTN_ERR_NOT_FOUND);
+    CHECK_EQ(attn_tree_save(t, s, 8, NULL, &m, blob, bytes), ATTN_ERR_ARGUMENT);
+    m.fail_at = 2;
+    CHECK_EQ(attn_tree_save(t, s, 8, read_rows, &m, blob, bytes), ATTN_ERR_CALLBACK);
+    m.fail_at = 0;
+    CHECK_EQ(attn_tree_save(t, s, 8, read_rows, &m, blob, bytes), ATTN_OK);
+    CHECK(memcmp(blob, "attnblob\1\0\0\0\60\0\0\0\10\0\0\0\0\0\0\0\10", 25) == 0);
+    CHECK(memcmp(blob + 48, "a\0\0\0b\0\0\0", 8) == 0);
+    CHECK(memcmp(blob + 48 + 28, "\373\377\377\377", 4) == 0);
+    attn_tree_get_stats(t, &was);
+    for (k = 0; k < bytes; k++) {
+        attn_result r;
+        blob[k] ^= (unsigned char)(1u << (k % 8));
+        r = attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, bytes, &out);
+        CHECK(r == ATTN_ERR_CORRUPT || (r == ATTN_ERR_VERSION && k >= 8 && k < 12));
+        blob[k] ^= (unsigned char)(1u << (k % 8));
+        CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, k, &out), ATTN_ERR_CORRUPT);
+    }
+    CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, bytes + 1, &out), ATTN_ERR_CORRUPT);
+    CHECK_EQ(attn_tree_load(t, 9, 4, write_rows, copy_page, &m, blob, bytes, &out), ATTN_ERR_SHAPE);
+    m.fail_at = 2;
+    CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, NULL, &m, blob, bytes, &out), ATTN_ERR_CALLBACK);
+    attn_tree_get_stats(t, &now);
+    CHECK(out == -1 && memcmp(&was, &now, sizeof now) == 0);
+    m.fail_at = 0;
+    t = make(8, 3, 8, 0); // another page size
+    m.pt = 3;
+    memset(kv, 0, sizeof kv);
+    s = put(t, "abcx");
+    CHECK_EQ(attn_tree_load(t, 0, 8, write_rows, copy_page, &m, blob, bytes, &out), ATTN_OK);
+    CHECK(attn_tree_length(t, out) == 8 && t->count.tokens_hit == 3);
+    {
+        int32_t page[3], token[8];
+        CHECK_EQ(attn_tree_pages(t, out, page, 3), 3);
+        CHECK_EQ(attn_tree_tokens(t, out, 0, 8, token), ATTN_OK);
+        for (i = 3; i < 8; i++) CHECK_EQ(kv[page[i / 3] * 3 + i % 3], 100 + i);
+        CHECK(token[0] == 'a' && token[7] == -5);
+    }
+    s = put(t, "abcdX"); // the copy needs a callback
+    CHECK_EQ(attn_tree_truncate(t, out, 3), ATTN_OK);
+    CHECK_EQ(attn_tree_load(t, 0, 8, write_rows, NULL, &m, blob, bytes, &out), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+}
+
+// A namespace with the hash of another, tokens that only hashing could confuse.
+static void test_index(void) {
+    attn_tree *t;
+    int32_t i, s, hit, tok[2];
+    hash_mask = 0;
+    t = make(64, 1, 8, 0);
+    for (i = 0; i < 20; i++) {
+        tok[0] = i % 5;
+        tok[1] = i;
+        CHECK_EQ(attn_tree_insert(t, (uint64_t)(i / 10) << 32, tok, 2, &s, &hit, NULL, 0, NULL), ATTN_OK);
+        CHECK_EQ(hit, i % 10 >= 5);
+        CHECK_EQ(attn_tree_release(t, s, 1), ATTN_OK);
+    }
+    for (i = 0; i < 20; i++) {
+        CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+        CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    }
+    hash_mask = 0xffffffffu;
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), n_ops = test_arg(argc, argv, 2, 200000), done, i;
     printf("seed %llu, %llu operations\n", (unsigned long long)seed, (unsigned long long)n_ops);
+    test_pool();
+    test_errors();
+    test_fork();
+    test_truncate();
+    test_evict();
+    test_order();
+    test_blob();
+    test_index();
     for (done = 0, i = 0; done < n_ops; done += 500, i++)
         if (!random_round(seed + i, (int32_t)(n_ops - done < 500 ? n_ops - done : 500))) break;
     return TEST_END();
