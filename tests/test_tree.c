@@ -265,12 +265,19 @@ static void op_append(model *m, int32_t s, const run *want, int insert) {
         CHECK(r == ATTN_ERR_FULL || (r == ATTN_ERR_BUFFER && max == 0));
         CHECK_EQ(n_copies, 0);
         verify_failed(m, m->tight);
+        // It was hopeless: with everything evicted there is no room either. One page of tolerance:
+        // a border page that stays doubled.
         if (r == ATTN_ERR_FULL && !m->tight && !m->ranks && test_below(&m->rng, 4) == 0 &&
-            (!insert || m->was.n_seq < m->max_seq)) { // it really was hopeless
+            want->n + m->pt <= MAX_LEN && (!insert || m->was.n_seq < m->max_seq)) {
+            run more = *want;
+            extend_run(m, &more, want->n + m->pt);
+            n += m->pt;
             CHECK_EQ(attn_tree_evict(m->t, -1, NULL), ATTN_OK);
             resync(m, -1, 0);
-            if (insert) r = attn_tree_insert(m->t, want->ns, want->token, n, &s, &hit, copy, 1, &n_copies);
-            else r = attn_tree_append(m->t, s, want->token + old, n, &hit, copy, 1, &n_copies);
+            if (insert)
+                r = attn_tree_insert(m->t, more.ns, more.token, n, &s, &hit, copy, 1, &n_copies);
+            else
+                r = attn_tree_append(m->t, s, more.token + old, n, &hit, copy, 1, &n_copies);
             CHECK_EQ(r, ATTN_ERR_FULL);
         }
         return;
