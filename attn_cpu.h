@@ -1695,7 +1695,7 @@ typedef struct attni_work {
 static const uint32_t attni_zeros[ATTN_MAX_HEAD_DIM + 16] = {0};
 
 // Carves the scratch; with base NULL only counts.
-static size_t attni_carve(attni_work *w, uint8_t *base, int32_t n_tokens, int32_t n_rows) {
+static size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tokens, int32_t n_rows) {
     size_t at = 0, r = (size_t)n_rows + ATTNI_RB_MAX, t = (size_t)n_tokens, vdp = (size_t)w->vdp;
     size_t dim = ((size_t)w->d->head_dim + 31) & ~(size_t)31;
 #define ATTNI_CARVE(field, type, count)                                                            \
@@ -1738,7 +1738,7 @@ ATTN_DEF size_t attn_cpu_scratch_bytes(const attn_desc *d, const attn_plan *p) {
     w.vdp = (attni_v_dim(d) + 15) & ~15;
     group = d->n_heads / d->n_kv_heads;
     tile = attni_max32(1, (p->params.row_tile > 0 ? p->params.row_tile : 256) / group);
-    return attni_carve(&w, NULL, tile, tile * group);
+    return attni_work_carve(&w, NULL, tile, tile * group);
 }
 
 static attn_result attni_work_init(attni_work *w, const attn_desc *d, const attn_plan *p) {
@@ -2241,7 +2241,7 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
     if (first < 0 || count < 0 || count > p->n_tasks - first) return ATTN_ERR_ARGUMENT;
     if (!scratch || (uintptr_t)scratch % 64 || (p->partial_rows && !partials)) return ATTN_ERR_BUFFER;
     tile = attni_max32(1, (p->params.row_tile > 0 ? p->params.row_tile : 256) / w.group);
-    attni_carve(&w, (uint8_t *)scratch, tile, tile * w.group);
+    attni_work_carve(&w, (uint8_t *)scratch, tile, tile * w.group);
     ATTNI_AMX_BEGIN(&w.x);
     for (i = first; i < first + count && r == ATTN_OK; i++)
         r = attni_run_task(&w, &p->task[i], (float *)partials);
