@@ -112,31 +112,34 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 // ==== >>impl-kernels  Written once, included again by this file for every ISA (and numerics) ======
 //
 // ATTNI_I(f): vocabulary function f of this pass's ISA. ATTNI_K(f): the kernel's own name.
-// ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors).
+// ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors). ATTNI_DIRECT16: has kernels that read
+// f16 and bf16 rows and tiles without converting them first.
 
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
 // Register blocks: the widest that fits the rows left.
-#define ATTNI_STEP(left) ((left) >= ATTNI_NR ? ATTNI_NR : (left) >= 4 && ATTNI_NR > 4 ? 4 : (left) >= 2 ? 2 : 1)
+#define ATTNI_STEP(left) ((left) >= ATTNI_NR ? ATTNI_NR : ATTNI_NR == 1 ? 1 : (left) >= 4 ? 4 : (left) >= 2 ? 2 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
 #define ATTNI_CALL2(f, ...) f(__VA_ARGS__)
 #if ATTNI_NR > 4
 #define ATTNI_FOUR(f, args, nc) else if (left >= 4) ATTNI_CALL(f, args, 4, nc);
+#define ATTNI_TWO(f, args, nc) else if (left >= 2) ATTNI_CALL(f, args, 2, nc);
 #else
 #define ATTNI_FOUR(f, args, nc)
+#define ATTNI_TWO(f, args, nc)
 #endif
-#define ATTNI_COLS(f, args, nc)                                                                    \
+#define ATTNI_ROWS(f, args, nc)                                                                    \
     if (left >= ATTNI_NR) ATTNI_CALL(f, args, ATTNI_NR, nc);                                       \
     ATTNI_FOUR(f, args, nc)                                                                        \
-    else if (left >= 2) ATTNI_CALL(f, args, 2, nc);                                                \
+    ATTNI_TWO(f, args, nc)                                                                         \
     else ATTNI_CALL(f, args, 1, nc);
 #if ATTNI_NC > 1
 #define ATTNI_BLOCKS(f, args)                                                                      \
-    if (wide) { ATTNI_COLS(f, args, ATTNI_NC) } else { ATTNI_COLS(f, args, 1) }
+    if (wide) { ATTNI_ROWS(f, args, ATTNI_NC) } else { ATTNI_ROWS(f, args, 1) }
 #else
-#define ATTNI_BLOCKS(f, args) ATTNI_COLS(f, args, 1)
+#define ATTNI_BLOCKS(f, args) ATTNI_ROWS(f, args, 1)
 #endif
 
 
@@ -153,7 +156,7 @@ ATTNI_INLINE ATTNI_TGT V ATTNI_I(e4m3)(U x) {
 }
 
 // Element i of the 32 / bits elements in each lane's 4-byte unit.
-ATTNI_INLINE ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
+ATTNI_HELPER ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
     switch (t) {
     case ATTN_F16: return ATTNI_I(uhalf)(ATTNI_I(uand)(ATTNI_I(ushr)(x, 16 * i), 0xffff));
     case ATTN_BF16: return ATTNI_I(asv)(i ? ATTNI_I(uand)(x, 0xffff0000u) : ATTNI_I(ushl)(x, 16));
@@ -166,7 +169,7 @@ ATTNI_INLINE ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
 }
 
 // 16 elements of a row.
-ATTNI_INLINE ATTNI_TGT V ATTNI_I(row16)(attn_dtype t, const uint8_t *p) {
+ATTNI_HELPER ATTNI_TGT V ATTNI_I(row16)(attn_dtype t, const uint8_t *p) {
     switch (t) {
     case ATTN_F16: return ATTNI_I(uhalf)(ATTNI_I(uload16)(p));
     case ATTN_BF16: return ATTNI_I(asv)(ATTNI_I(ushl)(ATTNI_I(uload16)(p), 16));
@@ -299,6 +302,8 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 #undef ATTNI_I
 #undef ATTNI_NR
 #undef ATTNI_NC
+#undef ATTNI_DIRECT16
+#undef ATTNI_HELPER
 
 #elif ATTNI_KERNEL_PASS == 2 // ---- math: one copy per ISA and numerics
 
@@ -343,18 +348,18 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
             const float *qr = q + r * ldq;                                                         \
             float *sr = s + r * ATTN_SPAN;                                                         \
             int left = nr - r;                                                                     \
-            for (j = 0; j < nt;) {                                                                 \
-                int wide = nt - j >= ATTNI_NC;                                                     \
-                ATTNI_BLOCKS(ATTNI_K(name##_block), (qr, ldq, kt + j, col + j, units, sr, ))       \
-                j += wide ? ATTNI_NC : 1;                                                          \
+            for (j = 0; j < nt; j += ATTNI_NC) {                                                   \
+                ATTNI_ROWS(ATTNI_K(name##_block), (qr, ldq, kt + j, col + j, units, sr, ), ATTNI_NC) \
             }                                                                                      \
             r += ATTNI_STEP(left);                                                                 \
         }                                                                                          \
     }
 
 ATTNI_QK(qk_f32, ATTN_F32, 1)
+#if ATTNI_DIRECT16 && !ATTNI_PORTABLE
 ATTNI_QK(qk_f16, ATTN_F16, 2)
 ATTNI_QK(qk_bf16, ATTN_BF16, 2)
+#endif
 
 // Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d.
 #define ATTNI_PV(name, T, BYTES)                                                                   \
@@ -399,12 +404,14 @@ ATTNI_QK(qk_bf16, ATTN_BF16, 2)
     }
 
 ATTNI_PV(pv_f32, ATTN_F32, 4)
+#if ATTNI_DIRECT16 && !ATTNI_PORTABLE
 ATTNI_PV(pv_f16, ATTN_F16, 2)
 ATTNI_PV(pv_bf16, ATTN_BF16, 2)
+#endif
 
 // exp(x) for x <= 0; below 2^-100: 0; NaN stays NaN. 2^f on [-1/2, 1/2] by a degree-6 polynomial
 // (relative error 2e-9), times 2^r built in the exponent: a product, so that NaN survives.
-ATTNI_INLINE ATTNI_TGT V ATTNI_K(exp)(V x) {
+ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp)(V x) {
     const V magic = ATTNI_I(set1)(12582912.0f); // 1.5 * 2^23: the sum's low bits are round(y)
     V y = ATTNI_I(barrier)(ATTNI_I(mul)(x, ATTNI_I(set1)(1.44269504f)));
     V t = ATTNI_I(barrier)(ATTNI_I(add)(y, magic));
@@ -421,7 +428,7 @@ ATTNI_INLINE ATTNI_TGT V ATTNI_K(exp)(V x) {
 }
 
 // tanh: x + x^3 P(x^2) below 0.625, else 1 - 2 / (e^2|x| + 1) with the sign put back.
-ATTNI_INLINE ATTNI_TGT V ATTNI_K(tanh)(V x) {
+ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
     U sign = ATTNI_I(uand)(ATTNI_I(asu)(x), 0x80000000u);
     V a = ATTNI_I(asv)(ATTNI_I(uand)(ATTNI_I(asu)(x), 0x7fffffffu)), x2 = ATTNI_I(mul)(a, a), p, e, big;
     const V one = ATTNI_I(set1)(1.0f);
@@ -540,8 +547,13 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
 }
 
 static const attni_math ATTNI_K(math) = {
+#if ATTNI_DIRECT16 && !ATTNI_PORTABLE
     {0, ATTNI_K(qk_f32), ATTNI_K(qk_f16), ATTNI_K(qk_bf16)},
     {0, ATTNI_K(pv_f32), ATTNI_K(pv_f16), ATTNI_K(pv_bf16)},
+#else
+    {0, ATTNI_K(qk_f32), 0, 0},
+    {0, ATTNI_K(pv_f32), 0, 0},
+#endif
     ATTNI_K(soft), ATTNI_K(fold), ATTNI_K(finish)};
 
 #undef ATTNI_MADD
@@ -608,10 +620,8 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq
             const type *qr = q + r * ldq;                                                          \
             float *sr = s + r * ATTN_SPAN;                                                         \
             int left = nr - r;                                                                     \
-            for (j = 0; j < nt;) {                                                                 \
-                int wide = nt - j >= ATTNI_NC;                                                     \
-                ATTNI_BLOCKS(ATTNI_I(name##_block), (qr, ldq, kt + j, col + j, units, sr, ))       \
-                j += wide ? ATTNI_NC : 1;                                                          \
+            for (j = 0; j < nt; j += ATTNI_NC) {                                                   \
+                ATTNI_ROWS(ATTNI_I(name##_block), (qr, ldq, kt + j, col + j, units, sr, ), ATTNI_NC) \
             }                                                                                      \
             r += ATTNI_STEP(left);                                                                 \
         }                                                                                          \
@@ -672,7 +682,8 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #undef ATTNI_CALL
 #undef ATTNI_CALL2
 #undef ATTNI_FOUR
-#undef ATTNI_COLS
+#undef ATTNI_TWO
+#undef ATTNI_ROWS
 #undef ATTNI_BLOCKS
 #undef V
 #undef U
@@ -731,7 +742,8 @@ typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
     int32_t t0, t1;
 } attni_run;
 
-// Scores of nr rows against nt tiles: s[r * 256 + 16 * col[j]]. q: f32 rows, or pairs of bf16, or bytes.
+// Scores of nr rows against nt tiles: s[r * 256 + 16 * col[j]]. kt and col go on for 3 entries that
+// repeat the last, so that kernels take 4 at a time. q: f32 rows, or pairs of bf16, or bytes.
 typedef void (*attni_qk_fn)(const void *q, int64_t ldq, int nr, const uint32_t *const *kt,
                             const uint8_t *col, int nt, int units, float *s);
 // Weighted sums of nr rows over n runs of tokens: o[r * ldo + e], e < vd (multiple of 16).
@@ -1251,19 +1263,25 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT
 #define ATTNI_I(f) attni_##f##_scalar
-#define ATTNI_NR 2
+#define ATTNI_NR 1
 #define ATTNI_NC 1
+#define ATTNI_DIRECT16 0
+#define ATTNI_HELPER static
 #include "attn_cpu.h"
 #ifdef ATTNI_X86
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT ATTNI_T2
 #define ATTNI_I(f) attni_##f##_avx2
+#define ATTNI_DIRECT16 1
+#define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_NR 6
 #define ATTNI_NC 1
 #include "attn_cpu.h"
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT ATTNI_T5
 #define ATTNI_I(f) attni_##f##_avx512
+#define ATTNI_DIRECT16 1
+#define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_NR 6
 #define ATTNI_NC 4
 #include "attn_cpu.h"
@@ -1376,7 +1394,9 @@ typedef struct attni_exec {
 } attni_exec;
 
 static int attni_isa_id; // the cached attn_cpu_isa; 0: not yet looked up. Accessed atomically.
+#ifdef ATTNI_X86
 static int attni_amx_open; // attn_cpu_open got the tile registers
+#endif
 #if defined(__GNUC__) || defined(__clang__)
 #define ATTNI_GET(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
 #define ATTNI_SET(x, y) __atomic_store_n(&(x), y, __ATOMIC_RELAXED)
@@ -1943,7 +1963,7 @@ static attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t til
         w->x.mv->pairs(row, run, n, vd, w->vdp, (uint32_t *)(void *)w->vf);
         return w->x.pv;
     }
-    if (vd == w->vdp && (t == ATTN_F32 || ((t == ATTN_F16 || t == ATTN_BF16) && w->n_rows <= 12)))
+    if (vd == w->vdp && (t == ATTN_F32 || (attni_is_float(t) && w->n_rows <= 12 && w->x.ma->pv[t])))
         return w->x.ma->pv[t];
     for (i = 0; i < n; i++)
         for (j = run[i].t0; j < run[i].t1; j++) {
@@ -1985,14 +2005,15 @@ static attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) 
 static void attni_scores(attni_work *w, uint32_t tiles) {
     attn_dtype t = w->k.dtype;
     int few = w->n_rows <= 12, units = w->k_units, panel, i, r, rb = w->x.rb;
-    int direct = w->x.qk_kind != ATTNI_F32 || t == ATTN_F32 || (few && (t == ATTN_F16 || t == ATTN_BF16));
+    int direct = w->x.qk_kind != ATTNI_F32 || t == ATTN_F32 ||
+                 (few && attni_is_float(t) && w->x.ma->qk[t]);
     attni_qk_fn qk = w->x.qk_kind != ATTNI_F32 ? w->x.qk : direct ? w->x.ma->qk[t] : w->x.ma->qk[ATTN_F32];
     int64_t q_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
     // 64 tokens at a time when there are many rows: their K stays in the first-level cache
     for (panel = 0; panel < ATTNI_TILES; panel += few ? ATTNI_TILES : 4) {
         uint32_t in = tiles & ((few ? 0xffffu : 15u) << panel);
-        const uint32_t *kt[ATTNI_TILES];
-        uint8_t col[ATTNI_TILES];
+        const uint32_t *kt[ATTNI_TILES + 3];
+        uint8_t col[ATTNI_TILES + 3];
         if (!in) continue;
         if (!direct) {
             for (i = 0; i < ATTNI_TILES; i++) {
@@ -2007,6 +2028,7 @@ static void attni_scores(attni_work *w, uint32_t tiles) {
             int n = 0;
             for (i = 0; i < ATTNI_TILES; i++)
                 if ((mine >> i) & 1u) kt[n] = w->kt[i], col[n++] = (uint8_t)i;
+            for (i = n; n && i < n + 3; i++) kt[i] = kt[n - 1], col[i] = col[n - 1];
             if (n)
                 qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(rb, w->n_rows - r), kt, col, n,
                    direct ? units : w->d->head_dim, w->s + (int64_t)r * ATTN_SPAN);

@@ -1,0 +1,107 @@
+/* Random differential tests of attn_cpu.h against the fp64 reference.
+   test_cpu [SEED [COUNT]]
+   cc -std=c11 -I. -Itests tests/test_cpu.c -o test_cpu -lm */
+#define ATTN_IMPLEMENTATION
+#include "problem.h"
+
+static const attn_dtype kv_types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_F8E4M3, ATTN_F8E5M2, ATTN_I8, ATTN_I4};
+
+static void random_opts(test_rng *r, problem_opts *o) {
+    static const int32_t dims[] = {8, 16, 24, 40, 64, 64, 80, 96, 128, 128, 192, 256, 576};
+    static const int32_t pages[] = {1, 3, 16, 16, 48, 64, 256, 1000};
+    static const attn_dtype qo[] = {ATTN_F32, ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_BF16};
+    memset(o, 0, sizeof *o);
+    o->phase = test_below(r, N_PHASES);
+    o->mask = test_below(r, N_MASKS);
+    o->layout = (attn_layout)test_below(r, 3);
+    o->contiguous = test_below(r, 5) == 0;
+    o->page_tokens = pages[test_below(r, 8)];
+    if (o->layout == ATTN_K16) o->page_tokens = (o->page_tokens + 15) / 16 * 16;
+    o->n_seq = 1 + test_below(r, 5);
+    o->max_kv = test_below(r, 4) ? 1 + test_below(r, 150) : 1 + test_below(r, 900);
+    o->n_kv_heads = 1 + test_below(r, 3);
+    o->n_heads = o->n_kv_heads * (1 + test_below(r, 5));
+    o->head_dim = dims[test_below(r, 13)];
+    o->v_head_dim = test_below(r, 3) ? o->head_dim : dims[test_below(r, 12)];
+    o->k = kv_types[test_below(r, 7)];
+    o->v = kv_types[test_below(r, 7)];
+    o->q = qo[test_below(r, 5)];
+    o->o = qo[test_below(r, 5)];
+    if (test_below(r, 6) == 0) o->k = o->v = o->q = o->o = ATTN_BF16;
+    o->softcap = test_below(r, 5) == 0;
+    o->alibi = test_below(r, 5) == 0;
+    o->sink = test_below(r, 5) == 0;
+    o->bias = test_below(r, 6) == 0;
+    o->head_scale = test_below(r, 6) == 0;
+    o->lse = test_below(r, 2);
+    o->evicted = test_below(r, 5) == 0;
+    o->shared = test_below(r, 3) == 0 ? 16 * (1 + test_below(r, 40)) : 0;
+    o->numerics = (attn_numerics)test_below(r, 2);
+    o->sharp = 3;
+}
+
+static void run(problem *p, int32_t workers) {
+    size_t bytes = attn_cpu_forward_bytes(&p->d, workers);
+    void *mem = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+    CHECK(bytes > 0);
+    memset(mem, 0xff, bytes);
+    CHECK_EQ(attn_cpu_forward(&p->d, mem, bytes, workers), ATTN_OK);
+    free(mem);
+}
+
+static void one(uint64_t seed) {
+    test_rng r;
+    problem p;
+    problem_opts o;
+    int isa, ok;
+    double ratio = 0;
+    size_t n;
+    float *out, *plain;
+    r.state = seed;
+    random_opts(&r, &o);
+    problem_make(&p, &o, &r);
+    CHECK_EQ(attn_validate(&p.d), ATTN_OK);
+    CHECK_EQ(attn_ref_forward(&p.d, p.ref, p.ref_lse), ATTN_OK);
+    n = (size_t)p.n_tokens * (size_t)o.n_heads * (size_t)o.v_head_dim;
+    out = (float *)malloc(4 * n + 4);
+    plain = (float *)malloc(4 * n + 4);
+    problem_plain(&p, plain);
+    for (isa = ATTN_CPU_SCALAR; isa < ATTN_CPU_ISA_COUNT; isa++) {
+        const char *name;
+        int dot;
+        size_t i;
+        if (!attn_cpu_has((attn_cpu_isa)isa)) continue;
+        attn_cpu_set_isa((attn_cpu_isa)isa);
+        name = attn_cpu_executor(&p.d);
+        dot = strstr(name, "bdot") != NULL;
+        memset(p.d.o.data, 0xff, n * 2);
+        run(&p, 1 + test_below(&r, 4));
+        problem_output(&p, out);
+        ok = problem_accurate(&p, out, plain, dot ? 2 : 1.5, dot ? 4 : 3, &ratio);
+        if (!CHECK(ok))
+            printf("  seed %llu %s: %s %s layout %d page %d%s k %s v %s q %s o %s heads %d/%d d %d/%d seq %d shared %d "
+                   "num %d cap %d alibi %d sink %d bias %d evict %d hs %d ratio %.3g\n",
+                   (unsigned long long)seed, name, problem_phases[o.phase], problem_masks[o.mask], o.layout,
+                   o.page_tokens, o.contiguous ? "c" : "", attn_dtype_name(o.k), attn_dtype_name(o.v),
+                   attn_dtype_name(o.q), attn_dtype_name(o.o), o.n_heads, o.n_kv_heads, o.head_dim, o.v_head_dim,
+                   o.n_seq, o.shared, o.numerics, o.softcap, o.alibi, o.sink, o.bias, o.evicted, o.head_scale, ratio);
+        for (i = 0; p.d.lse && i < n / (size_t)o.v_head_dim; i++) {
+            double e = fabs((double)p.d.lse[i] - p.ref_lse[i]);
+            if (p.ref_lse[i] < -1e300) {
+                if (!CHECK((double)p.d.lse[i] < -1e30)) break;
+            } else if (!CHECK(e < 2e-5 * (1 + fabs(p.ref_lse[i])) + (dot ? 0.01 : 0))) {
+                printf("  seed %llu lse %g against %g\n", (unsigned long long)seed, (double)p.d.lse[i], p.ref_lse[i]);
+                break;
+            }
+        }
+    }
+    free(out);
+    free(plain);
+    problem_free(&p);
+}
+
+int main(int argc, char **argv) {
+    uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 300), i;
+    for (i = 0; i < count; i++) one(seed + i);
+    return TEST_END();
+}
