@@ -771,6 +771,35 @@ static void test_evict(void) {
     CHECK_EQ(attn_tree_check(t), ATTN_OK);
 }
 
+// What a priority covers, what counts as use, and pages that eviction frees by joining nodes.
+static void test_evict_order(void) {
+    attn_tree *t = make(8, 2, 8, 0);
+    int32_t a = put(t, "aa"), b = put(t, "bb"), xx[4] = {'x', 'x', 'x', 'x'};
+    CHECK_EQ(attn_tree_priority(t, a, 3), ATTN_OK);
+    CHECK_EQ(attn_tree_priority(t, b, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, a, xx, 2, NULL, NULL, 0, NULL), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, b, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, a, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aaxx") == 2 && match(t, "bb") == 2);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aaxx") == 2 && match(t, "bb") == 0);
+    t = make(8, 2, 8, 0);
+    CHECK_EQ(attn_tree_release(t, put(t, "aa"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, put(t, "bb"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, put(t, "aacc"), 0), ATTN_OK); // uses aa
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aacc") == 2 && match(t, "bb") == 0);
+    t = make(3, 4, 8, 0);
+    CHECK_EQ(attn_tree_release(t, put(t, "abcdeX"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, put(t, "abcdeY"), 1), ATTN_OK);
+    a = put(t, "abcdeY");
+    CHECK(t->pool.n_free == 0 && t->n_held_pages == 3);
+    CHECK_EQ(attn_tree_append(t, a, xx, 4, NULL, NULL, 0, NULL), ATTN_OK);
+    CHECK(match(t, "abcdeX") == 5 && match(t, "abcdeYxxxx") == 10);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+}
+
 static void test_order(void) {
     attn_tree *t = make(16, 4, 8, 0);
     int32_t seqs[5], order[5], scratch[5], i;
@@ -846,6 +875,8 @@ static void test_blob(void) {
     s = put(t, "abcdX"); // the copy needs a callback
     CHECK_EQ(attn_tree_truncate(t, out, 3), ATTN_OK);
     CHECK_EQ(attn_tree_load(t, 0, 8, write_rows, NULL, &m, blob, bytes, &out), ATTN_ERR_ARGUMENT);
+    m.fail_at = 1;
+    CHECK_EQ(attn_tree_load(t, 0, 8, write_rows, copy_page, &m, blob, bytes, &out), ATTN_ERR_CALLBACK);
     CHECK_EQ(attn_tree_check(t), ATTN_OK);
 }
 
@@ -877,6 +908,7 @@ int main(int argc, char **argv) {
     test_fork();
     test_truncate();
     test_evict();
+    test_evict_order();
     test_order();
     test_blob();
     test_index();
