@@ -669,9 +669,8 @@ ATTN_DEF attn_result attn_pool_release(attn_pool *pool, int32_t page) {
 // topmost): one next and one prev per page suffice. A second child that starts inside the page
 // takes a copy.
 //   ref[page]  = nodes that list it + copies not acknowledged that read or write it
-//   fill[page] = end of the deepest of those nodes in it, in slots; a child may continue in place
-//   iff
-//                it starts there
+//   fill[page] = end of the deepest of those nodes in it, in slots: where a child that starts there
+//                may continue in place
 //   hold[page] = held nodes that list it + such copies
 // A node is held while a sequence or pin sits in its subtree. What is not held can all be evicted,
 // so "n_free + pages not held" answers whether a request is hopeless before anything is evicted.
@@ -1579,10 +1578,8 @@ ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, 
 static int attni_tree_compare(const attn_tree *t, int32_t x, int32_t y) {
     int32_t cx = -1, cy = -1, sx, sy;
     while (x != y) {
-        sx = x < 0                   ? -2
-             : t->node[x].parent < 0 ? -1
-                                     : t->node[x].start; // roots above their children
-        sy = y < 0 ? -2 : t->node[y].parent < 0 ? -1 : t->node[y].start;
+        sx = x < 0 ? -2 : t->node[x].start - (t->node[x].parent < 0); // roots above their children
+        sy = y < 0 ? -2 : t->node[y].start - (t->node[y].parent < 0);
         if (sx >= sy) {
             cx = x;
             x = t->node[x].parent;
