@@ -205,7 +205,7 @@ typedef struct attn_block_list {
 } attn_block_list;
 
 // dkernel's closed form with i = p / block, j = k / block, h = KV head + head0:
-//   causal:        i - j < local  or  (j + h * step + offset) mod stride == 0
+//   causal:        j <= i and (i - j < local or (j + h * step + offset) mod stride == 0)
 //   bidirectional: (max(0, i - j - local + 1) + max(0, j - i - local_right + 1)) mod stride == 0
 // The last n_dense of n_heads_total KV heads keep everything.
 typedef struct attn_local_stride {
@@ -275,7 +275,7 @@ typedef struct attn_logits {
     const float *sink;  // (n_heads) logits of a virtual key without value (default NULL)
     attn_tensor bias;   // additive, (n_heads or 1, n_tokens, columns): element
                         // [head * stride_head + token * stride_token + (k - kv_pos0)];
-                        // stride_head 0: shared by all heads; stride_token is required (default: off)
+                        // a stride of 0: shared by all heads, by all tokens (default: off)
 } attn_logits;
 
 // Score of a visible pair, in this order: scale * q.k, softcap, ALiBi, bias; then softmax over the
@@ -286,7 +286,8 @@ typedef struct attn_desc {
     int32_t n_kv_heads;
     int32_t head_dim;        // multiple of 8, 8..576
     int32_t v_head_dim;      // (default 0: head_dim)
-    const int32_t *q_start;  // (n_seq + 1) first query token of each sequence; q_start[n_seq] = n_tokens
+    const int32_t *q_start;  // (n_seq + 1) first query token of each sequence, from 0 on;
+                             // q_start[n_seq] = n_tokens
     const int32_t *q_pos0;   // (n_seq) absolute position of its first query
                              // (default NULL: its queries are the last tokens held)
     const int32_t *seq_order; // (n_seq) permutation that puts sequences with common pages side by
@@ -300,7 +301,7 @@ typedef struct attn_desc {
     attn_numerics numerics;  // (default: FAST)
 } attn_desc;
 
-// Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included, rounded up to 64; 0 if invalid.
+// Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included; 0 if invalid.
 // Reads n_kv_heads, head_dim, v_head_dim, kv.layout, kv.page_tokens, the array's dtype, strides, scale.
 ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v);
 
@@ -374,12 +375,12 @@ typedef struct attn_plan_seq {
 // Lives in the caller's memory; holds no pointer into Q, K, V or O, so one plan serves every layer.
 typedef struct attn_plan {
     attn_plan_params params;
-    int32_t n_seq, n_tokens, n_heads, n_kv_heads, head_dim, v_head_dim;
+    int32_t n_seq, n_active, n_tokens; // n_active: sequences that have queries
+    int32_t n_heads, n_kv_heads, head_dim, v_head_dim;
     int32_t n_tasks, n_merges, n_segments, n_shared; // n_shared: segments of more than one sequence
     int32_t tile_tokens;   // query tokens per task at most
     int32_t cap_seq, cap_segments, cap_tasks, cap_chain;
     size_t partial_rows;   // partial rows used, each (v_head_dim + 2) f32
-    uint64_t shape;        // fingerprint of the descriptor's shape
     int64_t kv_tokens_read; // KV tokens (x heads) visited by a step, shared runs counted once
     int64_t kv_tokens_seen; // ... if every sequence read its own
     attn_plan_seq *seq;    // (n_seq)
@@ -389,6 +390,7 @@ typedef struct attn_plan {
     attn_task *task;
     int32_t *chain;
     int32_t *merge;        // (n_merges) sequences whose partials must be merged
+    int32_t *stack;        // (3 * n_seq + 3) for the builder
 } attn_plan;
 
 // Bytes attn_plan_build needs for d, or for the capacities in p if those are larger; 0 when invalid.
@@ -569,11 +571,1494 @@ ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_byte
 
 // ==== Stop here if you only want the API. ========================================================
 
+#if defined(ATTN_IMPLEMENTATION) || defined(ATTN_CORE_IMPLEMENTATION) ||                           \
+    defined(ATTN_CPU_IMPLEMENTATION) || defined(ATTN_CUDA_IMPLEMENTATION) ||                       \
+    defined(ATTN_METAL_IMPLEMENTATION)
+#ifndef ATTNI_SHARED
+#define ATTNI_SHARED
+
+// ==== >>impl-shared  What the core and the backends both need (private, static) ==================
+
+#include <string.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define ATTNI_FN static inline __attribute__((unused))
+#else
+#define ATTNI_FN static inline
+#endif
+
+ATTNI_FN int32_t attni_min32(int32_t a, int32_t b) { return a < b ? a : b; }
+ATTNI_FN int32_t attni_max32(int32_t a, int32_t b) { return a > b ? a : b; }
+ATTNI_FN int64_t attni_min64(int64_t a, int64_t b) { return a < b ? a : b; }
+ATTNI_FN int64_t attni_max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- scalar conversions; NaN tests on the bits, so that the user's -ffast-math cannot drop them
+
+ATTNI_FN uint32_t attni_bits32(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+ATTNI_FN float attni_float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+ATTNI_FN int attni_finite(float x) { return (attni_bits32(x) & 0x7f800000u) != 0x7f800000u; }
+ATTNI_FN int attni_isnan(float x) { return (attni_bits32(x) & 0x7fffffffu) > 0x7f800000u; }
+
+ATTNI_FN float attni_from_bf16(uint16_t h) { return attni_float((uint32_t)h << 16); }
+
+ATTNI_FN uint16_t attni_to_bf16(float x) {
+    uint32_t u = attni_bits32(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// A small float of 1 + e + m bits with bias 2^(e-1) - 1 to f32, exactly. Integer arithmetic only:
+// denormals do not depend on the FPU's mode. The all-ones exponent is Inf/NaN if ieee.
+ATTNI_FN float attni_from_small(uint32_t h, int e, int m, int ieee) {
+    uint32_t sign = ((h >> (e + m)) & 1u) << 31, man = h & ((1u << m) - 1u);
+    int32_t ex = (int32_t)((h >> m) & ((1u << e) - 1u));
+    int32_t bias = (1 << (e - 1)) - 1, top = (1 << e) - 1;
+    if (ex == top && ieee)
+        return attni_float(sign | 0x7f800000u | (man ? 0x400000u | (man << (23 - m)) : 0u));
+    if (ex == 0) {
+        if (man == 0) return attni_float(sign);
+        for (ex = 1; !(man & (1u << m)); ex--) man <<= 1;
+        man &= (1u << m) - 1u;
+    }
+    return attni_float(sign | (uint32_t)(ex - bias + 127) << 23 | man << (23 - m));
+}
+
+// f32 to such a float, round to nearest even; too large becomes max_code (Inf or the largest value).
+ATTNI_FN uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint32_t nan_code) {
+    uint32_t u = attni_bits32(x), sign = (u >> 31) << (e + m), a = u & 0x7fffffffu, man, rest;
+    int32_t bias = (1 << (e - 1)) - 1, ex, shift;
+    if (a > 0x7f800000u) return sign | nan_code;
+    ex = (int32_t)(a >> 23) - 127 + bias;
+    if (ex >= (1 << e)) return sign | max_code;
+    man = (a & 0x7fffffu) | 0x800000u;
+    shift = 23 - m + (ex < 1 ? 1 - ex : 0);
+    if (shift > 24) return sign; // below half of the smallest denormal
+    rest = man & ((1u << shift) - 1u);
+    man >>= shift;
+    if (rest > (1u << (shift - 1)) || (rest == (1u << (shift - 1)) && (man & 1u))) man++;
+    // a carry out of the mantissa moves into the exponent by itself
+    man = ex < 1 ? man : man + ((uint32_t)(ex - 1) << m);
+    return sign | (man > max_code ? max_code : man);
+}
+
+ATTNI_FN float attni_from_f16(uint16_t h) { return attni_from_small(h, 5, 10, 1); }
+ATTNI_FN uint16_t attni_to_f16(float x) { return (uint16_t)attni_to_small(x, 5, 10, 0x7c00u, 0x7e00u); }
+ATTNI_FN float attni_from_e5m2(uint8_t h) { return attni_from_small(h, 5, 2, 1); }
+ATTNI_FN uint8_t attni_to_e5m2(float x) { return (uint8_t)attni_to_small(x, 5, 2, 0x7bu, 0x7fu); }
+ATTNI_FN float attni_from_e4m3(uint8_t h) { // no Inf; only 0x7f is NaN
+    if ((h & 0x7fu) == 0x7fu) return attni_float(0x7fc00000u | (uint32_t)(h & 0x80u) << 24);
+    return attni_from_small(h, 4, 3, 0);
+}
+ATTNI_FN uint8_t attni_to_e4m3(float x) { return (uint8_t)attni_to_small(x, 4, 3, 0x7eu, 0x7fu); }
+
+// Nearest integer, ties to even, clamped to [-lim, lim]; NaN gives 0 (the row's scale is NaN then).
+ATTNI_FN int attni_round_clamp(float x, int lim) {
+    float r;
+    int i;
+    if (attni_isnan(x)) return 0;
+    if (x >= (float)lim) return lim;
+    if (x <= (float)-lim) return -lim;
+    i = (int)x;
+    r = x - (float)i; // exact, |r| < 1
+    if (r > 0.5f || (r == 0.5f && (i & 1))) i++;
+    if (r < -0.5f || (r == -0.5f && (i & 1))) i--;
+    return i;
+}
+
+ATTNI_FN int attni_bits_of(attn_dtype t) {
+    static const uint8_t bits[ATTN_DTYPE_COUNT] = {0, 32, 16, 16, 8, 8, 8, 4};
+    return (int)t > 0 && (int)t < (int)ATTN_DTYPE_COUNT ? bits[t] : 0;
+}
+ATTNI_FN int attni_is_scaled(attn_dtype t) { return t >= ATTN_F8E4M3 && t < ATTN_DTYPE_COUNT; }
+ATTNI_FN int attni_is_float(attn_dtype t) { return t >= ATTN_F32 && t <= ATTN_BF16; }
+
+// The largest code of a scaled dtype: scale = max |x| / this.
+ATTNI_FN float attni_code_max(attn_dtype t) {
+    return t == ATTN_F8E4M3 ? 448.0f : t == ATTN_F8E5M2 ? 57344.0f : t == ATTN_I8 ? 127.0f : 7.0f;
+}
+
+// Element i of an array at p, without its scale.
+ATTNI_FN float attni_get(const void *p, attn_dtype t, int64_t i) {
+    const uint8_t *b = (const uint8_t *)p;
+    uint16_t h;
+    float f;
+    int c;
+    switch (t) {
+    case ATTN_F32: memcpy(&f, b + 4 * i, 4); return f;
+    case ATTN_F16: memcpy(&h, b + 2 * i, 2); return attni_from_f16(h);
+    case ATTN_BF16: memcpy(&h, b + 2 * i, 2); return attni_from_bf16(h);
+    case ATTN_F8E4M3: return attni_from_e4m3(b[i]);
+    case ATTN_F8E5M2: return attni_from_e5m2(b[i]);
+    case ATTN_I8: return (float)(b[i] < 128 ? (int)b[i] : (int)b[i] - 256);
+    case ATTN_I4:
+        c = (b[i >> 1] >> (4 * (int)(i & 1))) & 15;
+        return (float)(c < 8 ? c : c - 16);
+    default: return 0.0f;
+    }
+}
+
+// Stores x (already divided by the scale) as element i.
+ATTNI_FN void attni_put(void *p, attn_dtype t, int64_t i, float x) {
+    uint8_t *b = (uint8_t *)p;
+    uint16_t h;
+    switch (t) {
+    case ATTN_F32: memcpy(b + 4 * i, &x, 4); break;
+    case ATTN_F16: h = attni_to_f16(x); memcpy(b + 2 * i, &h, 2); break;
+    case ATTN_BF16: h = attni_to_bf16(x); memcpy(b + 2 * i, &h, 2); break;
+    case ATTN_F8E4M3: b[i] = attni_to_e4m3(x); break;
+    case ATTN_F8E5M2: b[i] = attni_to_e5m2(x); break;
+    case ATTN_I8: b[i] = (uint8_t)attni_round_clamp(x, 127); break;
+    case ATTN_I4: {
+        int c = attni_round_clamp(x, 7) & 15, s = 4 * (int)(i & 1);
+        b[i >> 1] = (uint8_t)((b[i >> 1] & (15 << (4 - s))) | (c << s));
+        break;
+    }
+    default: break;
+    }
+}
+
+ATTNI_FN double attni_sqrt(double x) { // x in (0, 1e6]; no libm
+    double y = x > 1 ? x : 1;
+    int i;
+    for (i = 0; i < 40; i++) y = 0.5 * (y + x / y);
+    return y;
+}
+
+ATTNI_FN int32_t attni_v_dim(const attn_desc *d) { return d->v_head_dim ? d->v_head_dim : d->head_dim; }
+ATTNI_FN float attni_scale(const attn_desc *d) {
+    uint32_t u = attni_bits32(d->logits.scale);
+    return (u & 0x7fffffffu) ? d->logits.scale : (float)(1.0 / attni_sqrt((double)d->head_dim));
+}
+
+// ---- K or V pages, resolved: where the 4-byte units and the scales of a token lie
+
+typedef struct attni_side {
+    uint8_t *data;
+    attn_dtype dtype;
+    int k16;                          // units of a token are 64 bytes apart, else 4
+    int32_t dim, page_tokens;
+    int64_t page_bytes, token_bytes, head_bytes;
+    int64_t scale_offset, scale_token, scale_head; // bytes in the page; scale_offset < 0: none there
+    const float *head_scale;
+    int64_t need_bytes;               // what a page really holds
+} attni_side;
+
+// Byte offset of the first unit of a token inside its page.
+ATTNI_FN int64_t attni_token_offset(const attni_side *s, int32_t place, int32_t head) {
+    if (s->k16)
+        return head * s->head_bytes + (int64_t)(place >> 4) * 16 * s->token_bytes + (place & 15) * 4;
+    return place * s->token_bytes + head * s->head_bytes;
+}
+
+ATTNI_FN float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
+    float f = 1.0f;
+    if (s->head_scale) return s->head_scale[head];
+    if (s->scale_offset < 0) return 1.0f;
+    memcpy(&f, s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
+                   head * s->scale_head, 4);
+    return f;
+}
+
+// Resolves an array; d's dims, heads, dtype and page_tokens must be in range already.
+ATTNI_FN attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *s) {
+    const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
+    int64_t bits = attni_bits_of(a->dtype), heads = d->n_kv_heads, pt = d->kv.page_tokens;
+    int64_t dim = is_v ? attni_v_dim(d) : d->head_dim, st = a->stride_token, sh = a->stride_head;
+    int64_t elements, limit = ((int64_t)1 << 56);
+    int head_major = d->kv.layout != ATTN_TOKEN_MAJOR;
+    s->data = (uint8_t *)a->data;
+    s->dtype = a->dtype;
+    s->k16 = d->kv.layout == ATTN_K16 && !is_v;
+    s->dim = (int32_t)dim;
+    s->page_tokens = d->kv.page_tokens;
+    s->head_scale = attni_is_scaled(a->dtype) ? a->head_scale : NULL;
+    if (st < 0 || sh < 0 || (s->k16 && (st || sh))) return ATTN_ERR_LAYOUT;
+    if (d->kv.layout == ATTN_K16 && pt % 16) return ATTN_ERR_LAYOUT;
+    if (!st) st = head_major ? dim : heads * dim;
+    if (!sh) sh = head_major ? pt * dim : dim;
+    if (st > limit / pt / 4 || sh > limit / heads / 4) return ATTN_ERR_OVERFLOW;
+    if (st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
+    elements = attni_max64(pt * st, heads * sh);
+    if (heads == 1 && !head_major) elements = pt * st;
+    if (pt == 1 && head_major) elements = heads * sh;
+    if ((pt - 1) * st + (heads - 1) * sh + dim > elements) return ATTN_ERR_LAYOUT;
+    s->token_bytes = st * bits / 8;
+    s->head_bytes = sh * bits / 8;
+    s->need_bytes = elements * bits / 8;
+    s->scale_offset = -1;
+    s->scale_token = s->scale_head = 0;
+    if (attni_is_scaled(a->dtype) && !a->head_scale) {
+        s->scale_offset = (s->need_bytes + 3) / 4 * 4;
+        s->scale_token = head_major ? 4 : 4 * heads;
+        s->scale_head = head_major ? 4 * pt : 4;
+        s->need_bytes = s->scale_offset + 4 * pt * heads;
+    }
+    s->page_bytes = a->page_bytes ? a->page_bytes : s->need_bytes;
+    if (s->page_bytes < s->need_bytes) return ATTN_ERR_LAYOUT;
+    if (s->page_bytes > limit || s->page_bytes > (INT64_MAX >> 1) / d->kv.n_pages)
+        return ATTN_ERR_OVERFLOW;
+    return ATTN_OK;
+}
+
+ATTNI_FN int32_t attni_kv_pos0(const attn_desc *d, int32_t s) {
+    return d->kv.kv_pos0 ? d->kv.kv_pos0[s] : 0;
+}
+
+ATTNI_FN int32_t attni_q_pos0(const attn_desc *d, int32_t s) {
+    if (d->q_pos0) return d->q_pos0[s];
+    return attni_kv_pos0(d, s) + d->kv.kv_len[s] - (d->q_start[s + 1] - d->q_start[s]);
+}
+
+// Page of held token j, or -1.
+ATTNI_FN int32_t attni_page_of(const attn_desc *d, int32_t s, int32_t j) {
+    int32_t page = s;
+    if (d->kv.page_table)
+        page = d->kv.page_table[s * d->kv.page_table_stride + j / d->kv.page_tokens];
+    return page >= 0 && page < d->kv.n_pages ? page : -1;
+}
+
+// ---- masks, one pair at a time (the definition) and 256 keys at a time (what backends run)
+
+ATTNI_FN int32_t attni_list_of(const attn_desc *d, int32_t n_lists, int32_t head) {
+    return n_lists == 1 ? 0 : n_lists == d->n_heads ? head : head / (d->n_heads / d->n_kv_heads);
+}
+
+// First index in [lo, hi) of an ascending array whose element is >= x.
+ATTNI_FN int64_t attni_lower_bound(const int32_t *a, int64_t lo, int64_t hi, int64_t x) {
+    while (lo < hi) {
+        int64_t mid = lo + (hi - lo) / 2;
+        if (a[mid] < x) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo;
+}
+
+ATTNI_FN int attni_contains(const int32_t *a, int64_t lo, int64_t hi, int64_t x) {
+    int64_t i = attni_lower_bound(a, lo, hi, x);
+    return i < hi && a[i] == x;
+}
+
+ATTNI_FN int attni_stride_keeps(const attn_desc *d, int32_t kv_head, int64_t i, int64_t j) {
+    const attn_local_stride *r = &d->mask.stride;
+    int64_t total = r->n_heads_total ? r->n_heads_total : d->n_kv_heads;
+    int64_t h = r->homogeneous ? 0 : kv_head + r->head0, step = r->head_step, a, right;
+    if (!r->bidirectional && j > i) return 0;
+    if (!r->homogeneous && h >= total - r->n_dense) return 1;
+    if (r->bidirectional) {
+        right = r->local_right ? r->local_right : r->local;
+        a = attni_max64(0, i - j - r->local + 1) + attni_max64(0, j - i - right + 1);
+        return a % r->stride == 0;
+    }
+    if (!step) step = attni_max64(1, r->stride / total);
+    if (i - j < r->local) return 1;
+    a = (j + h * step + r->offset) % r->stride;
+    return a == 0;
+}
+
+// 1 when entry e of the block list (of a row at sub-row sub) keeps the sub-column col.
+ATTNI_FN int attni_sub_bit(const attn_block_list *b, int64_t e, int32_t sub, int32_t col) {
+    int64_t words = ((int64_t)b->bits_rows * b->bits_cols + 63) / 64;
+    int64_t bit = (int64_t)sub * b->bits_cols + col;
+    return (int)((b->bits[e * words + bit / 64] >> (bit % 64)) & 1u);
+}
+
+ATTNI_FN int64_t attni_list_row(const attn_desc *d, int32_t seq, int64_t p) {
+    const attn_block_list *b = &d->mask.blocks;
+    return (b->seq_row ? b->seq_row[seq] : 0) + p / b->row_block;
+}
+
+ATTNI_FN int attni_has_sparse(const attn_mask *m) {
+    return m->blocks.row_start || m->stride.block || m->vslash.block || m->keep_sink || m->keep_recent;
+}
+
+ATTNI_FN int attni_sparse_pair(const attn_desc *d, int32_t seq, int64_t p, int64_t k, int32_t head) {
+    const attn_mask *m = &d->mask;
+    const attn_block_list *b = &m->blocks;
+    const attn_vertical_slash *v = &m->vslash;
+    if (!attni_has_sparse(m)) return 1;
+    if (k < m->keep_sink || (m->keep_recent && p - k < m->keep_recent)) return 1;
+    if (m->stride.block &&
+        attni_stride_keeps(d, head / (d->n_heads / d->n_kv_heads), p / m->stride.block,
+                           k / m->stride.block))
+        return 1;
+    if (v->block) {
+        int32_t l = attni_list_of(d, v->n_lists, head);
+        int64_t i = p / v->block, j = k / v->block;
+        if (attni_contains(v->col, v->col_start[l], v->col_start[l + 1], j)) return 1;
+        if (attni_contains(v->diag, v->diag_start[l], v->diag_start[l + 1], i - j)) return 1;
+    }
+    if (b->row_start) {
+        const int64_t *rs = b->row_start +
+                            attni_list_of(d, b->n_lists, head) * ((int64_t)b->n_rows + 1) +
+                            attni_list_row(d, seq, p);
+        int64_t e = attni_lower_bound(b->block, rs[0], rs[1], k / b->kv_block);
+        if (e < rs[1] && b->block[e] == k / b->kv_block) {
+            if (!b->bits) return 1;
+            return attni_sub_bit(b, e, (int32_t)(p % b->row_block) / (b->row_block / b->bits_rows),
+                                 (int32_t)(k % b->kv_block) / (b->kv_block / b->bits_cols));
+        }
+    }
+    return 0;
+}
+
+ATTNI_FN int attni_window_pair(const attn_mask *m, int64_t p, int64_t k) {
+    if (k < m->n_sink) return 1;
+    if (m->window_left && k < p - (m->window_left - 1)) return 0;
+    if (m->window_right && k > p + (m->window_right - 1)) return 0;
+    return 1;
+}
+
+// Sets bits [a, b) of 256, clipped.
+ATTNI_FN void attni_bits_set(uint64_t bits[4], int64_t a, int64_t b) {
+    int w;
+    a = attni_max64(a, 0);
+    b = attni_min64(b, 256);
+    for (w = 0; w < 4; w++) {
+        int64_t lo = attni_max64(a - 64 * w, 0), hi = attni_min64(b - 64 * w, 64);
+        if (lo < hi) bits[w] |= (hi - lo == 64 ? ~(uint64_t)0 : (((uint64_t)1 << (hi - lo)) - 1)) << lo;
+    }
+}
+
+// Remembers the sparse terms of the last row block seen: the rows of a tile mostly share them.
+typedef struct attni_masker {
+    const attn_desc *d;
+    int sparse;
+    int64_t key[6];
+    uint64_t bits[4];
+} attni_masker;
+
+ATTNI_FN void attni_masker_init(attni_masker *m, const attn_desc *d) {
+    m->d = d;
+    m->sparse = attni_has_sparse(&d->mask);
+    m->key[0] = -1;
+}
+
+ATTNI_FN void attni_list_bits(const attn_desc *d, int32_t seq, int64_t p, int32_t head, int64_t b0,
+                              uint64_t bits[4]) {
+    const attn_block_list *b = &d->mask.blocks;
+    const int64_t *rs = b->row_start +
+                        attni_list_of(d, b->n_lists, head) * ((int64_t)b->n_rows + 1) +
+                        attni_list_row(d, seq, p);
+    int64_t e = attni_lower_bound(b->block, rs[0], rs[1], b0 / b->kv_block);
+    for (; e < rs[1] && (int64_t)b->block[e] * b->kv_block < b0 + 256; e++) {
+        int64_t first = (int64_t)b->block[e] * b->kv_block - b0;
+        int32_t c, sub, width;
+        if (!b->bits) {
+            attni_bits_set(bits, first, first + b->kv_block);
+            continue;
+        }
+        sub = (int32_t)(p % b->row_block) / (b->row_block / b->bits_rows);
+        width = b->kv_block / b->bits_cols;
+        for (c = 0; c < b->bits_cols; c++)
+            if (attni_sub_bit(b, e, sub, c))
+                attni_bits_set(bits, first + (int64_t)c * width, first + (int64_t)(c + 1) * width);
+    }
+}
+
+ATTNI_FN void attni_vslash_bits(const attn_desc *d, int64_t p, int32_t head, int64_t b0,
+                                uint64_t bits[4]) {
+    const attn_vertical_slash *v = &d->mask.vslash;
+    int32_t l = attni_list_of(d, v->n_lists, head);
+    int64_t i = p / v->block, j0 = b0 / v->block, j1 = (b0 + 255) / v->block, e;
+    e = attni_lower_bound(v->col, v->col_start[l], v->col_start[l + 1], j0);
+    for (; e < v->col_start[l + 1] && v->col[e] <= j1; e++)
+        attni_bits_set(bits, (int64_t)v->col[e] * v->block - b0, ((int64_t)v->col[e] + 1) * v->block - b0);
+    e = attni_lower_bound(v->diag, v->diag_start[l], v->diag_start[l + 1], i - j1);
+    for (; e < v->diag_start[l + 1] && v->diag[e] <= i - j0; e++)
+        attni_bits_set(bits, (i - v->diag[e]) * v->block - b0, (i - v->diag[e] + 1) * v->block - b0);
+}
+
+// The sparse terms for keys [b0, b0 + 256) in m->bits; a key of what they depend on saves the work for
+// the next row of the same row block.
+ATTNI_FN void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_t head, int64_t b0) {
+    const attn_desc *d = m->d;
+    const attn_mask *k = &d->mask;
+    int per_head = (k->blocks.row_start && k->blocks.n_lists == d->n_heads) ||
+                   (k->vslash.block && k->vslash.n_lists == d->n_heads);
+    int32_t group = d->n_heads / d->n_kv_heads;
+    int64_t key[6], j;
+    key[0] = b0;
+    key[1] = seq;
+    key[2] = per_head ? head : head / group;
+    key[3] = !k->blocks.row_start ? 0
+             : k->blocks.bits     ? p / (k->blocks.row_block / k->blocks.bits_rows)
+                                  : p / k->blocks.row_block;
+    key[4] = k->stride.block ? p / k->stride.block : 0;
+    key[5] = k->keep_recent ? p : k->vslash.block ? p / k->vslash.block : 0;
+    if (memcmp(key, m->key, sizeof key) == 0) return;
+    memcpy(m->key, key, sizeof key);
+    memset(m->bits, 0, sizeof m->bits);
+    attni_bits_set(m->bits, -b0, k->keep_sink - b0);
+    if (k->keep_recent) attni_bits_set(m->bits, p - k->keep_recent + 1 - b0, 256);
+    if (k->stride.block)
+        for (j = b0 / k->stride.block; j * k->stride.block < b0 + 256; j++)
+            if (attni_stride_keeps(d, head / group, p / k->stride.block, j))
+                attni_bits_set(m->bits, j * k->stride.block - b0, (j + 1) * k->stride.block - b0);
+    if (k->vslash.block) attni_vslash_bits(d, p, head, b0, m->bits);
+    if (k->blocks.row_start) attni_list_bits(d, seq, p, head, b0, m->bits);
+}
+
+// Depth of query t (index in its sequence) in the token tree.
+ATTNI_FN int32_t attni_tree_depth(const attn_desc *d, int32_t q_begin, int32_t t) {
+    int32_t depth = 0;
+    while ((t = d->mask.tree_parent[q_begin + t]) >= 0) depth++;
+    return depth;
+}
+
+// Which of the keys [256 * span, + 256) query t of sequence seq, at position p, sees with head.
+ATTNI_FN void attni_span_bits(attni_masker *m, const attn_plan_seq *s, int32_t seq, int32_t t,
+                              int64_t p, int32_t head, int32_t span, uint64_t bits[4]) {
+    const attn_mask *k = &m->d->mask;
+    int64_t b0 = (int64_t)span * ATTN_SPAN, lo = s->kv_pos0, hi = (int64_t)s->kv_pos0 + s->kv_len;
+    int64_t left = k->window_left ? p - (k->window_left - 1) : 0;
+    int64_t right = k->window_right ? p + k->window_right : INT64_MAX / 2;
+    int tree = k->kind == ATTN_MASK_TREE && !s->is_chain, w;
+    if (tree) hi = attni_min64(hi, s->q_pos0);
+    else if (k->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p + 1);
+    memset(bits, 0, 4 * sizeof bits[0]);
+    attni_bits_set(bits, attni_max64(lo, left) - b0, attni_min64(hi, right) - b0);
+    if (k->n_sink) attni_bits_set(bits, lo - b0, attni_min64(hi, k->n_sink) - b0);
+    if (m->sparse && (bits[0] | bits[1] | bits[2] | bits[3])) {
+        attni_sparse_bits(m, seq, p, head, b0);
+        for (w = 0; w < 4; w++) bits[w] &= m->bits[w];
+    }
+    if (tree && b0 + 256 > s->q_pos0) {
+        int64_t kp = p;
+        for (; t >= 0; t = k->tree_parent[s->q_begin + t], kp--) {
+            int64_t at = (int64_t)s->q_pos0 + t - b0;
+            if (at >= 0 && at < 256 && attni_window_pair(k, p, kp) &&
+                attni_sparse_pair(m->d, seq, p, kp, head))
+                bits[at / 64] |= (uint64_t)1 << (at % 64);
+        }
+    }
+}
+
+#endif // ATTNI_SHARED
+#endif // any implementation
+
 #if defined(ATTN_IMPLEMENTATION) || defined(ATTN_CORE_IMPLEMENTATION)
 #ifndef ATTNI_CORE_IMPLEMENTED
 #define ATTNI_CORE_IMPLEMENTED
 
-#include <string.h>
+// ==== >>impl-names  ==============================================================================
+
+ATTN_DEF const char *attn_result_string(attn_result r) {
+    switch ((int)r) {
+#define ATTNI_X(name, value, text)                                                                 \
+    case value: return text;
+        ATTN_RESULTS(ATTNI_X)
+#undef ATTNI_X
+    default: return "unknown result code";
+    }
+}
+
+ATTN_DEF const char *attn_dtype_name(attn_dtype t) {
+    static const char *const names[ATTN_DTYPE_COUNT] = {"none",   "f32",    "f16", "bf16",
+                                                        "f8e4m3", "f8e5m2", "i8",  "i4"};
+    return attni_bits_of(t) ? names[t] : names[0];
+}
+ATTN_DEF int attn_dtype_bits(attn_dtype t) { return attni_bits_of(t); }
+ATTN_DEF int attn_dtype_scaled(attn_dtype t) { return attni_is_scaled(t); }
+
+// ==== >>impl-kv  =================================================================================
+
+ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v) {
+    attn_desc c;
+    attni_side s;
+    int32_t dim;
+    if (!d) return 0;
+    c = *d;
+    c.kv.k.page_bytes = c.kv.v.page_bytes = 0;
+    if (c.kv.n_pages < 1) c.kv.n_pages = 1;
+    dim = is_v ? attni_v_dim(d) : d->head_dim;
+    if (dim < 8 || dim > ATTN_MAX_HEAD_DIM || dim % 8 || d->n_kv_heads < 1 || d->kv.page_tokens < 1)
+        return 0;
+    if (!attni_bits_of(is_v ? d->kv.v.dtype : d->kv.k.dtype)) return 0;
+    if (attni_side_init(&c, is_v, &s) != ATTN_OK) return 0;
+    return (size_t)s.page_bytes;
+}
+
+ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out) {
+    int32_t s, t;
+    if (!d || !out) return ATTN_ERR_ARGUMENT;
+    for (s = 0; s < d->n_seq; s++) {
+        int64_t place = (int64_t)attni_q_pos0(d, s) - attni_kv_pos0(d, s);
+        for (t = d->q_start[s]; t < d->q_start[s + 1]; t++, place++) {
+            int32_t page;
+            if (place < 0 || place >= d->kv.kv_len[s]) return ATTN_ERR_PAGE;
+            page = attni_page_of(d, s, (int32_t)place);
+            if (page < 0) return ATTN_ERR_PAGE;
+            out[t] = (int64_t)page * d->kv.page_tokens + place % d->kv.page_tokens;
+        }
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens) {
+    attni_side s;
+    size_t per;
+    if (!d || n_tokens < 0 || !attn_kv_page_bytes(d, is_v)) return 0;
+    if (attni_side_init(d, is_v, &s) != ATTN_OK) return 0;
+    per = (size_t)s.dim * (size_t)attni_bits_of(s.dtype) / 8 + (s.scale_offset < 0 ? 0 : 4);
+    return per * (size_t)d->n_kv_heads * (size_t)n_tokens;
+}
+
+// Reverses the bytes of each element on a big-endian host, where rows are still little-endian.
+static void attni_copy_le(void *dst, const void *src, size_t n_elements, size_t width) {
+    const uint16_t probe = 1;
+    size_t i, b;
+    if (*(const uint8_t *)&probe || width == 1) {
+        memcpy(dst, src, n_elements * width);
+        return;
+    }
+    for (i = 0; i < n_elements; i++)
+        for (b = 0; b < width; b++)
+            ((uint8_t *)dst)[i * width + b] = ((const uint8_t *)src)[i * width + width - 1 - b];
+}
+
+static attn_result attni_move_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                   int32_t n, uint8_t *rows, int writing) {
+    attni_side s;
+    int32_t t, h;
+    size_t width, row_bytes, u;
+    uint8_t *scales;
+    if (!d || !rows || !attn_kv_page_bytes(d, is_v)) return ATTN_ERR_ARGUMENT;
+    if (attni_side_init(d, is_v, &s) != ATTN_OK) return ATTN_ERR_LAYOUT;
+    if (page < 0 || page >= d->kv.n_pages) return ATTN_ERR_PAGE;
+    if (!s.data || place < 0 || n < 0 || n > s.page_tokens - place) return ATTN_ERR_ARGUMENT;
+    width = attni_bits_of(s.dtype) < 8 ? 1 : (size_t)attni_bits_of(s.dtype) / 8;
+    row_bytes = (size_t)s.dim * (size_t)attni_bits_of(s.dtype) / 8;
+    scales = rows + row_bytes * (size_t)n * (size_t)d->n_kv_heads;
+    for (t = 0; t < n; t++)
+        for (h = 0; h < d->n_kv_heads; h++) {
+            uint8_t *base = s.data + page * s.page_bytes;
+            uint8_t *p = base + attni_token_offset(&s, place + t, h);
+            uint8_t *r = rows + row_bytes * ((size_t)t * (size_t)d->n_kv_heads + (size_t)h);
+            for (u = 0; u < row_bytes / 4; u++, p += s.k16 ? 64 : 4)
+                if (writing) attni_copy_le(p, r + 4 * u, 4 / width, width);
+                else attni_copy_le(r + 4 * u, p, 4 / width, width);
+            if (s.scale_offset < 0) continue;
+            p = base + s.scale_offset + (place + t) * s.scale_token + h * s.scale_head;
+            if (writing) attni_copy_le(p, scales, 1, 4);
+            else attni_copy_le(scales, p, 1, 4);
+            scales += 4;
+        }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_kv_read_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                       int32_t n_tokens, void *rows) {
+    return attni_move_rows(d, is_v, page, place, n_tokens, (uint8_t *)rows, 0);
+}
+
+ATTN_DEF attn_result attn_kv_write_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                        int32_t n_tokens, const void *rows) {
+    // rows is only read when writing
+    return attni_move_rows(d, is_v, page, place, n_tokens, (uint8_t *)(uintptr_t)rows, 1);
+}
+
+// ==== >>impl-mask  ===============================================================================
+
+ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_t cols,
+                                          int32_t row_block, int32_t kv_block, int64_t *row_start,
+                                          int32_t *block, uint64_t *bits, int64_t capacity,
+                                          int64_t *n_entries, attn_block_list *out) {
+    int64_t n = 0, words, w;
+    int32_t rb, cb, r, c;
+    if (!m || !row_start || !n_entries || !out || rows < 1 || cols < 1) return ATTN_ERR_ARGUMENT;
+    if (row_block < 1 || kv_block < 1 || row_block > 4096 / kv_block) return ATTN_ERR_ARGUMENT;
+    if (capacity < 0 || (capacity > 0 && (!block || !bits))) return ATTN_ERR_ARGUMENT;
+    words = ((int64_t)row_block * kv_block + 63) / 64;
+    for (rb = 0; rb <= (rows - 1) / row_block; rb++) {
+        row_start[rb] = n;
+        for (cb = 0; cb <= (cols - 1) / kv_block; cb++) {
+            int any = 0;
+            int32_t r1 = attni_min32(rows - rb * row_block, row_block);
+            int32_t c1 = attni_min32(cols - cb * kv_block, kv_block);
+            if (n < capacity)
+                for (w = 0; w < words; w++) bits[n * words + w] = 0;
+            for (r = 0; r < r1; r++)
+                for (c = 0; c < c1; c++) {
+                    int64_t bit = (int64_t)r * kv_block + c;
+                    if (!m[((int64_t)rb * row_block + r) * cols + (int64_t)cb * kv_block + c]) continue;
+                    any = 1;
+                    if (n < capacity) bits[n * words + bit / 64] |= (uint64_t)1 << (bit % 64);
+                }
+            if (!any) continue;
+            if (n < capacity) block[n] = cb;
+            n++;
+        }
+    }
+    row_start[rb] = n;
+    *n_entries = n;
+    memset(out, 0, sizeof *out);
+    out->row_block = out->bits_rows = row_block;
+    out->kv_block = out->bits_cols = kv_block;
+    out->n_lists = 1;
+    out->n_rows = rb;
+    out->row_start = row_start;
+    out->block = block;
+    out->bits = bits;
+    return n > capacity && capacity > 0 ? ATTN_ERR_FULL : ATTN_OK;
+}
+
+// ==== >>impl-validate  ===========================================================================
+
+static int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads, int64_t dim,
+                          int written) {
+    int64_t st = t->stride_token ? t->stride_token : heads * dim;
+    int64_t sh = t->stride_head ? t->stride_head : dim, limit = (int64_t)1 << 58;
+    if (st < 0 || sh < 0) return 1;
+    if (st > limit / attni_max64(n_tokens, 1) || sh > limit / heads) return 1;
+    if (!written || n_tokens == 0) return 0;
+    // rows that are written must not overlap, in either order of the two strides
+    return !((heads == 1 || sh >= dim) && (n_tokens == 1 || st >= (heads - 1) * sh + dim)) &&
+           !((n_tokens == 1 || st >= dim) && (heads == 1 || sh >= (n_tokens - 1) * st + dim));
+}
+
+static attn_result attni_check_shape(const attn_desc *d) {
+    int32_t vd, s;
+    if (d->n_seq < 1 || d->n_heads < 1 || d->n_kv_heads < 1) return ATTN_ERR_ARGUMENT;
+    if (d->n_heads % d->n_kv_heads || d->n_heads > 65536) return ATTN_ERR_SHAPE;
+    if (d->head_dim < 8 || d->head_dim % 8 || d->head_dim > ATTN_MAX_HEAD_DIM) return ATTN_ERR_SHAPE;
+    vd = attni_v_dim(d);
+    if (vd < 8 || vd % 8 || vd > ATTN_MAX_HEAD_DIM) return ATTN_ERR_SHAPE;
+    if (!d->q_start || !d->kv.kv_len || !d->kv.k.data || !d->kv.v.data) return ATTN_ERR_ARGUMENT;
+    if (d->q_start[0] != 0) return ATTN_ERR_SHAPE;
+    for (s = 0; s < d->n_seq; s++)
+        if (d->q_start[s + 1] < d->q_start[s]) return ATTN_ERR_SHAPE;
+    if (d->q_start[d->n_seq] > 0 && (!d->q.data || !d->o.data)) return ATTN_ERR_ARGUMENT;
+    if (!attni_is_float(d->q.dtype) || !attni_is_float(d->o.dtype)) return ATTN_ERR_DTYPE;
+    if (!attni_bits_of(d->kv.k.dtype) || !attni_bits_of(d->kv.v.dtype)) return ATTN_ERR_DTYPE;
+    if (attni_bad_view(&d->q, d->q_start[d->n_seq], d->n_heads, d->head_dim, 0)) return ATTN_ERR_LAYOUT;
+    if (attni_bad_view(&d->o, d->q_start[d->n_seq], d->n_heads, vd, 1)) return ATTN_ERR_LAYOUT;
+    if ((int)d->numerics < 0 || d->numerics > ATTN_NUMERICS_APPROX) return ATTN_ERR_ARGUMENT;
+    if ((int)d->mask.kind < 0 || d->mask.kind > ATTN_MASK_TREE) return ATTN_ERR_MASK;
+    if (!attni_finite(d->logits.scale) || !attni_finite(d->logits.softcap) || d->logits.softcap < 0)
+        return ATTN_ERR_ARGUMENT;
+    if (d->logits.bias.data) {
+        if (!attni_is_float(d->logits.bias.dtype)) return ATTN_ERR_DTYPE;
+        if (d->logits.bias.stride_head < 0 || d->logits.bias.stride_token < 0) return ATTN_ERR_LAYOUT;
+    }
+    return ATTN_OK;
+}
+
+static attn_result attni_check_kv(const attn_desc *d) {
+    const attn_kv *kv = &d->kv;
+    attni_side side;
+    attn_result r;
+    int32_t s, j;
+    if (kv->page_tokens < 1 || kv->n_pages < 1) return ATTN_ERR_ARGUMENT;
+    if ((int)kv->layout < 0 || kv->layout > ATTN_K16) return ATTN_ERR_LAYOUT;
+    if ((r = attni_side_init(d, 0, &side)) != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 1, &side)) != ATTN_OK) return r;
+    if (kv->page_table && kv->page_table_stride < 0) return ATTN_ERR_LAYOUT;
+    if (!kv->page_table && d->n_seq > kv->n_pages) return ATTN_ERR_PAGE;
+    for (s = 0; s < d->n_seq; s++) {
+        int32_t len = kv->kv_len[s], n_pages = 0;
+        int64_t pos0 = attni_kv_pos0(d, s), q_len = d->q_start[s + 1] - d->q_start[s];
+        int64_t q0 = d->q_pos0 ? d->q_pos0[s] : pos0 + len - q_len;
+        if (len < 0 || pos0 < 0 || pos0 + len > INT32_MAX) return ATTN_ERR_SHAPE;
+        if (q0 < 0 || q0 + q_len > INT32_MAX) return ATTN_ERR_SHAPE;
+        if (!kv->page_table && len > kv->page_tokens) return ATTN_ERR_SHAPE;
+        if (d->seq_order && (d->seq_order[s] < 0 || d->seq_order[s] >= d->n_seq))
+            return ATTN_ERR_ARGUMENT;
+        if (!kv->page_table) continue;
+        n_pages = len / kv->page_tokens + (len % kv->page_tokens != 0);
+        if (n_pages > kv->page_table_stride && (d->n_seq > 1 || kv->page_table_stride))
+            return ATTN_ERR_SHAPE;
+        for (j = 0; j < n_pages; j++) {
+            int32_t page = kv->page_table[s * kv->page_table_stride + j];
+            if (page < 0 || page >= kv->n_pages) return ATTN_ERR_PAGE;
+        }
+    }
+    return ATTN_OK;
+}
+
+// ids of [start[i], start[i + 1]) must be ascending and unique; negative ones only where allowed.
+static int attni_bad_csr(const int64_t *start, const int32_t *ids, int64_t n, int negative) {
+    int64_t i, e;
+    if (start[0] < 0) return 1;
+    for (i = 0; i < n; i++) {
+        if (start[i + 1] < start[i] || (start[i + 1] > start[i] && !ids)) return 1;
+        for (e = start[i]; e < start[i + 1]; e++) {
+            if (ids[e] < 0 && !negative) return 1;
+            if (e > start[i] && ids[e] <= ids[e - 1]) return 1;
+        }
+    }
+    return 0;
+}
+
+static int attni_bad_lists(const attn_desc *d, int32_t n) {
+    return n != 1 && n != d->n_kv_heads && n != d->n_heads;
+}
+
+static attn_result attni_check_blocks(const attn_desc *d) {
+    const attn_block_list *b = &d->mask.blocks;
+    int32_t s;
+    if (b->row_block < 1 || b->kv_block < 1 || b->n_rows < 1) return ATTN_ERR_MASK;
+    if (attni_bad_lists(d, b->n_lists)) return ATTN_ERR_MASK;
+    if (b->bits && (b->bits_rows < 1 || b->bits_cols < 1 || b->row_block % b->bits_rows ||
+                    b->kv_block % b->bits_cols))
+        return ATTN_ERR_MASK;
+    for (s = 0; s < b->n_lists; s++)
+        if (attni_bad_csr(b->row_start + s * ((int64_t)b->n_rows + 1), b->block, b->n_rows, 0))
+            return ATTN_ERR_MASK;
+    for (s = 0; s < d->n_seq; s++) {
+        int64_t q_len = d->q_start[s + 1] - d->q_start[s], p = attni_q_pos0(d, s);
+        if (!q_len) continue;
+        if (attni_list_row(d, s, p) < 0 || attni_list_row(d, s, p + q_len - 1) >= b->n_rows)
+            return ATTN_ERR_MASK;
+    }
+    return ATTN_OK;
+}
+
+static attn_result attni_check_tree(const attn_desc *d) {
+    int32_t s, t;
+    if (!d->mask.tree_parent) return ATTN_ERR_ARGUMENT;
+    for (s = 0; s < d->n_seq; s++) {
+        const int32_t *parent = d->mask.tree_parent + d->q_start[s];
+        int32_t q_len = d->q_start[s + 1] - d->q_start[s];
+        if (!q_len) continue;
+        if (q_len > d->kv.kv_len[s]) return ATTN_ERR_MASK;
+        if (attni_q_pos0(d, s) + q_len != attni_kv_pos0(d, s) + d->kv.kv_len[s]) return ATTN_ERR_MASK;
+        for (t = 0; t < q_len; t++)
+            if (parent[t] < -1 || parent[t] >= t) return ATTN_ERR_MASK;
+    }
+    return ATTN_OK;
+}
+
+static attn_result attni_check_mask(const attn_desc *d) {
+    const attn_mask *m = &d->mask;
+    const attn_local_stride *r = &m->stride;
+    const attn_vertical_slash *v = &m->vslash;
+    int64_t total = r->n_heads_total ? r->n_heads_total : d->n_kv_heads;
+    if (m->window_left < 0 || m->window_right < 0 || m->n_sink < 0) return ATTN_ERR_MASK;
+    if (m->keep_sink < 0 || m->keep_recent < 0) return ATTN_ERR_MASK;
+    if (r->block < 0 || v->block < 0) return ATTN_ERR_MASK;
+    if (r->block) {
+        if (r->local < 1 || r->stride < 1 || r->local_right < 0 || r->head_step < 0 || r->offset < 0)
+            return ATTN_ERR_MASK;
+        if (r->n_dense < 0 || r->n_dense > total || (r->homogeneous && r->n_dense)) return ATTN_ERR_MASK;
+        if (r->head0 < 0 || (int64_t)r->head0 + d->n_kv_heads > total) return ATTN_ERR_MASK;
+    }
+    if (v->block) {
+        if (attni_bad_lists(d, v->n_lists) || !v->col_start || !v->diag_start) return ATTN_ERR_MASK;
+        if (attni_bad_csr(v->col_start, v->col, v->n_lists, 0)) return ATTN_ERR_MASK;
+        if (attni_bad_csr(v->diag_start, v->diag, v->n_lists, 1)) return ATTN_ERR_MASK;
+    }
+    if (m->kind == ATTN_MASK_TREE) {
+        attn_result t = attni_check_tree(d);
+        if (t != ATTN_OK) return t;
+    }
+    return m->blocks.row_start ? attni_check_blocks(d) : ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_validate(const attn_desc *d) {
+    attn_result r;
+    if (!d) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_check_shape(d)) != ATTN_OK) return r;
+    if ((r = attni_check_kv(d)) != ATTN_OK) return r;
+    return attni_check_mask(d);
+}
+
+// ==== >>impl-ref  fp64, one score at a time, from the definitions ================================
+
+// exp, log and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r.
+static double attni_exp64(double x) {
+    double r, s = 1, t = 1;
+    int64_t k;
+    uint64_t u;
+    int i;
+    if (x != x) return x;
+    if (x < -745) return 0;
+    if (x > 709) x = 709;
+    k = (int64_t)(x * 1.4426950408889634 + (x < 0 ? -0.5 : 0.5));
+    r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
+    for (i = 1; i < 16; i++) s += (t *= r / i);
+    if (k < -1000) return attni_exp64(x + 693.14718055994530942) * 9.332636185032189e-302; // 2^-1000
+    u = (uint64_t)(k + 1023) << 52;
+    memcpy(&t, &u, 8);
+    return s * t;
+}
+
+static double attni_log64(double x) { // x > 0, finite and normal
+    uint64_t u;
+    double m, s, s2, t, sum = 0;
+    int64_t k;
+    int i;
+    memcpy(&u, &x, 8);
+    k = (int64_t)(u >> 52) - 1023;
+    u = (u & (((uint64_t)1 << 52) - 1)) | (uint64_t)1023 << 52;
+    memcpy(&m, &u, 8);
+    if (m > 1.4142135623730951) m *= 0.5, k++;
+    s = t = (m - 1) / (m + 1);
+    s2 = s * s;
+    for (i = 1; i < 30; i += 2, t *= s2) sum += t / i;
+    return 2 * sum + (double)k * 0.6931471805599453;
+}
+
+static double attni_tanh64(double x) {
+    double a = x < 0 ? -x : x, e, y, q = x * x;
+    if (a < 0.03)
+        return x * (1 - q * (1.0 / 3 - q * (2.0 / 15 - q * (17.0 / 315 - q * (62.0 / 2835)))));
+    e = attni_exp64(-2 * a);
+    y = (1 - e) / (1 + e);
+    return x < 0 ? -y : y;
+}
+
+ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t h, int32_t j) {
+    const attn_mask *m = &d->mask;
+    int32_t i = t - d->q_start[s], a;
+    int64_t q0 = attni_q_pos0(d, s), p = q0 + i, k = (int64_t)attni_kv_pos0(d, s) + j;
+    if (j < 0 || j >= d->kv.kv_len[s]) return 0;
+    if (m->kind == ATTN_MASK_CAUSAL && k > p) return 0;
+    if (m->kind == ATTN_MASK_TREE) {
+        p = q0 + attni_tree_depth(d, d->q_start[s], i);
+        if (k >= q0) { // a node of the tree: an ancestor or the query itself
+            for (a = i; a >= 0 && q0 + a != k; a = m->tree_parent[d->q_start[s] + a]) {}
+            if (a < 0) return 0;
+            k = q0 + attni_tree_depth(d, d->q_start[s], a);
+        }
+    }
+    return attni_window_pair(m, p, k) && attni_sparse_pair(d, s, p, k, h);
+}
+
+// Score of a visible pair after scale, softcap, ALiBi and bias. q, k: rows of head_dim.
+static double attni_ref_score(const attn_desc *d, const double *q, const double *k, int32_t s,
+                              int32_t t, int32_t h, int32_t j) {
+    const attn_logits *g = &d->logits;
+    double sum = 0;
+    int32_t e, i = t - d->q_start[s];
+    int64_t q0 = attni_q_pos0(d, s), p = q0 + i, kp = (int64_t)attni_kv_pos0(d, s) + j;
+    for (e = 0; e < d->head_dim; e++) sum += q[e] * k[e];
+    sum *= (double)attni_scale(d);
+    if (g->softcap > 0) sum = (double)g->softcap * attni_tanh64(sum / (double)g->softcap);
+    if (g->alibi) {
+        if (d->mask.kind == ATTN_MASK_TREE) {
+            p = q0 + attni_tree_depth(d, d->q_start[s], i);
+            if (kp >= q0) kp = q0 + attni_tree_depth(d, d->q_start[s], (int32_t)(kp - q0));
+        }
+        sum += (double)g->alibi[h] * (double)(kp - p);
+    }
+    if (g->bias.data)
+        sum += (double)attni_get(g->bias.data, g->bias.dtype,
+                                 h * g->bias.stride_head + t * g->bias.stride_token + j);
+    return sum;
+}
+
+// Row of K or V of held token j as doubles, scale applied.
+static void attni_ref_row(const attn_desc *d, const attni_side *side, int32_t s, int32_t h, int32_t j,
+                          double *out) {
+    int32_t page = attni_page_of(d, s, j), place = j % d->kv.page_tokens, e;
+    const uint8_t *p = side->data + page * side->page_bytes + attni_token_offset(side, place, h);
+    double scale = attni_is_scaled(side->dtype) ? (double)attni_token_scale(side, page, place, h) : 1.0;
+    int32_t per = 32 / attni_bits_of(side->dtype), gap = side->k16 ? 64 : 4;
+    for (e = 0; e < side->dim; e++)
+        out[e] = (double)attni_get(p + (int64_t)(e / per) * gap, side->dtype, e % per) * scale;
+}
+
+static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni_side *v, int32_t s,
+                            int32_t t, int32_t h, double *o, double *lse) {
+    double q[ATTN_MAX_HEAD_DIM], row[ATTN_MAX_HEAD_DIM], m = 0, l = 0, x, f;
+    int32_t kv_head = h / (d->n_heads / d->n_kv_heads), vd = attni_v_dim(d), j, e;
+    int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
+    int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
+    int seen = 0;
+    for (e = 0; e < d->head_dim; e++) q[e] = (double)attni_get(d->q.data, d->q.dtype, t * st + h * sh + e);
+    for (e = 0; e < vd; e++) o[e] = 0;
+    for (j = 0; j < d->kv.kv_len[s]; j++) {
+        if (!attn_ref_visible(d, s, t, h, j)) continue;
+        attni_ref_row(d, k, s, kv_head, j, row);
+        x = attni_ref_score(d, q, row, s, t, h, j);
+        if (x < -1e300) continue; // a bias of -inf masks
+        if (!seen || x > m) {     // online softmax: rescale to the new maximum
+            f = seen ? attni_exp64(m - x) : 0;
+            for (e = 0; e < vd; e++) o[e] *= f;
+            l *= f;
+            m = x;
+            seen = 1;
+        }
+        f = attni_exp64(x - m);
+        l += f;
+        attni_ref_row(d, v, s, kv_head, j, row);
+        for (e = 0; e < vd; e++) o[e] += f * row[e];
+    }
+    if (d->logits.sink && d->logits.sink[h] > -3.0e38f) {
+        x = (double)d->logits.sink[h];
+        if (!seen || x > m) {
+            f = seen ? attni_exp64(m - x) : 0;
+            for (e = 0; e < vd; e++) o[e] *= f;
+            l = l * f;
+            m = x;
+        }
+        l += attni_exp64(x - m);
+        seen = 1;
+    }
+    for (e = 0; e < vd; e++) o[e] = l > 0 || l != l ? o[e] / l : 0;
+    if (lse) *lse = seen ? m + (l > 0 ? attni_log64(l) : l) : -(double)attni_float(0x7f800000u);
+}
+
+ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse) {
+    attn_result r = attn_validate(d);
+    attni_side k, v;
+    int32_t s, t, h;
+    if (r != ATTN_OK) return r;
+    if (!o) return ATTN_ERR_ARGUMENT;
+    attni_side_init(d, 0, &k);
+    attni_side_init(d, 1, &v);
+    for (s = 0; s < d->n_seq; s++)
+        for (t = d->q_start[s]; t < d->q_start[s + 1]; t++)
+            for (h = 0; h < d->n_heads; h++) {
+                int64_t row = (int64_t)t * d->n_heads + h;
+                attni_ref_query(d, &k, &v, s, t, h, o + row * attni_v_dim(d), lse ? lse + row : NULL);
+            }
+    return ATTN_OK;
+}
+
+// ==== >>impl-plan  ===============================================================================
+//
+// 1. spans each sequence may see   2. order: common pages side by side   3. shared[i]: whole spans that
+// place i and i + 1 have in common   4. segments: maximal rectangles (places x spans), from the root
+// down   5. tasks: segment x row tile x KV head, dearest first   6. each sequence's chain of segments
+
+// Builder state; all arrays lie in the plan's memory. Every sequence's own segment, tiles and chain link
+// are provided for by the capacities; what sharing and cutting add is charged to the *_left counters.
+typedef struct attni_planner {
+    attn_plan *p;
+    const attn_desc *d;
+    int32_t *stack;    // (3 * n_seq) pending (lo, hi, span)
+    int32_t group;     // GQA heads
+    int64_t rows_left; // partial rows in the caller's workspace
+    int64_t tiles_left, chain_left, cuts_left;
+    float max_cost;    // dearer tasks are cut along the KV; 0: never
+} attni_planner;
+
+static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
+    const attn_mask *m = &d->mask;
+    int64_t lo, hi, p0, p1;
+    q->q_begin = d->q_start[s];
+    q->q_len = d->q_start[s + 1] - d->q_start[s];
+    q->q_pos0 = attni_q_pos0(d, s);
+    q->kv_len = d->kv.kv_len[s];
+    q->kv_pos0 = attni_kv_pos0(d, s);
+    q->is_chain = 0;
+    if (m->kind == ATTN_MASK_TREE) {
+        int32_t t = 0;
+        while (t < q->q_len && m->tree_parent[q->q_begin + t] == t - 1) t++;
+        q->is_chain = t == q->q_len;
+    }
+    p0 = q->q_pos0;
+    p1 = p0 + attni_max32(q->q_len, 1) - 1;
+    lo = q->kv_pos0;
+    hi = lo + q->kv_len;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 + 1); // a tree's nodes end at p1 as well
+    else if (m->window_right) hi = attni_min64(hi, attni_max64(p1 + m->window_right, m->n_sink));
+    // tree nodes have positions from p0 on, so p0 bounds every window from below
+    if (m->window_left && !m->n_sink) lo = attni_max64(lo, p0 - (m->window_left - 1));
+    q->span0 = (int32_t)(lo / ATTN_SPAN);
+    q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
+}
+
+// Orders sequences by first position, then by page ids, then by number.
+static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
+    const attn_kv *kv = &b->d->kv;
+    const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
+    int32_t j, n = attni_min32(sx->kv_len, sy->kv_len) / kv->page_tokens;
+    if (sx->kv_pos0 != sy->kv_pos0) return sx->kv_pos0 < sy->kv_pos0;
+    if (kv->page_table)
+        for (j = 0; j < n; j++) {
+            int32_t px = kv->page_table[x * kv->page_table_stride + j];
+            int32_t py = kv->page_table[y * kv->page_table_stride + j];
+            if (px != py) return px < py;
+        }
+    return x < y;
+}
+
+static void attni_sort_order(const attni_planner *b, int32_t n) { // heap sort: no memory, no recursion
+    int32_t *a = b->p->order, start, end, root, child, t;
+    for (start = n / 2 - 1, end = n; end > 1;) {
+        if (start >= 0) root = start--;
+        else {
+            root = 0;
+            end--;
+            t = a[0], a[0] = a[end], a[end] = t;
+        }
+        for (; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && attni_seq_less(b, a[child], a[child + 1])) child++;
+            if (!attni_seq_less(b, a[root], a[child])) break;
+            t = a[root], a[root] = a[child], a[child] = t;
+        }
+    }
+}
+
+// Absolute end of the whole spans that two sequences hold in the same pages.
+static int32_t attni_shared_spans(const attn_desc *d, const attn_plan *p, int32_t x, int32_t y) {
+    const attn_kv *kv = &d->kv;
+    const attn_plan_seq *sx = &p->seq[x], *sy = &p->seq[y];
+    int64_t len = attni_min32(sx->kv_len, sy->kv_len), same = 0;
+    int32_t j, n = (int32_t)((len + kv->page_tokens - 1) / kv->page_tokens);
+    if (!kv->page_table || sx->kv_pos0 != sy->kv_pos0) return 0;
+    for (j = 0; j < n; j++)
+        if (kv->page_table[x * kv->page_table_stride + j] !=
+            kv->page_table[y * kv->page_table_stride + j])
+            break;
+    same = attni_min64(len, (int64_t)j * kv->page_tokens);
+    return (int32_t)((sx->kv_pos0 + same) / ATTN_SPAN);
+}
+
+// Fills order with the sequences that have queries; their number in *n.
+static attn_result attni_plan_order(attni_planner *b, int32_t *n) {
+    attn_plan *p = b->p;
+    int32_t i, k = 0, s;
+    for (s = 0; s < p->n_seq; s++) p->seq[s].place = -1;
+    for (i = 0; i < p->n_seq; i++) {
+        s = b->d->seq_order ? b->d->seq_order[i] : i;
+        if (p->seq[s].place >= 0) return ATTN_ERR_ARGUMENT; // not a permutation
+        p->seq[s].place = 0;
+        if (p->seq[s].q_len > 0) p->order[k++] = s;
+    }
+    if (!b->d->seq_order && b->d->kv.page_table) attni_sort_order(b, k);
+    for (i = 0; i < k; i++) {
+        p->seq[p->order[i]].place = i;
+        p->share[i] = i + 1 < k ? attni_shared_spans(b->d, p, p->order[i], p->order[i + 1]) : 0;
+    }
+    *n = k;
+    return ATTN_OK;
+}
+
+static int64_t attni_tile_count(const attn_plan *p, int64_t n_tokens) {
+    return n_tokens / p->tile_tokens + 2;
+}
+
+static float attni_task_cost(const attn_plan *p, int64_t spans, int64_t rows) {
+    return (float)spans * ATTN_SPAN *
+           (p->params.cost_kv_token + (float)rows * p->params.cost_row_token);
+}
+
+// How many of the spans [span0, span1) the window and causality leave to queries at [p0, p1].
+static int32_t attni_span_count(const attn_mask *m, int64_t span0, int64_t span1, int64_t p0,
+                                int64_t p1) {
+    int64_t lo = span0, hi = span1, sinks = 0;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 / ATTN_SPAN + 1);
+    else if (m->window_right) hi = attni_min64(hi, (p1 + m->window_right - 1) / ATTN_SPAN + 1);
+    if (m->window_left) {
+        lo = attni_max64(lo, (p0 - (m->window_left - 1)) / ATTN_SPAN);
+        sinks = attni_min64(lo, ((int64_t)m->n_sink + ATTN_SPAN - 1) / ATTN_SPAN) - span0;
+    }
+    return (int32_t)(attni_max64(hi - lo, 0) + attni_max64(sinks, 0));
+}
+
+static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
+                              int32_t tokens, int32_t n_slots) {
+    attn_plan *p = b->p;
+    attn_segment *s = &p->segment[p->n_segments++];
+    s->seq0 = lo;
+    s->n_seq = hi - lo;
+    s->span0 = span0;
+    s->span1 = span1;
+    s->n_tokens = tokens;
+    s->n_slots = n_slots;
+    s->partial = (int64_t)p->partial_rows;
+    p->partial_rows += (size_t)n_slots * (size_t)tokens * (size_t)p->n_heads;
+    p->n_shared += hi - lo > 1;
+}
+
+// Spans per piece so that no task is dearer than max_cost, if workspace and capacities allow; n if not.
+// `more`: partial rows that cutting costs, charged.
+static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t tokens, int starts,
+                           int direct) {
+    attn_plan *p = b->p;
+    float one = attni_task_cost(p, 1, (int64_t)attni_min32(tokens, p->tile_tokens) * b->group);
+    int32_t piece = b->max_cost > one ? (int32_t)attni_min64((int64_t)(b->max_cost / one), n) : 1;
+    int64_t extra, more;
+    if (b->max_cost <= 0 || piece >= n) return n;
+    extra = (n + piece - 1) / piece - 1;
+    more = starts ? (int64_t)tokens * p->n_heads * (n - piece + (direct ? 1 : 0)) : 0;
+    if (more > b->rows_left || extra > b->cuts_left || extra * n_seq > b->chain_left ||
+        extra * attni_tile_count(p, tokens) > b->tiles_left)
+        return n;
+    b->rows_left -= more;
+    b->cuts_left -= extra;
+    b->chain_left -= extra * n_seq;
+    b->tiles_left -= extra * attni_tile_count(p, tokens);
+    return piece;
+}
+
+// Emits the spans [span0, span1) of places [lo, hi), cut if need be. The piece where the rows' folds
+// start keeps them in registers and leaves one slot per row; the others leave one per span.
+static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
+                       int32_t tokens, int direct) {
+    int32_t i, piece;
+    int starts = 1;
+    for (i = lo; i < hi; i++) starts &= span0 <= b->p->seq[b->p->order[i]].span0;
+    piece = attni_piece(b, span1 - span0, hi - lo, tokens, starts, direct);
+    if (direct && piece >= span1 - span0) {
+        attni_add_segment(b, lo, hi, span0, span1, tokens, 0);
+        return;
+    }
+    for (; span0 < span1; span0 += piece, starts = 0) {
+        int32_t end = attni_min32(span0 + piece, span1);
+        attni_add_segment(b, lo, hi, span0, end, tokens, starts ? 1 : end - span0);
+    }
+}
+
+// Is it worth computing the spans [from, to) of places [lo, hi) once for all? Charges workspace (for the
+// whole rest of these rows, unless an outer segment did) and capacities if so.
+static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t from, int32_t to,
+                               int reserved, int32_t *tokens) {
+    attn_plan *p = b->p;
+    int64_t slots = 0, n = hi - lo;
+    float gain, loss;
+    int starts = 1;
+    int32_t i;
+    *tokens = 0;
+    for (i = lo; i < hi; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        *tokens += q->q_len;
+        starts &= from <= q->span0;
+        slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+    }
+    if (p->params.share == 1) return 0;
+    slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
+    gain = (float)(n - 1) * (float)(to - from) * ATTN_SPAN * p->params.cost_kv_token *
+           (float)p->n_kv_heads;
+    loss = reserved ? 0 : (float)slots * p->params.cost_partial;
+    if (p->params.share == 0 && loss >= gain) return 0;
+    if (!reserved && slots > b->rows_left) return 0;
+    if (attni_tile_count(p, *tokens) > b->tiles_left || n > b->chain_left) return 0;
+    b->tiles_left -= attni_tile_count(p, *tokens);
+    b->chain_left -= n;
+    if (!reserved) b->rows_left -= slots;
+    return 1;
+}
+
+// Walks the implicit tree of common prefixes with a stack of (places, spans already covered; -1: none).
+static void attni_plan_segments(attni_planner *b, int32_t n) {
+    attn_plan *p = b->p;
+    int32_t *top = b->stack, lo, hi, from, start, to, end, i, tokens;
+    if (n == 0) return;
+    *top++ = 0, *top++ = n, *top++ = -1;
+    while (top > b->stack) {
+        from = *--top, hi = *--top, lo = *--top;
+        if (hi - lo == 1) {
+            const attn_plan_seq *q = &p->seq[p->order[lo]];
+            if (from < q->span1 || from < 0)
+                attni_emit(b, lo, hi, attni_max32(from, q->span0), q->span1, q->q_len, from < 0);
+            continue;
+        }
+        start = from < 0 ? INT32_MAX : from;
+        to = p->share[lo];
+        for (end = 0, i = lo; i < hi; i++) {
+            const attn_plan_seq *q = &p->seq[p->order[i]];
+            if (i < hi - 1) to = attni_min32(to, p->share[i]);
+            if (from < 0) start = attni_min32(start, q->span0);
+            end = attni_max32(end, q->span1);
+        }
+        end = attni_min32(end, to);
+        if (end > start && attni_worth_sharing(b, lo, hi, start, end, from >= 0, &tokens)) {
+            attni_emit(b, lo, hi, start, end, tokens, 0);
+            from = end;
+        }
+        // split where only these spans are common; last group first, so that places pop in order
+        for (i = end = hi; i > lo; i--)
+            if (i - 1 == lo || p->share[i - 2] <= to) {
+                *top++ = i - 1, *top++ = end, *top++ = from;
+                end = i - 1;
+            }
+    }
+}
+
+// The positions of a segment's flattened query tokens [first, first + n): least and greatest.
+static void attni_tile_positions(const attn_plan *p, const attn_segment *g, int32_t first, int32_t n,
+                                 int64_t *p0, int64_t *p1) {
+    int32_t i, skip = first;
+    *p0 = INT64_MAX;
+    *p1 = -1;
+    for (i = g->seq0; i < g->seq0 + g->n_seq && n > 0; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        int32_t take = attni_min32(q->q_len - skip, n);
+        if (take > 0) {
+            *p0 = attni_min64(*p0, (int64_t)q->q_pos0 + skip);
+            *p1 = attni_max64(*p1, (int64_t)q->q_pos0 + skip + take - 1);
+            n -= take;
+        }
+        skip = attni_max32(0, skip - q->q_len);
+    }
+}
+
+static void attni_plan_tasks(attni_planner *b) {
+    attn_plan *p = b->p;
+    int32_t i, h, first, n, spans, tile = p->tile_tokens;
+    for (i = 0; i < p->n_segments; i++) {
+        const attn_segment *g = &p->segment[i];
+        const attn_plan_seq *q = &p->seq[p->order[g->seq0]];
+        for (first = 0; first < g->n_tokens; first += n) {
+            int64_t p0, p1, tokens;
+            n = attni_min32(tile, g->n_tokens - first);
+            // tiles of a long prefill start at multiples of the tile, as row blocks of masks do
+            if (first == 0 && g->n_seq == 1 && g->n_tokens > tile && q->q_pos0 % tile)
+                n = tile - q->q_pos0 % tile;
+            attni_tile_positions(p, g, first, n, &p0, &p1);
+            spans = attni_span_count(&b->d->mask, g->span0, g->span1, p0, p1);
+            tokens = attni_min64((int64_t)g->span1 * ATTN_SPAN, (int64_t)q->kv_pos0 + q->kv_len);
+            tokens = attni_min64((int64_t)spans * ATTN_SPAN, attni_max64(0, tokens - q->kv_pos0));
+            for (h = 0; h < p->n_kv_heads; h++) {
+                attn_task *t = &p->task[p->n_tasks++];
+                t->segment = i;
+                t->kv_head = h;
+                t->first_token = first;
+                t->n_tokens = n;
+                t->cost = attni_task_cost(p, spans, (int64_t)n * b->group);
+                p->kv_tokens_read += tokens;
+            }
+        }
+    }
+}
+
+static int attni_task_before(const attn_task *a, const attn_task *b) { // dearest first, then in order
+    if (a->cost != b->cost) return a->cost > b->cost;
+    if (a->kv_head != b->kv_head) return a->kv_head < b->kv_head;
+    if (a->segment != b->segment) return a->segment < b->segment;
+    return a->first_token < b->first_token;
+}
+
+static void attni_sort_tasks(attn_task *a, int32_t n) {
+    int32_t start, end, root, child;
+    attn_task t;
+    for (start = n / 2 - 1, end = n; end > 1;) {
+        if (start >= 0) root = start--;
+        else {
+            root = 0;
+            end--;
+            t = a[0], a[0] = a[end], a[end] = t;
+        }
+        for (; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && attni_task_before(&a[child], &a[child + 1])) child++;
+            if (!attni_task_before(&a[root], &a[child])) break;
+            t = a[root], a[root] = a[child], a[child] = t;
+        }
+    }
+}
+
+// Chains, merges and what a run without sharing would read.
+static void attni_plan_chains(attn_plan *p) {
+    int32_t i, s, at = 0;
+    for (s = 0; s < p->n_seq; s++) p->seq[s].n_chain = 0;
+    for (i = 0; i < p->n_segments; i++)
+        for (s = 0; s < p->segment[i].n_seq; s++) p->seq[p->order[p->segment[i].seq0 + s]].n_chain++;
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *q = &p->seq[s];
+        q->chain = at;
+        at += q->n_chain;
+        q->n_chain = 0;
+        if (q->q_len > 0)
+            p->kv_tokens_seen += (int64_t)p->n_kv_heads * ((q->q_len + p->tile_tokens - 1) /
+                                                           p->tile_tokens) *
+                                 attni_min64(q->kv_len, (int64_t)(q->span1 - q->span0) * ATTN_SPAN);
+    }
+    for (i = 0; i < p->n_segments; i++)
+        for (s = 0; s < p->segment[i].n_seq; s++) {
+            attn_plan_seq *q = &p->seq[p->order[p->segment[i].seq0 + s]];
+            p->chain[q->chain + q->n_chain++] = i;
+        }
+    for (s = 0; s < p->n_seq; s++)
+        if (p->seq[s].n_chain > 0 && p->segment[p->chain[p->seq[s].chain]].n_slots > 0)
+            p->merge[p->n_merges++] = s;
+}
+
+static int32_t attni_floor_pow2(int32_t x) {
+    int32_t p = 1;
+    while (p <= x / 2) p *= 2;
+    return p;
+}
+
+// Query tokens per tile: a power of two; smaller tiles when there would be too few tasks.
+static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, int least) {
+    int32_t group = d->n_heads / d->n_kv_heads, s, tile, low;
+    tile = attni_floor_pow2(attni_max32(1, (q->row_tile > 0 ? q->row_tile : 256) / group));
+    low = attni_min32(tile, attni_floor_pow2(attni_max32(1, 32 / group)));
+    if (least) return low;
+    for (; q->workers > 1 && tile > low; tile /= 2) {
+        int64_t n = 0;
+        for (s = 0; s < d->n_seq; s++) n += (d->q_start[s + 1] - d->q_start[s] + tile - 1) / tile;
+        if (n * d->n_kv_heads >= 3 * (int64_t)q->workers) break;
+    }
+    return tile;
+}
+
+typedef struct attni_plan_caps {
+    int64_t seq, segments, tiles, tasks, chain;
+    size_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack, bytes;
+} attni_plan_caps;
+
+static size_t attni_take(size_t *at, int64_t n, size_t size) {
+    size_t here = *at;
+    *at += ((size_t)n * size + 63) & ~(size_t)63;
+    return here;
+}
+
+static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params *q,
+                                      attni_plan_caps *c) {
+    int64_t tokens = attni_max64(d->q_start[d->n_seq], q->max_tokens);
+    int64_t workers = attni_max32(q->workers, 1);
+    size_t at = (sizeof(attn_plan) + 63) & ~(size_t)63;
+    if (workers > 1 << 16) return ATTN_ERR_ARGUMENT;
+    c->seq = attni_max32(d->n_seq, q->max_seq);
+    c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers;
+    c->tasks = c->tiles * d->n_kv_heads;
+    c->segments = 2 * c->seq + 8 * workers;
+    c->chain = 12 * c->seq + 16 * workers;
+    if (c->tasks > INT32_MAX / 64 || c->seq > INT32_MAX / 64) return ATTN_ERR_OVERFLOW;
+    c->at_seq = attni_take(&at, c->seq, sizeof(attn_plan_seq));
+    c->at_order = attni_take(&at, c->seq, 4);
+    c->at_share = attni_take(&at, c->seq, 4);
+    c->at_segment = attni_take(&at, c->segments, sizeof(attn_segment));
+    c->at_task = attni_take(&at, c->tasks, sizeof(attn_task));
+    c->at_chain = attni_take(&at, c->chain, 4);
+    c->at_merge = attni_take(&at, c->seq, 4);
+    c->at_stack = attni_take(&at, 3 * c->seq + 3, 4);
+    c->bytes = at;
+    return ATTN_OK;
+}
+
+ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *q) {
+    attni_plan_caps c;
+    if (!d || !q || attni_check_shape(d) != ATTN_OK) return 0;
+    return attni_plan_caps_of(d, q, &c) == ATTN_OK ? c.bytes : 0;
+}
+
+// Plans d into p, whose arrays and capacities are set.
+static attn_result attni_plan_fill(attn_plan *p, const attn_desc *d, int32_t *stack) {
+    attni_planner b;
+    float total = 0;
+    int32_t s, n;
+    attn_result r;
+    p->n_seq = d->n_seq;
+    p->n_tokens = d->q_start[d->n_seq];
+    p->tile_tokens = attni_tile_tokens(d, &p->params, 0);
+    p->n_tasks = p->n_merges = p->n_segments = p->n_shared = 0;
+    p->partial_rows = 0;
+    p->kv_tokens_read = p->kv_tokens_seen = 0;
+    b.p = p;
+    b.d = d;
+    b.stack = stack;
+    b.group = d->n_heads / d->n_kv_heads;
+    b.rows_left = (int64_t)(p->params.partial_bytes / 4 / (size_t)(p->v_head_dim + 2));
+    b.tiles_left = p->cap_tasks / p->n_kv_heads;
+    b.chain_left = p->cap_chain - p->n_seq;
+    b.cuts_left = p->cap_segments - 2 * p->n_seq;
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *q = &p->seq[s];
+        attni_seq_spans(d, s, q);
+        b.tiles_left -= attni_tile_count(p, q->q_len);
+        total += attni_task_cost(p, q->span1 - q->span0, (int64_t)q->q_len * b.group);
+    }
+    b.max_cost = p->params.workers > 1
+                     ? total * (float)p->n_kv_heads / (3.0f * (float)p->params.workers) : 0;
+    if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
+    p->n_active = n;
+    attni_plan_segments(&b, n);
+    attni_plan_tasks(&b);
+    attni_sort_tasks(p->task, p->n_tasks);
+    attni_plan_chains(p);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *q, void *mem,
+                                     size_t bytes, attn_plan **plan) {
+    attn_result r = attn_validate(d);
+    attni_plan_caps c;
+    uint8_t *m = (uint8_t *)mem;
+    attn_plan *p = (attn_plan *)mem;
+    if (r != ATTN_OK) return r;
+    if (!q || !mem || !plan || q->row_tile < 0 || q->workers < 0) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_plan_caps_of(d, q, &c)) != ATTN_OK) return r;
+    if (bytes < c.bytes || (uintptr_t)mem % 64) return ATTN_ERR_BUFFER;
+    memset(p, 0, sizeof *p);
+    p->params = *q;
+    if (p->params.workers < 1) p->params.workers = 1;
+    // defaults in units of one row x token at 128 dims, measured on AVX-512
+    if (!(p->params.cost_kv_token > 0)) p->params.cost_kv_token = 4;
+    if (!(p->params.cost_row_token > 0)) p->params.cost_row_token = 1;
+    if (!(p->params.cost_partial > 0)) p->params.cost_partial = 16;
+    p->n_heads = d->n_heads;
+    p->n_kv_heads = d->n_kv_heads;
+    p->head_dim = d->head_dim;
+    p->v_head_dim = attni_v_dim(d);
+    p->cap_seq = (int32_t)c.seq;
+    p->cap_segments = (int32_t)c.segments;
+    p->cap_tasks = (int32_t)c.tasks;
+    p->cap_chain = (int32_t)c.chain;
+    p->seq = (attn_plan_seq *)(void *)(m + c.at_seq);
+    p->order = (int32_t *)(void *)(m + c.at_order);
+    p->share = (int32_t *)(void *)(m + c.at_share);
+    p->segment = (attn_segment *)(void *)(m + c.at_segment);
+    p->task = (attn_task *)(void *)(m + c.at_task);
+    p->chain = (int32_t *)(void *)(m + c.at_chain);
+    p->merge = (int32_t *)(void *)(m + c.at_merge);
+    p->stack = (int32_t *)(void *)(m + c.at_stack);
+    r = attni_plan_fill(p, d, p->stack);
+    if (r == ATTN_OK) *plan = p;
+    return r;
+}
+
+// 1 when d differs from what p was built for in lengths only; patches those.
+static int attni_plan_patch(attn_plan *p, const attn_desc *d) {
+    int32_t s, i;
+    attn_plan_seq q;
+    if (d->n_seq != p->n_seq || d->q_start[d->n_seq] != p->n_tokens) return 0;
+    for (s = 0, i = 0; s < p->n_seq; s++) {
+        const attn_plan_seq *o = &p->seq[s];
+        attni_seq_spans(d, s, &q);
+        if (q.q_begin != o->q_begin || q.q_len != o->q_len || q.span0 != o->span0 ||
+            q.span1 != o->span1)
+            return 0;
+        if (d->seq_order && p->seq[d->seq_order[s]].q_len > 0 && p->order[i++] != d->seq_order[s])
+            return 0;
+    }
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *o = &p->seq[s];
+        attni_seq_spans(d, s, &q);
+        o->q_pos0 = q.q_pos0;
+        o->kv_len = q.kv_len;
+        o->kv_pos0 = q.kv_pos0;
+        o->is_chain = q.is_chain;
+    }
+    for (i = 0; i + 1 < p->n_active; i++)
+        if (p->share[i] != attni_shared_spans(d, p, p->order[i], p->order[i + 1])) return 0;
+    return 1;
+}
+
+ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt) {
+    attni_plan_caps c;
+    attn_result r = attn_validate(d);
+    if (r != ATTN_OK) return r;
+    if (!plan) return ATTN_ERR_ARGUMENT;
+    if (rebuilt) *rebuilt = 0;
+    if (d->n_heads != plan->n_heads || d->n_kv_heads != plan->n_kv_heads ||
+        d->head_dim != plan->head_dim || attni_v_dim(d) != plan->v_head_dim)
+        return ATTN_ERR_STALE;
+    if (attni_plan_patch(plan, d)) return ATTN_OK;
+    if (rebuilt) *rebuilt = 1;
+    if ((r = attni_plan_caps_of(d, &plan->params, &c)) != ATTN_OK) return r;
+    if (c.seq > plan->cap_seq || c.tasks > plan->cap_tasks) return ATTN_ERR_BUFFER;
+    return attni_plan_fill(plan, d, plan->stack);
+}
+
+ATTN_DEF size_t attn_plan_partial_bytes(const attn_plan *plan) {
+    return plan ? plan->partial_rows * (size_t)(plan->v_head_dim + 2) * 4 : 0;
+}
 
 // ==== >>impl-pool  Pages and their reference counts ==============================================
 
