@@ -456,7 +456,8 @@ typedef struct attn_tree_desc {
     int32_t n_pages;     // pages the tree manages (it owns a pool of that many)
     int32_t page_tokens;
     int32_t max_seq;     // live sequences (default 0: 256)
-    int32_t max_nodes;   // (default 0: 2 * n_pages + max_seq + 64)
+    int32_t max_nodes;   // (default 0: 2 * n_pages + max_seq + 64: never runs out while fewer than 63
+                         // prefixes are pinned or end where the priority changes)
 } attn_tree_desc;
 
 ATTN_DEF size_t attn_tree_bytes(const attn_tree_desc *desc); // 0 when invalid
@@ -474,9 +475,13 @@ ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *to
 
 // Lengthens a sequence by n tokens. The first *n_cached of them were already cached behind it (their
 // K and V are there; do not store them again), the rest get page slots: the caller stores their K and
-// V before anyone runs attention over them, or truncates. Page copies are appended to copies
-// (capacity max_copies, *n_copies counts on); at most one per call. The source page stays pinned until
-// attn_tree_ack. Makes room by evicting cached leaves. ERR_FULL undoes everything.
+// V before anyone runs attention over them, or truncates; take the slots from attn_tree_pages
+// right after the call: a later append may move the sequence's end to a copy of its last page. Page
+// copies are appended to copies (capacity max_copies, *n_copies counts on; ERR_BUFFER); at most one per
+// call. Carry them out in their order, in every layer, after the stores of tokens appended before them
+// and before attention; stores of later tokens may come before or after. Both pages stay as they are
+// until attn_tree_ack. Makes room by evicting cached leaves; a hopeless request evicts nothing.
+// ERR_FULL undoes everything. It may come one page early for each border page kept in two copies.
 ATTN_DEF attn_result attn_tree_append(attn_tree *t, int32_t seq, const int32_t *tokens, int32_t n,
                                       int32_t *n_cached, attn_page_copy *copies, int32_t max_copies,
                                       int32_t *n_copies);
@@ -492,22 +497,25 @@ ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, i
 // A second sequence with the same tokens (beam, speculative draft). No copy until they diverge.
 ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out);
 
-// Shortens a sequence to n_tokens. Tokens that no other sequence, cached prefix or pin needs are
-// dropped and their pages freed (rollback of a draft); tokens cached before stay.
+// Shortens a sequence to n_tokens. Tokens stay as long as another sequence holds them, or once one that
+// held them was released with keep, or they were pinned; else they are dropped and their pages freed
+// (rollback of a draft). ERR_FULL: a node was needed and there was none, see max_nodes.
 ATTN_DEF attn_result attn_tree_truncate(attn_tree *t, int32_t seq, int32_t n_tokens);
 
 // Ends a sequence. keep = 1: its tokens stay cached until evicted; 0: as truncate to 0 first.
 ATTN_DEF attn_result attn_tree_release(attn_tree *t, int32_t seq, int keep);
 
-// Pins (+1) or unpins (-1) a cached prefix against eviction; its exact tokens must be cached.
+// Pins (+1) or unpins (-1) a cached prefix against eviction; its exact tokens must be in the tree
+// (ERR_NOT_FOUND) and stay cached when unpinned. Pins count. ERR_FULL: out of nodes.
 ATTN_DEF attn_result attn_tree_pin(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
                                    int delta);
 
-// Prefixes of higher priority are evicted later (default 0). Applies to the sequence's whole path.
+// Prefixes of higher priority are evicted later (default 0). Applies to the tokens that the sequence
+// holds now (sets, not raises); tokens appended later have 0 again.
 ATTN_DEF attn_result attn_tree_priority(attn_tree *t, int32_t seq, int32_t priority);
 
-// Frees pages of unpinned, unused leaves, lowest priority first, then least recently used, until
-// n_pages were freed or none is left; *n_freed may be NULL. n_pages < 0: everything evictable.
+// Frees pages of unpinned, unused leaves, lowest priority first, then least recently used, each from
+// its tail, until n_pages were freed or none is left; *n_freed may be NULL. n_pages < 0: everything.
 ATTN_DEF attn_result attn_tree_evict(attn_tree *t, int32_t n_pages, int32_t *n_freed);
 
 ATTN_DEF int32_t attn_tree_length(const attn_tree *t, int32_t seq); // tokens; < 0: an attn_result
@@ -517,8 +525,9 @@ ATTN_DEF attn_result attn_tree_tokens(const attn_tree *t, int32_t seq, int32_t f
 // Writes the sequence's page ids to out; returns how many ((length + page_tokens - 1) / page_tokens),
 // or an attn_result < 0 (ERR_BUFFER when capacity is less).
 ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, int32_t capacity);
-// Writes to order the permutation of seqs (n handles) that puts common prefixes side by side: a
-// depth-first walk of the tree, ties by place in seqs. scratch: n int32. For attn_desc.seq_order.
+// Writes to order the permutation of seqs (n handles) that puts common prefixes side by side: by
+// namespace, then token by token, a prefix before what continues it, ties by place in seqs (so it
+// depends on the tokens only). scratch: n int32. For attn_desc.seq_order.
 ATTN_DEF attn_result attn_tree_order(const attn_tree *t, const int32_t *seqs, int32_t n,
                                      int32_t *order, int32_t *scratch);
 
@@ -532,7 +541,8 @@ typedef struct attn_tree_stats {
 ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out);
 
 // Checks every invariant (reference counts, links, fills, hash index); ATTN_OK or ERR_CORRUPT.
-// O(nodes + pages). For tests and debugging.
+// O(nodes + pages + tokens). For tests and debugging. Uses scratch in the tree, as save does: both need
+// the lock of a writer.
 ATTN_DEF attn_result attn_tree_check(const attn_tree *t);
 
 // ==== >>blob  Saving and loading a branch ========================================================
@@ -547,13 +557,15 @@ ATTN_DEF size_t attn_tree_save_bytes(const attn_tree *t, int32_t seq, size_t tok
 ATTN_DEF attn_result attn_tree_save(const attn_tree *t, int32_t seq, size_t token_bytes,
                                     attn_rows_fn read, void *user, void *mem, size_t bytes);
 // Checks the whole blob first (ERR_CORRUPT, ERR_VERSION, ERR_SHAPE when token_bytes differs), then
-// opens a sequence in namespace ns that holds its tokens; write is called for the slots that were not
-// cached already. copies as in append: carry them out before the write callbacks can matter, that is
-// load calls copy first (may be NULL when the tree is empty). ERR_FULL, ERR_CALLBACK undo everything.
+// opens a sequence in namespace ns that holds its tokens; write is called for the slots that were
+// not cached already. copies as in append: carry them out before the write callbacks can matter,
+// that is load calls copy first, and the tokens of the tree must have been stored (NULL:
+// ERR_ARGUMENT when a copy is needed). write must not change rows. ERR_FULL, ERR_CALLBACK undo
+// everything.
 typedef int (*attn_copy_fn)(void *user, const attn_page_copy *copy);
-ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_bytes, attn_rows_fn write,
-                                    attn_copy_fn copy, void *user, const void *mem, size_t bytes,
-                                    int32_t *seq);
+ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_bytes,
+                                    attn_rows_fn write, attn_copy_fn copy, void *user,
+                                    const void *mem, size_t bytes, int32_t *seq);
 
 #endif // ATTN_H
 
@@ -2125,29 +2137,31 @@ ATTN_DEF attn_result attn_pool_release(attn_pool *pool, int32_t page) {
 
 // ==== >>impl-tree  Token prefixes -> pages =======================================================
 //
-// Nodes. A namespace is a root without tokens; every other node holds tokens [start, end), end > start,
-// and its parent ends where it starts. Sequences and pins sit exactly at the end of a node: a border
-// is cut where one is needed and removed (attni_node_merge) as soon as nothing needs it. A border is
-// needed by a fork of the path, a sequence, a pin, or a change of `cached` or `priority`. Hence the
-// number of nodes: leaves <= n_pages (two leaves never share a page), nodes with several children and
-// roots of non-empty namespaces <= leaves, other borders and empty roots <= sequences (a change of
-// `cached` is charged to a sequence below it) + pins + changes of priority, + 1 while cutting.
+// Nodes. A namespace is a root without tokens; every other node holds tokens [start, end), end >
+// start, and its parent ends where it starts. Sequences and pins sit exactly at the end of a node:
+// a border is cut where one is needed and removed (attni_node_merge) as soon as nothing needs it. A
+// border is needed by a fork of the path, a sequence, a pin, or a change of `cached` or `priority`.
+// Hence the number of nodes: leaves <= n_pages (two leaves never share a page), nodes with several
+// children and roots of non-empty namespaces <= leaves, other borders and empty roots <= sequences
+// (a change of `cached` is charged to a sequence below it) + pins + changes of priority, + 1 while
+// cutting.
 //
-// Pages. Position p lies in slot p % page_tokens of its page, and the page knows its token ids. A node
-// lists every page that holds one of its tokens, linked by next / prev. A page may be listed by a node
-// and by the child that continues in it, and by that child's child ...: always a downward chain of
-// nodes, each but the deepest ending inside the page, each but the topmost starting inside it. So a
-// page is non-last in one node at most (the deepest) and non-first in one at most (the topmost): one
-// next and one prev per page suffice. A second child that starts inside the page takes a copy.
+// Pages. Position p lies in slot p % page_tokens of its page, and the page knows its token ids. A
+// node lists every page that holds one of its tokens, linked by next / prev. A page may be listed
+// by a node and by the child that continues in it, and by that child's child ...: always a downward
+// chain of nodes, each but the deepest ending inside the page, each but the topmost starting inside
+// it. So a page is non-last in one node at most (the deepest) and non-first in one at most (the
+// topmost): one next and one prev per page suffice. A second child that starts inside the page
+// takes a copy.
 //   ref[page]  = nodes that list it + copies not acknowledged that read or write it
-//   fill[page] = end of the deepest of those nodes in it, in slots; a child may continue in place iff
-//                it starts there
+//   fill[page] = end of the deepest of those nodes in it, in slots: where a child that starts there
+//                may continue in place
 //   hold[page] = held nodes that list it + such copies
-// A node is held while a sequence or pin sits in its subtree. What is not held can all be evicted, so
-// "n_free + pages not held" answers whether a request is hopeless before anything is evicted.
+// A node is held while a sequence or pin sits in its subtree. What is not held can all be evicted,
+// so "n_free + pages not held" answers whether a request is hopeless before anything is evicted.
 //
-// cached: a sequence released with keep, or a pin, covers the node; prefix-closed. Tokens that are not
-// cached vanish with the last sequence that holds them: an uncached leaf always has a sequence.
+// cached: a sequence released with keep, or a pin, covers the node; prefix-closed. Tokens that are
+// not cached vanish with the last sequence that holds them: an uncached leaf always has a sequence.
 
 typedef struct attni_tree_node {
     uint64_t key;       // root: the namespace; else the first token. (parent, key) is the hash key
@@ -2157,11 +2171,11 @@ typedef struct attni_tree_node {
     int32_t child_xor;  // XOR of the children's ids: names an only child
     int32_t start, end; // start -1: unused node
     int32_t first_page, last_page; // -1 in roots
-    int32_t first_seq;  // list of the sequences that end here
+    int32_t first_seq;             // list of the sequences that end here
     int32_t pins;
-    int32_t held;       // sequences and pins here + children with held > 0
+    int32_t held; // sequences and pins here + children with held > 0
     int32_t priority;
-    int32_t heap_at;    // -1: cannot be evicted now (root, has children, held)
+    int32_t heap_at; // -1: cannot be evicted now (root, has children, held)
     int32_t cached;
 } attni_tree_node;
 
@@ -2179,18 +2193,18 @@ struct attn_tree {
     uint32_t table_mask;
     int64_t tick;
     attn_pool pool;
-    attn_tree_stats count;  // the counters since init and tokens_cached
-    attni_tree_node *node;  // (max_nodes)
-    attni_tree_seq *seq;    // (max_seq)
-    int32_t *heap;          // (max_nodes) nodes that can be evicted, the next victim first
-    int32_t *table;         // (table_mask + 1) open addressing, -1: empty
-    int32_t *next, *prev;   // (n_pages) order inside a node
-    int32_t *fill, *hold;   // (n_pages)
-    int32_t *copy_src;      // (n_pages) source of the copy into this page not acknowledged, or -1
-    int32_t *n_copying;     // (n_pages) such copies that read or write the page
-    int32_t *lock;          // (n_pages) slots below are read or written by them: not to be reused
-    int32_t *token;         // (n_pages, page_tokens)
-    int32_t *scratch;       // (2 * n_pages + 3 * max_nodes) for check, save and load
+    attn_tree_stats count; // the counters since init and tokens_cached
+    attni_tree_node *node; // (max_nodes)
+    attni_tree_seq *seq;   // (max_seq)
+    int32_t *heap;         // (max_nodes) nodes that can be evicted, the next victim first
+    int32_t *table;        // (table_mask + 1) open addressing, -1: empty
+    int32_t *next, *prev;  // (n_pages) order inside a node
+    int32_t *fill, *hold;  // (n_pages)
+    int32_t *copy_src;     // (n_pages) source of the copy into this page not acknowledged, or -1
+    int32_t *n_copying;    // (n_pages) such copies that read or write the page
+    int32_t *lock;         // (n_pages) slots below are read or written by them: not to be reused
+    int32_t *token;        // (n_pages, page_tokens)
+    int32_t *scratch;      // (2 * n_pages + 3 * max_nodes) for check, save and load
 };
 
 // ---- pages
@@ -2417,8 +2431,8 @@ static int32_t attni_node_split(attn_tree *t, int32_t x, int32_t pos) {
 }
 
 // Removes the border between u and its only child if nothing needs it: the child takes over u's
-// tokens and place. The pages of a live sequence never change by it: none ends at u, and those below
-// read the child's copy of a page that u and the child list apart.
+// tokens and place. The pages of a live sequence never change by it: none ends at u, and those
+// below read the child's copy of a page that u and the child list apart.
 static int attni_node_merge(attn_tree *t, int32_t u) {
     attni_tree_node *up = t->node + u, *low;
     int32_t x = up->child_xor, page = up->last_page;
@@ -2557,9 +2571,10 @@ static int32_t attni_tree_cut(attn_tree *t, int32_t x, int32_t pos) {
 
 // ---- walking
 
-// Tokens that follow the end of *node in the tree, as far as they equal tokens[0 .. n). *node becomes
-// the node in which they end (unchanged when there are none).
-static int32_t attni_tree_walk(const attn_tree *t, int32_t *node, const int32_t *tokens, int32_t n) {
+// Tokens that follow the end of *node in the tree, as far as they equal tokens[0 .. n). *node
+// becomes the node in which they end (unchanged when there are none).
+static int32_t attni_tree_walk(const attn_tree *t, int32_t *node, const int32_t *tokens,
+                               int32_t n) {
     int32_t done = 0, pt = t->page_tokens, x, page, pos;
     while (done < n && (x = attni_index_find(t, *node, (uint32_t)tokens[done])) >= 0) {
         const attni_tree_node *c = t->node + x;
@@ -2589,8 +2604,10 @@ static void attni_seq_link(attn_tree *t, int32_t s, int32_t x) {
 
 static void attni_seq_unlink(attn_tree *t, int32_t s) {
     attni_tree_seq *q = t->seq + s;
-    if (q->prev >= 0) t->seq[q->prev].next = q->next;
-    else t->node[q->node].first_seq = q->next;
+    if (q->prev >= 0)
+        t->seq[q->prev].next = q->next;
+    else
+        t->node[q->node].first_seq = q->next;
     if (q->next >= 0) t->seq[q->next].prev = q->prev;
 }
 
@@ -2696,7 +2713,8 @@ ATTN_DEF attn_result attn_tree_init(const attn_tree_desc *desc, void *mem, size_
 
 // ---- the calls
 
-ATTN_DEF int32_t attn_tree_match(const attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n) {
+ATTN_DEF int32_t attn_tree_match(const attn_tree *t, uint64_t ns, const int32_t *tokens,
+                                 int32_t n) {
     int32_t x;
     if (!t || n < 0 || (!tokens && n > 0)) return ATTN_ERR_ARGUMENT;
     x = attni_index_find(t, -1, ns);
@@ -2728,8 +2746,8 @@ static int attni_node_must_copy(const attn_tree *t, int32_t x) {
     return slot != 0 && (t->fill[page] > slot || t->lock[page] > slot);
 }
 
-// May s, about to sit alone with new tokens behind x, lengthen x itself? They are neither cached nor
-// of any priority. pins: those of the call in progress.
+// May s, about to sit alone with new tokens behind x, lengthen x itself? They are neither cached
+// nor of any priority. pins: those of the call in progress.
 static int attni_node_extends(const attn_tree *t, int32_t x, int32_t s, int32_t pins) {
     const attni_tree_node *n = t->node + x;
     return n->parent >= 0 && n->n_child == 0 && n->pins == pins && !n->cached && n->priority == 0 &&
@@ -2745,8 +2763,8 @@ static int attni_node_owns_tail(const attn_tree *t, int32_t x) {
     return t->node[x].held == 0;
 }
 
-// Held pages that fall free all the same when everything is evicted: then u merges with the one child
-// that is held, which has its own copy of u's last page.
+// Held pages that fall free all the same when everything is evicted: then u merges with the one
+// child that is held, which has its own copy of u's last page.
 static int32_t attni_tree_doubled(const attn_tree *t) {
     int32_t x, n = 0;
     for (x = 0; x < t->max_nodes; x++) {
@@ -2759,9 +2777,9 @@ static int32_t attni_tree_doubled(const attn_tree *t) {
     return n;
 }
 
-// Room for n tokens of s behind x, which is pinned: pages, a node, a place for the copy. Where simply
-// evicting falls short, evicting everything may also free doubled pages and spare the copy: a
-// sequence may fill the whole pool whatever is cached.
+// Room for n tokens of s behind x, which is pinned: pages, a node, a place for the copy. Where
+// simply evicting falls short, evicting everything may also free doubled pages and spare the copy:
+// a sequence may fill the whole pool whatever is cached.
 static attn_result attni_tree_reserve(attn_tree *t, int32_t s, int32_t x, int32_t n, int can_copy) {
     int64_t pt = t->page_tokens, end = t->node[x].end;
     int copy = attni_node_must_copy(t, x), node = !attni_node_extends(t, x, s, 1), less;
@@ -2804,7 +2822,7 @@ static void attni_node_begin_inside(attn_tree *t, int32_t child, int32_t x, attn
 // Writes n tokens at the end of x, a leaf, into pages reserved before.
 static void attni_node_fill(attn_tree *t, int32_t x, const int32_t *tokens, int32_t n) {
     attni_tree_node *c = t->node + x;
-    int32_t pt = t->page_tokens, done, slot, run, page;
+    int32_t pt = t->page_tokens, done, slot, run, page = -1;
     for (done = 0; done < n; done += run) {
         slot = c->end % pt;
         run = n - done < pt - slot ? n - done : pt - slot;
@@ -3025,7 +3043,8 @@ ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, 
     pt = t->page_tokens;
     n = limit = t->node[x].end / pt + (t->node[x].end % pt != 0);
     if (n > capacity) return ATTN_ERR_BUFFER;
-    // A page that a node and its child both cover is the child's: its copy holds the parent's slots.
+    // A page that a node and its child both cover is the child's: its copy holds the parent's
+    // slots.
     for (; limit > 0; x = t->node[x].parent) {
         j = t->node[x].start / pt;
         for (page = t->node[x].first_page; j < limit; j++) {
@@ -3044,8 +3063,8 @@ ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, 
 static int attni_tree_compare(const attn_tree *t, int32_t x, int32_t y) {
     int32_t cx = -1, cy = -1, sx, sy;
     while (x != y) {
-        sx = x < 0 ? -2 : t->node[x].parent < 0 ? -1 : t->node[x].start; // roots above their children
-        sy = y < 0 ? -2 : t->node[y].parent < 0 ? -1 : t->node[y].start;
+        sx = x < 0 ? -2 : t->node[x].start - (t->node[x].parent < 0); // roots above their children
+        sy = y < 0 ? -2 : t->node[y].start - (t->node[y].parent < 0);
         if (sx >= sy) {
             cx = x;
             x = t->node[x].parent;
@@ -3072,8 +3091,9 @@ ATTN_DEF attn_result attn_tree_order(const attn_tree *t, const int32_t *seqs, in
             int64_t mid = lo + width < n ? lo + width : n, hi = mid + width < n ? mid + width : n;
             int64_t a = lo, b = mid, k;
             for (k = lo; k < hi; k++) {
-                int left = b == hi || (a < mid && attni_tree_compare(t, t->seq[seqs[order[a]]].node,
-                                                                     t->seq[seqs[order[b]]].node) <= 0);
+                int left =
+                    b == hi || (a < mid && attni_tree_compare(t, t->seq[seqs[order[a]]].node,
+                                                              t->seq[seqs[order[b]]].node) <= 0);
                 scratch[k] = left ? order[a++] : order[b++];
             }
         }
@@ -3102,17 +3122,20 @@ static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_
     for (;; j++) {
         if (page < 0 || page >= t->n_pages || t->pool.ref[page] == 0) return 0;
         if (behind >= 0 && t->prev[page] != behind) return 0;
-        if (t->fill[page] < (j == last ? (n->end - 1) % pt + 1 : pt) || t->fill[page] > pt) return 0;
+        if (t->fill[page] < (j == last ? (n->end - 1) % pt + 1 : pt) || t->fill[page] > pt)
+            return 0;
         ref[page]++;
         held[page] += n->held > 0;
         if (j == last) break;
         behind = page;
         page = t->next[page];
     }
-    if (page != n->last_page || (n->n_child == 0 && t->fill[page] != (n->end - 1) % pt + 1)) return 0;
+    if (page != n->last_page || (n->n_child == 0 && t->fill[page] != (n->end - 1) % pt + 1))
+        return 0;
     if (n->key != (uint32_t)*attni_page_token(t, n->first_page, slot)) return 0;
     for (i = 0; slot != 0 && p->last_page != n->first_page && i < slot; i++) // a copy has the slots
-        if (*attni_page_token(t, n->first_page, i) != *attni_page_token(t, p->last_page, i)) return 0;
+        if (*attni_page_token(t, n->first_page, i) != *attni_page_token(t, p->last_page, i))
+            return 0;
     return 1;
 }
 
@@ -3214,8 +3237,8 @@ static uint64_t attni_get_le(const unsigned char *p, size_t n) {
     return v;
 }
 
-// Eight bytes a step; every step is a bijection of h for a given word and of the word for a given h,
-// so that a change confined to one word always changes the sum.
+// Eight bytes a step; every step is a bijection of h for a given word and of the word for a given
+// h, so that a change confined to one word always changes the sum.
 static uint64_t attni_blob_hash(const unsigned char *p, size_t n, uint64_t h) {
     size_t run;
     h ^= (uint64_t)n;
@@ -3234,8 +3257,8 @@ static uint64_t attni_blob_sum(const unsigned char *p, size_t n) {
 
 // Bytes of a blob, 0 when they do not fit in size_t (or 63 bits).
 static size_t attni_blob_size(uint64_t n_tokens, uint64_t token_bytes) {
-    uint64_t limit = (uint64_t)INT64_MAX < (uint64_t)SIZE_MAX ? (uint64_t)INT64_MAX
-                                                              : (uint64_t)SIZE_MAX;
+    uint64_t limit =
+        (uint64_t)INT64_MAX < (uint64_t)SIZE_MAX ? (uint64_t)INT64_MAX : (uint64_t)SIZE_MAX;
     if (token_bytes > limit - 4) return 0;
     if (n_tokens > (limit - ATTNI_BLOB_HEADER) / (token_bytes + 4)) return 0;
     return (size_t)(ATTNI_BLOB_HEADER + n_tokens * (token_bytes + 4));
@@ -3274,8 +3297,8 @@ ATTN_DEF attn_result attn_tree_save(const attn_tree *t, int32_t seq, size_t toke
     if (r != ATTN_OK) return r;
     for (i = 0; i < n; i++) {
         page = t->scratch[i / t->page_tokens];
-        attni_put_le(ids + 4 * (size_t)i,
-                     (uint32_t)*attni_page_token(t, page, i % t->page_tokens), 4);
+        attni_put_le(ids + 4 * (size_t)i, (uint32_t)*attni_page_token(t, page, i % t->page_tokens),
+                     4);
     }
     memcpy(p, "attnblob", 8);
     attni_put_le(p + 8, ATTNI_BLOB_VERSION, 4);
@@ -3327,9 +3350,9 @@ static attn_result attni_blob_append(attn_tree *t, int32_t s, const unsigned cha
     return ATTN_OK;
 }
 
-ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_bytes, attn_rows_fn write,
-                                    attn_copy_fn copy, void *user, const void *mem, size_t bytes,
-                                    int32_t *seq) {
+ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_bytes,
+                                    attn_rows_fn write, attn_copy_fn copy, void *user,
+                                    const void *mem, size_t bytes, int32_t *seq) {
     const unsigned char *p = (const unsigned char *)mem, *rows;
     int32_t n = 0, s, hit;
     int64_t hits, misses;

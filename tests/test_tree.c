@@ -2,10 +2,10 @@
    cc -O2 -I. tests/test_tree.c -o test_tree -lm && ./test_tree [SEED [N_OPS]]
 
    The model: every live sequence is a plain array of tokens; the cache is a list of such arrays. A
-   token's "KV" is a hash of the tokens up to it, written into a (page, slot) array when the tree says
-   that it must be stored and moved by the page copies, late and many at a time, as a device would.
-   After every operation each sequence must read its own values back from its pages, free pages are
-   poisoned, and the hits must be exactly the longest prefix that the model knows. */
+   token's "KV" is a hash of the tokens up to it, written into a (page, slot) array when the tree
+   says that it must be stored and moved by the page copies, late and many at a time, as a device
+   would. After every operation each sequence must read its own values back from its pages, free
+   pages are poisoned, and the hits must be exactly the longest prefix that the model knows. */
 #include "test.h"
 
 static uint32_t hash_mask = 0xffffffffu; // 0: all hashes collide
@@ -13,8 +13,15 @@ static uint32_t hash_mask = 0xffffffffu; // 0: all hashes collide
 #define ATTN_CORE_IMPLEMENTATION
 #include "attn.h"
 
-enum { MAX_SEQ = 8, MAX_LEN = 120, MAX_KEPT = 32, MAX_PIN = 4, MAX_PAGES = 40, MAX_TODO = 64,
-       MAX_LATE = 4096 };
+enum {
+    MAX_SEQ = 8,
+    MAX_LEN = 120,
+    MAX_KEPT = 32,
+    MAX_PIN = 4,
+    MAX_PAGES = 40,
+    MAX_TODO = 64,
+    MAX_LATE = 4096
+};
 #define POISON 0xdeaddeaddeaddeadu
 
 typedef struct run {
@@ -27,13 +34,13 @@ typedef struct model {
     test_rng rng;
     attn_tree *t;
     int32_t pt, n_pages, max_seq, n_ns, alphabet;
-    int tight;           // few nodes: running out of them is part of the test
-    int ranks;           // with priorities; their borders may cost a page
-    int used[MAX_SEQ];   // by handle
+    int tight;         // few nodes: running out of them is part of the test
+    int ranks;         // with priorities; their borders may cost a page
+    int used[MAX_SEQ]; // by handle
     run live[MAX_SEQ];
-    int32_t page[MAX_SEQ][MAX_LEN];    // page table after the last operation
+    int32_t page[MAX_SEQ][MAX_LEN]; // page table after the last operation
     int32_t n_page[MAX_SEQ];
-    run kept[MAX_KEPT];  // cached
+    run kept[MAX_KEPT]; // cached
     int32_t n_kept;
     run pin[MAX_PIN];
     int32_t n_pin;
@@ -42,13 +49,20 @@ typedef struct model {
     struct {
         int32_t at; // page * pt + slot
         uint64_t value;
-    } late[MAX_LATE];    // stores to carry out
+    } late[MAX_LATE]; // stores to carry out
     int32_t n_late;
-    uint64_t *kv;        // (n_pages, pt)
+    uint64_t *kv;           // (n_pages, pt)
     uint64_t ns_in, ns_out; // of the blob being moved
-    int32_t fail_at;     // row callback that fails
-    attn_tree_stats was; // before the operation
+    int32_t fail_at;        // row callback that fails
+    attn_tree_stats was;    // before the operation
 } model;
+
+static attn_tree_stats stats(const attn_tree *t) {
+    attn_tree_stats s;
+    memset(&s, 0, sizeof s);
+    attn_tree_get_stats(t, &s);
+    return s;
+}
 
 static uint64_t mix(uint64_t h, uint64_t x) {
     h = (h ^ x) * 0xd6e8feb86659fd93u;
@@ -121,7 +135,8 @@ static void poison(model *m) {
 
 static void verify_seq(model *m, int32_t s) {
     const run *r = m->live + s;
-    int32_t page[MAX_LEN], token[MAX_LEN], i, n, n_page = (r->n + m->pt - 1) / m->pt, first, bad = 0;
+    int32_t page[MAX_LEN], token[MAX_LEN], i, n, n_page = (r->n + m->pt - 1) / m->pt, first,
+                                                 bad = 0;
     uint64_t h = 1, salt = mix(3, r->ns);
     CHECK_EQ(attn_tree_length(m->t, s), r->n);
     n = attn_tree_pages(m->t, s, page, MAX_LEN);
@@ -152,7 +167,7 @@ static int before(const run *a, const run *b) { // 1: a sorts strictly before b
 }
 
 static void verify_pairs(model *m) {
-    int32_t seqs[MAX_SEQ], order[MAX_SEQ], scratch[MAX_SEQ], n = 0, i, j, c, seen = 0;
+    int32_t seqs[MAX_SEQ] = {0}, order[MAX_SEQ], scratch[MAX_SEQ], n = 0, i, j, c, seen = 0;
     for (i = 0; i < m->max_seq; i++)
         if (m->used[i]) seqs[n++] = i;
     for (i = n - 1; i > 0; i--) {
@@ -179,7 +194,7 @@ static void random_run(model *m, run *r, int32_t max);
 static void resync(model *m, int32_t s, int32_t first_new) {
     attn_tree_stats now;
     int32_t i, j, left;
-    attn_tree_get_stats(m->t, &now);
+    now = stats(m->t);
     if (now.tokens_evicted == m->was.tokens_evicted) return;
     for (i = 0; i < m->n_kept; i++) {
         run *k = m->kept + i;
@@ -205,7 +220,7 @@ static void verify(model *m) {
     poison(m);
     for (s = 0; s < m->max_seq; s++)
         if (m->used[s]) verify_seq(m, s), n_seq++;
-    attn_tree_get_stats(m->t, &now);
+    now = stats(m->t);
     CHECK_EQ(now.n_seq, n_seq);
     random_run(m, &probe, MAX_LEN);
     CHECK_EQ(attn_tree_match(m->t, probe.ns, probe.token, probe.n), known(m, &probe, 1));
@@ -218,7 +233,8 @@ static void verify(model *m) {
 static void extend_run(model *m, run *r, int32_t max) {
     int32_t k = test_below(&m->rng, m->max_seq + MAX_KEPT);
     const run *from = k < m->max_seq ? m->live + k : m->kept + (k - m->max_seq) % MAX_KEPT;
-    int follow = (k < m->max_seq ? m->used[k] : k - m->max_seq < m->n_kept) && common(r, from) == r->n;
+    int follow =
+        (k < m->max_seq ? m->used[k] : k - m->max_seq < m->n_kept) && common(r, from) == r->n;
     int32_t until = follow ? test_below(&m->rng, from->n + 1) : 0;
     if (max > MAX_LEN) max = MAX_LEN;
     while (r->n < max) {
@@ -243,7 +259,7 @@ static int32_t pick(model *m) { // a live sequence or -1
 // A failed call changed nothing but, where it may, what is cached.
 static void verify_failed(model *m, int may_evict) {
     attn_tree_stats now;
-    attn_tree_get_stats(m->t, &now);
+    now = stats(m->t);
     if (!may_evict) CHECK(memcmp(&now, &m->was, sizeof now) == 0);
     CHECK_EQ(now.tokens_hit, m->was.tokens_hit);
     CHECK_EQ(now.tokens_missed, m->was.tokens_missed);
@@ -334,8 +350,9 @@ static void op_fork(model *m, int32_t s) {
 }
 
 static void op_truncate(model *m, int32_t s) {
-    int32_t n = m->live[s].n, to = test_below(&m->rng, 2) ? test_below(&m->rng, n + 1)
-                                                           : n - test_below(&m->rng, n < 4 ? n + 1 : 4);
+    int32_t n = m->live[s].n, to = test_below(&m->rng, 2)
+                                       ? test_below(&m->rng, n + 1)
+                                       : n - test_below(&m->rng, n < 4 ? n + 1 : 4);
     attn_result r = attn_tree_truncate(m->t, s, to);
     if (r != ATTN_OK) {
         CHECK(r == ATTN_ERR_FULL && m->tight);
@@ -399,10 +416,12 @@ static void op_evict(model *m) {
     int32_t want = test_below(&m->rng, 6) - 1, freed = -1, held = m->t->n_held_pages;
     attn_tree_stats now;
     CHECK_EQ(attn_tree_evict(m->t, want, &freed), ATTN_OK);
-    attn_tree_get_stats(m->t, &now);
+    now = stats(m->t);
     CHECK_EQ(now.n_free - m->was.n_free, freed);
-    if (want < 0 || freed < want) CHECK(now.n_free >= m->n_pages - held && m->t->n_heap == 0);
-    else if (want == 0) CHECK_EQ(now.tokens_evicted, m->was.tokens_evicted);
+    if (want < 0 || freed < want)
+        CHECK(now.n_free >= m->n_pages - held && m->t->n_heap == 0);
+    else if (want == 0)
+        CHECK_EQ(now.tokens_evicted, m->was.tokens_evicted);
     resync(m, -1, 0);
 }
 
@@ -556,7 +575,7 @@ static int random_round(uint64_t seed, int32_t n_ops) {
         CHECK_EQ(attn_tree_pin(m.t, m.pin[i].ns, m.pin[i].token, m.pin[i].n, -1), ATTN_OK);
     CHECK_EQ(attn_tree_check(m.t), ATTN_OK);
     CHECK_EQ(attn_tree_evict(m.t, -1, NULL), ATTN_OK);
-    attn_tree_get_stats(m.t, &end);
+    end = stats(m.t);
     CHECK(end.n_free == m.n_pages && end.n_nodes == 0 && end.tokens_cached == 0);
     CHECK_EQ(attn_tree_check(m.t), ATTN_OK);
     for (i = 0; i < 13; i++) CHECK(mem[bytes + 3 + (size_t)i] == 0xa5 && mem[i % 3] == 0xa5);
@@ -580,7 +599,8 @@ static attn_tree *make(int32_t n_pages, int32_t page_tokens, int32_t max_seq, in
     return t;
 }
 
-static int32_t put(attn_tree *t, const char *text) { // a sequence of the letters; copies acknowledged
+static int32_t put(attn_tree *t,
+                   const char *text) { // a sequence of the letters; copies acknowledged
     int32_t token[MAX_LEN], n = (int32_t)strlen(text), i, s = -1, n_copies = 0;
     attn_page_copy c;
     for (i = 0; i < n; i++) token[i] = text[i];
@@ -629,7 +649,8 @@ static void test_pool(void) {
 
 static void test_errors(void) {
     attn_tree *t = make(4, 4, 2, 0);
-    int32_t tok[32] = {1, 2, 3, 4, 5, 6}, s = -1, s2 = -1, s3 = -1, hit = 0, out[8], n = 0, scratch[2];
+    int32_t tok[32] = {1, 2, 3, 4, 5, 6}, s = -1, s2 = -1, s3 = -1, hit = 0, out[8], n = 0,
+            scratch[2];
     attn_tree_desc d = {0, 4, 0, 0};
     attn_page_copy c = {0, 0, 1};
     CHECK_EQ(attn_tree_bytes(&d), 0);
@@ -771,6 +792,35 @@ static void test_evict(void) {
     CHECK_EQ(attn_tree_check(t), ATTN_OK);
 }
 
+// What a priority covers, what counts as use, and pages that eviction frees by joining nodes.
+static void test_evict_order(void) {
+    attn_tree *t = make(8, 2, 8, 0);
+    int32_t a = put(t, "aa"), b = put(t, "bb"), xx[4] = {'x', 'x', 'x', 'x'};
+    CHECK_EQ(attn_tree_priority(t, a, 3), ATTN_OK);
+    CHECK_EQ(attn_tree_priority(t, b, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, a, xx, 2, NULL, NULL, 0, NULL), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, b, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, a, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aaxx") == 2 && match(t, "bb") == 2);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aaxx") == 2 && match(t, "bb") == 0);
+    t = make(8, 2, 8, 0);
+    CHECK_EQ(attn_tree_release(t, put(t, "aa"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, put(t, "bb"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, put(t, "aacc"), 0), ATTN_OK); // uses aa
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aacc") == 2 && match(t, "bb") == 0);
+    t = make(3, 4, 8, 0);
+    CHECK_EQ(attn_tree_release(t, put(t, "abcdeX"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, put(t, "abcdeY"), 1), ATTN_OK);
+    a = put(t, "abcdeY");
+    CHECK(t->pool.n_free == 0 && t->n_held_pages == 3);
+    CHECK_EQ(attn_tree_append(t, a, xx, 4, NULL, NULL, 0, NULL), ATTN_OK);
+    CHECK(match(t, "abcdeX") == 5 && match(t, "abcdeYxxxx") == 10);
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+}
+
 static void test_order(void) {
     attn_tree *t = make(16, 4, 8, 0);
     int32_t seqs[5], order[5], scratch[5], i;
@@ -821,13 +871,15 @@ static void test_blob(void) {
         r = attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, bytes, &out);
         CHECK(r == ATTN_ERR_CORRUPT || (r == ATTN_ERR_VERSION && k >= 8 && k < 12));
         blob[k] ^= (unsigned char)(1u << (k % 8));
-        CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, k, &out), ATTN_ERR_CORRUPT);
+        CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, k, &out),
+                 ATTN_ERR_CORRUPT);
     }
-    CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, bytes + 1, &out), ATTN_ERR_CORRUPT);
+    CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, copy_page, &m, blob, bytes + 1, &out),
+             ATTN_ERR_CORRUPT);
     CHECK_EQ(attn_tree_load(t, 9, 4, write_rows, copy_page, &m, blob, bytes, &out), ATTN_ERR_SHAPE);
     m.fail_at = 2;
     CHECK_EQ(attn_tree_load(t, 9, 8, write_rows, NULL, &m, blob, bytes, &out), ATTN_ERR_CALLBACK);
-    attn_tree_get_stats(t, &now);
+    now = stats(t);
     CHECK(out == -1 && memcmp(&was, &now, sizeof now) == 0);
     m.fail_at = 0;
     t = make(8, 3, 8, 0); // another page size
@@ -846,6 +898,9 @@ static void test_blob(void) {
     s = put(t, "abcdX"); // the copy needs a callback
     CHECK_EQ(attn_tree_truncate(t, out, 3), ATTN_OK);
     CHECK_EQ(attn_tree_load(t, 0, 8, write_rows, NULL, &m, blob, bytes, &out), ATTN_ERR_ARGUMENT);
+    m.fail_at = 1;
+    CHECK_EQ(attn_tree_load(t, 0, 8, write_rows, copy_page, &m, blob, bytes, &out),
+             ATTN_ERR_CALLBACK);
     CHECK_EQ(attn_tree_check(t), ATTN_OK);
 }
 
@@ -858,7 +913,8 @@ static void test_index(void) {
     for (i = 0; i < 20; i++) {
         tok[0] = i % 5;
         tok[1] = i;
-        CHECK_EQ(attn_tree_insert(t, (uint64_t)(i / 10) << 32, tok, 2, &s, &hit, NULL, 0, NULL), ATTN_OK);
+        CHECK_EQ(attn_tree_insert(t, (uint64_t)(i / 10) << 32, tok, 2, &s, &hit, NULL, 0, NULL),
+                 ATTN_OK);
         CHECK_EQ(hit, i % 10 >= 5);
         CHECK_EQ(attn_tree_release(t, s, 1), ATTN_OK);
     }
@@ -877,6 +933,7 @@ int main(int argc, char **argv) {
     test_fork();
     test_truncate();
     test_evict();
+    test_evict_order();
     test_order();
     test_blob();
     test_index();
