@@ -493,6 +493,8 @@ static int open_kv(engine *e) {
         e->kv[l].v = at;
         at = (uint8_t *)aligned(at + (size_t)e->n_pages * v);
     }
+    e->d.kv.k.data = e->kv[0].k; /* each layer puts its own here */
+    e->d.kv.v.data = e->kv[0].v;
     e->d.kv.n_pages = e->n_pages;
     attn_tree_desc td;
     memset(&td, 0, sizeof td);
@@ -695,6 +697,8 @@ static int attend(engine *e, int32_t layer) {
 /* Buffers for the largest problem that can come; sized when the first one is known. */
 static int open_plan(engine *e) {
     attn_plan_params p;
+    attn_result r = attn_validate(&e->d);
+    if (r) return attn_failed("attention", r);
     memset(&p, 0, sizeof p);
     attn_cpu_plan_params(&e->d, llama_pool_threads(e->pool), &p);
     p.max_seq = e->max_seq;
@@ -708,7 +712,7 @@ static int open_plan(engine *e) {
     e->scratch_mem = malloc((size_t)llama_pool_threads(e->pool) * e->scratch_bytes + 64);
     if (!e->plan_bytes || !e->plan_mem || !e->partial_mem || !e->scratch_mem)
         return complain("out of memory for the attention plan");
-    attn_result r = attn_plan_build(&e->d, &p, aligned(e->plan_mem), e->plan_bytes, &e->plan);
+    r = attn_plan_build(&e->d, &p, aligned(e->plan_mem), e->plan_bytes, &e->plan);
     return r ? attn_failed("planning attention", r) : 0;
 }
 
