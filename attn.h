@@ -1,0 +1,3368 @@
+/* attn.h - v0.1 - MIT licence, see the end of the file
+   Attention over paged KV shared through a prefix tree, and over sparse score matrices.
+   This header is the core: page pool, prefix tree, masks, the problem descriptor, validation,
+   planning and an fp64 reference kernel. Backends: attn_cpu.h, attn_cuda.cuh, attn_metal.h.
+
+   DO THIS in exactly one C or C++ file, before including any attn header:
+       #define ATTN_IMPLEMENTATION
+       #include "attn.h"
+       #include "attn_cpu.h"
+   Every other file includes the headers without the macro.
+
+   EXAMPLE (dense causal attention of one sequence over contiguous KV, 8 query / 2 KV heads):
+       attn_desc d = {0};
+       int32_t q_start[2] = {0, 1}, kv_len[1] = {n_cached};           // one new token
+       d.n_seq = 1;  d.q_start = q_start;  d.kv.kv_len = kv_len;
+       d.n_heads = 8;  d.n_kv_heads = 2;  d.head_dim = 64;
+       d.q.data = q;  d.q.dtype = ATTN_F32;  d.o.data = o;  d.o.dtype = ATTN_F32;
+       d.kv.k.data = key_cache;    d.kv.k.dtype = ATTN_F32;           // (max_len, 2, 64)
+       d.kv.v.data = value_cache;  d.kv.v.dtype = ATTN_F32;
+       d.kv.n_pages = 1;  d.kv.page_tokens = max_len;                 // one long page
+       size_t bytes = attn_cpu_forward_bytes(&d, 1);
+       attn_result r = attn_cpu_forward(&d, malloc(bytes), bytes, 1); // ATTN_OK or an error
+
+   CONTENTS (search for the tag)
+       >>config   >>result   >>dtype   >>tensor   >>kv   >>mask   >>desc   >>validate   >>plan
+       >>ref   >>pool   >>tree   >>blob   and the implementation of each behind  >>impl
+
+   MACROS
+       ATTN_IMPLEMENTATION        implement every attn header this file includes
+       ATTN_CORE_IMPLEMENTATION   implement attn.h only
+       ATTN_STATIC                make every function static (a private copy per file)
+       ATTN_DEF                   or define the linkage of public functions yourself
+
+   MEMORY   The caller owns everything. ..._bytes() functions say how large a buffer must be; nothing
+            is allocated, ever. Buffers need 64-byte alignment only where the text says so.
+   THREADS  The library starts none and has no mutable state of its own. Pool and tree are locked by
+            the caller; a plan is read-only while it runs.
+   ERRORS   Every function that can fail returns an attn_result; 0 is success, errors are negative.
+            Nothing aborts or prints. Failed calls leave their structures as they were.
+   ZERO     Structs are zero-initialised by the caller; 0 always means the default.
+   NUMERICS Partial results are f32. For a given mask a row's bits do not depend on the rest of the
+            batch, page size, layout, placement or (CPU) the number of threads, chunking, cache hits.
+   LIMITS   head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
+
+#ifndef ATTN_H
+#define ATTN_H
+
+#define ATTN_VERSION 100 /* 10000 major + 100 minor + patch */
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef ATTN_STATIC
+#if defined(__GNUC__) || defined(__clang__)
+#define ATTN_DEF static __attribute__((unused))
+#else
+#define ATTN_DEF static
+#endif
+#endif
+#ifndef ATTN_DEF
+#ifdef __cplusplus
+#define ATTN_DEF extern "C"
+#else
+#define ATTN_DEF extern
+#endif
+#endif
+
+// ==== >>config  Limits ===========================================================================
+
+#define ATTN_MAX_HEAD_DIM 576
+#define ATTN_SPAN 256 /* tokens: KV is cut here, at absolute positions, whatever the batch (CPU) */
+
+// ==== >>result  Result codes =====================================================================
+
+#define ATTN_RESULTS(X)                                                                            \
+    X(OK, 0, "success")                                                                            \
+    X(ERR_ARGUMENT, -1, "a required argument is NULL, negative or out of its range")               \
+    X(ERR_SHAPE, -2, "sizes do not fit together (heads, dims, lengths, positions)")                \
+    X(ERR_DTYPE, -3, "a dtype is missing or not allowed here")                                     \
+    X(ERR_LAYOUT, -4, "strides, page size or layout do not fit together")                          \
+    X(ERR_PAGE, -5, "a page id lies outside the pool")                                             \
+    X(ERR_MASK, -6, "a mask is malformed (ids not ascending, out of range, bad sub-blocks)")       \
+    X(ERR_OVERFLOW, -7, "a size or offset does not fit in 63 bits")                                \
+    X(ERR_UNSUPPORTED, -8, "valid, but this backend cannot do it")                                 \
+    X(ERR_BUFFER, -9, "a caller's buffer is too small or misaligned")                              \
+    X(ERR_FULL, -10, "out of pages, nodes or sequence slots; nothing was changed")                 \
+    X(ERR_STALE, -11, "the plan was made for another problem; build or update it")                 \
+    X(ERR_NOT_FOUND, -12, "no such sequence or prefix")                                            \
+    X(ERR_BUSY, -13, "still in use (pinned, referenced or not acknowledged)")                      \
+    X(ERR_CORRUPT, -14, "a blob is damaged or was not written by this library")                    \
+    X(ERR_VERSION, -15, "a blob or header of another version")                                     \
+    X(ERR_CALLBACK, -16, "a caller's callback reported failure")
+
+typedef enum attn_result {
+#define ATTNI_X(name, value, text) ATTN_##name = value,
+    ATTN_RESULTS(ATTNI_X)
+#undef ATTNI_X
+        ATTN_RESULT_FORCE_INT = 0x7fffffff
+} attn_result;
+
+// A static English sentence for a result code; never NULL.
+ATTN_DEF const char *attn_result_string(attn_result r);
+
+// ==== >>dtype  Data types ========================================================================
+
+// X(name, value, bits per element, has scales): quantised types carry one f32 scale per token and KV
+// head, K and V apart, so that a stored token is never rewritten. value = code * scale.
+// I4: two's complement nibbles -7..7, element 2i in the low half of byte i.
+#define ATTN_DTYPES(X)                                                                             \
+    X(F32, 1, 32, 0)                                                                               \
+    X(F16, 2, 16, 0)                                                                               \
+    X(BF16, 3, 16, 0)                                                                              \
+    X(F8E4M3, 4, 8, 1)                                                                             \
+    X(F8E5M2, 5, 8, 1)                                                                             \
+    X(I8, 6, 8, 1)                                                                                 \
+    X(I4, 7, 4, 1)
+
+typedef enum attn_dtype {
+    ATTN_DTYPE_NONE = 0, // invalid: a forgotten dtype is an error
+#define ATTNI_X(name, value, bits, scaled) ATTN_##name = value,
+    ATTN_DTYPES(ATTNI_X)
+#undef ATTNI_X
+        ATTN_DTYPE_COUNT
+} attn_dtype;
+
+ATTN_DEF const char *attn_dtype_name(attn_dtype t); // "f32", "f8e4m3", ... or "none"
+ATTN_DEF int attn_dtype_bits(attn_dtype t);         // 32, 16, 8, 4, or 0 for an invalid one
+ATTN_DEF int attn_dtype_scaled(attn_dtype t);       // 1 when values carry a scale
+
+// ==== >>tensor  Views of the caller's arrays =====================================================
+
+// (n_tokens, n_heads, dim) with unit stride along dim. dtype: F32, F16 or BF16.
+typedef struct attn_tensor {
+    void *data;
+    attn_dtype dtype;
+    int64_t stride_token; // elements between tokens (default 0: n_heads * dim)
+    int64_t stride_head;  // elements between heads  (default 0: dim)
+} attn_tensor;
+
+// ==== >>kv  Paged keys and values ================================================================
+
+// Where a token's elements lie inside a page. Every layout gives the same bits.
+typedef enum attn_layout {
+    ATTN_TOKEN_MAJOR = 0, // [page, token, kv_head, d]
+    ATTN_HEAD_MAJOR = 1,  // [page, kv_head, token, d]
+    ATTN_K16 = 2          // CPU. K: [page, kv_head, token / 16, d / p, 16, p], p = 32 / bits, so that a
+                          // 4-byte unit holds p elements of one token; V: head-major.
+                          // page_tokens must be a multiple of 16.
+} attn_layout;
+
+// The pages of K or of V of one layer. After a page's elements follow, for scaled dtypes without
+// head_scale, its f32 scales: [token, kv_head] for TOKEN_MAJOR, [kv_head, token] otherwise.
+// V may alias K (MLA: K rows of 576, V their first 512): same data, page_bytes and stride_token.
+typedef struct attn_kv_array {
+    void *data;              // page 0
+    attn_dtype dtype;        // any
+    const float *head_scale; // (n_kv_heads) fixed scales (default NULL: scales stored in the page)
+    int64_t page_bytes;      // distance between pages (default 0: attn_kv_page_bytes)
+    int64_t stride_token;    // elements (default 0: by layout); K16 keys: must be 0
+    int64_t stride_head;     // elements (default 0: by layout); K16 keys: must be 0
+} attn_kv_array;
+
+typedef struct attn_kv {
+    attn_kv_array k, v;
+    attn_layout layout;
+    int32_t page_tokens;        // tokens per page, any size >= 1
+    int32_t n_pages;            // every page id must be in [0, n_pages)
+    const int32_t *page_table;  // (n_seq, page_table_stride) page ids; entry j holds the tokens
+                                // j * page_tokens ... of the sequence
+                                // (default NULL: sequence i is page i: contiguous KV)
+    int64_t page_table_stride;  // int32 entries between sequences
+    const int32_t *kv_len;      // (n_seq) tokens held, the new ones included
+    const int32_t *kv_pos0;     // (n_seq) absolute position of the first held token (default NULL: 0);
+                                // > 0 after the front of a sequence was evicted
+} attn_kv;
+
+// ==== >>mask  Which keys a query sees ============================================================
+//
+// visible = base AND sparse, for a query at absolute position p and a key at absolute position k.
+//   base   = k is held AND (k <= p | anything | token tree) AND (inside the window OR k < n_sink)
+//   sparse = true when no sparse term is given, else the OR of the terms that are:
+//            block list, local-stride, vertical-slash, keep_sink, keep_recent
+
+typedef enum attn_mask_kind {
+    ATTN_MASK_CAUSAL = 0,
+    ATTN_MASK_FULL = 1, // bidirectional
+    ATTN_MASK_TREE = 2  // speculative verify: the sequence's q_len queries are its last q_len tokens,
+                        // nodes of a token tree; each sees what came before and its own ancestors
+} attn_mask_kind;
+
+// Arbitrary block-sparse pattern, CSR. Row of a query: seq_row[seq] + p / row_block; it lists the KV
+// blocks (ids k / kv_block, ascending, unique) that are kept. Optional sub-block bitmask per entry:
+// bits_rows x bits_cols bits, row-major, (bits_rows * bits_cols + 63) / 64 words per entry; sub-row =
+// (p % row_block) / (row_block / bits_rows), sub-column likewise.
+typedef struct attn_block_list {
+    int32_t row_block, kv_block; // tokens
+    int32_t n_lists;             // 1 (all heads share), n_kv_heads or n_heads
+    int32_t n_rows;              // row blocks in each list
+    const int64_t *row_start;    // (n_lists, n_rows + 1) offsets into block; NULL: no block list
+    const int32_t *block;        // KV block ids
+    const uint64_t *bits;        // (default NULL: whole blocks)
+    int32_t bits_rows, bits_cols;
+    const int32_t *seq_row;      // (n_seq) list row of the row block 0 of each sequence, may be
+                                 // negative (default NULL: 0 for all)
+} attn_block_list;
+
+// dkernel's closed form with i = p / block, j = k / block, h = KV head + head0:
+//   causal:        j <= i and (i - j < local or (j + h * step + offset) mod stride == 0)
+//   bidirectional: (max(0, i - j - local + 1) + max(0, j - i - local_right + 1)) mod stride == 0
+// The last n_dense of n_heads_total KV heads keep everything.
+typedef struct attn_local_stride {
+    int32_t block;         // tokens; 0: no local-stride term
+    int32_t local;         // blocks, >= 1
+    int32_t stride;        // blocks, >= 1
+    int32_t head_step;     // (default 0: max(1, stride / n_heads_total))
+    int32_t offset;        // phi-3-small: 1
+    int32_t homogeneous;   // 1: every head as head 0
+    int32_t n_dense;       // dense heads (default 0)
+    int32_t head0;         // first KV head of this tensor-parallel rank (default 0)
+    int32_t n_heads_total; // KV heads over all ranks (default 0: n_kv_heads)
+    int32_t bidirectional; // 1: the second form
+    int32_t local_right;   // (default 0: local)
+} attn_local_stride;
+
+// Kept: block columns j in col, block diagonals i - j in diag, per list; ids ascending, unique.
+typedef struct attn_vertical_slash {
+    int32_t block;            // tokens, 1 for token columns; 0: no vertical-slash term
+    int32_t n_lists;          // 1, n_kv_heads or n_heads
+    const int64_t *col_start; // (n_lists + 1) into col
+    const int32_t *col;
+    const int64_t *diag_start; // (n_lists + 1) into diag
+    const int32_t *diag;
+} attn_vertical_slash;
+
+typedef struct attn_mask {
+    attn_mask_kind kind;        // (default: causal)
+    int32_t window_left;        // n + 1: keys from p - n on (default 0: unlimited)
+    int32_t window_right;       // n + 1: keys up to p + n (default 0: unlimited)
+    int32_t n_sink;             // first positions, visible outside the window (default 0)
+    const int32_t *tree_parent; // TREE: (n_tokens) index of the parent among the sequence's queries,
+                                // smaller than its own; -1: child of the context.
+                                // A node's position is q_pos0 + its depth.
+    attn_block_list blocks;
+    attn_local_stride stride;
+    attn_vertical_slash vslash;
+    int32_t keep_sink;   // sparse term: k < keep_sink (default 0: off)
+    int32_t keep_recent; // sparse term: p - k < keep_recent (default 0: off)
+} attn_mask;
+
+// Turns a dense boolean matrix into a block list with one sub-block bit per token pair.
+//   m            (rows, cols) bytes, nonzero = keep; row r is absolute position r, column c too
+//   row_block, kv_block   tokens, row_block * kv_block <= 4096
+//   row_start    out, (ceil(rows / row_block) + 1);  block, bits: out, capacity entries;
+//                bits holds (row_block * kv_block + 63) / 64 words per entry
+//   n_entries    out; call with capacity 0 (block, bits may be NULL) to ask for the count
+// Fills out->... with pointers to these arrays. ERR_ARGUMENT, ERR_FULL (capacity).
+ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_t cols,
+                                          int32_t row_block, int32_t kv_block, int64_t *row_start,
+                                          int32_t *block, uint64_t *bits, int64_t capacity,
+                                          int64_t *n_entries, attn_block_list *out);
+
+// ==== >>desc  One attention problem ==============================================================
+
+typedef enum attn_numerics {
+    ATTN_NUMERICS_FAST = 0,     // the ISA's best: FMA; bf16 dot where Q, K and O are all bf16
+    ATTN_NUMERICS_PORTABLE = 1, // the same bits on every ISA
+    ATTN_NUMERICS_APPROX = 2    // FAST, and integer-dot scores for int8 K: Q is rounded to 8 bits
+                                // per row, so a score is off by at most |q|_max * |k|_1 / 254
+} attn_numerics;
+
+typedef struct attn_logits {
+    float scale;        // (default 0: 1 / sqrt(head_dim))
+    float softcap;      // s = softcap * tanh(s / softcap) (default 0: off)
+    const float *alibi; // (n_heads) slopes: s += slope * (k - p) (default NULL)
+    const float *sink;  // (n_heads) logits of a virtual key without value (default NULL)
+    attn_tensor bias;   // additive, (n_heads or 1, n_tokens, columns): element
+                        // [head * stride_head + token * stride_token + (k - kv_pos0)];
+                        // a stride of 0: shared by all heads, by all tokens (default: off)
+} attn_logits;
+
+// Score of a visible pair, in this order: scale * q.k, softcap, ALiBi, bias; then softmax over the
+// visible keys and the sink logit.
+typedef struct attn_desc {
+    int32_t n_seq;
+    int32_t n_heads;         // query heads, a multiple of n_kv_heads
+    int32_t n_kv_heads;
+    int32_t head_dim;        // multiple of 8, 8..576
+    int32_t v_head_dim;      // (default 0: head_dim)
+    const int32_t *q_start;  // (n_seq + 1) first query token of each sequence, from 0 on;
+                             // q_start[n_seq] = n_tokens
+    const int32_t *q_pos0;   // (n_seq) absolute position of its first query
+                             // (default NULL: its queries are the last tokens held)
+    const int32_t *seq_order; // (n_seq) permutation that puts sequences with common pages side by
+                              // side, from attn_tree_order (default NULL: the planner sorts)
+    attn_tensor q;           // (n_tokens, n_heads, head_dim)
+    attn_tensor o;           // (n_tokens, n_heads, v_head_dim), written
+    float *lse;              // (n_tokens, n_heads) natural log-sum-exp, the sink included (default NULL)
+    attn_kv kv;
+    attn_mask mask;
+    attn_logits logits;
+    attn_numerics numerics;  // (default: FAST)
+} attn_desc;
+
+// Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included; 0 if invalid.
+// Reads n_kv_heads, head_dim, v_head_dim, kv.layout, kv.page_tokens, the array's dtype, strides, scale.
+ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v);
+
+// Slot (page * page_tokens + place) of every query token's own K and V: out (n_tokens), for store.
+// ERR_PAGE when a position has no page. Reads the tables; d must be valid.
+ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out);
+
+// Copies rows between a page and canonical order, whatever the layout: rows (n_tokens, n_kv_heads, d)
+// of raw elements little-endian, followed by (n_tokens, n_kv_heads) f32 scales when stored in the page.
+// For attn_tree_save / attn_tree_load callbacks. ERR_PAGE, ERR_ARGUMENT (place or count outside).
+ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens);
+ATTN_DEF attn_result attn_kv_read_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                       int32_t n_tokens, void *rows);
+ATTN_DEF attn_result attn_kv_write_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                        int32_t n_tokens, const void *rows);
+
+// ==== >>validate  Finding mistakes ===============================================================
+
+// ATTN_OK, or the first mistake found: pointers, shapes, dtypes, strides, page ids, positions, masks.
+// Reads every table (host memory): O(pages + list entries). The same answer for every backend.
+ATTN_DEF attn_result attn_validate(const attn_desc *d);
+
+// ==== >>plan  The tasks of a problem =============================================================
+
+// Get defaults from the backend (attn_cpu_plan_params) and change what you like. Nothing here changes
+// the bits of the result.
+typedef struct attn_plan_params {
+    int32_t row_tile;      // query rows x heads per task (default 0: 256)
+    int32_t workers;       // threads that will run tasks (default 0: 1): decides splitting
+    int32_t share;         // 0: shared-prefix tasks where the cost model says so; 1: never; 2: always
+    int32_t max_seq;       // capacities for later updates of the same plan (default 0: as described)
+    int32_t max_tokens;    // query tokens
+    int32_t max_kv_len;    // longest sequence, kv_pos0 included
+    size_t partial_bytes;  // workspace the caller will hand to run (default 0: no splitting, no sharing)
+    float cost_kv_token;   // cost model: reading one token of K and V of one head ...
+    float cost_row_token;  // ... one query row against one token ...
+    float cost_partial;    // ... and storing plus merging one partial row (defaults 0: CPU figures)
+} attn_plan_params;
+
+// One task: query rows x a run of KV spans for one KV head. Rows are tokens first_token.. of the
+// group's flattened queries, times the GQA heads.
+typedef struct attn_task {
+    int32_t segment;     // which sequences and spans
+    int32_t kv_head;
+    int32_t first_token; // in the segment's flattened query tokens
+    int32_t n_tokens;
+    float cost;          // tasks are sorted by it, dearest first
+} attn_task;
+
+// Sequences [seq0, seq0 + n_seq) of the plan's order against the spans [span0, span1), the pages of
+// which they all share. n_slots = 0: the task writes O itself; 1: one folded partial per row; else one
+// per span.
+typedef struct attn_segment {
+    int32_t seq0, n_seq;
+    int32_t span0, span1;
+    int32_t n_tokens; // query tokens of these sequences together
+    int32_t n_slots;
+    int64_t partial;  // first partial row
+} attn_segment;
+
+// A sequence as the plan saw it. place: in the plan's order.
+typedef struct attn_plan_seq {
+    int32_t q_begin, q_len, q_pos0;
+    int32_t kv_len, kv_pos0;
+    int32_t span0, span1;  // the spans any of its rows may see
+    int32_t place;         // in order[]
+    int32_t chain, n_chain; // its segments, in span order: plan->chain[chain ...]; n_chain 1: no merge
+    int32_t is_chain;      // TREE: every parent is the previous token, so plain causal
+} attn_plan_seq;
+
+// Lives in the caller's memory; holds no pointer into Q, K, V or O, so one plan serves every layer.
+typedef struct attn_plan {
+    attn_plan_params params;
+    int32_t n_seq, n_active, n_tokens; // n_active: sequences that have queries
+    int32_t n_heads, n_kv_heads, head_dim, v_head_dim;
+    int32_t n_tasks, n_merges, n_segments, n_shared; // n_shared: segments of more than one sequence
+    int32_t tile_tokens;   // query tokens per task at most
+    int32_t cap_seq, cap_segments, cap_tasks, cap_chain;
+    size_t partial_rows;   // partial rows used, each (v_head_dim + 2) f32
+    int64_t kv_tokens_read; // KV tokens (x heads) visited by a step, shared runs counted once
+    int64_t kv_tokens_seen; // ... if every sequence read its own
+    attn_plan_seq *seq;    // (n_seq)
+    int32_t *order;        // (n_seq) sequence at each place
+    int32_t *share;        // (n_seq) spans shared with the next place
+    attn_segment *segment;
+    attn_task *task;
+    int32_t *chain;
+    int32_t *merge;        // (n_merges) sequences whose partials must be merged
+    int32_t *stack;        // (3 * n_seq + 3) for the builder
+} attn_plan;
+
+// Bytes attn_plan_build needs for d, or for the capacities in p if those are larger; 0 when invalid.
+ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *p);
+
+// Validates d and plans it into mem (64-byte aligned, bytes long, kept until the plan is dropped).
+// *plan points into mem. Errors: those of attn_validate; ERR_BUFFER.
+ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *p, void *mem,
+                                     size_t bytes, attn_plan **plan);
+
+// Follows a changed problem (the next decode step, say) in the same memory: when neither the sharing
+// nor a span border changed only lengths are patched (*rebuilt = 0), else everything is planned again
+// (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER when d outgrew the capacities; then the plan is void.
+ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt);
+
+// Bytes of partial workspace this plan uses, <= params.partial_bytes. 64-byte aligned.
+ATTN_DEF size_t attn_plan_partial_bytes(const attn_plan *plan);
+
+// ==== >>ref  The specification ===================================================================
+
+// fp64 attention straight from the definitions above, one score at a time; slow. o (n_tokens, n_heads,
+// v_head_dim) and lse (n_tokens, n_heads; may be NULL) are dense doubles; d->o and d->lse are ignored.
+// Fully masked rows: o = 0, lse = the sink logit or -inf. Errors: those of attn_validate.
+ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse);
+
+// 1 when query token t (of all n_tokens) and head h see the held token j (0 .. kv_len - 1) of their
+// sequence s. d must be valid.
+ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t h, int32_t j);
+
+// ==== >>pool  Pages and their reference counts ===================================================
+
+// Pages 0 .. n_pages - 1; a page is free while its count is 0. No page memory here: page ids index the
+// caller's arrays, in every layer alike.
+typedef struct attn_pool {
+    int32_t n_pages, n_free;
+    int32_t *ref;  // (n_pages)
+    int32_t *free; // (n_pages) stack of free ids
+} attn_pool;
+
+ATTN_DEF size_t attn_pool_bytes(int32_t n_pages); // 0 when n_pages < 1
+ATTN_DEF attn_result attn_pool_init(attn_pool *pool, int32_t n_pages, void *mem, size_t bytes);
+ATTN_DEF attn_result attn_pool_alloc(attn_pool *pool, int32_t *page);  // count 1; ERR_FULL
+ATTN_DEF attn_result attn_pool_retain(attn_pool *pool, int32_t page);  // ERR_PAGE if free or outside
+ATTN_DEF attn_result attn_pool_release(attn_pool *pool, int32_t page); // ERR_PAGE if free or outside
+
+// ==== >>tree  Token prefixes -> pages ============================================================
+//
+// A radix tree over token ids for all layers at once. A node holds a run of tokens and the pages they
+// lie in; sequences end anywhere in a node. Runs may begin inside a page: two sequences that diverge
+// there have their own copies of that page (copy on write), listed as attn_page_copy for the caller to
+// carry out (attn_<dev>_copy_pages) before the next store. Token ids are compared on every hit.
+// A namespace (model, adapter, tenant) shares nothing with another.
+// Released prefixes stay cached until evicted.
+
+typedef struct attn_page_copy {
+    int32_t src, dst;
+    int32_t n_tokens; // the first n_tokens slots
+} attn_page_copy;
+
+typedef struct attn_tree attn_tree; // lives in the caller's memory
+
+typedef struct attn_tree_desc {
+    int32_t n_pages;     // pages the tree manages (it owns a pool of that many)
+    int32_t page_tokens;
+    int32_t max_seq;     // live sequences (default 0: 256)
+    int32_t max_nodes;   // (default 0: 2 * n_pages + max_seq + 64)
+} attn_tree_desc;
+
+ATTN_DEF size_t attn_tree_bytes(const attn_tree_desc *desc); // 0 when invalid
+ATTN_DEF attn_result attn_tree_init(const attn_tree_desc *desc, void *mem, size_t bytes,
+                                    attn_tree **tree);
+
+// Longest cached prefix of tokens, in tokens. Changes nothing.
+ATTN_DEF int32_t attn_tree_match(const attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n);
+
+// Starts a sequence that holds the longest cached prefix of tokens (maybe 0 of them): *seq is its
+// handle, *n_cached the length. Pass n - 1 tokens when the logits of the last one are needed.
+// ERR_FULL: no sequence slot.
+ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
+                                    int32_t *seq, int32_t *n_cached);
+
+// Lengthens a sequence by n tokens. The first *n_cached of them were already cached behind it (their
+// K and V are there; do not store them again), the rest get page slots: the caller stores their K and
+// V before anyone runs attention over them, or truncates. Page copies are appended to copies
+// (capacity max_copies, *n_copies counts on); at most one per call. The source page stays pinned until
+// attn_tree_ack. Makes room by evicting cached leaves. ERR_FULL undoes everything.
+ATTN_DEF attn_result attn_tree_append(attn_tree *t, int32_t seq, const int32_t *tokens, int32_t n,
+                                      int32_t *n_cached, attn_page_copy *copies, int32_t max_copies,
+                                      int32_t *n_copies);
+
+// open + append of all the tokens.
+ATTN_DEF attn_result attn_tree_insert(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
+                                      int32_t *seq, int32_t *n_cached, attn_page_copy *copies,
+                                      int32_t max_copies, int32_t *n_copies);
+
+// The copies were carried out: their sources may be reused.
+ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, int32_t n_copies);
+
+// A second sequence with the same tokens (beam, speculative draft). No copy until they diverge.
+ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out);
+
+// Shortens a sequence to n_tokens. Tokens that no other sequence, cached prefix or pin needs are
+// dropped and their pages freed (rollback of a draft); tokens cached before stay.
+ATTN_DEF attn_result attn_tree_truncate(attn_tree *t, int32_t seq, int32_t n_tokens);
+
+// Ends a sequence. keep = 1: its tokens stay cached until evicted; 0: as truncate to 0 first.
+ATTN_DEF attn_result attn_tree_release(attn_tree *t, int32_t seq, int keep);
+
+// Pins (+1) or unpins (-1) a cached prefix against eviction; its exact tokens must be cached.
+ATTN_DEF attn_result attn_tree_pin(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
+                                   int delta);
+
+// Prefixes of higher priority are evicted later (default 0). Applies to the sequence's whole path.
+ATTN_DEF attn_result attn_tree_priority(attn_tree *t, int32_t seq, int32_t priority);
+
+// Frees pages of unpinned, unused leaves, lowest priority first, then least recently used, until
+// n_pages were freed or none is left; *n_freed may be NULL. n_pages < 0: everything evictable.
+ATTN_DEF attn_result attn_tree_evict(attn_tree *t, int32_t n_pages, int32_t *n_freed);
+
+ATTN_DEF int32_t attn_tree_length(const attn_tree *t, int32_t seq); // tokens; < 0: an attn_result
+// Copies tokens [first, first + n) of the sequence to out.
+ATTN_DEF attn_result attn_tree_tokens(const attn_tree *t, int32_t seq, int32_t first, int32_t n,
+                                      int32_t *out);
+// Writes the sequence's page ids to out; returns how many ((length + page_tokens - 1) / page_tokens),
+// or an attn_result < 0 (ERR_BUFFER when capacity is less).
+ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, int32_t capacity);
+// Writes to order the permutation of seqs (n handles) that puts common prefixes side by side: a
+// depth-first walk of the tree, ties by place in seqs. scratch: n int32. For attn_desc.seq_order.
+ATTN_DEF attn_result attn_tree_order(const attn_tree *t, const int32_t *seqs, int32_t n,
+                                     int32_t *order, int32_t *scratch);
+
+typedef struct attn_tree_stats {
+    int32_t n_pages, n_free, n_nodes, n_seq;
+    int64_t tokens_cached;   // tokens held by nodes
+    int64_t tokens_hit;      // since init: tokens that open and append found cached
+    int64_t tokens_missed;   // ... and that append gave new slots
+    int64_t tokens_evicted, pages_evicted, pages_copied;
+} attn_tree_stats;
+ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out);
+
+// Checks every invariant (reference counts, links, fills, hash index); ATTN_OK or ERR_CORRUPT.
+// O(nodes + pages). For tests and debugging.
+ATTN_DEF attn_result attn_tree_check(const attn_tree *t);
+
+// ==== >>blob  Saving and loading a branch ========================================================
+
+// Moves token_bytes * n_tokens bytes of canonical rows (all layers, K and V, as the caller composes
+// them, e.g. from attn_kv_read_rows) between rows and the given slots of a page. Nonzero: failure.
+typedef int (*attn_rows_fn)(void *user, int32_t page, int32_t place, int32_t n_tokens, void *rows);
+
+// A sequence as a versioned, checksummed little-endian blob: header, token ids, rows.
+ATTN_DEF size_t attn_tree_save_bytes(const attn_tree *t, int32_t seq, size_t token_bytes);
+// mem: attn_tree_save_bytes long. read is called for runs of slots in ascending order.
+ATTN_DEF attn_result attn_tree_save(const attn_tree *t, int32_t seq, size_t token_bytes,
+                                    attn_rows_fn read, void *user, void *mem, size_t bytes);
+// Checks the whole blob first (ERR_CORRUPT, ERR_VERSION, ERR_SHAPE when token_bytes differs), then
+// opens a sequence in namespace ns that holds its tokens; write is called for the slots that were not
+// cached already. copies as in append: carry them out before the write callbacks can matter, that is
+// load calls copy first (may be NULL when the tree is empty). ERR_FULL, ERR_CALLBACK undo everything.
+typedef int (*attn_copy_fn)(void *user, const attn_page_copy *copy);
+ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_bytes, attn_rows_fn write,
+                                    attn_copy_fn copy, void *user, const void *mem, size_t bytes,
+                                    int32_t *seq);
+
+#endif // ATTN_H
+
+// ==== Stop here if you only want the API. ========================================================
+
+#if defined(ATTN_IMPLEMENTATION) || defined(ATTN_CORE_IMPLEMENTATION) ||                           \
+    defined(ATTN_CPU_IMPLEMENTATION) || defined(ATTN_CUDA_IMPLEMENTATION) ||                       \
+    defined(ATTN_METAL_IMPLEMENTATION)
+#ifndef ATTNI_SHARED
+#define ATTNI_SHARED
+
+// ==== >>impl-shared  What the core and the backends both need (private, static) ==================
+
+#include <string.h>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define ATTNI_FN static inline __attribute__((unused))
+#else
+#define ATTNI_FN static inline
+#endif
+
+ATTNI_FN int32_t attni_min32(int32_t a, int32_t b) { return a < b ? a : b; }
+ATTNI_FN int32_t attni_max32(int32_t a, int32_t b) { return a > b ? a : b; }
+ATTNI_FN int64_t attni_min64(int64_t a, int64_t b) { return a < b ? a : b; }
+ATTNI_FN int64_t attni_max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---- scalar conversions; NaN tests on the bits, so that the user's -ffast-math cannot drop them
+
+ATTNI_FN uint32_t attni_bits32(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+ATTNI_FN float attni_float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+ATTNI_FN int attni_finite(float x) { return (attni_bits32(x) & 0x7f800000u) != 0x7f800000u; }
+ATTNI_FN int attni_isnan(float x) { return (attni_bits32(x) & 0x7fffffffu) > 0x7f800000u; }
+
+ATTNI_FN float attni_from_bf16(uint16_t h) { return attni_float((uint32_t)h << 16); }
+
+ATTNI_FN uint16_t attni_to_bf16(float x) {
+    uint32_t u = attni_bits32(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40u);
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// A small float of 1 + e + m bits with bias 2^(e-1) - 1 to f32, exactly. Integer arithmetic only:
+// denormals do not depend on the FPU's mode. The all-ones exponent is Inf/NaN if ieee.
+ATTNI_FN float attni_from_small(uint32_t h, int e, int m, int ieee) {
+    uint32_t sign = ((h >> (e + m)) & 1u) << 31, man = h & ((1u << m) - 1u);
+    int32_t ex = (int32_t)((h >> m) & ((1u << e) - 1u));
+    int32_t bias = (1 << (e - 1)) - 1, top = (1 << e) - 1;
+    if (ex == top && ieee)
+        return attni_float(sign | 0x7f800000u | (man ? 0x400000u | (man << (23 - m)) : 0u));
+    if (ex == 0) {
+        if (man == 0) return attni_float(sign);
+        for (ex = 1; !(man & (1u << m)); ex--) man <<= 1;
+        man &= (1u << m) - 1u;
+    }
+    return attni_float(sign | (uint32_t)(ex - bias + 127) << 23 | man << (23 - m));
+}
+
+// f32 to such a float, round to nearest even; too large becomes max_code (Inf or the largest value).
+ATTNI_FN uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint32_t nan_code) {
+    uint32_t u = attni_bits32(x), sign = (u >> 31) << (e + m), a = u & 0x7fffffffu, man, rest;
+    int32_t bias = (1 << (e - 1)) - 1, ex, shift;
+    if (a > 0x7f800000u) return sign | nan_code;
+    ex = (int32_t)(a >> 23) - 127 + bias;
+    if (ex >= (1 << e)) return sign | max_code;
+    man = (a & 0x7fffffu) | 0x800000u;
+    shift = 23 - m + (ex < 1 ? 1 - ex : 0);
+    if (shift > 24) return sign; // below half of the smallest denormal
+    rest = man & ((1u << shift) - 1u);
+    man >>= shift;
+    if (rest > (1u << (shift - 1)) || (rest == (1u << (shift - 1)) && (man & 1u))) man++;
+    // a carry out of the mantissa moves into the exponent by itself
+    man = ex < 1 ? man : man + ((uint32_t)(ex - 1) << m);
+    return sign | (man > max_code ? max_code : man);
+}
+
+ATTNI_FN float attni_from_f16(uint16_t h) { return attni_from_small(h, 5, 10, 1); }
+ATTNI_FN uint16_t attni_to_f16(float x) { return (uint16_t)attni_to_small(x, 5, 10, 0x7c00u, 0x7e00u); }
+ATTNI_FN float attni_from_e5m2(uint8_t h) { return attni_from_small(h, 5, 2, 1); }
+ATTNI_FN uint8_t attni_to_e5m2(float x) { return (uint8_t)attni_to_small(x, 5, 2, 0x7bu, 0x7fu); }
+ATTNI_FN float attni_from_e4m3(uint8_t h) { // no Inf; only 0x7f is NaN
+    if ((h & 0x7fu) == 0x7fu) return attni_float(0x7fc00000u | (uint32_t)(h & 0x80u) << 24);
+    return attni_from_small(h, 4, 3, 0);
+}
+ATTNI_FN uint8_t attni_to_e4m3(float x) { return (uint8_t)attni_to_small(x, 4, 3, 0x7eu, 0x7fu); }
+
+// Nearest integer, ties to even, clamped to [-lim, lim]; NaN gives 0 (the row's scale is NaN then).
+ATTNI_FN int attni_round_clamp(float x, int lim) {
+    float r;
+    int i;
+    if (attni_isnan(x)) return 0;
+    if (x >= (float)lim) return lim;
+    if (x <= (float)-lim) return -lim;
+    i = (int)x;
+    r = x - (float)i; // exact, |r| < 1
+    if (r > 0.5f || (r == 0.5f && (i & 1))) i++;
+    if (r < -0.5f || (r == -0.5f && (i & 1))) i--;
+    return i;
+}
+
+ATTNI_FN int attni_bits_of(attn_dtype t) {
+    static const uint8_t bits[ATTN_DTYPE_COUNT] = {0, 32, 16, 16, 8, 8, 8, 4};
+    return (int)t > 0 && (int)t < (int)ATTN_DTYPE_COUNT ? bits[t] : 0;
+}
+ATTNI_FN int attni_is_scaled(attn_dtype t) { return t >= ATTN_F8E4M3 && t < ATTN_DTYPE_COUNT; }
+ATTNI_FN int attni_is_float(attn_dtype t) { return t >= ATTN_F32 && t <= ATTN_BF16; }
+
+// The largest code of a scaled dtype: scale = max |x| / this.
+ATTNI_FN float attni_code_max(attn_dtype t) {
+    return t == ATTN_F8E4M3 ? 448.0f : t == ATTN_F8E5M2 ? 57344.0f : t == ATTN_I8 ? 127.0f : 7.0f;
+}
+
+// Element i of an array at p, without its scale.
+ATTNI_FN float attni_get(const void *p, attn_dtype t, int64_t i) {
+    const uint8_t *b = (const uint8_t *)p;
+    uint16_t h;
+    float f;
+    int c;
+    switch (t) {
+    case ATTN_F32: memcpy(&f, b + 4 * i, 4); return f;
+    case ATTN_F16: memcpy(&h, b + 2 * i, 2); return attni_from_f16(h);
+    case ATTN_BF16: memcpy(&h, b + 2 * i, 2); return attni_from_bf16(h);
+    case ATTN_F8E4M3: return attni_from_e4m3(b[i]);
+    case ATTN_F8E5M2: return attni_from_e5m2(b[i]);
+    case ATTN_I8: return (float)(b[i] < 128 ? (int)b[i] : (int)b[i] - 256);
+    case ATTN_I4:
+        c = (b[i >> 1] >> (4 * (int)(i & 1))) & 15;
+        return (float)(c < 8 ? c : c - 16);
+    default: return 0.0f;
+    }
+}
+
+// Stores x (already divided by the scale) as element i.
+ATTNI_FN void attni_put(void *p, attn_dtype t, int64_t i, float x) {
+    uint8_t *b = (uint8_t *)p;
+    uint16_t h;
+    switch (t) {
+    case ATTN_F32: memcpy(b + 4 * i, &x, 4); break;
+    case ATTN_F16: h = attni_to_f16(x); memcpy(b + 2 * i, &h, 2); break;
+    case ATTN_BF16: h = attni_to_bf16(x); memcpy(b + 2 * i, &h, 2); break;
+    case ATTN_F8E4M3: b[i] = attni_to_e4m3(x); break;
+    case ATTN_F8E5M2: b[i] = attni_to_e5m2(x); break;
+    case ATTN_I8: b[i] = (uint8_t)attni_round_clamp(x, 127); break;
+    case ATTN_I4: {
+        int c = attni_round_clamp(x, 7) & 15, s = 4 * (int)(i & 1);
+        b[i >> 1] = (uint8_t)((b[i >> 1] & (15 << (4 - s))) | (c << s));
+        break;
+    }
+    default: break;
+    }
+}
+
+ATTNI_FN double attni_sqrt(double x) { // x in (0, 1e6]; no libm
+    double y = x > 1 ? x : 1;
+    int i;
+    for (i = 0; i < 40; i++) y = 0.5 * (y + x / y);
+    return y;
+}
+
+ATTNI_FN int32_t attni_v_dim(const attn_desc *d) { return d->v_head_dim ? d->v_head_dim : d->head_dim; }
+ATTNI_FN float attni_scale(const attn_desc *d) {
+    uint32_t u = attni_bits32(d->logits.scale);
+    return (u & 0x7fffffffu) ? d->logits.scale : (float)(1.0 / attni_sqrt((double)d->head_dim));
+}
+
+// ---- K or V pages, resolved: where the 4-byte units and the scales of a token lie
+
+typedef struct attni_side {
+    uint8_t *data;
+    attn_dtype dtype;
+    int k16;                          // units of a token are 64 bytes apart, else 4
+    int32_t dim, page_tokens;
+    int64_t page_bytes, token_bytes, head_bytes;
+    int64_t scale_offset, scale_token, scale_head; // bytes in the page; scale_offset < 0: none there
+    const float *head_scale;
+    int64_t need_bytes;               // what a page really holds
+} attni_side;
+
+// Byte offset of the first unit of a token inside its page.
+ATTNI_FN int64_t attni_token_offset(const attni_side *s, int32_t place, int32_t head) {
+    if (s->k16)
+        return head * s->head_bytes + (int64_t)(place >> 4) * 16 * s->token_bytes + (place & 15) * 4;
+    return place * s->token_bytes + head * s->head_bytes;
+}
+
+ATTNI_FN float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
+    float f = 1.0f;
+    if (s->head_scale) return s->head_scale[head];
+    if (s->scale_offset < 0) return 1.0f;
+    memcpy(&f, s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
+                   head * s->scale_head, 4);
+    return f;
+}
+
+// Resolves an array; d's dims, heads, dtype and page_tokens must be in range already.
+ATTNI_FN attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *s) {
+    const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
+    int64_t bits = attni_bits_of(a->dtype), heads = d->n_kv_heads, pt = d->kv.page_tokens;
+    int64_t dim = is_v ? attni_v_dim(d) : d->head_dim, st = a->stride_token, sh = a->stride_head;
+    int64_t elements, limit = ((int64_t)1 << 56);
+    int head_major = d->kv.layout != ATTN_TOKEN_MAJOR;
+    s->data = (uint8_t *)a->data;
+    s->dtype = a->dtype;
+    s->k16 = d->kv.layout == ATTN_K16 && !is_v;
+    s->dim = (int32_t)dim;
+    s->page_tokens = d->kv.page_tokens;
+    s->head_scale = attni_is_scaled(a->dtype) ? a->head_scale : NULL;
+    if (st < 0 || sh < 0 || (s->k16 && (st || sh))) return ATTN_ERR_LAYOUT;
+    if (d->kv.layout == ATTN_K16 && pt % 16) return ATTN_ERR_LAYOUT;
+    if (!st) st = head_major ? dim : heads * dim;
+    if (!sh) sh = head_major ? pt * dim : dim;
+    if (st > limit / pt / 4 || sh > limit / heads / 4) return ATTN_ERR_OVERFLOW;
+    if (st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
+    elements = attni_max64(pt * st, heads * sh);
+    if (heads == 1 && !head_major) elements = pt * st;
+    if (pt == 1 && head_major) elements = heads * sh;
+    if ((pt - 1) * st + (heads - 1) * sh + dim > elements) return ATTN_ERR_LAYOUT;
+    s->token_bytes = st * bits / 8;
+    s->head_bytes = sh * bits / 8;
+    s->need_bytes = elements * bits / 8;
+    s->scale_offset = -1;
+    s->scale_token = s->scale_head = 0;
+    if (attni_is_scaled(a->dtype) && !a->head_scale) {
+        s->scale_offset = (s->need_bytes + 3) / 4 * 4;
+        s->scale_token = head_major ? 4 : 4 * heads;
+        s->scale_head = head_major ? 4 * pt : 4;
+        s->need_bytes = s->scale_offset + 4 * pt * heads;
+    }
+    s->page_bytes = a->page_bytes ? a->page_bytes : s->need_bytes;
+    if (s->page_bytes < s->need_bytes) return ATTN_ERR_LAYOUT;
+    if (s->page_bytes > limit || s->page_bytes > (INT64_MAX >> 1) / d->kv.n_pages)
+        return ATTN_ERR_OVERFLOW;
+    return ATTN_OK;
+}
+
+ATTNI_FN int32_t attni_kv_pos0(const attn_desc *d, int32_t s) {
+    return d->kv.kv_pos0 ? d->kv.kv_pos0[s] : 0;
+}
+
+ATTNI_FN int32_t attni_q_pos0(const attn_desc *d, int32_t s) {
+    if (d->q_pos0) return d->q_pos0[s];
+    return attni_kv_pos0(d, s) + d->kv.kv_len[s] - (d->q_start[s + 1] - d->q_start[s]);
+}
+
+// Page of held token j, or -1.
+ATTNI_FN int32_t attni_page_of(const attn_desc *d, int32_t s, int32_t j) {
+    int32_t page = s;
+    if (d->kv.page_table)
+        page = d->kv.page_table[s * d->kv.page_table_stride + j / d->kv.page_tokens];
+    return page >= 0 && page < d->kv.n_pages ? page : -1;
+}
+
+// ---- masks, one pair at a time (the definition) and 256 keys at a time (what backends run)
+
+ATTNI_FN int32_t attni_list_of(const attn_desc *d, int32_t n_lists, int32_t head) {
+    return n_lists == 1 ? 0 : n_lists == d->n_heads ? head : head / (d->n_heads / d->n_kv_heads);
+}
+
+// First index in [lo, hi) of an ascending array whose element is >= x.
+ATTNI_FN int64_t attni_lower_bound(const int32_t *a, int64_t lo, int64_t hi, int64_t x) {
+    while (lo < hi) {
+        int64_t mid = lo + (hi - lo) / 2;
+        if (a[mid] < x) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo;
+}
+
+ATTNI_FN int attni_contains(const int32_t *a, int64_t lo, int64_t hi, int64_t x) {
+    int64_t i = attni_lower_bound(a, lo, hi, x);
+    return i < hi && a[i] == x;
+}
+
+ATTNI_FN int attni_stride_keeps(const attn_desc *d, int32_t kv_head, int64_t i, int64_t j) {
+    const attn_local_stride *r = &d->mask.stride;
+    int64_t total = r->n_heads_total ? r->n_heads_total : d->n_kv_heads;
+    int64_t h = r->homogeneous ? 0 : kv_head + r->head0, step = r->head_step, a, right;
+    if (!r->bidirectional && j > i) return 0;
+    if (!r->homogeneous && h >= total - r->n_dense) return 1;
+    if (r->bidirectional) {
+        right = r->local_right ? r->local_right : r->local;
+        a = attni_max64(0, i - j - r->local + 1) + attni_max64(0, j - i - right + 1);
+        return a % r->stride == 0;
+    }
+    if (!step) step = attni_max64(1, r->stride / total);
+    if (i - j < r->local) return 1;
+    a = (j + h * step + r->offset) % r->stride;
+    return a == 0;
+}
+
+// 1 when entry e of the block list (of a row at sub-row sub) keeps the sub-column col.
+ATTNI_FN int attni_sub_bit(const attn_block_list *b, int64_t e, int32_t sub, int32_t col) {
+    int64_t words = ((int64_t)b->bits_rows * b->bits_cols + 63) / 64;
+    int64_t bit = (int64_t)sub * b->bits_cols + col;
+    return (int)((b->bits[e * words + bit / 64] >> (bit % 64)) & 1u);
+}
+
+ATTNI_FN int64_t attni_list_row(const attn_desc *d, int32_t seq, int64_t p) {
+    const attn_block_list *b = &d->mask.blocks;
+    return (b->seq_row ? b->seq_row[seq] : 0) + p / b->row_block;
+}
+
+ATTNI_FN int attni_has_sparse(const attn_mask *m) {
+    return m->blocks.row_start || m->stride.block || m->vslash.block || m->keep_sink || m->keep_recent;
+}
+
+ATTNI_FN int attni_sparse_pair(const attn_desc *d, int32_t seq, int64_t p, int64_t k, int32_t head) {
+    const attn_mask *m = &d->mask;
+    const attn_block_list *b = &m->blocks;
+    const attn_vertical_slash *v = &m->vslash;
+    if (!attni_has_sparse(m)) return 1;
+    if (k < m->keep_sink || (m->keep_recent && p - k < m->keep_recent)) return 1;
+    if (m->stride.block &&
+        attni_stride_keeps(d, head / (d->n_heads / d->n_kv_heads), p / m->stride.block,
+                           k / m->stride.block))
+        return 1;
+    if (v->block) {
+        int32_t l = attni_list_of(d, v->n_lists, head);
+        int64_t i = p / v->block, j = k / v->block;
+        if (attni_contains(v->col, v->col_start[l], v->col_start[l + 1], j)) return 1;
+        if (attni_contains(v->diag, v->diag_start[l], v->diag_start[l + 1], i - j)) return 1;
+    }
+    if (b->row_start) {
+        const int64_t *rs = b->row_start +
+                            attni_list_of(d, b->n_lists, head) * ((int64_t)b->n_rows + 1) +
+                            attni_list_row(d, seq, p);
+        int64_t e = attni_lower_bound(b->block, rs[0], rs[1], k / b->kv_block);
+        if (e < rs[1] && b->block[e] == k / b->kv_block) {
+            if (!b->bits) return 1;
+            return attni_sub_bit(b, e, (int32_t)(p % b->row_block) / (b->row_block / b->bits_rows),
+                                 (int32_t)(k % b->kv_block) / (b->kv_block / b->bits_cols));
+        }
+    }
+    return 0;
+}
+
+ATTNI_FN int attni_window_pair(const attn_mask *m, int64_t p, int64_t k) {
+    if (k < m->n_sink) return 1;
+    if (m->window_left && k < p - (m->window_left - 1)) return 0;
+    if (m->window_right && k > p + (m->window_right - 1)) return 0;
+    return 1;
+}
+
+// Sets bits [a, b) of 256, clipped.
+ATTNI_FN void attni_bits_set(uint64_t bits[4], int64_t a, int64_t b) {
+    int w;
+    a = attni_max64(a, 0);
+    b = attni_min64(b, 256);
+    for (w = 0; w < 4; w++) {
+        int64_t lo = attni_max64(a - 64 * w, 0), hi = attni_min64(b - 64 * w, 64);
+        if (lo < hi) bits[w] |= (hi - lo == 64 ? ~(uint64_t)0 : (((uint64_t)1 << (hi - lo)) - 1)) << lo;
+    }
+}
+
+// Remembers the sparse terms of the last row block seen: the rows of a tile mostly share them.
+typedef struct attni_masker {
+    const attn_desc *d;
+    int sparse;
+    int64_t key[6];
+    uint64_t bits[4];
+} attni_masker;
+
+ATTNI_FN void attni_masker_init(attni_masker *m, const attn_desc *d) {
+    m->d = d;
+    m->sparse = attni_has_sparse(&d->mask);
+    m->key[0] = -1;
+}
+
+ATTNI_FN void attni_list_bits(const attn_desc *d, int32_t seq, int64_t p, int32_t head, int64_t b0,
+                              uint64_t bits[4]) {
+    const attn_block_list *b = &d->mask.blocks;
+    const int64_t *rs = b->row_start +
+                        attni_list_of(d, b->n_lists, head) * ((int64_t)b->n_rows + 1) +
+                        attni_list_row(d, seq, p);
+    int64_t e = attni_lower_bound(b->block, rs[0], rs[1], b0 / b->kv_block);
+    for (; e < rs[1] && (int64_t)b->block[e] * b->kv_block < b0 + 256; e++) {
+        int64_t first = (int64_t)b->block[e] * b->kv_block - b0;
+        int32_t c, sub, width;
+        if (!b->bits) {
+            attni_bits_set(bits, first, first + b->kv_block);
+            continue;
+        }
+        sub = (int32_t)(p % b->row_block) / (b->row_block / b->bits_rows);
+        width = b->kv_block / b->bits_cols;
+        for (c = 0; c < b->bits_cols; c++)
+            if (attni_sub_bit(b, e, sub, c))
+                attni_bits_set(bits, first + (int64_t)c * width, first + (int64_t)(c + 1) * width);
+    }
+}
+
+ATTNI_FN void attni_vslash_bits(const attn_desc *d, int64_t p, int32_t head, int64_t b0,
+                                uint64_t bits[4]) {
+    const attn_vertical_slash *v = &d->mask.vslash;
+    int32_t l = attni_list_of(d, v->n_lists, head);
+    int64_t i = p / v->block, j0 = b0 / v->block, j1 = (b0 + 255) / v->block, e;
+    e = attni_lower_bound(v->col, v->col_start[l], v->col_start[l + 1], j0);
+    for (; e < v->col_start[l + 1] && v->col[e] <= j1; e++)
+        attni_bits_set(bits, (int64_t)v->col[e] * v->block - b0, ((int64_t)v->col[e] + 1) * v->block - b0);
+    e = attni_lower_bound(v->diag, v->diag_start[l], v->diag_start[l + 1], i - j1);
+    for (; e < v->diag_start[l + 1] && v->diag[e] <= i - j0; e++)
+        attni_bits_set(bits, (i - v->diag[e]) * v->block - b0, (i - v->diag[e] + 1) * v->block - b0);
+}
+
+// The sparse terms for keys [b0, b0 + 256) in m->bits; a key of what they depend on saves the work for
+// the next row of the same row block.
+ATTNI_FN void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_t head, int64_t b0) {
+    const attn_desc *d = m->d;
+    const attn_mask *k = &d->mask;
+    int per_head = (k->blocks.row_start && k->blocks.n_lists == d->n_heads) ||
+                   (k->vslash.block && k->vslash.n_lists == d->n_heads);
+    int32_t group = d->n_heads / d->n_kv_heads;
+    int64_t key[6], j;
+    key[0] = b0;
+    key[1] = seq;
+    key[2] = per_head ? head : head / group;
+    key[3] = !k->blocks.row_start ? 0
+             : k->blocks.bits     ? p / (k->blocks.row_block / k->blocks.bits_rows)
+                                  : p / k->blocks.row_block;
+    key[4] = k->stride.block ? p / k->stride.block : 0;
+    key[5] = k->keep_recent ? p : k->vslash.block ? p / k->vslash.block : 0;
+    if (memcmp(key, m->key, sizeof key) == 0) return;
+    memcpy(m->key, key, sizeof key);
+    memset(m->bits, 0, sizeof m->bits);
+    attni_bits_set(m->bits, -b0, k->keep_sink - b0);
+    if (k->keep_recent) attni_bits_set(m->bits, p - k->keep_recent + 1 - b0, 256);
+    if (k->stride.block)
+        for (j = b0 / k->stride.block; j * k->stride.block < b0 + 256; j++)
+            if (attni_stride_keeps(d, head / group, p / k->stride.block, j))
+                attni_bits_set(m->bits, j * k->stride.block - b0, (j + 1) * k->stride.block - b0);
+    if (k->vslash.block) attni_vslash_bits(d, p, head, b0, m->bits);
+    if (k->blocks.row_start) attni_list_bits(d, seq, p, head, b0, m->bits);
+}
+
+// Depth of query t (index in its sequence) in the token tree.
+ATTNI_FN int32_t attni_tree_depth(const attn_desc *d, int32_t q_begin, int32_t t) {
+    int32_t depth = 0;
+    while ((t = d->mask.tree_parent[q_begin + t]) >= 0) depth++;
+    return depth;
+}
+
+// Which of the keys [256 * span, + 256) query t of sequence seq, at position p, sees with head.
+ATTNI_FN void attni_span_bits(attni_masker *m, const attn_plan_seq *s, int32_t seq, int32_t t,
+                              int64_t p, int32_t head, int32_t span, uint64_t bits[4]) {
+    const attn_mask *k = &m->d->mask;
+    int64_t b0 = (int64_t)span * ATTN_SPAN, lo = s->kv_pos0, hi = (int64_t)s->kv_pos0 + s->kv_len;
+    int64_t left = k->window_left ? p - (k->window_left - 1) : 0;
+    int64_t right = k->window_right ? p + k->window_right : INT64_MAX / 2;
+    int tree = k->kind == ATTN_MASK_TREE && !s->is_chain, w;
+    if (tree) hi = attni_min64(hi, s->q_pos0);
+    else if (k->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p + 1);
+    memset(bits, 0, 4 * sizeof bits[0]);
+    attni_bits_set(bits, attni_max64(lo, left) - b0, attni_min64(hi, right) - b0);
+    if (k->n_sink) attni_bits_set(bits, lo - b0, attni_min64(hi, k->n_sink) - b0);
+    if (m->sparse && (bits[0] | bits[1] | bits[2] | bits[3])) {
+        attni_sparse_bits(m, seq, p, head, b0);
+        for (w = 0; w < 4; w++) bits[w] &= m->bits[w];
+    }
+    if (tree && b0 + 256 > s->q_pos0) {
+        int64_t kp = p;
+        for (; t >= 0; t = k->tree_parent[s->q_begin + t], kp--) {
+            int64_t at = (int64_t)s->q_pos0 + t - b0;
+            if (at >= 0 && at < 256 && attni_window_pair(k, p, kp) &&
+                attni_sparse_pair(m->d, seq, p, kp, head))
+                bits[at / 64] |= (uint64_t)1 << (at % 64);
+        }
+    }
+}
+
+#endif // ATTNI_SHARED
+#endif // any implementation
+
+#if defined(ATTN_IMPLEMENTATION) || defined(ATTN_CORE_IMPLEMENTATION)
+#ifndef ATTNI_CORE_IMPLEMENTED
+#define ATTNI_CORE_IMPLEMENTED
+
+// ==== >>impl-names  ==============================================================================
+
+ATTN_DEF const char *attn_result_string(attn_result r) {
+    switch ((int)r) {
+#define ATTNI_X(name, value, text)                                                                 \
+    case value: return text;
+        ATTN_RESULTS(ATTNI_X)
+#undef ATTNI_X
+    default: return "unknown result code";
+    }
+}
+
+ATTN_DEF const char *attn_dtype_name(attn_dtype t) {
+    static const char *const names[ATTN_DTYPE_COUNT] = {"none",   "f32",    "f16", "bf16",
+                                                        "f8e4m3", "f8e5m2", "i8",  "i4"};
+    return attni_bits_of(t) ? names[t] : names[0];
+}
+ATTN_DEF int attn_dtype_bits(attn_dtype t) { return attni_bits_of(t); }
+ATTN_DEF int attn_dtype_scaled(attn_dtype t) { return attni_is_scaled(t); }
+
+// ==== >>impl-kv  =================================================================================
+
+ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v) {
+    attn_desc c;
+    attni_side s;
+    int32_t dim;
+    if (!d) return 0;
+    c = *d;
+    c.kv.k.page_bytes = c.kv.v.page_bytes = 0;
+    if (c.kv.n_pages < 1) c.kv.n_pages = 1;
+    dim = is_v ? attni_v_dim(d) : d->head_dim;
+    if (dim < 8 || dim > ATTN_MAX_HEAD_DIM || dim % 8 || d->n_kv_heads < 1 || d->kv.page_tokens < 1)
+        return 0;
+    if (!attni_bits_of(is_v ? d->kv.v.dtype : d->kv.k.dtype)) return 0;
+    if (attni_side_init(&c, is_v, &s) != ATTN_OK) return 0;
+    return (size_t)s.page_bytes;
+}
+
+ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out) {
+    int32_t s, t;
+    if (!d || !out) return ATTN_ERR_ARGUMENT;
+    for (s = 0; s < d->n_seq; s++) {
+        int64_t place = (int64_t)attni_q_pos0(d, s) - attni_kv_pos0(d, s);
+        for (t = d->q_start[s]; t < d->q_start[s + 1]; t++, place++) {
+            int32_t page;
+            if (place < 0 || place >= d->kv.kv_len[s]) return ATTN_ERR_PAGE;
+            page = attni_page_of(d, s, (int32_t)place);
+            if (page < 0) return ATTN_ERR_PAGE;
+            out[t] = (int64_t)page * d->kv.page_tokens + place % d->kv.page_tokens;
+        }
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens) {
+    attni_side s;
+    size_t per;
+    if (!d || n_tokens < 0 || !attn_kv_page_bytes(d, is_v)) return 0;
+    if (attni_side_init(d, is_v, &s) != ATTN_OK) return 0;
+    per = (size_t)s.dim * (size_t)attni_bits_of(s.dtype) / 8 + (s.scale_offset < 0 ? 0 : 4);
+    return per * (size_t)d->n_kv_heads * (size_t)n_tokens;
+}
+
+// Reverses the bytes of each element on a big-endian host, where rows are still little-endian.
+static void attni_copy_le(void *dst, const void *src, size_t n_elements, size_t width) {
+    const uint16_t probe = 1;
+    size_t i, b;
+    if (*(const uint8_t *)&probe || width == 1) {
+        memcpy(dst, src, n_elements * width);
+        return;
+    }
+    for (i = 0; i < n_elements; i++)
+        for (b = 0; b < width; b++)
+            ((uint8_t *)dst)[i * width + b] = ((const uint8_t *)src)[i * width + width - 1 - b];
+}
+
+static attn_result attni_move_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                   int32_t n, uint8_t *rows, int writing) {
+    attni_side s;
+    int32_t t, h;
+    size_t width, row_bytes, u;
+    uint8_t *scales;
+    if (!d || !rows || !attn_kv_page_bytes(d, is_v)) return ATTN_ERR_ARGUMENT;
+    if (attni_side_init(d, is_v, &s) != ATTN_OK) return ATTN_ERR_LAYOUT;
+    if (page < 0 || page >= d->kv.n_pages) return ATTN_ERR_PAGE;
+    if (!s.data || place < 0 || n < 0 || n > s.page_tokens - place) return ATTN_ERR_ARGUMENT;
+    width = attni_bits_of(s.dtype) < 8 ? 1 : (size_t)attni_bits_of(s.dtype) / 8;
+    row_bytes = (size_t)s.dim * (size_t)attni_bits_of(s.dtype) / 8;
+    scales = rows + row_bytes * (size_t)n * (size_t)d->n_kv_heads;
+    for (t = 0; t < n; t++)
+        for (h = 0; h < d->n_kv_heads; h++) {
+            uint8_t *base = s.data + page * s.page_bytes;
+            uint8_t *p = base + attni_token_offset(&s, place + t, h);
+            uint8_t *r = rows + row_bytes * ((size_t)t * (size_t)d->n_kv_heads + (size_t)h);
+            for (u = 0; u < row_bytes / 4; u++, p += s.k16 ? 64 : 4)
+                if (writing) attni_copy_le(p, r + 4 * u, 4 / width, width);
+                else attni_copy_le(r + 4 * u, p, 4 / width, width);
+            if (s.scale_offset < 0) continue;
+            p = base + s.scale_offset + (place + t) * s.scale_token + h * s.scale_head;
+            if (writing) attni_copy_le(p, scales, 1, 4);
+            else attni_copy_le(scales, p, 1, 4);
+            scales += 4;
+        }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_kv_read_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                       int32_t n_tokens, void *rows) {
+    return attni_move_rows(d, is_v, page, place, n_tokens, (uint8_t *)rows, 0);
+}
+
+ATTN_DEF attn_result attn_kv_write_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
+                                        int32_t n_tokens, const void *rows) {
+    // rows is only read when writing
+    return attni_move_rows(d, is_v, page, place, n_tokens, (uint8_t *)(uintptr_t)rows, 1);
+}
+
+// ==== >>impl-mask  ===============================================================================
+
+ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_t cols,
+                                          int32_t row_block, int32_t kv_block, int64_t *row_start,
+                                          int32_t *block, uint64_t *bits, int64_t capacity,
+                                          int64_t *n_entries, attn_block_list *out) {
+    int64_t n = 0, words, w;
+    int32_t rb, cb, r, c;
+    if (!m || !row_start || !n_entries || !out || rows < 1 || cols < 1) return ATTN_ERR_ARGUMENT;
+    if (row_block < 1 || kv_block < 1 || row_block > 4096 / kv_block) return ATTN_ERR_ARGUMENT;
+    if (capacity < 0 || (capacity > 0 && (!block || !bits))) return ATTN_ERR_ARGUMENT;
+    words = ((int64_t)row_block * kv_block + 63) / 64;
+    for (rb = 0; rb <= (rows - 1) / row_block; rb++) {
+        row_start[rb] = n;
+        for (cb = 0; cb <= (cols - 1) / kv_block; cb++) {
+            int any = 0;
+            int32_t r1 = attni_min32(rows - rb * row_block, row_block);
+            int32_t c1 = attni_min32(cols - cb * kv_block, kv_block);
+            if (n < capacity)
+                for (w = 0; w < words; w++) bits[n * words + w] = 0;
+            for (r = 0; r < r1; r++)
+                for (c = 0; c < c1; c++) {
+                    int64_t bit = (int64_t)r * kv_block + c;
+                    if (!m[((int64_t)rb * row_block + r) * cols + (int64_t)cb * kv_block + c]) continue;
+                    any = 1;
+                    if (n < capacity) bits[n * words + bit / 64] |= (uint64_t)1 << (bit % 64);
+                }
+            if (!any) continue;
+            if (n < capacity) block[n] = cb;
+            n++;
+        }
+    }
+    row_start[rb] = n;
+    *n_entries = n;
+    memset(out, 0, sizeof *out);
+    out->row_block = out->bits_rows = row_block;
+    out->kv_block = out->bits_cols = kv_block;
+    out->n_lists = 1;
+    out->n_rows = rb;
+    out->row_start = row_start;
+    out->block = block;
+    out->bits = bits;
+    return n > capacity && capacity > 0 ? ATTN_ERR_FULL : ATTN_OK;
+}
+
+// ==== >>impl-validate  ===========================================================================
+
+static int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads, int64_t dim,
+                          int written) {
+    int64_t st = t->stride_token ? t->stride_token : heads * dim;
+    int64_t sh = t->stride_head ? t->stride_head : dim, limit = (int64_t)1 << 58;
+    if (st < 0 || sh < 0) return 1;
+    if (st > limit / attni_max64(n_tokens, 1) || sh > limit / heads) return 1;
+    if (!written || n_tokens == 0) return 0;
+    // rows that are written must not overlap, in either order of the two strides
+    return !((heads == 1 || sh >= dim) && (n_tokens == 1 || st >= (heads - 1) * sh + dim)) &&
+           !((n_tokens == 1 || st >= dim) && (heads == 1 || sh >= (n_tokens - 1) * st + dim));
+}
+
+static attn_result attni_check_shape(const attn_desc *d) {
+    int32_t vd, s;
+    if (d->n_seq < 1 || d->n_heads < 1 || d->n_kv_heads < 1) return ATTN_ERR_ARGUMENT;
+    if (d->n_heads % d->n_kv_heads || d->n_heads > 65536) return ATTN_ERR_SHAPE;
+    if (d->head_dim < 8 || d->head_dim % 8 || d->head_dim > ATTN_MAX_HEAD_DIM) return ATTN_ERR_SHAPE;
+    vd = attni_v_dim(d);
+    if (vd < 8 || vd % 8 || vd > ATTN_MAX_HEAD_DIM) return ATTN_ERR_SHAPE;
+    if (!d->q_start || !d->kv.kv_len || !d->kv.k.data || !d->kv.v.data) return ATTN_ERR_ARGUMENT;
+    if (d->q_start[0] != 0) return ATTN_ERR_SHAPE;
+    for (s = 0; s < d->n_seq; s++)
+        if (d->q_start[s + 1] < d->q_start[s]) return ATTN_ERR_SHAPE;
+    if (d->q_start[d->n_seq] > 0 && (!d->q.data || !d->o.data)) return ATTN_ERR_ARGUMENT;
+    if (!attni_is_float(d->q.dtype) || !attni_is_float(d->o.dtype)) return ATTN_ERR_DTYPE;
+    if (!attni_bits_of(d->kv.k.dtype) || !attni_bits_of(d->kv.v.dtype)) return ATTN_ERR_DTYPE;
+    if (attni_bad_view(&d->q, d->q_start[d->n_seq], d->n_heads, d->head_dim, 0)) return ATTN_ERR_LAYOUT;
+    if (attni_bad_view(&d->o, d->q_start[d->n_seq], d->n_heads, vd, 1)) return ATTN_ERR_LAYOUT;
+    if ((int)d->numerics < 0 || d->numerics > ATTN_NUMERICS_APPROX) return ATTN_ERR_ARGUMENT;
+    if ((int)d->mask.kind < 0 || d->mask.kind > ATTN_MASK_TREE) return ATTN_ERR_MASK;
+    if (!attni_finite(d->logits.scale) || !attni_finite(d->logits.softcap) || d->logits.softcap < 0)
+        return ATTN_ERR_ARGUMENT;
+    if (d->logits.bias.data) {
+        if (!attni_is_float(d->logits.bias.dtype)) return ATTN_ERR_DTYPE;
+        if (d->logits.bias.stride_head < 0 || d->logits.bias.stride_token < 0) return ATTN_ERR_LAYOUT;
+    }
+    return ATTN_OK;
+}
+
+static attn_result attni_check_kv(const attn_desc *d) {
+    const attn_kv *kv = &d->kv;
+    attni_side side;
+    attn_result r;
+    int32_t s, j;
+    if (kv->page_tokens < 1 || kv->n_pages < 1) return ATTN_ERR_ARGUMENT;
+    if ((int)kv->layout < 0 || kv->layout > ATTN_K16) return ATTN_ERR_LAYOUT;
+    if ((r = attni_side_init(d, 0, &side)) != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 1, &side)) != ATTN_OK) return r;
+    if (kv->page_table && kv->page_table_stride < 0) return ATTN_ERR_LAYOUT;
+    if (!kv->page_table && d->n_seq > kv->n_pages) return ATTN_ERR_PAGE;
+    for (s = 0; s < d->n_seq; s++) {
+        int32_t len = kv->kv_len[s], n_pages = 0;
+        int64_t pos0 = attni_kv_pos0(d, s), q_len = d->q_start[s + 1] - d->q_start[s];
+        int64_t q0 = d->q_pos0 ? d->q_pos0[s] : pos0 + len - q_len;
+        if (len < 0 || pos0 < 0 || pos0 + len > INT32_MAX) return ATTN_ERR_SHAPE;
+        if (q0 < 0 || q0 + q_len > INT32_MAX) return ATTN_ERR_SHAPE;
+        if (!kv->page_table && len > kv->page_tokens) return ATTN_ERR_SHAPE;
+        if (d->seq_order && (d->seq_order[s] < 0 || d->seq_order[s] >= d->n_seq))
+            return ATTN_ERR_ARGUMENT;
+        if (!kv->page_table) continue;
+        n_pages = len / kv->page_tokens + (len % kv->page_tokens != 0);
+        if (n_pages > kv->page_table_stride && (d->n_seq > 1 || kv->page_table_stride))
+            return ATTN_ERR_SHAPE;
+        for (j = 0; j < n_pages; j++) {
+            int32_t page = kv->page_table[s * kv->page_table_stride + j];
+            if (page < 0 || page >= kv->n_pages) return ATTN_ERR_PAGE;
+        }
+    }
+    return ATTN_OK;
+}
+
+// ids of [start[i], start[i + 1]) must be ascending and unique; negative ones only where allowed.
+static int attni_bad_csr(const int64_t *start, const int32_t *ids, int64_t n, int negative) {
+    int64_t i, e;
+    if (start[0] < 0) return 1;
+    for (i = 0; i < n; i++) {
+        if (start[i + 1] < start[i] || (start[i + 1] > start[i] && !ids)) return 1;
+        for (e = start[i]; e < start[i + 1]; e++) {
+            if (ids[e] < 0 && !negative) return 1;
+            if (e > start[i] && ids[e] <= ids[e - 1]) return 1;
+        }
+    }
+    return 0;
+}
+
+static int attni_bad_lists(const attn_desc *d, int32_t n) {
+    return n != 1 && n != d->n_kv_heads && n != d->n_heads;
+}
+
+static attn_result attni_check_blocks(const attn_desc *d) {
+    const attn_block_list *b = &d->mask.blocks;
+    int32_t s;
+    if (b->row_block < 1 || b->kv_block < 1 || b->n_rows < 1) return ATTN_ERR_MASK;
+    if (attni_bad_lists(d, b->n_lists)) return ATTN_ERR_MASK;
+    if (b->bits && (b->bits_rows < 1 || b->bits_cols < 1 || b->row_block % b->bits_rows ||
+                    b->kv_block % b->bits_cols))
+        return ATTN_ERR_MASK;
+    for (s = 0; s < b->n_lists; s++)
+        if (attni_bad_csr(b->row_start + s * ((int64_t)b->n_rows + 1), b->block, b->n_rows, 0))
+            return ATTN_ERR_MASK;
+    for (s = 0; s < d->n_seq; s++) {
+        int64_t q_len = d->q_start[s + 1] - d->q_start[s], p = attni_q_pos0(d, s);
+        if (!q_len) continue;
+        if (attni_list_row(d, s, p) < 0 || attni_list_row(d, s, p + q_len - 1) >= b->n_rows)
+            return ATTN_ERR_MASK;
+    }
+    return ATTN_OK;
+}
+
+static attn_result attni_check_tree(const attn_desc *d) {
+    int32_t s, t;
+    if (!d->mask.tree_parent) return ATTN_ERR_ARGUMENT;
+    for (s = 0; s < d->n_seq; s++) {
+        const int32_t *parent = d->mask.tree_parent + d->q_start[s];
+        int32_t q_len = d->q_start[s + 1] - d->q_start[s];
+        if (!q_len) continue;
+        if (q_len > d->kv.kv_len[s]) return ATTN_ERR_MASK;
+        if (attni_q_pos0(d, s) + q_len != attni_kv_pos0(d, s) + d->kv.kv_len[s]) return ATTN_ERR_MASK;
+        for (t = 0; t < q_len; t++)
+            if (parent[t] < -1 || parent[t] >= t) return ATTN_ERR_MASK;
+    }
+    return ATTN_OK;
+}
+
+static attn_result attni_check_mask(const attn_desc *d) {
+    const attn_mask *m = &d->mask;
+    const attn_local_stride *r = &m->stride;
+    const attn_vertical_slash *v = &m->vslash;
+    int64_t total = r->n_heads_total ? r->n_heads_total : d->n_kv_heads;
+    if (m->window_left < 0 || m->window_right < 0 || m->n_sink < 0) return ATTN_ERR_MASK;
+    if (m->keep_sink < 0 || m->keep_recent < 0) return ATTN_ERR_MASK;
+    if (r->block < 0 || v->block < 0) return ATTN_ERR_MASK;
+    if (r->block) {
+        if (r->local < 1 || r->stride < 1 || r->local_right < 0 || r->head_step < 0 || r->offset < 0)
+            return ATTN_ERR_MASK;
+        if (r->n_dense < 0 || r->n_dense > total || (r->homogeneous && r->n_dense)) return ATTN_ERR_MASK;
+        if (r->head0 < 0 || (int64_t)r->head0 + d->n_kv_heads > total) return ATTN_ERR_MASK;
+    }
+    if (v->block) {
+        if (attni_bad_lists(d, v->n_lists) || !v->col_start || !v->diag_start) return ATTN_ERR_MASK;
+        if (attni_bad_csr(v->col_start, v->col, v->n_lists, 0)) return ATTN_ERR_MASK;
+        if (attni_bad_csr(v->diag_start, v->diag, v->n_lists, 1)) return ATTN_ERR_MASK;
+    }
+    if (m->kind == ATTN_MASK_TREE) {
+        attn_result t = attni_check_tree(d);
+        if (t != ATTN_OK) return t;
+    }
+    return m->blocks.row_start ? attni_check_blocks(d) : ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_validate(const attn_desc *d) {
+    attn_result r;
+    if (!d) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_check_shape(d)) != ATTN_OK) return r;
+    if ((r = attni_check_kv(d)) != ATTN_OK) return r;
+    return attni_check_mask(d);
+}
+
+// ==== >>impl-ref  fp64, one score at a time, from the definitions ================================
+
+// exp, log and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r.
+static double attni_exp64(double x) {
+    double r, s = 1, t = 1;
+    int64_t k;
+    uint64_t u;
+    int i;
+    if (x != x) return x;
+    if (x < -745) return 0;
+    if (x > 709) x = 709;
+    k = (int64_t)(x * 1.4426950408889634 + (x < 0 ? -0.5 : 0.5));
+    r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
+    for (i = 1; i < 16; i++) s += (t *= r / i);
+    if (k < -1000) return attni_exp64(x + 693.14718055994530942) * 9.332636185032189e-302; // 2^-1000
+    u = (uint64_t)(k + 1023) << 52;
+    memcpy(&t, &u, 8);
+    return s * t;
+}
+
+static double attni_log64(double x) { // x > 0, finite and normal
+    uint64_t u;
+    double m, s, s2, t, sum = 0;
+    int64_t k;
+    int i;
+    memcpy(&u, &x, 8);
+    k = (int64_t)(u >> 52) - 1023;
+    u = (u & (((uint64_t)1 << 52) - 1)) | (uint64_t)1023 << 52;
+    memcpy(&m, &u, 8);
+    if (m > 1.4142135623730951) m *= 0.5, k++;
+    s = t = (m - 1) / (m + 1);
+    s2 = s * s;
+    for (i = 1; i < 30; i += 2, t *= s2) sum += t / i;
+    return 2 * sum + (double)k * 0.6931471805599453;
+}
+
+static double attni_tanh64(double x) {
+    double a = x < 0 ? -x : x, e, y, q = x * x;
+    if (a < 0.03)
+        return x * (1 - q * (1.0 / 3 - q * (2.0 / 15 - q * (17.0 / 315 - q * (62.0 / 2835)))));
+    e = attni_exp64(-2 * a);
+    y = (1 - e) / (1 + e);
+    return x < 0 ? -y : y;
+}
+
+ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t h, int32_t j) {
+    const attn_mask *m = &d->mask;
+    int32_t i = t - d->q_start[s], a;
+    int64_t q0 = attni_q_pos0(d, s), p = q0 + i, k = (int64_t)attni_kv_pos0(d, s) + j;
+    if (j < 0 || j >= d->kv.kv_len[s]) return 0;
+    if (m->kind == ATTN_MASK_CAUSAL && k > p) return 0;
+    if (m->kind == ATTN_MASK_TREE) {
+        p = q0 + attni_tree_depth(d, d->q_start[s], i);
+        if (k >= q0) { // a node of the tree: an ancestor or the query itself
+            for (a = i; a >= 0 && q0 + a != k; a = m->tree_parent[d->q_start[s] + a]) {}
+            if (a < 0) return 0;
+            k = q0 + attni_tree_depth(d, d->q_start[s], a);
+        }
+    }
+    return attni_window_pair(m, p, k) && attni_sparse_pair(d, s, p, k, h);
+}
+
+// Score of a visible pair after scale, softcap, ALiBi and bias. q, k: rows of head_dim.
+static double attni_ref_score(const attn_desc *d, const double *q, const double *k, int32_t s,
+                              int32_t t, int32_t h, int32_t j) {
+    const attn_logits *g = &d->logits;
+    double sum = 0;
+    int32_t e, i = t - d->q_start[s];
+    int64_t q0 = attni_q_pos0(d, s), p = q0 + i, kp = (int64_t)attni_kv_pos0(d, s) + j;
+    for (e = 0; e < d->head_dim; e++) sum += q[e] * k[e];
+    sum *= (double)attni_scale(d);
+    if (g->softcap > 0) sum = (double)g->softcap * attni_tanh64(sum / (double)g->softcap);
+    if (g->alibi) {
+        if (d->mask.kind == ATTN_MASK_TREE) {
+            p = q0 + attni_tree_depth(d, d->q_start[s], i);
+            if (kp >= q0) kp = q0 + attni_tree_depth(d, d->q_start[s], (int32_t)(kp - q0));
+        }
+        sum += (double)g->alibi[h] * (double)(kp - p);
+    }
+    if (g->bias.data)
+        sum += (double)attni_get(g->bias.data, g->bias.dtype,
+                                 h * g->bias.stride_head + t * g->bias.stride_token + j);
+    return sum;
+}
+
+// Row of K or V of held token j as doubles, scale applied.
+static void attni_ref_row(const attn_desc *d, const attni_side *side, int32_t s, int32_t h, int32_t j,
+                          double *out) {
+    int32_t page = attni_page_of(d, s, j), place = j % d->kv.page_tokens, e;
+    const uint8_t *p = side->data + page * side->page_bytes + attni_token_offset(side, place, h);
+    double scale = attni_is_scaled(side->dtype) ? (double)attni_token_scale(side, page, place, h) : 1.0;
+    int32_t per = 32 / attni_bits_of(side->dtype), gap = side->k16 ? 64 : 4;
+    for (e = 0; e < side->dim; e++)
+        out[e] = (double)attni_get(p + (int64_t)(e / per) * gap, side->dtype, e % per) * scale;
+}
+
+static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni_side *v, int32_t s,
+                            int32_t t, int32_t h, double *o, double *lse) {
+    double q[ATTN_MAX_HEAD_DIM], row[ATTN_MAX_HEAD_DIM], m = 0, l = 0, x, f;
+    int32_t kv_head = h / (d->n_heads / d->n_kv_heads), vd = attni_v_dim(d), j, e;
+    int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
+    int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
+    int seen = 0;
+    for (e = 0; e < d->head_dim; e++) q[e] = (double)attni_get(d->q.data, d->q.dtype, t * st + h * sh + e);
+    for (e = 0; e < vd; e++) o[e] = 0;
+    for (j = 0; j < d->kv.kv_len[s]; j++) {
+        if (!attn_ref_visible(d, s, t, h, j)) continue;
+        attni_ref_row(d, k, s, kv_head, j, row);
+        x = attni_ref_score(d, q, row, s, t, h, j);
+        if (x < -1e300) continue; // a bias of -inf masks
+        if (!seen || x > m) {     // online softmax: rescale to the new maximum
+            f = seen ? attni_exp64(m - x) : 0;
+            for (e = 0; e < vd; e++) o[e] *= f;
+            l *= f;
+            m = x;
+            seen = 1;
+        }
+        f = attni_exp64(x - m);
+        l += f;
+        attni_ref_row(d, v, s, kv_head, j, row);
+        for (e = 0; e < vd; e++) o[e] += f * row[e];
+    }
+    if (d->logits.sink && d->logits.sink[h] > -3.0e38f) {
+        x = (double)d->logits.sink[h];
+        if (!seen || x > m) {
+            f = seen ? attni_exp64(m - x) : 0;
+            for (e = 0; e < vd; e++) o[e] *= f;
+            l = l * f;
+            m = x;
+        }
+        l += attni_exp64(x - m);
+        seen = 1;
+    }
+    for (e = 0; e < vd; e++) o[e] = l > 0 || l != l ? o[e] / l : 0;
+    if (lse) *lse = seen ? m + (l > 0 ? attni_log64(l) : l) : -(double)attni_float(0x7f800000u);
+}
+
+ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse) {
+    attn_result r = attn_validate(d);
+    attni_side k, v;
+    int32_t s, t, h;
+    if (r != ATTN_OK) return r;
+    if (!o) return ATTN_ERR_ARGUMENT;
+    attni_side_init(d, 0, &k);
+    attni_side_init(d, 1, &v);
+    for (s = 0; s < d->n_seq; s++)
+        for (t = d->q_start[s]; t < d->q_start[s + 1]; t++)
+            for (h = 0; h < d->n_heads; h++) {
+                int64_t row = (int64_t)t * d->n_heads + h;
+                attni_ref_query(d, &k, &v, s, t, h, o + row * attni_v_dim(d), lse ? lse + row : NULL);
+            }
+    return ATTN_OK;
+}
+
+// ==== >>impl-plan  ===============================================================================
+//
+// 1. spans each sequence may see   2. order: common pages side by side   3. shared[i]: whole spans that
+// place i and i + 1 have in common   4. segments: maximal rectangles (places x spans), from the root
+// down   5. tasks: segment x row tile x KV head, dearest first   6. each sequence's chain of segments
+
+// Builder state; all arrays lie in the plan's memory. Every sequence's own segment, tiles and chain link
+// are provided for by the capacities; what sharing and cutting add is charged to the *_left counters.
+typedef struct attni_planner {
+    attn_plan *p;
+    const attn_desc *d;
+    int32_t *stack;    // (3 * n_seq) pending (lo, hi, span)
+    int32_t group;     // GQA heads
+    int64_t rows_left; // partial rows in the caller's workspace
+    int64_t tiles_left, chain_left, cuts_left;
+    float max_cost;    // dearer tasks are cut along the KV; 0: never
+} attni_planner;
+
+static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
+    const attn_mask *m = &d->mask;
+    int64_t lo, hi, p0, p1;
+    q->q_begin = d->q_start[s];
+    q->q_len = d->q_start[s + 1] - d->q_start[s];
+    q->q_pos0 = attni_q_pos0(d, s);
+    q->kv_len = d->kv.kv_len[s];
+    q->kv_pos0 = attni_kv_pos0(d, s);
+    q->is_chain = 0;
+    if (m->kind == ATTN_MASK_TREE) {
+        int32_t t = 0;
+        while (t < q->q_len && m->tree_parent[q->q_begin + t] == t - 1) t++;
+        q->is_chain = t == q->q_len;
+    }
+    p0 = q->q_pos0;
+    p1 = p0 + attni_max32(q->q_len, 1) - 1;
+    lo = q->kv_pos0;
+    hi = lo + q->kv_len;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 + 1); // a tree's nodes end at p1 as well
+    else if (m->window_right) hi = attni_min64(hi, attni_max64(p1 + m->window_right, m->n_sink));
+    // tree nodes have positions from p0 on, so p0 bounds every window from below
+    if (m->window_left && !m->n_sink) lo = attni_max64(lo, p0 - (m->window_left - 1));
+    q->span0 = (int32_t)(lo / ATTN_SPAN);
+    q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
+}
+
+// Orders sequences by first position, then by page ids, then by number.
+static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
+    const attn_kv *kv = &b->d->kv;
+    const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
+    int32_t j, n = attni_min32(sx->kv_len, sy->kv_len) / kv->page_tokens;
+    if (sx->kv_pos0 != sy->kv_pos0) return sx->kv_pos0 < sy->kv_pos0;
+    if (kv->page_table)
+        for (j = 0; j < n; j++) {
+            int32_t px = kv->page_table[x * kv->page_table_stride + j];
+            int32_t py = kv->page_table[y * kv->page_table_stride + j];
+            if (px != py) return px < py;
+        }
+    return x < y;
+}
+
+static void attni_sort_order(const attni_planner *b, int32_t n) { // heap sort: no memory, no recursion
+    int32_t *a = b->p->order, start, end, root, child, t;
+    for (start = n / 2 - 1, end = n; end > 1;) {
+        if (start >= 0) root = start--;
+        else {
+            root = 0;
+            end--;
+            t = a[0], a[0] = a[end], a[end] = t;
+        }
+        for (; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && attni_seq_less(b, a[child], a[child + 1])) child++;
+            if (!attni_seq_less(b, a[root], a[child])) break;
+            t = a[root], a[root] = a[child], a[child] = t;
+        }
+    }
+}
+
+// Absolute end of the whole spans that two sequences hold in the same pages.
+static int32_t attni_shared_spans(const attn_desc *d, const attn_plan *p, int32_t x, int32_t y) {
+    const attn_kv *kv = &d->kv;
+    const attn_plan_seq *sx = &p->seq[x], *sy = &p->seq[y];
+    int64_t len = attni_min32(sx->kv_len, sy->kv_len), same = 0;
+    int32_t j, n = (int32_t)((len + kv->page_tokens - 1) / kv->page_tokens);
+    if (!kv->page_table || sx->kv_pos0 != sy->kv_pos0) return 0;
+    for (j = 0; j < n; j++)
+        if (kv->page_table[x * kv->page_table_stride + j] !=
+            kv->page_table[y * kv->page_table_stride + j])
+            break;
+    same = attni_min64(len, (int64_t)j * kv->page_tokens);
+    return (int32_t)((sx->kv_pos0 + same) / ATTN_SPAN);
+}
+
+// Fills order with the sequences that have queries; their number in *n.
+static attn_result attni_plan_order(attni_planner *b, int32_t *n) {
+    attn_plan *p = b->p;
+    int32_t i, k = 0, s;
+    for (s = 0; s < p->n_seq; s++) p->seq[s].place = -1;
+    for (i = 0; i < p->n_seq; i++) {
+        s = b->d->seq_order ? b->d->seq_order[i] : i;
+        if (p->seq[s].place >= 0) return ATTN_ERR_ARGUMENT; // not a permutation
+        p->seq[s].place = 0;
+        if (p->seq[s].q_len > 0) p->order[k++] = s;
+    }
+    if (!b->d->seq_order && b->d->kv.page_table) attni_sort_order(b, k);
+    for (i = 0; i < k; i++) {
+        p->seq[p->order[i]].place = i;
+        p->share[i] = i + 1 < k ? attni_shared_spans(b->d, p, p->order[i], p->order[i + 1]) : 0;
+    }
+    *n = k;
+    return ATTN_OK;
+}
+
+static int64_t attni_tile_count(const attn_plan *p, int64_t n_tokens) {
+    return n_tokens / p->tile_tokens + 2;
+}
+
+static float attni_task_cost(const attn_plan *p, int64_t spans, int64_t rows) {
+    return (float)spans * ATTN_SPAN *
+           (p->params.cost_kv_token + (float)rows * p->params.cost_row_token);
+}
+
+// How many of the spans [span0, span1) the window and causality leave to queries at [p0, p1].
+static int32_t attni_span_count(const attn_mask *m, int64_t span0, int64_t span1, int64_t p0,
+                                int64_t p1) {
+    int64_t lo = span0, hi = span1, sinks = 0;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 / ATTN_SPAN + 1);
+    else if (m->window_right) hi = attni_min64(hi, (p1 + m->window_right - 1) / ATTN_SPAN + 1);
+    if (m->window_left) {
+        lo = attni_max64(lo, (p0 - (m->window_left - 1)) / ATTN_SPAN);
+        sinks = attni_min64(lo, ((int64_t)m->n_sink + ATTN_SPAN - 1) / ATTN_SPAN) - span0;
+    }
+    return (int32_t)(attni_max64(hi - lo, 0) + attni_max64(sinks, 0));
+}
+
+static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
+                              int32_t tokens, int32_t n_slots) {
+    attn_plan *p = b->p;
+    attn_segment *s = &p->segment[p->n_segments++];
+    s->seq0 = lo;
+    s->n_seq = hi - lo;
+    s->span0 = span0;
+    s->span1 = span1;
+    s->n_tokens = tokens;
+    s->n_slots = n_slots;
+    s->partial = (int64_t)p->partial_rows;
+    p->partial_rows += (size_t)n_slots * (size_t)tokens * (size_t)p->n_heads;
+    p->n_shared += hi - lo > 1;
+}
+
+// Spans per piece so that no task is dearer than max_cost, if workspace and capacities allow; n if not.
+// `more`: partial rows that cutting costs, charged.
+static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t tokens, int starts,
+                           int direct) {
+    attn_plan *p = b->p;
+    float one = attni_task_cost(p, 1, (int64_t)attni_min32(tokens, p->tile_tokens) * b->group);
+    int32_t piece = b->max_cost > one ? (int32_t)attni_min64((int64_t)(b->max_cost / one), n) : 1;
+    int64_t extra, more;
+    if (b->max_cost <= 0 || piece >= n) return n;
+    extra = (n + piece - 1) / piece - 1;
+    more = starts ? (int64_t)tokens * p->n_heads * (n - piece + (direct ? 1 : 0)) : 0;
+    if (more > b->rows_left || extra > b->cuts_left || extra * n_seq > b->chain_left ||
+        extra * attni_tile_count(p, tokens) > b->tiles_left)
+        return n;
+    b->rows_left -= more;
+    b->cuts_left -= extra;
+    b->chain_left -= extra * n_seq;
+    b->tiles_left -= extra * attni_tile_count(p, tokens);
+    return piece;
+}
+
+// Emits the spans [span0, span1) of places [lo, hi), cut if need be. The piece where the rows' folds
+// start keeps them in registers and leaves one slot per row; the others leave one per span.
+static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
+                       int32_t tokens, int direct) {
+    int32_t i, piece;
+    int starts = 1;
+    for (i = lo; i < hi; i++) starts &= span0 <= b->p->seq[b->p->order[i]].span0;
+    piece = attni_piece(b, span1 - span0, hi - lo, tokens, starts, direct);
+    if (direct && piece >= span1 - span0) {
+        attni_add_segment(b, lo, hi, span0, span1, tokens, 0);
+        return;
+    }
+    for (; span0 < span1; span0 += piece, starts = 0) {
+        int32_t end = attni_min32(span0 + piece, span1);
+        attni_add_segment(b, lo, hi, span0, end, tokens, starts ? 1 : end - span0);
+    }
+}
+
+// Is it worth computing the spans [from, to) of places [lo, hi) once for all? Charges workspace (for the
+// whole rest of these rows, unless an outer segment did) and capacities if so.
+static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t from, int32_t to,
+                               int reserved, int32_t *tokens) {
+    attn_plan *p = b->p;
+    int64_t slots = 0, n = hi - lo;
+    float gain, loss;
+    int starts = 1;
+    int32_t i;
+    *tokens = 0;
+    for (i = lo; i < hi; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        *tokens += q->q_len;
+        starts &= from <= q->span0;
+        slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+    }
+    if (p->params.share == 1) return 0;
+    slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
+    gain = (float)(n - 1) * (float)(to - from) * ATTN_SPAN * p->params.cost_kv_token *
+           (float)p->n_kv_heads;
+    loss = reserved ? 0 : (float)slots * p->params.cost_partial;
+    if (p->params.share == 0 && loss >= gain) return 0;
+    if (!reserved && slots > b->rows_left) return 0;
+    if (attni_tile_count(p, *tokens) > b->tiles_left || n > b->chain_left) return 0;
+    b->tiles_left -= attni_tile_count(p, *tokens);
+    b->chain_left -= n;
+    if (!reserved) b->rows_left -= slots;
+    return 1;
+}
+
+// Walks the implicit tree of common prefixes with a stack of (places, spans already covered; -1: none).
+static void attni_plan_segments(attni_planner *b, int32_t n) {
+    attn_plan *p = b->p;
+    int32_t *top = b->stack, lo, hi, from, start, to, end, i, tokens;
+    if (n == 0) return;
+    *top++ = 0, *top++ = n, *top++ = -1;
+    while (top > b->stack) {
+        from = *--top, hi = *--top, lo = *--top;
+        if (hi - lo == 1) {
+            const attn_plan_seq *q = &p->seq[p->order[lo]];
+            if (from < q->span1 || from < 0)
+                attni_emit(b, lo, hi, attni_max32(from, q->span0), q->span1, q->q_len, from < 0);
+            continue;
+        }
+        start = from < 0 ? INT32_MAX : from;
+        to = p->share[lo];
+        for (end = 0, i = lo; i < hi; i++) {
+            const attn_plan_seq *q = &p->seq[p->order[i]];
+            if (i < hi - 1) to = attni_min32(to, p->share[i]);
+            if (from < 0) start = attni_min32(start, q->span0);
+            end = attni_max32(end, q->span1);
+        }
+        end = attni_min32(end, to);
+        if (end > start && attni_worth_sharing(b, lo, hi, start, end, from >= 0, &tokens)) {
+            attni_emit(b, lo, hi, start, end, tokens, 0);
+            from = end;
+        }
+        // split where only these spans are common; last group first, so that places pop in order
+        for (i = end = hi; i > lo; i--)
+            if (i - 1 == lo || p->share[i - 2] <= to) {
+                *top++ = i - 1, *top++ = end, *top++ = from;
+                end = i - 1;
+            }
+    }
+}
+
+// The positions of a segment's flattened query tokens [first, first + n): least and greatest.
+static void attni_tile_positions(const attn_plan *p, const attn_segment *g, int32_t first, int32_t n,
+                                 int64_t *p0, int64_t *p1) {
+    int32_t i, skip = first;
+    *p0 = INT64_MAX;
+    *p1 = -1;
+    for (i = g->seq0; i < g->seq0 + g->n_seq && n > 0; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        int32_t take = attni_min32(q->q_len - skip, n);
+        if (take > 0) {
+            *p0 = attni_min64(*p0, (int64_t)q->q_pos0 + skip);
+            *p1 = attni_max64(*p1, (int64_t)q->q_pos0 + skip + take - 1);
+            n -= take;
+        }
+        skip = attni_max32(0, skip - q->q_len);
+    }
+}
+
+static void attni_plan_tasks(attni_planner *b) {
+    attn_plan *p = b->p;
+    int32_t i, h, first, n, spans, tile = p->tile_tokens;
+    for (i = 0; i < p->n_segments; i++) {
+        const attn_segment *g = &p->segment[i];
+        const attn_plan_seq *q = &p->seq[p->order[g->seq0]];
+        for (first = 0; first < g->n_tokens; first += n) {
+            int64_t p0, p1, tokens;
+            n = attni_min32(tile, g->n_tokens - first);
+            // tiles of a long prefill start at multiples of the tile, as row blocks of masks do
+            if (first == 0 && g->n_seq == 1 && g->n_tokens > tile && q->q_pos0 % tile)
+                n = tile - q->q_pos0 % tile;
+            attni_tile_positions(p, g, first, n, &p0, &p1);
+            spans = attni_span_count(&b->d->mask, g->span0, g->span1, p0, p1);
+            tokens = attni_min64((int64_t)g->span1 * ATTN_SPAN, (int64_t)q->kv_pos0 + q->kv_len);
+            tokens = attni_min64((int64_t)spans * ATTN_SPAN, attni_max64(0, tokens - q->kv_pos0));
+            for (h = 0; h < p->n_kv_heads; h++) {
+                attn_task *t = &p->task[p->n_tasks++];
+                t->segment = i;
+                t->kv_head = h;
+                t->first_token = first;
+                t->n_tokens = n;
+                t->cost = attni_task_cost(p, spans, (int64_t)n * b->group);
+                p->kv_tokens_read += tokens;
+            }
+        }
+    }
+}
+
+static int attni_task_before(const attn_task *a, const attn_task *b) { // dearest first, then in order
+    if (a->cost != b->cost) return a->cost > b->cost;
+    if (a->kv_head != b->kv_head) return a->kv_head < b->kv_head;
+    if (a->segment != b->segment) return a->segment < b->segment;
+    return a->first_token < b->first_token;
+}
+
+static void attni_sort_tasks(attn_task *a, int32_t n) {
+    int32_t start, end, root, child;
+    attn_task t;
+    for (start = n / 2 - 1, end = n; end > 1;) {
+        if (start >= 0) root = start--;
+        else {
+            root = 0;
+            end--;
+            t = a[0], a[0] = a[end], a[end] = t;
+        }
+        for (; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && attni_task_before(&a[child], &a[child + 1])) child++;
+            if (!attni_task_before(&a[root], &a[child])) break;
+            t = a[root], a[root] = a[child], a[child] = t;
+        }
+    }
+}
+
+// Chains, merges and what a run without sharing would read.
+static void attni_plan_chains(attn_plan *p) {
+    int32_t i, s, at = 0;
+    for (s = 0; s < p->n_seq; s++) p->seq[s].n_chain = 0;
+    for (i = 0; i < p->n_segments; i++)
+        for (s = 0; s < p->segment[i].n_seq; s++) p->seq[p->order[p->segment[i].seq0 + s]].n_chain++;
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *q = &p->seq[s];
+        q->chain = at;
+        at += q->n_chain;
+        q->n_chain = 0;
+        if (q->q_len > 0)
+            p->kv_tokens_seen += (int64_t)p->n_kv_heads * ((q->q_len + p->tile_tokens - 1) /
+                                                           p->tile_tokens) *
+                                 attni_min64(q->kv_len, (int64_t)(q->span1 - q->span0) * ATTN_SPAN);
+    }
+    for (i = 0; i < p->n_segments; i++)
+        for (s = 0; s < p->segment[i].n_seq; s++) {
+            attn_plan_seq *q = &p->seq[p->order[p->segment[i].seq0 + s]];
+            p->chain[q->chain + q->n_chain++] = i;
+        }
+    for (s = 0; s < p->n_seq; s++)
+        if (p->seq[s].n_chain > 0 && p->segment[p->chain[p->seq[s].chain]].n_slots > 0)
+            p->merge[p->n_merges++] = s;
+}
+
+static int32_t attni_floor_pow2(int32_t x) {
+    int32_t p = 1;
+    while (p <= x / 2) p *= 2;
+    return p;
+}
+
+// Query tokens per tile: a power of two; smaller tiles when there would be too few tasks.
+static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, int least) {
+    int32_t group = d->n_heads / d->n_kv_heads, s, tile, low;
+    tile = attni_floor_pow2(attni_max32(1, (q->row_tile > 0 ? q->row_tile : 256) / group));
+    low = attni_min32(tile, attni_floor_pow2(attni_max32(1, 32 / group)));
+    if (least) return low;
+    for (; q->workers > 1 && tile > low; tile /= 2) {
+        int64_t n = 0;
+        for (s = 0; s < d->n_seq; s++) n += (d->q_start[s + 1] - d->q_start[s] + tile - 1) / tile;
+        if (n * d->n_kv_heads >= 3 * (int64_t)q->workers) break;
+    }
+    return tile;
+}
+
+typedef struct attni_plan_caps {
+    int64_t seq, segments, tiles, tasks, chain;
+    size_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack, bytes;
+} attni_plan_caps;
+
+static size_t attni_take(size_t *at, int64_t n, size_t size) {
+    size_t here = *at;
+    *at += ((size_t)n * size + 63) & ~(size_t)63;
+    return here;
+}
+
+static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params *q,
+                                      attni_plan_caps *c) {
+    int64_t tokens = attni_max64(d->q_start[d->n_seq], q->max_tokens);
+    int64_t workers = attni_max32(q->workers, 1);
+    size_t at = (sizeof(attn_plan) + 63) & ~(size_t)63;
+    if (workers > 1 << 16) return ATTN_ERR_ARGUMENT;
+    c->seq = attni_max32(d->n_seq, q->max_seq);
+    c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers;
+    c->tasks = c->tiles * d->n_kv_heads;
+    c->segments = 2 * c->seq + 8 * workers;
+    c->chain = 12 * c->seq + 16 * workers;
+    if (c->tasks > INT32_MAX / 64 || c->seq > INT32_MAX / 64) return ATTN_ERR_OVERFLOW;
+    c->at_seq = attni_take(&at, c->seq, sizeof(attn_plan_seq));
+    c->at_order = attni_take(&at, c->seq, 4);
+    c->at_share = attni_take(&at, c->seq, 4);
+    c->at_segment = attni_take(&at, c->segments, sizeof(attn_segment));
+    c->at_task = attni_take(&at, c->tasks, sizeof(attn_task));
+    c->at_chain = attni_take(&at, c->chain, 4);
+    c->at_merge = attni_take(&at, c->seq, 4);
+    c->at_stack = attni_take(&at, 3 * c->seq + 3, 4);
+    c->bytes = at;
+    return ATTN_OK;
+}
+
+ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *q) {
+    attni_plan_caps c;
+    if (!d || !q || attni_check_shape(d) != ATTN_OK) return 0;
+    return attni_plan_caps_of(d, q, &c) == ATTN_OK ? c.bytes : 0;
+}
+
+// Plans d into p, whose arrays and capacities are set.
+static attn_result attni_plan_fill(attn_plan *p, const attn_desc *d, int32_t *stack) {
+    attni_planner b;
+    float total = 0;
+    int32_t s, n;
+    attn_result r;
+    p->n_seq = d->n_seq;
+    p->n_tokens = d->q_start[d->n_seq];
+    p->tile_tokens = attni_tile_tokens(d, &p->params, 0);
+    p->n_tasks = p->n_merges = p->n_segments = p->n_shared = 0;
+    p->partial_rows = 0;
+    p->kv_tokens_read = p->kv_tokens_seen = 0;
+    b.p = p;
+    b.d = d;
+    b.stack = stack;
+    b.group = d->n_heads / d->n_kv_heads;
+    b.rows_left = (int64_t)(p->params.partial_bytes / 4 / (size_t)(p->v_head_dim + 2));
+    b.tiles_left = p->cap_tasks / p->n_kv_heads;
+    b.chain_left = p->cap_chain - p->n_seq;
+    b.cuts_left = p->cap_segments - 2 * p->n_seq;
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *q = &p->seq[s];
+        attni_seq_spans(d, s, q);
+        b.tiles_left -= attni_tile_count(p, q->q_len);
+        total += attni_task_cost(p, q->span1 - q->span0, (int64_t)q->q_len * b.group);
+    }
+    b.max_cost = p->params.workers > 1
+                     ? total * (float)p->n_kv_heads / (3.0f * (float)p->params.workers) : 0;
+    if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
+    p->n_active = n;
+    attni_plan_segments(&b, n);
+    attni_plan_tasks(&b);
+    attni_sort_tasks(p->task, p->n_tasks);
+    attni_plan_chains(p);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *q, void *mem,
+                                     size_t bytes, attn_plan **plan) {
+    attn_result r = attn_validate(d);
+    attni_plan_caps c;
+    uint8_t *m = (uint8_t *)mem;
+    attn_plan *p = (attn_plan *)mem;
+    if (r != ATTN_OK) return r;
+    if (!q || !mem || !plan || q->row_tile < 0 || q->workers < 0) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_plan_caps_of(d, q, &c)) != ATTN_OK) return r;
+    if (bytes < c.bytes || (uintptr_t)mem % 64) return ATTN_ERR_BUFFER;
+    memset(p, 0, sizeof *p);
+    p->params = *q;
+    if (p->params.workers < 1) p->params.workers = 1;
+    // defaults in units of one row x token at 128 dims, measured on AVX-512
+    if (!(p->params.cost_kv_token > 0)) p->params.cost_kv_token = 4;
+    if (!(p->params.cost_row_token > 0)) p->params.cost_row_token = 1;
+    if (!(p->params.cost_partial > 0)) p->params.cost_partial = 16;
+    p->n_heads = d->n_heads;
+    p->n_kv_heads = d->n_kv_heads;
+    p->head_dim = d->head_dim;
+    p->v_head_dim = attni_v_dim(d);
+    p->cap_seq = (int32_t)c.seq;
+    p->cap_segments = (int32_t)c.segments;
+    p->cap_tasks = (int32_t)c.tasks;
+    p->cap_chain = (int32_t)c.chain;
+    p->seq = (attn_plan_seq *)(void *)(m + c.at_seq);
+    p->order = (int32_t *)(void *)(m + c.at_order);
+    p->share = (int32_t *)(void *)(m + c.at_share);
+    p->segment = (attn_segment *)(void *)(m + c.at_segment);
+    p->task = (attn_task *)(void *)(m + c.at_task);
+    p->chain = (int32_t *)(void *)(m + c.at_chain);
+    p->merge = (int32_t *)(void *)(m + c.at_merge);
+    p->stack = (int32_t *)(void *)(m + c.at_stack);
+    r = attni_plan_fill(p, d, p->stack);
+    if (r == ATTN_OK) *plan = p;
+    return r;
+}
+
+// 1 when d differs from what p was built for in lengths only; patches those.
+static int attni_plan_patch(attn_plan *p, const attn_desc *d) {
+    int32_t s, i;
+    attn_plan_seq q;
+    if (d->n_seq != p->n_seq || d->q_start[d->n_seq] != p->n_tokens) return 0;
+    for (s = 0, i = 0; s < p->n_seq; s++) {
+        const attn_plan_seq *o = &p->seq[s];
+        attni_seq_spans(d, s, &q);
+        if (q.q_begin != o->q_begin || q.q_len != o->q_len || q.span0 != o->span0 ||
+            q.span1 != o->span1)
+            return 0;
+        if (d->seq_order && p->seq[d->seq_order[s]].q_len > 0 && p->order[i++] != d->seq_order[s])
+            return 0;
+    }
+    for (s = 0; s < p->n_seq; s++) {
+        attn_plan_seq *o = &p->seq[s];
+        attni_seq_spans(d, s, &q);
+        o->q_pos0 = q.q_pos0;
+        o->kv_len = q.kv_len;
+        o->kv_pos0 = q.kv_pos0;
+        o->is_chain = q.is_chain;
+    }
+    for (i = 0; i + 1 < p->n_active; i++)
+        if (p->share[i] != attni_shared_spans(d, p, p->order[i], p->order[i + 1])) return 0;
+    return 1;
+}
+
+ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt) {
+    attni_plan_caps c;
+    attn_result r = attn_validate(d);
+    if (r != ATTN_OK) return r;
+    if (!plan) return ATTN_ERR_ARGUMENT;
+    if (rebuilt) *rebuilt = 0;
+    if (d->n_heads != plan->n_heads || d->n_kv_heads != plan->n_kv_heads ||
+        d->head_dim != plan->head_dim || attni_v_dim(d) != plan->v_head_dim)
+        return ATTN_ERR_STALE;
+    if (attni_plan_patch(plan, d)) return ATTN_OK;
+    if (rebuilt) *rebuilt = 1;
+    if ((r = attni_plan_caps_of(d, &plan->params, &c)) != ATTN_OK) return r;
+    if (c.seq > plan->cap_seq || c.tasks > plan->cap_tasks) return ATTN_ERR_BUFFER;
+    return attni_plan_fill(plan, d, plan->stack);
+}
+
+ATTN_DEF size_t attn_plan_partial_bytes(const attn_plan *plan) {
+    return plan ? plan->partial_rows * (size_t)(plan->v_head_dim + 2) * 4 : 0;
+}
+
+// ==== >>impl-pool  Pages and their reference counts ==============================================
+
+#define ATTNI_ALIGN 16 /* of every array carved out of a caller's block */
+
+// Lays arrays out one behind the other from *at on; base = NULL only adds the sizes up.
+static void *attni_carve(unsigned char *base, uint64_t *at, int64_t count, size_t size) {
+    uint64_t place = *at;
+    uint64_t bytes = (uint64_t)count * size;
+    *at = place + (bytes + (ATTNI_ALIGN - 1)) / ATTNI_ALIGN * ATTNI_ALIGN;
+    return base ? (void *)(base + place) : (void *)0;
+}
+
+// The first aligned byte of a block; sizes include ATTNI_ALIGN of slack for it.
+static unsigned char *attni_align(void *mem) {
+    uintptr_t at = (uintptr_t)mem;
+    return (unsigned char *)mem + (size_t)((0 - at) & (uintptr_t)(ATTNI_ALIGN - 1));
+}
+
+static uint64_t attni_pool_layout(attn_pool *pool, int32_t n_pages, unsigned char *base) {
+    uint64_t at = 0;
+    pool->ref = (int32_t *)attni_carve(base, &at, n_pages, sizeof(int32_t));
+    pool->free = (int32_t *)attni_carve(base, &at, n_pages, sizeof(int32_t));
+    return at;
+}
+
+// Low page ids are handed out first.
+static void attni_pool_reset(attn_pool *pool, int32_t n_pages) {
+    int32_t i;
+    pool->n_pages = pool->n_free = n_pages;
+    for (i = 0; i < n_pages; i++) {
+        pool->ref[i] = 0;
+        pool->free[i] = n_pages - 1 - i;
+    }
+}
+
+ATTN_DEF size_t attn_pool_bytes(int32_t n_pages) {
+    attn_pool pool;
+    uint64_t bytes;
+    if (n_pages < 1) return 0;
+    bytes = attni_pool_layout(&pool, n_pages, (unsigned char *)0) + ATTNI_ALIGN;
+    return bytes > (uint64_t)SIZE_MAX ? 0 : (size_t)bytes;
+}
+
+ATTN_DEF attn_result attn_pool_init(attn_pool *pool, int32_t n_pages, void *mem, size_t bytes) {
+    if (!pool || !mem || n_pages < 1) return ATTN_ERR_ARGUMENT;
+    if (attn_pool_bytes(n_pages) == 0) return ATTN_ERR_OVERFLOW;
+    if (bytes < attn_pool_bytes(n_pages)) return ATTN_ERR_BUFFER;
+    (void)attni_pool_layout(pool, n_pages, attni_align(mem));
+    attni_pool_reset(pool, n_pages);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_pool_alloc(attn_pool *pool, int32_t *page) {
+    if (!pool || !page) return ATTN_ERR_ARGUMENT;
+    if (pool->n_free == 0) return ATTN_ERR_FULL;
+    *page = pool->free[--pool->n_free];
+    pool->ref[*page] = 1;
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_pool_retain(attn_pool *pool, int32_t page) {
+    if (!pool) return ATTN_ERR_ARGUMENT;
+    if (page < 0 || page >= pool->n_pages || pool->ref[page] == 0) return ATTN_ERR_PAGE;
+    if (pool->ref[page] == INT32_MAX) return ATTN_ERR_OVERFLOW;
+    pool->ref[page]++;
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_pool_release(attn_pool *pool, int32_t page) {
+    if (!pool) return ATTN_ERR_ARGUMENT;
+    if (page < 0 || page >= pool->n_pages || pool->ref[page] == 0) return ATTN_ERR_PAGE;
+    if (--pool->ref[page] == 0) pool->free[pool->n_free++] = page;
+    return ATTN_OK;
+}
+
+// ==== >>impl-tree  Token prefixes -> pages =======================================================
+//
+// Nodes. A namespace is a root without tokens; every other node holds tokens [start, end), end > start,
+// and its parent ends where it starts. Sequences and pins sit exactly at the end of a node: a border
+// is cut where one is needed and removed (attni_node_merge) as soon as nothing needs it. A border is
+// needed by a fork of the path, a sequence, a pin, or a change of `cached` or `priority`. Hence the
+// number of nodes: leaves <= n_pages (two leaves never share a page), nodes with several children and
+// roots of non-empty namespaces <= leaves, other borders and empty roots <= sequences (a change of
+// `cached` is charged to a sequence below it) + pins + changes of priority, + 1 while cutting.
+//
+// Pages. Position p lies in slot p % page_tokens of its page, and the page knows its token ids. A node
+// lists every page that holds one of its tokens, linked by next / prev. A page may be listed by a node
+// and by the child that continues in it, and by that child's child ...: always a downward chain of
+// nodes, each but the deepest ending inside the page, each but the topmost starting inside it. So a
+// page is non-last in one node at most (the deepest) and non-first in one at most (the topmost): one
+// next and one prev per page suffice. A second child that starts inside the page takes a copy.
+//   ref[page]  = nodes that list it + copies not acknowledged that read or write it
+//   fill[page] = end of the deepest of those nodes in it, in slots; a child may continue in place iff
+//                it starts there
+//   hold[page] = held nodes that list it + such copies
+// A node is held while a sequence or pin sits in its subtree. What is not held can all be evicted, so
+// "n_free + pages not held" answers whether a request is hopeless before anything is evicted.
+//
+// cached: a sequence released with keep, or a pin, covers the node; prefix-closed. Tokens that are not
+// cached vanish with the last sequence that holds them: an uncached leaf always has a sequence.
+
+typedef struct attni_tree_node {
+    uint64_t key;       // root: the namespace; else the first token. (parent, key) is the hash key
+    int64_t last_use;   // tick at which a sequence left it, or a removed child
+    int32_t parent;     // -1: root; of an unused node: the next unused one
+    int32_t n_child;    // children are found by hash; no lists
+    int32_t child_xor;  // XOR of the children's ids: names an only child
+    int32_t start, end; // start -1: unused node
+    int32_t first_page, last_page; // -1 in roots
+    int32_t first_seq;  // list of the sequences that end here
+    int32_t pins;
+    int32_t held;       // sequences and pins here + children with held > 0
+    int32_t priority;
+    int32_t heap_at;    // -1: cannot be evicted now (root, has children, held)
+    int32_t cached;
+} attni_tree_node;
+
+typedef struct attni_tree_seq {
+    int32_t node;       // -1: unused
+    int32_t prev, next; // in the node's list; next also links unused slots
+} attni_tree_seq;
+
+struct attn_tree {
+    int32_t n_pages, page_tokens, max_seq, max_nodes;
+    int32_t n_nodes, n_held_nodes, free_node;
+    int32_t n_seq, free_seq;
+    int32_t n_held_pages;
+    int32_t n_heap;
+    uint32_t table_mask;
+    int64_t tick;
+    attn_pool pool;
+    attn_tree_stats count;  // the counters since init and tokens_cached
+    attni_tree_node *node;  // (max_nodes)
+    attni_tree_seq *seq;    // (max_seq)
+    int32_t *heap;          // (max_nodes) nodes that can be evicted, the next victim first
+    int32_t *table;         // (table_mask + 1) open addressing, -1: empty
+    int32_t *next, *prev;   // (n_pages) order inside a node
+    int32_t *fill, *hold;   // (n_pages)
+    int32_t *copy_src;      // (n_pages) source of the copy into this page not acknowledged, or -1
+    int32_t *n_copying;     // (n_pages) such copies that read or write the page
+    int32_t *lock;          // (n_pages) slots below are read or written by them: not to be reused
+    int32_t *token;         // (n_pages, page_tokens)
+    int32_t *scratch;       // (2 * n_pages + 3 * max_nodes) for check, save and load
+};
+
+// ---- pages
+
+static int32_t *attni_page_token(const attn_tree *t, int32_t page, int32_t slot) {
+    return t->token + (int64_t)page * t->page_tokens + slot;
+}
+
+static void attni_page_hold(attn_tree *t, int32_t page, int32_t delta) {
+    int32_t was = t->hold[page];
+    t->hold[page] = was + delta;
+    if (was == 0 || was + delta == 0) t->n_held_pages += delta;
+}
+
+// A node, held or not, no longer lists the page.
+static void attni_page_drop(attn_tree *t, int32_t page, int held) {
+    if (held) attni_page_hold(t, page, -1);
+    (void)attn_pool_release(&t->pool, page);
+}
+
+// A copy reads or writes the first n_tokens slots of the page: until it was carried out the page is
+// not freed nor, after a truncation say, those slots given to other tokens. So it does not matter
+// whether copies run before or after the stores of tokens appended later.
+static void attni_page_begin_copy(attn_tree *t, int32_t page, int32_t n_tokens) {
+    attni_page_hold(t, page, 1);
+    (void)attn_pool_retain(&t->pool, page);
+    t->n_copying[page]++;
+    if (t->lock[page] < n_tokens) t->lock[page] = n_tokens;
+}
+
+static void attni_page_end_copy(attn_tree *t, int32_t page) {
+    if (--t->n_copying[page] == 0) t->lock[page] = 0;
+    attni_page_drop(t, page, 1);
+}
+
+// The page of node x that holds position pos, from the nearer end.
+static int32_t attni_node_page(const attn_tree *t, int32_t x, int32_t pos) {
+    const attni_tree_node *n = t->node + x;
+    int32_t at = pos / t->page_tokens;
+    int32_t up = at - n->start / t->page_tokens, down = (n->end - 1) / t->page_tokens - at;
+    int32_t page = up <= down ? n->first_page : n->last_page;
+    if (up <= down) {
+        while (up-- > 0) page = t->next[page];
+    } else {
+        while (down-- > 0) page = t->prev[page];
+    }
+    return page;
+}
+
+// ---- the heap of nodes that can be evicted: a binary heap over (priority, last_use)
+
+static int attni_heap_before(const attn_tree *t, int32_t x, int32_t y) {
+    const attni_tree_node *a = t->node + x, *b = t->node + y;
+    if (a->priority != b->priority) return a->priority < b->priority;
+    if (a->last_use != b->last_use) return a->last_use < b->last_use;
+    return x < y;
+}
+
+static void attni_heap_put(attn_tree *t, int32_t at, int32_t x) {
+    t->heap[at] = x;
+    t->node[x].heap_at = at;
+}
+
+static void attni_heap_sift(attn_tree *t, int32_t at) {
+    int32_t x = t->heap[at], up, down;
+    while (at > 0 && attni_heap_before(t, x, t->heap[up = (at - 1) / 2])) {
+        attni_heap_put(t, at, t->heap[up]);
+        at = up;
+    }
+    while (at < t->n_heap / 2) {
+        down = 2 * at + 1;
+        if (down + 1 < t->n_heap && attni_heap_before(t, t->heap[down + 1], t->heap[down])) down++;
+        if (!attni_heap_before(t, t->heap[down], x)) break;
+        attni_heap_put(t, at, t->heap[down]);
+        at = down;
+    }
+    attni_heap_put(t, at, x);
+}
+
+// Called whenever children, held, priority or last_use of x changed.
+static void attni_node_rank(attn_tree *t, int32_t x) {
+    attni_tree_node *n = t->node + x;
+    int32_t at = n->heap_at, last;
+    if (n->parent >= 0 && n->n_child == 0 && n->held == 0) {
+        if (at < 0) attni_heap_put(t, at = t->n_heap++, x);
+        attni_heap_sift(t, at);
+    } else if (at >= 0) {
+        n->heap_at = -1;
+        last = t->heap[--t->n_heap];
+        if (last == x) return;
+        attni_heap_put(t, at, last);
+        attni_heap_sift(t, at);
+    }
+}
+
+// ---- the hash index (parent, key) -> node. Keys are compared exactly. Deletion shifts back.
+
+static uint32_t attni_tree_hash(int32_t parent, uint64_t key) {
+    uint64_t h = (key ^ ((uint64_t)(uint32_t)parent << 32)) * 0x9e3779b97f4a7c15u;
+    h = (h ^ (uint64_t)(uint32_t)parent ^ (h >> 29)) * 0xbf58476d1ce4e5b9u;
+    return (uint32_t)(h >> 32);
+}
+#ifndef ATTNI_HASH /* a test makes every hash collide */
+#define ATTNI_HASH(parent, key) attni_tree_hash(parent, key)
+#endif
+
+static int32_t attni_index_find(const attn_tree *t, int32_t parent, uint64_t key) {
+    uint32_t i = ATTNI_HASH(parent, key) & t->table_mask;
+    int32_t x;
+    for (; (x = t->table[i]) >= 0; i = (i + 1) & t->table_mask)
+        if (t->node[x].parent == parent && t->node[x].key == key) return x;
+    return -1;
+}
+
+static void attni_index_add(attn_tree *t, int32_t x) {
+    uint32_t i = ATTNI_HASH(t->node[x].parent, t->node[x].key) & t->table_mask;
+    while (t->table[i] >= 0) i = (i + 1) & t->table_mask;
+    t->table[i] = x;
+}
+
+static void attni_index_remove(attn_tree *t, int32_t x) {
+    uint32_t mask = t->table_mask, home, j;
+    uint32_t i = ATTNI_HASH(t->node[x].parent, t->node[x].key) & mask;
+    while (t->table[i] != x) i = (i + 1) & mask;
+    // Entries behind the hole move into it unless their home lies behind the hole.
+    for (j = (i + 1) & mask; t->table[j] >= 0; j = (j + 1) & mask) {
+        const attni_tree_node *n = t->node + t->table[j];
+        home = ATTNI_HASH(n->parent, n->key) & mask;
+        if (((j - home) & mask) < ((j - i) & mask)) continue;
+        t->table[i] = t->table[j];
+        i = j;
+    }
+    t->table[i] = -1;
+}
+
+// ---- nodes
+
+// The caller made sure that there is an unused one. It has no pages yet.
+static int32_t attni_node_new(attn_tree *t, int32_t parent, uint64_t key, int32_t start) {
+    int32_t x = t->free_node;
+    attni_tree_node *n = t->node + x;
+    t->free_node = n->parent;
+    t->n_nodes++;
+    memset(n, 0, sizeof *n);
+    n->key = key;
+    n->last_use = t->tick;
+    n->parent = parent;
+    n->start = n->end = start;
+    n->first_page = n->last_page = n->first_seq = n->heap_at = -1;
+    attni_index_add(t, x);
+    if (parent >= 0) {
+        t->node[parent].n_child++;
+        t->node[parent].child_xor ^= x;
+        attni_node_rank(t, parent);
+    }
+    return x;
+}
+
+// x: a node without children, pages or holders.
+static void attni_node_free(attn_tree *t, int32_t x) {
+    attni_tree_node *n = t->node + x;
+    int32_t parent = n->parent;
+    attni_index_remove(t, x);
+    n->n_child = 1; // takes it out of the heap
+    attni_node_rank(t, x);
+    n->start = -1;
+    n->parent = t->free_node;
+    t->free_node = x;
+    t->n_nodes--;
+    if (parent >= 0) {
+        t->node[parent].n_child--;
+        t->node[parent].child_xor ^= x;
+        attni_node_rank(t, parent);
+    }
+}
+
+// One sequence or pin more or less at x. Costs O(1) unless pages begin or cease to be held.
+static void attni_node_hold(attn_tree *t, int32_t x, int32_t delta) {
+    for (; x >= 0; x = t->node[x].parent) {
+        attni_tree_node *n = t->node + x;
+        int32_t was = n->held, page = n->first_page;
+        n->held = was + delta;
+        if (was != 0 && was + delta != 0) return;
+        t->n_held_nodes += delta;
+        for (; page >= 0; page = page == n->last_page ? -1 : t->next[page])
+            attni_page_hold(t, page, delta);
+        attni_node_rank(t, x);
+    }
+}
+
+// Cuts x at pos, start < pos < end, there being an unused node: a new upper half takes its place in
+// the parent, x becomes the lower half and keeps children, sequences and pins (all behind pos).
+static int32_t attni_node_split(attn_tree *t, int32_t x, int32_t pos) {
+    attni_tree_node *low = t->node + x, *up;
+    int32_t border = attni_node_page(t, x, pos - 1), u;
+    attni_index_remove(t, x);
+    u = attni_node_new(t, low->parent, low->key, low->start);
+    up = t->node + u;
+    t->node[low->parent].n_child--; // low has a parent: roots are never cut
+    t->node[low->parent].child_xor ^= x;
+    up->end = pos;
+    up->first_page = low->first_page;
+    up->last_page = border;
+    up->last_use = low->last_use;
+    up->priority = low->priority;
+    up->cached = low->cached;
+    up->n_child = 1;
+    up->child_xor = x;
+    up->held = low->held > 0;
+    t->n_held_nodes += up->held;
+    if (pos % t->page_tokens != 0) { // inside a page: both halves list it
+        low->first_page = border;
+        (void)attn_pool_retain(&t->pool, border);
+        if (low->held > 0) attni_page_hold(t, border, 1);
+    } else {
+        low->first_page = t->next[border];
+    }
+    low->start = pos;
+    low->parent = u;
+    low->key = (uint32_t)*attni_page_token(t, low->first_page, pos % t->page_tokens);
+    attni_index_add(t, x);
+    attni_node_rank(t, u);
+    return u;
+}
+
+// Removes the border between u and its only child if nothing needs it: the child takes over u's
+// tokens and place. The pages of a live sequence never change by it: none ends at u, and those below
+// read the child's copy of a page that u and the child list apart.
+static int attni_node_merge(attn_tree *t, int32_t u) {
+    attni_tree_node *up = t->node + u, *low;
+    int32_t x = up->child_xor, page = up->last_page;
+    if (up->parent < 0 || up->n_child != 1 || up->first_seq >= 0 || up->pins > 0) return 0;
+    low = t->node + x;
+    if (low->cached != up->cached || low->priority != up->priority) return 0;
+    if (up->end % t->page_tokens == 0) {
+        t->next[page] = low->first_page;
+        t->prev[low->first_page] = page;
+        low->first_page = up->first_page;
+    } else {
+        if (page == low->first_page) {
+            low->first_page = up->first_page;
+        } else if (page == up->first_page) {
+            t->fill[page] = up->start % t->page_tokens; // where a parent that lists it ends
+        } else {
+            t->next[t->prev[page]] = low->first_page;
+            t->prev[low->first_page] = t->prev[page];
+            low->first_page = up->first_page;
+        }
+        attni_page_drop(t, page, up->held > 0);
+    }
+    t->n_held_nodes -= up->held > 0;
+    attni_index_remove(t, x);
+    low->parent = up->parent;
+    low->start = up->start;
+    t->node[low->parent].n_child++;
+    t->node[low->parent].child_xor ^= x;
+    if (low->last_use < up->last_use) low->last_use = up->last_use;
+    low->key = up->key;
+    up->held = 0;
+    attni_node_free(t, u);
+    attni_index_add(t, x);
+    attni_node_rank(t, x);
+    return 1;
+}
+
+// Shortens a leaf to end > start.
+static void attni_node_trim(attn_tree *t, int32_t x, int32_t end) {
+    attni_tree_node *n = t->node + x;
+    int32_t at = (n->end - 1) / t->page_tokens, keep = (end - 1) / t->page_tokens;
+    for (; at > keep; at--) {
+        int32_t page = n->last_page;
+        n->last_page = t->prev[page];
+        attni_page_drop(t, page, n->held > 0);
+    }
+    t->fill[n->last_page] = (end - 1) % t->page_tokens + 1;
+    t->count.tokens_cached -= n->end - end;
+    n->end = end;
+}
+
+// Removes a node without children that is not held. Its first page may stay with the parent.
+static void attni_node_remove(attn_tree *t, int32_t x) {
+    attni_tree_node *n = t->node + x;
+    int32_t page = n->last_page, before;
+    for (; page >= 0; page = before) {
+        before = page == n->first_page ? -1 : t->prev[page];
+        if (before < 0) t->fill[page] = n->start % t->page_tokens;
+        attni_page_drop(t, page, 0);
+    }
+    t->count.tokens_cached -= n->end - n->start;
+    if (n->parent >= 0 && t->node[n->parent].last_use < n->last_use)
+        t->node[n->parent].last_use = n->last_use;
+    attni_node_free(t, x);
+}
+
+// A holder or a child of x went away: removes what nobody needs from x upwards.
+static void attni_node_prune(attn_tree *t, int32_t x) {
+    while (t->node[x].n_child == 0 && t->node[x].held == 0 &&
+           (t->node[x].parent < 0 || !t->node[x].cached)) {
+        int32_t parent = t->node[x].parent;
+        attni_node_remove(t, x);
+        if (parent < 0) return;
+        x = parent;
+    }
+    (void)attni_node_merge(t, x);
+}
+
+// Marks the path of x as cached, or gives it a priority, and drops the borders this makes needless.
+static void attni_path_set(attn_tree *t, int32_t x, int cached, const int32_t *priority) {
+    int32_t y;
+    for (y = x; t->node[y].parent >= 0; y = t->node[y].parent) {
+        if (cached) t->node[y].cached = 1;
+        if (priority) t->node[y].priority = *priority;
+        attni_node_rank(t, y);
+    }
+    for (y = x; t->node[y].parent >= 0;)
+        if (!attni_node_merge(t, t->node[y].parent)) y = t->node[y].parent;
+}
+
+// ---- making room
+
+// Trims a leaf, page by page from its tail, until the pool has n_free pages or the leaf is gone.
+static void attni_tree_shrink(attn_tree *t, int32_t x, int32_t n_free) {
+    int32_t before = t->pool.n_free, parent = t->node[x].parent, cut;
+    int64_t tokens = t->count.tokens_cached;
+    do {
+        cut = (t->node[x].end - 1) / t->page_tokens * t->page_tokens;
+        if (cut > t->node[x].start) {
+            attni_node_trim(t, x, cut);
+        } else {
+            attni_node_remove(t, x);
+            attni_node_prune(t, parent);
+            break;
+        }
+    } while (t->pool.n_free < n_free);
+    t->count.tokens_evicted += tokens - t->count.tokens_cached;
+    t->count.pages_evicted += t->pool.n_free - before;
+}
+
+// Evicts until that many pages and nodes are unused; 0, and nothing done, when that cannot be.
+static int attni_tree_room(attn_tree *t, int64_t pages, int32_t nodes) {
+    if (pages > (int64_t)t->n_pages - t->n_held_pages) return 0;
+    if (nodes > t->max_nodes - t->n_held_nodes) return 0;
+    while (t->pool.n_free < pages) attni_tree_shrink(t, t->heap[0], (int32_t)pages);
+    while (t->max_nodes - t->n_nodes < nodes) attni_tree_shrink(t, t->heap[0], INT32_MAX);
+    return 1;
+}
+
+static void attni_node_pin(attn_tree *t, int32_t x, int32_t delta) {
+    t->node[x].pins += delta;
+    attni_node_hold(t, x, delta);
+}
+
+// The node on x's tokens that ends at pos, start < pos <= end (or x is a root); -1: out of nodes.
+static int32_t attni_tree_cut(attn_tree *t, int32_t x, int32_t pos) {
+    int32_t u = -1;
+    if (pos == t->node[x].end) return x;
+    if (t->n_nodes < t->max_nodes) return attni_node_split(t, x, pos);
+    attni_node_pin(t, x, 1); // or eviction might take x, or merge it away
+    if (attni_tree_room(t, 0, 1)) u = attni_node_split(t, x, pos);
+    attni_node_pin(t, x, -1);
+    (void)attni_node_merge(t, x);
+    return u;
+}
+
+// ---- walking
+
+// Tokens that follow the end of *node in the tree, as far as they equal tokens[0 .. n). *node becomes
+// the node in which they end (unchanged when there are none).
+static int32_t attni_tree_walk(const attn_tree *t, int32_t *node, const int32_t *tokens, int32_t n) {
+    int32_t done = 0, pt = t->page_tokens, x, page, pos;
+    while (done < n && (x = attni_index_find(t, *node, (uint32_t)tokens[done])) >= 0) {
+        const attni_tree_node *c = t->node + x;
+        *node = x;
+        page = c->first_page;
+        for (pos = c->start; pos < c->end; pos++, done++) {
+            if (pos > c->start && pos % pt == 0) page = t->next[page];
+            if (done == n || *attni_page_token(t, page, pos % pt) != tokens[done]) return done;
+        }
+    }
+    return done;
+}
+
+static int attni_tree_is_seq(const attn_tree *t, int32_t seq) {
+    return seq >= 0 && seq < t->max_seq && t->seq[seq].node >= 0;
+}
+
+static void attni_seq_link(attn_tree *t, int32_t s, int32_t x) {
+    attni_tree_seq *q = t->seq + s;
+    q->node = x;
+    q->prev = -1;
+    q->next = t->node[x].first_seq;
+    if (q->next >= 0) t->seq[q->next].prev = s;
+    t->node[x].first_seq = s;
+    attni_node_hold(t, x, 1);
+}
+
+static void attni_seq_unlink(attn_tree *t, int32_t s) {
+    attni_tree_seq *q = t->seq + s;
+    if (q->prev >= 0) t->seq[q->prev].next = q->next;
+    else t->node[q->node].first_seq = q->next;
+    if (q->next >= 0) t->seq[q->next].prev = q->prev;
+}
+
+// The new place is held before the old one is let go, so that the common path costs nothing.
+static void attni_seq_move(attn_tree *t, int32_t s, int32_t x) {
+    int32_t from = t->seq[s].node;
+    if (from == x) return;
+    attni_seq_unlink(t, s);
+    attni_seq_link(t, s, x);
+    attni_node_hold(t, from, -1);
+    attni_node_prune(t, from);
+}
+
+// A new sequence at x; there is an unused slot.
+static int32_t attni_seq_new(attn_tree *t, int32_t x) {
+    int32_t s = t->free_seq;
+    t->free_seq = t->seq[s].next;
+    t->n_seq++;
+    attni_seq_link(t, s, x);
+    return s;
+}
+
+static void attni_seq_free(attn_tree *t, int32_t s) {
+    int32_t x = t->seq[s].node;
+    attni_seq_unlink(t, s);
+    t->seq[s].node = -1;
+    t->seq[s].next = t->free_seq;
+    t->free_seq = s;
+    t->n_seq--;
+    attni_node_hold(t, x, -1);
+    attni_node_prune(t, x);
+}
+
+// ---- set-up
+
+// The layout for a description with its defaults filled in; 0: invalid or too large.
+static uint64_t attni_tree_layout(const attn_tree_desc *desc, unsigned char *base, attn_tree *t) {
+    uint64_t at = 0, table = 1;
+    int64_t p = desc->n_pages, s = desc->max_seq, n = desc->max_nodes;
+    if (p < 1 || desc->page_tokens < 1 || s < 0 || n < 0) return 0;
+    if (s == 0) s = 256;
+    if (n == 0) n = 2 * p + s + 64;
+    if (n > INT32_MAX / 2 || p > ((int64_t)1 << 48) / desc->page_tokens) return 0;
+    while (table < 2 * (uint64_t)n) table *= 2;
+    (void)attni_carve(base, &at, 1, sizeof *t);
+    at += attni_pool_layout(&t->pool, desc->n_pages, base ? base + at : base);
+    t->n_pages = desc->n_pages;
+    t->page_tokens = desc->page_tokens;
+    t->max_seq = (int32_t)s;
+    t->max_nodes = (int32_t)n;
+    t->table_mask = (uint32_t)(table - 1);
+    t->node = (attni_tree_node *)attni_carve(base, &at, n, sizeof *t->node);
+    t->seq = (attni_tree_seq *)attni_carve(base, &at, s, sizeof *t->seq);
+    t->heap = (int32_t *)attni_carve(base, &at, n, sizeof(int32_t));
+    t->table = (int32_t *)attni_carve(base, &at, (int64_t)table, sizeof(int32_t));
+    t->next = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->prev = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->fill = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->hold = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->copy_src = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->n_copying = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->lock = (int32_t *)attni_carve(base, &at, p, sizeof(int32_t));
+    t->token = (int32_t *)attni_carve(base, &at, p * desc->page_tokens, sizeof(int32_t));
+    t->scratch = (int32_t *)attni_carve(base, &at, 2 * p + 3 * n, sizeof(int32_t));
+    return at + ATTNI_ALIGN;
+}
+
+ATTN_DEF size_t attn_tree_bytes(const attn_tree_desc *desc) {
+    attn_tree t;
+    uint64_t bytes = desc ? attni_tree_layout(desc, (unsigned char *)0, &t) : 0;
+    return bytes > (uint64_t)SIZE_MAX ? 0 : (size_t)bytes;
+}
+
+ATTN_DEF attn_result attn_tree_init(const attn_tree_desc *desc, void *mem, size_t bytes,
+                                    attn_tree **tree) {
+    size_t need = attn_tree_bytes(desc);
+    unsigned char *base;
+    attn_tree *t;
+    int32_t i;
+    if (!desc || !mem || !tree || need == 0) return ATTN_ERR_ARGUMENT;
+    if (bytes < need) return ATTN_ERR_BUFFER;
+    base = attni_align(mem);
+    t = (attn_tree *)(void *)base;
+    memset(t, 0, sizeof *t);
+    (void)attni_tree_layout(desc, base, t);
+    attni_pool_reset(&t->pool, t->n_pages);
+    for (i = 0; i < t->n_pages; i++) {
+        t->next[i] = t->prev[i] = t->copy_src[i] = -1;
+        t->fill[i] = t->hold[i] = t->n_copying[i] = t->lock[i] = 0;
+    }
+    for (i = 0; i < t->max_nodes; i++) {
+        t->node[i].start = t->node[i].heap_at = -1;
+        t->node[i].parent = i + 1 < t->max_nodes ? i + 1 : -1;
+    }
+    for (i = 0; i < t->max_seq; i++) {
+        t->seq[i].node = -1;
+        t->seq[i].next = i + 1 < t->max_seq ? i + 1 : -1;
+    }
+    memset(t->table, 0xff, ((size_t)t->table_mask + 1) * sizeof(int32_t));
+    *tree = t;
+    return ATTN_OK;
+}
+
+// ---- the calls
+
+ATTN_DEF int32_t attn_tree_match(const attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n) {
+    int32_t x;
+    if (!t || n < 0 || (!tokens && n > 0)) return ATTN_ERR_ARGUMENT;
+    x = attni_index_find(t, -1, ns);
+    return x < 0 ? 0 : attni_tree_walk(t, &x, tokens, n);
+}
+
+ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
+                                    int32_t *seq, int32_t *n_cached) {
+    int32_t x, hit = 0;
+    if (!t || !seq || n < 0 || (!tokens && n > 0)) return ATTN_ERR_ARGUMENT;
+    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    x = attni_index_find(t, -1, ns);
+    if (x >= 0) {
+        hit = attni_tree_walk(t, &x, tokens, n);
+        x = attni_tree_cut(t, x, hit);
+    } else if (attni_tree_room(t, 0, 1)) {
+        x = attni_node_new(t, -1, ns, 0);
+    }
+    if (x < 0) return ATTN_ERR_FULL;
+    *seq = attni_seq_new(t, x);
+    if (n_cached) *n_cached = hit;
+    t->count.tokens_hit += hit;
+    return ATTN_OK;
+}
+
+// Must tokens behind x go to a copy of its last page?
+static int attni_node_must_copy(const attn_tree *t, int32_t x) {
+    int32_t slot = t->node[x].end % t->page_tokens, page = t->node[x].last_page;
+    return slot != 0 && (t->fill[page] > slot || t->lock[page] > slot);
+}
+
+// May s, about to sit alone with new tokens behind x, lengthen x itself? They are neither cached nor
+// of any priority. pins: those of the call in progress.
+static int attni_node_extends(const attn_tree *t, int32_t x, int32_t s, int32_t pins) {
+    const attni_tree_node *n = t->node + x;
+    return n->parent >= 0 && n->n_child == 0 && n->pins == pins && !n->cached && n->priority == 0 &&
+           n->first_seq == s && t->seq[s].next < 0 && !attni_node_must_copy(t, x);
+}
+
+// Is a copy of x's last page needed only because of a child that continues in it and that nobody
+// holds? The page names that child's first token.
+static int attni_node_owns_tail(const attn_tree *t, int32_t x) {
+    int32_t slot = t->node[x].end % t->page_tokens, page = t->node[x].last_page;
+    if (t->lock[page] > slot) return 0;
+    x = attni_index_find(t, x, (uint32_t)*attni_page_token(t, page, slot));
+    return t->node[x].held == 0;
+}
+
+// Held pages that fall free all the same when everything is evicted: then u merges with the one child
+// that is held, which has its own copy of u's last page.
+static int32_t attni_tree_doubled(const attn_tree *t) {
+    int32_t x, n = 0;
+    for (x = 0; x < t->max_nodes; x++) {
+        const attni_tree_node *c = t->node + x, *u = t->node + c->parent;
+        if (c->start < 1 || c->held == 0 || c->start % t->page_tokens == 0) continue;
+        n += u->held == 1 && u->first_seq < 0 && u->pins == 0 && u->cached == c->cached &&
+             u->priority == c->priority && u->last_page != c->first_page &&
+             t->hold[u->last_page] == 1;
+    }
+    return n;
+}
+
+// Room for n tokens of s behind x, which is pinned: pages, a node, a place for the copy. Where simply
+// evicting falls short, evicting everything may also free doubled pages and spare the copy: a
+// sequence may fill the whole pool whatever is cached.
+static attn_result attni_tree_reserve(attn_tree *t, int32_t s, int32_t x, int32_t n, int can_copy) {
+    int64_t pt = t->page_tokens, end = t->node[x].end;
+    int copy = attni_node_must_copy(t, x), node = !attni_node_extends(t, x, s, 1), less;
+    int64_t pages = (end + n + pt - 1) / pt - (end + pt - 1) / pt;
+    if (n == 0) return ATTN_OK;
+    if (copy && !can_copy) return ATTN_ERR_BUFFER;
+    if (attni_tree_room(t, pages + copy, node)) return ATTN_OK;
+    less = copy && attni_node_owns_tail(t, x);
+    if (t->n_heap == 0 || t->n_held_nodes + node > t->max_nodes ||
+        pages + copy - less > (int64_t)t->n_pages - t->n_held_pages + attni_tree_doubled(t))
+        return ATTN_ERR_FULL;
+    while (t->n_heap > 0) attni_tree_shrink(t, t->heap[0], INT32_MAX);
+    return attni_tree_room(t, pages + attni_node_must_copy(t, x), node) ? ATTN_OK : ATTN_ERR_FULL;
+}
+
+// A child of x that begins inside x's last page: the same page or a copy of it.
+static void attni_node_begin_inside(attn_tree *t, int32_t child, int32_t x, attn_page_copy *copies,
+                                    int32_t *n_copies) {
+    attn_page_copy *copy;
+    int32_t page = t->node[x].last_page, slot = t->node[x].end % t->page_tokens, own = page;
+    if (attni_node_must_copy(t, x)) {
+        (void)attn_pool_alloc(&t->pool, &own);
+        memcpy(attni_page_token(t, own, 0), attni_page_token(t, page, 0),
+               (size_t)slot * sizeof(int32_t));
+        t->fill[own] = slot;
+        t->copy_src[own] = page;
+        attni_page_begin_copy(t, page, slot);
+        attni_page_begin_copy(t, own, slot);
+        copy = copies + (*n_copies)++;
+        copy->src = page;
+        copy->dst = own;
+        copy->n_tokens = slot;
+        t->count.pages_copied++;
+    } else {
+        (void)attn_pool_retain(&t->pool, page);
+    }
+    t->node[child].first_page = t->node[child].last_page = own;
+}
+
+// Writes n tokens at the end of x, a leaf, into pages reserved before.
+static void attni_node_fill(attn_tree *t, int32_t x, const int32_t *tokens, int32_t n) {
+    attni_tree_node *c = t->node + x;
+    int32_t pt = t->page_tokens, done, slot, run, page;
+    for (done = 0; done < n; done += run) {
+        slot = c->end % pt;
+        run = n - done < pt - slot ? n - done : pt - slot;
+        if (slot == 0) {
+            (void)attn_pool_alloc(&t->pool, &page);
+            if (c->held > 0) attni_page_hold(t, page, 1);
+            if (c->first_page < 0) {
+                c->first_page = page;
+            } else {
+                t->next[c->last_page] = page;
+                t->prev[page] = c->last_page;
+            }
+            c->last_page = page;
+        }
+        memcpy(attni_page_token(t, c->last_page, slot), tokens + done,
+               (size_t)run * sizeof(int32_t));
+        t->fill[c->last_page] = slot + run;
+        c->end += run;
+    }
+    t->count.tokens_cached += n;
+    t->count.tokens_missed += n;
+}
+
+ATTN_DEF attn_result attn_tree_append(attn_tree *t, int32_t seq, const int32_t *tokens, int32_t n,
+                                      int32_t *n_cached, attn_page_copy *copies, int32_t max_copies,
+                                      int32_t *n_copies) {
+    int32_t x, child, hit, none = 0;
+    attn_result r;
+    if (!t || n < 0 || (!tokens && n > 0) || max_copies < 0) return ATTN_ERR_ARGUMENT;
+    if (max_copies > 0 && (!copies || !n_copies)) return ATTN_ERR_ARGUMENT;
+    if (!n_copies) n_copies = &none;
+    if (*n_copies < 0 || *n_copies > max_copies) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    x = t->seq[seq].node;
+    if (n > INT32_MAX - t->node[x].end) return ATTN_ERR_OVERFLOW;
+    child = x;
+    hit = attni_tree_walk(t, &child, tokens, n);
+    x = attni_tree_cut(t, child, t->node[x].end + hit);
+    if (x < 0) return ATTN_ERR_FULL;
+    // Until the reservation stands the sequence stays where it is; a failure only lets the pin go.
+    attni_node_pin(t, x, 1);
+    r = attni_tree_reserve(t, seq, x, n - hit, *n_copies < max_copies);
+    if (r == ATTN_OK) attni_seq_move(t, seq, x);
+    attni_node_pin(t, x, -1);
+    if (r != ATTN_OK) {
+        (void)attni_node_merge(t, x);
+        return r;
+    }
+    if (hit < n) {
+        child = x;
+        if (!attni_node_extends(t, x, seq, 0)) {
+            child = attni_node_new(t, x, (uint32_t)tokens[hit], t->node[x].end);
+            if (t->node[x].end % t->page_tokens != 0)
+                attni_node_begin_inside(t, child, x, copies, n_copies);
+        }
+        attni_node_fill(t, child, tokens + hit, n - hit);
+        attni_seq_move(t, seq, child);
+    }
+    if (n_cached) *n_cached = hit;
+    t->count.tokens_hit += hit;
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_insert(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
+                                      int32_t *seq, int32_t *n_cached, attn_page_copy *copies,
+                                      int32_t max_copies, int32_t *n_copies) {
+    int32_t s, hit;
+    attn_result r;
+    if (!seq) return ATTN_ERR_ARGUMENT;
+    r = attn_tree_open(t, ns, tokens, n, &s, &hit);
+    if (r != ATTN_OK) return r;
+    r = attn_tree_append(t, s, n > 0 ? tokens + hit : tokens, n - hit, (int32_t *)0, copies,
+                         max_copies, n_copies);
+    if (r != ATTN_OK) {
+        t->count.tokens_hit -= hit;
+        attni_seq_free(t, s);
+        return r;
+    }
+    *seq = s;
+    if (n_cached) *n_cached = hit;
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, int32_t n_copies) {
+    int32_t i, dst;
+    if (!t || n_copies < 0 || (!copies && n_copies > 0)) return ATTN_ERR_ARGUMENT;
+    // Taking the marks one by one also finds a copy that is listed twice.
+    for (i = 0; i < n_copies; i++) {
+        dst = copies[i].dst;
+        if (dst < 0 || dst >= t->n_pages || copies[i].src < 0 || t->copy_src[dst] != copies[i].src)
+            break;
+        t->copy_src[dst] = -1;
+    }
+    if (i < n_copies) {
+        while (i-- > 0) t->copy_src[copies[i].dst] = copies[i].src;
+        return ATTN_ERR_ARGUMENT;
+    }
+    for (i = 0; i < n_copies; i++) {
+        attni_page_end_copy(t, copies[i].src);
+        attni_page_end_copy(t, copies[i].dst);
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out) {
+    if (!t || !out) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    *out = attni_seq_new(t, t->seq[seq].node);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_truncate(attn_tree *t, int32_t seq, int32_t n_tokens) {
+    int32_t from, x;
+    if (!t) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    x = from = t->seq[seq].node;
+    if (n_tokens < 0 || n_tokens > t->node[x].end) return ATTN_ERR_ARGUMENT;
+    if (n_tokens == t->node[x].end) return ATTN_OK;
+    // The rollback of a draft: nobody else has the tail, and no border is needed.
+    if (n_tokens > t->node[x].start && t->node[x].n_child == 0 && !t->node[x].cached &&
+        t->node[x].first_seq == seq && t->seq[seq].next < 0) {
+        attni_node_trim(t, x, n_tokens);
+        return ATTN_OK;
+    }
+    while (t->node[x].parent >= 0 && t->node[x].start >= n_tokens) x = t->node[x].parent;
+    x = attni_tree_cut(t, x, n_tokens);
+    if (x < 0) return ATTN_ERR_FULL;
+    t->node[from].last_use = ++t->tick;
+    attni_seq_move(t, seq, x);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_release(attn_tree *t, int32_t seq, int keep) {
+    int32_t x;
+    if (!t) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    x = t->seq[seq].node;
+    t->node[x].last_use = ++t->tick;
+    if (keep) attni_path_set(t, x, 1, (const int32_t *)0);
+    attni_seq_free(t, seq);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_pin(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
+                                   int delta) {
+    int32_t x;
+    if (!t || !tokens || n < 1 || (delta != 1 && delta != -1)) return ATTN_ERR_ARGUMENT;
+    x = attni_index_find(t, -1, ns);
+    if (x < 0 || attni_tree_walk(t, &x, tokens, n) < n) return ATTN_ERR_NOT_FOUND;
+    if (delta < 0) {
+        if (t->node[x].end != n || t->node[x].pins == 0) return ATTN_ERR_NOT_FOUND;
+        t->node[x].last_use = ++t->tick;
+        attni_node_pin(t, x, -1);
+        attni_node_prune(t, x);
+        return ATTN_OK;
+    }
+    if (t->node[x].end == n && t->node[x].pins == INT32_MAX) return ATTN_ERR_OVERFLOW;
+    x = attni_tree_cut(t, x, n);
+    if (x < 0) return ATTN_ERR_FULL;
+    attni_node_pin(t, x, 1);
+    attni_path_set(t, x, 1, (const int32_t *)0);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_priority(attn_tree *t, int32_t seq, int32_t priority) {
+    if (!t) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    attni_path_set(t, t->seq[seq].node, 0, &priority);
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_evict(attn_tree *t, int32_t n_pages, int32_t *n_freed) {
+    int32_t before, goal;
+    if (!t) return ATTN_ERR_ARGUMENT;
+    before = t->pool.n_free;
+    goal = n_pages < 0 || n_pages > t->n_pages - before ? INT32_MAX : before + n_pages;
+    while (t->n_heap > 0 && t->pool.n_free < goal) attni_tree_shrink(t, t->heap[0], goal);
+    if (n_freed) *n_freed = t->pool.n_free - before;
+    return ATTN_OK;
+}
+
+ATTN_DEF int32_t attn_tree_length(const attn_tree *t, int32_t seq) {
+    if (!t) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    return t->node[t->seq[seq].node].end;
+}
+
+ATTN_DEF attn_result attn_tree_tokens(const attn_tree *t, int32_t seq, int32_t first, int32_t n,
+                                      int32_t *out) {
+    int32_t x, pt, pos, end, run, page;
+    if (!t || first < 0 || n < 0 || (!out && n > 0)) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    x = t->seq[seq].node;
+    pt = t->page_tokens;
+    if (first > t->node[x].end || n > t->node[x].end - first) return ATTN_ERR_ARGUMENT;
+    for (; n > 0; x = t->node[x].parent) { // from the tail of the range up
+        pos = first > t->node[x].start ? first : t->node[x].start;
+        end = first + n;
+        if (pos >= end) continue;
+        page = attni_node_page(t, x, pos);
+        n = pos - first;
+        for (; pos < end; pos += run, page = t->next[page]) {
+            run = end - pos < pt - pos % pt ? end - pos : pt - pos % pt;
+            memcpy(out + (pos - first), attni_page_token(t, page, pos % pt),
+                   (size_t)run * sizeof(int32_t));
+            if (pos + run == end) break;
+        }
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, int32_t capacity) {
+    int32_t x, pt, limit, n, j, page;
+    if (!t || capacity < 0 || (!out && capacity > 0)) return ATTN_ERR_ARGUMENT;
+    if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
+    x = t->seq[seq].node;
+    pt = t->page_tokens;
+    n = limit = t->node[x].end / pt + (t->node[x].end % pt != 0);
+    if (n > capacity) return ATTN_ERR_BUFFER;
+    // A page that a node and its child both cover is the child's: its copy holds the parent's slots.
+    for (; limit > 0; x = t->node[x].parent) {
+        j = t->node[x].start / pt;
+        for (page = t->node[x].first_page; j < limit; j++) {
+            out[j] = page;
+            if (j + 1 < limit) page = t->next[page];
+        }
+        j = t->node[x].start / pt;
+        limit = j < limit ? j : limit;
+    }
+    return n;
+}
+
+// ---- batch order: by namespace, then token by token; a prefix before what continues it
+
+// < 0, 0, > 0; climbs from both nodes to where their paths meet. Independent of how paths are cut.
+static int attni_tree_compare(const attn_tree *t, int32_t x, int32_t y) {
+    int32_t cx = -1, cy = -1, sx, sy;
+    while (x != y) {
+        sx = x < 0 ? -2 : t->node[x].parent < 0 ? -1 : t->node[x].start; // roots above their children
+        sy = y < 0 ? -2 : t->node[y].parent < 0 ? -1 : t->node[y].start;
+        if (sx >= sy) {
+            cx = x;
+            x = t->node[x].parent;
+        }
+        if (sy >= sx) {
+            cy = y;
+            y = t->node[y].parent;
+        }
+    }
+    if (cx < 0 || cy < 0) return (cx >= 0) - (cy >= 0);
+    return t->node[cx].key < t->node[cy].key ? -1 : 1;
+}
+
+ATTN_DEF attn_result attn_tree_order(const attn_tree *t, const int32_t *seqs, int32_t n,
+                                     int32_t *order, int32_t *scratch) {
+    int64_t width, lo;
+    int32_t i;
+    if (!t || n < 0 || (n > 0 && (!seqs || !order || !scratch))) return ATTN_ERR_ARGUMENT;
+    for (i = 0; i < n; i++)
+        if (!attni_tree_is_seq(t, seqs[i])) return ATTN_ERR_NOT_FOUND;
+    for (i = 0; i < n; i++) order[i] = i;
+    for (width = 1; width < n; width *= 2) { // merge sort, bottom up, stable
+        for (lo = 0; lo < n; lo += 2 * width) {
+            int64_t mid = lo + width < n ? lo + width : n, hi = mid + width < n ? mid + width : n;
+            int64_t a = lo, b = mid, k;
+            for (k = lo; k < hi; k++) {
+                int left = b == hi || (a < mid && attni_tree_compare(t, t->seq[seqs[order[a]]].node,
+                                                                     t->seq[seqs[order[b]]].node) <= 0);
+                scratch[k] = left ? order[a++] : order[b++];
+            }
+        }
+        memcpy(order, scratch, (size_t)n * sizeof(int32_t));
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out) {
+    if (!t || !out) return;
+    *out = t->count;
+    out->n_pages = t->n_pages;
+    out->n_free = t->pool.n_free;
+    out->n_nodes = t->n_nodes;
+    out->n_seq = t->n_seq;
+}
+
+// ---- attn_tree_check: every statement of the section's first comment
+
+// Pages of a node: their number, links, fills and its first token. Counts into ref and held.
+static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_t *held) {
+    const attni_tree_node *n = t->node + x, *p = t->node + n->parent;
+    int32_t pt = t->page_tokens, j = n->start / pt, last = (n->end - 1) / pt, page = n->first_page;
+    int32_t i, slot = n->start % pt, behind = -1;
+    if (n->end <= n->start || n->start != p->end) return 0;
+    for (;; j++) {
+        if (page < 0 || page >= t->n_pages || t->pool.ref[page] == 0) return 0;
+        if (behind >= 0 && t->prev[page] != behind) return 0;
+        if (t->fill[page] < (j == last ? (n->end - 1) % pt + 1 : pt) || t->fill[page] > pt) return 0;
+        ref[page]++;
+        held[page] += n->held > 0;
+        if (j == last) break;
+        behind = page;
+        page = t->next[page];
+    }
+    if (page != n->last_page || (n->n_child == 0 && t->fill[page] != (n->end - 1) % pt + 1)) return 0;
+    if (n->key != (uint32_t)*attni_page_token(t, n->first_page, slot)) return 0;
+    for (i = 0; slot != 0 && p->last_page != n->first_page && i < slot; i++) // a copy has the slots
+        if (*attni_page_token(t, n->first_page, i) != *attni_page_token(t, p->last_page, i)) return 0;
+    return 1;
+}
+
+// One node but for its pages. sum: (3, max_nodes) children, XOR of children, held children.
+static int attni_check_node(const attn_tree *t, int32_t x, const int32_t *sum) {
+    const attni_tree_node *n = t->node + x, *only;
+    int32_t s, n_seq = 0, before = -1, up = (n->heap_at - 1) / 2;
+    for (s = n->first_seq; s >= 0; before = s, s = t->seq[s].next, n_seq++)
+        if (s >= t->max_seq || t->seq[s].node != x || t->seq[s].prev != before) return 0;
+    if (n->n_child != sum[x] || n->child_xor != sum[t->max_nodes + x]) return 0;
+    if (n->pins < 0 || n->held != n_seq + n->pins + sum[2 * t->max_nodes + x]) return 0;
+    if (attni_index_find(t, n->parent, n->key) != x) return 0;
+    if ((n->heap_at >= 0) != (n->parent >= 0 && n->n_child == 0 && n->held == 0)) return 0;
+    if (n->heap_at >= t->n_heap || (n->heap_at >= 0 && t->heap[n->heap_at] != x)) return 0;
+    if (n->heap_at > 0 && attni_heap_before(t, x, t->heap[up])) return 0;
+    if (n->parent < 0) return n->end == 0 && n->first_page < 0 && (n->n_child > 0 || n->held > 0);
+    if (n->cached && t->node[n->parent].parent >= 0 && !t->node[n->parent].cached) return 0;
+    if (!n->cached && (n->pins > 0 || (n->n_child == 0 && n_seq == 0))) return 0;
+    if (n->n_child != 1 || n_seq > 0 || n->pins > 0) return 1;
+    only = t->node + n->child_xor; // the border below must have a reason
+    return only->cached != n->cached || only->priority != n->priority;
+}
+
+// Free lists and totals, after ref and held were counted.
+static int attni_check_totals(const attn_tree *t, const int32_t *ref, const int32_t *held) {
+    int32_t i, n = 0, n_held = 0;
+    if (t->pool.n_free < 0 || t->pool.n_free > t->n_pages) return 0;
+    for (i = 0; i < t->n_pages; i++) {
+        if (t->pool.ref[i] != ref[i] || t->hold[i] != held[i]) return 0;
+        if (t->n_copying[i] > ref[i] || (t->n_copying[i] > 0) != (t->lock[i] > 0)) return 0;
+        n += ref[i] == 0;
+        n_held += held[i] > 0;
+    }
+    if (n != t->pool.n_free || n_held != t->n_held_pages) return 0;
+    for (i = 0; i < t->pool.n_free; i++)
+        if (t->pool.free[i] < 0 || t->pool.free[i] >= n + t->n_pages || ref[t->pool.free[i]] != 0)
+            return 0;
+    for (n = 0, i = t->free_node; i >= 0 && n <= t->max_nodes; i = t->node[i].parent, n++)
+        if (i >= t->max_nodes || t->node[i].start >= 0) return 0;
+    if (n + t->n_nodes != t->max_nodes) return 0;
+    for (n = 0, i = t->free_seq; i >= 0 && n <= t->max_seq; i = t->seq[i].next, n++)
+        if (i >= t->max_seq || t->seq[i].node >= 0) return 0;
+    return n + t->n_seq == t->max_seq;
+}
+
+ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
+    int32_t *ref, *held, *sum, x, i, n_nodes = 0, n_held = 0, n_heap = 0, n_index = 0;
+    int64_t tokens = 0;
+    if (!t) return ATTN_ERR_ARGUMENT;
+    ref = t->scratch;
+    held = ref + t->n_pages;
+    sum = held + t->n_pages;
+    memset(ref, 0, (2 * (size_t)t->n_pages + 3 * (size_t)t->max_nodes) * sizeof(int32_t));
+    for (x = 0; x < t->max_nodes; x++) {
+        const attni_tree_node *n = t->node + x;
+        if (n->start < 0) continue;
+        n_nodes++;
+        n_held += n->held > 0;
+        n_heap += n->heap_at >= 0;
+        tokens += n->end - n->start;
+        if (n->parent < 0) continue;
+        if (n->parent >= t->max_nodes || t->node[n->parent].start < 0) return ATTN_ERR_CORRUPT;
+        sum[n->parent]++;
+        sum[t->max_nodes + n->parent] ^= x;
+        sum[2 * t->max_nodes + n->parent] += n->held > 0;
+        if (!attni_check_pages(t, x, ref, held)) return ATTN_ERR_CORRUPT;
+    }
+    for (x = 0; x < t->max_nodes; x++)
+        if (t->node[x].start >= 0 && !attni_check_node(t, x, sum)) return ATTN_ERR_CORRUPT;
+    for (i = 0; i < t->n_pages; i++) {
+        if (t->copy_src[i] < 0) continue;
+        ref[i]++, ref[t->copy_src[i]]++;
+        held[i]++, held[t->copy_src[i]]++;
+    }
+    for (i = 0; i <= (int32_t)t->table_mask; i++) n_index += t->table[i] >= 0;
+    if (n_nodes != t->n_nodes || n_held != t->n_held_nodes || n_heap != t->n_heap ||
+        n_index != n_nodes || tokens != t->count.tokens_cached)
+        return ATTN_ERR_CORRUPT;
+    return attni_check_totals(t, ref, held) ? ATTN_OK : ATTN_ERR_CORRUPT;
+}
+
+// ==== >>impl-blob  Saving and loading a branch ===================================================
+//
+//   0 magic "attnblob"   8 version u32   12 header size u32   16 n_tokens u64   24 token_bytes u64
+//  32 size of the blob u64   40 checksum u64 of everything else   48 token ids i32   then the rows.
+// All little-endian, independent of the page size.
+
+#define ATTNI_BLOB_HEADER 48
+#define ATTNI_BLOB_VERSION 1
+#define ATTNI_BLOB_SUM 40 /* place of the checksum */
+
+static void attni_put_le(unsigned char *p, uint64_t v, int n) {
+    for (; n-- > 0; v >>= 8) *p++ = (unsigned char)(v & 255);
+}
+
+static uint64_t attni_get_le(const unsigned char *p, size_t n) {
+    uint64_t v = 0;
+    while (n-- > 0) v = v << 8 | p[n];
+    return v;
+}
+
+// Eight bytes a step; every step is a bijection of h for a given word and of the word for a given h,
+// so that a change confined to one word always changes the sum.
+static uint64_t attni_blob_hash(const unsigned char *p, size_t n, uint64_t h) {
+    size_t run;
+    h ^= (uint64_t)n;
+    for (; n > 0; n -= run, p += run) {
+        run = n < 8 ? n : 8;
+        h = (h ^ attni_get_le(p, run)) * 0x9fb21c651e98df25u;
+        h ^= h >> 32;
+    }
+    return h;
+}
+
+static uint64_t attni_blob_sum(const unsigned char *p, size_t n) {
+    uint64_t h = attni_blob_hash(p, ATTNI_BLOB_SUM, 0xcbf29ce484222325u);
+    return attni_blob_hash(p + ATTNI_BLOB_HEADER, n - ATTNI_BLOB_HEADER, h);
+}
+
+// Bytes of a blob, 0 when they do not fit in size_t (or 63 bits).
+static size_t attni_blob_size(uint64_t n_tokens, uint64_t token_bytes) {
+    uint64_t limit = (uint64_t)INT64_MAX < (uint64_t)SIZE_MAX ? (uint64_t)INT64_MAX
+                                                              : (uint64_t)SIZE_MAX;
+    if (token_bytes > limit - 4) return 0;
+    if (n_tokens > (limit - ATTNI_BLOB_HEADER) / (token_bytes + 4)) return 0;
+    return (size_t)(ATTNI_BLOB_HEADER + n_tokens * (token_bytes + 4));
+}
+
+// Hands the rows of positions [pos, end) of a sequence to fn, page by page.
+static attn_result attni_blob_rows(const attn_tree *t, int32_t seq, int32_t pos, int32_t end,
+                                   size_t token_bytes, attn_rows_fn fn, void *user,
+                                   unsigned char *rows) {
+    int32_t pt = t->page_tokens, run;
+    (void)attn_tree_pages(t, seq, t->scratch, t->n_pages); // its pages are distinct: they fit
+    for (; pos < end; pos += run, rows += (size_t)run * token_bytes) {
+        run = end - pos < pt - pos % pt ? end - pos : pt - pos % pt;
+        if (fn(user, t->scratch[pos / pt], pos % pt, run, rows) != 0) return ATTN_ERR_CALLBACK;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF size_t attn_tree_save_bytes(const attn_tree *t, int32_t seq, size_t token_bytes) {
+    int32_t n = attn_tree_length(t, seq);
+    return n < 0 || token_bytes == 0 ? 0 : attni_blob_size((uint64_t)n, token_bytes);
+}
+
+ATTN_DEF attn_result attn_tree_save(const attn_tree *t, int32_t seq, size_t token_bytes,
+                                    attn_rows_fn read, void *user, void *mem, size_t bytes) {
+    unsigned char *p = (unsigned char *)mem, *ids;
+    int32_t n = attn_tree_length(t, seq), i, page;
+    size_t size = attn_tree_save_bytes(t, seq, token_bytes);
+    attn_result r;
+    if (!t || !read || !mem || token_bytes == 0) return ATTN_ERR_ARGUMENT;
+    if (n < 0) return ATTN_ERR_NOT_FOUND;
+    if (size == 0) return ATTN_ERR_OVERFLOW;
+    if (bytes < size) return ATTN_ERR_BUFFER;
+    ids = p + ATTNI_BLOB_HEADER;
+    r = attni_blob_rows(t, seq, 0, n, token_bytes, read, user, ids + 4 * (size_t)n);
+    if (r != ATTN_OK) return r;
+    for (i = 0; i < n; i++) {
+        page = t->scratch[i / t->page_tokens];
+        attni_put_le(ids + 4 * (size_t)i,
+                     (uint32_t)*attni_page_token(t, page, i % t->page_tokens), 4);
+    }
+    memcpy(p, "attnblob", 8);
+    attni_put_le(p + 8, ATTNI_BLOB_VERSION, 4);
+    attni_put_le(p + 12, ATTNI_BLOB_HEADER, 4);
+    attni_put_le(p + 16, (uint64_t)n, 8);
+    attni_put_le(p + 24, token_bytes, 8);
+    attni_put_le(p + 32, size, 8);
+    attni_put_le(p + ATTNI_BLOB_SUM, attni_blob_sum(p, size), 8);
+    return ATTN_OK;
+}
+
+// Everything that can be wrong with a blob; then its number of tokens.
+static attn_result attni_blob_verify(const unsigned char *p, size_t bytes, size_t token_bytes,
+                                     int32_t *n_tokens) {
+    uint64_t n, row;
+    if (bytes < ATTNI_BLOB_HEADER || memcmp(p, "attnblob", 8) != 0) return ATTN_ERR_CORRUPT;
+    if (attni_get_le(p + 8, 4) != ATTNI_BLOB_VERSION) return ATTN_ERR_VERSION;
+    n = attni_get_le(p + 16, 8);
+    row = attni_get_le(p + 24, 8);
+    if (attni_get_le(p + 12, 4) != ATTNI_BLOB_HEADER || attni_get_le(p + 32, 8) != bytes ||
+        n > INT32_MAX || row == 0 || attni_blob_size(n, row) != bytes ||
+        attni_get_le(p + ATTNI_BLOB_SUM, 8) != attni_blob_sum(p, bytes))
+        return ATTN_ERR_CORRUPT;
+    if (row != token_bytes) return ATTN_ERR_SHAPE;
+    *n_tokens = (int32_t)n;
+    return ATTN_OK;
+}
+
+// Appends the blob's n token ids to s, some at a time; *n_cached: up to the first one not cached.
+static attn_result attni_blob_append(attn_tree *t, int32_t s, const unsigned char *ids, int32_t n,
+                                     attn_copy_fn copy, void *user, int32_t *n_cached) {
+    int32_t token[256], done, run, i, hit, n_copies;
+    attn_page_copy todo;
+    attn_result r;
+    *n_cached = 0;
+    for (done = 0; done < n; done += run) {
+        run = n - done < 256 ? n - done : 256;
+        for (i = 0; i < run; i++)
+            token[i] = (int32_t)(uint32_t)attni_get_le(ids + 4 * ((size_t)done + (size_t)i), 4);
+        n_copies = 0;
+        r = attn_tree_append(t, s, token, run, &hit, &todo, copy ? 1 : 0, &n_copies);
+        if (r != ATTN_OK) return r == ATTN_ERR_BUFFER ? ATTN_ERR_ARGUMENT : r;
+        *n_cached += hit; // nothing behind a miss is cached
+        if (n_copies == 0) continue;
+        i = copy(user, &todo);
+        (void)attn_tree_ack(t, &todo, 1);
+        if (i != 0) return ATTN_ERR_CALLBACK;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_bytes, attn_rows_fn write,
+                                    attn_copy_fn copy, void *user, const void *mem, size_t bytes,
+                                    int32_t *seq) {
+    const unsigned char *p = (const unsigned char *)mem, *rows;
+    int32_t n = 0, s, hit;
+    int64_t hits, misses;
+    attn_result r;
+    if (!t || !write || !mem || !seq || token_bytes == 0) return ATTN_ERR_ARGUMENT;
+    r = attni_blob_verify(p, bytes, token_bytes, &n);
+    if (r != ATTN_OK) return r;
+    if ((int64_t)n > (int64_t)t->n_pages * t->page_tokens) return ATTN_ERR_FULL;
+    hits = t->count.tokens_hit;
+    misses = t->count.tokens_missed;
+    r = attn_tree_open(t, ns, (const int32_t *)0, 0, &s, &hit);
+    if (r != ATTN_OK) return r;
+    r = attni_blob_append(t, s, p + ATTNI_BLOB_HEADER, n, copy, user, &hit);
+    if (r == ATTN_OK) {
+        // The callback's type serves saving too; a load's callback only reads the rows.
+        rows = p + ATTNI_BLOB_HEADER + 4 * (size_t)n + (size_t)hit * token_bytes;
+        r = attni_blob_rows(t, s, hit, n, token_bytes, write, user, (unsigned char *)rows);
+    }
+    if (r == ATTN_OK) {
+        *seq = s;
+        return ATTN_OK;
+    }
+    attni_seq_free(t, s); // tokens that only it had go with it
+    t->count.tokens_hit = hits;
+    t->count.tokens_missed = misses;
+    return r;
+}
+
+#undef ATTNI_ALIGN
+#undef ATTNI_HASH
+#undef ATTNI_BLOB_HEADER
+#undef ATTNI_BLOB_VERSION
+#undef ATTNI_BLOB_SUM
+
+#endif // ATTNI_CORE_IMPLEMENTED
+#endif // ATTN_IMPLEMENTATION || ATTN_CORE_IMPLEMENTATION
