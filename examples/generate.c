@@ -339,7 +339,8 @@ static request *load_requests(const llama_model *m, const options *o, int32_t *n
     int bad = 0;
     *n = 0;
     if (o->prompt) {
-        r = (request *)calloc(*n = 1, sizeof *r);
+        *n = 1;
+        r = (request *)calloc(1, sizeof *r);
         bad = r ? set_prompt(m, o, r, o->prompt, strlen(o->prompt), LLAMA_PARSE_SPECIAL) : -1;
     } else {
         doc = read_file(o->document, &n_doc);
@@ -424,6 +425,22 @@ static int attn_failed(const char *what, attn_result r) {
 
 static int32_t pages_of(const engine *e, int32_t n_tokens) {
     return (n_tokens + e->o->page - 1) / e->o->page;
+}
+
+/* NULL: leave the choice to the library. */
+static int choose_isa(const char *name) {
+    attn_result r = attn_cpu_open();
+    if (r || !name) return r ? attn_failed("opening the CPU backend", r) : 0;
+    for (int i = 0; i < ATTN_CPU_ISA_COUNT; i++)
+        if (!strcmp(name, attn_cpu_isa_name((attn_cpu_isa)i))) {
+            r = attn_cpu_set_isa((attn_cpu_isa)i);
+            return r ? complain("--isa %s: this machine or build does not have it", name) : 0;
+        }
+    fprintf(stderr, "generate: --isa %s: want one of", name);
+    for (int i = 0; i < ATTN_CPU_ISA_COUNT; i++)
+        fprintf(stderr, " %s", attn_cpu_isa_name((attn_cpu_isa)i));
+    fprintf(stderr, "\n");
+    return -1;
 }
 
 static void *aligned(void *p) {
@@ -669,14 +686,30 @@ static void attend_task(void *ctx, int64_t task, int32_t thread) {
     attend_ctx *c = (attend_ctx *)ctx;
     engine *e = c->e;
     uint8_t *scratch = (uint8_t *)aligned(e->scratch_mem) + (size_t)thread * e->scratch_bytes;
-    note(c, attn_cpu_run(e->plan, &e->d, (int32_t)task, 1, aligned(e->partial_mem), scratch));
+    note(c, attn_cpu_run(&e->d, e->plan, (int32_t)task, 1, aligned(e->partial_mem), scratch));
 }
 
 static void merge_task(void *ctx, int64_t task, int32_t thread) {
     attend_ctx *c = (attend_ctx *)ctx;
     engine *e = c->e;
     (void)thread;
-    note(c, attn_cpu_merge(e->plan, &e->d, (int32_t)task, 1, aligned(e->partial_mem)));
+    note(c, attn_cpu_merge(&e->d, e->plan, (int32_t)task, 1, aligned(e->partial_mem)));
+}
+
+enum { STORE_ROWS = 64 }; /* per task */
+
+static void store_task(void *ctx, int64_t task, int32_t thread) {
+    attend_ctx *c = (attend_ctx *)ctx;
+    engine *e = c->e;
+    attn_tensor k, v;
+    int64_t first = task * STORE_ROWS, left = e->n_rows - first;
+    (void)thread;
+    memset(&k, 0, sizeof k);
+    k.dtype = ATTN_F32;
+    v = k;
+    k.data = e->s->k;
+    v.data = e->s->v;
+    note(c, attn_cpu_store(&e->d, &k, &v, e->slots, first, left < STORE_ROWS ? left : STORE_ROWS));
 }
 
 /* Stores the new K and V, then copies diverging pages (whose sources may have been stored just
@@ -686,8 +719,8 @@ static int attend(engine *e, int32_t layer) {
     attn_result r;
     e->d.kv.k.data = e->kv[layer].k;
     e->d.kv.v.data = e->kv[layer].v;
-    r = attn_cpu_store(&e->d, e->s->k, e->s->v, e->slots, e->n_rows);
-    if (!r) r = attn_cpu_copy_pages(&e->d, e->copies, e->n_copies);
+    llama_pool_run(e->pool, store_task, &c, (e->n_rows + STORE_ROWS - 1) / STORE_ROWS);
+    r = c.status ? (attn_result)c.status : attn_cpu_copy_pages(&e->d, e->copies, e->n_copies);
     if (r) return attn_failed("storing keys and values", r);
     llama_pool_run(e->pool, attend_task, &c, e->plan->n_tasks);
     llama_pool_run(e->pool, merge_task, &c, e->plan->n_merges);
@@ -706,14 +739,15 @@ static int open_plan(engine *e) {
     p.max_kv_len = e->max_pages * e->o->page;
     e->partial_bytes = p.partial_bytes;
     e->plan_bytes = attn_plan_bytes(&e->d, &p);
-    e->scratch_bytes = (attn_cpu_scratch_bytes(&e->d) + 63) / 64 * 64;
     e->plan_mem = malloc(e->plan_bytes + 64);
     e->partial_mem = malloc(e->partial_bytes + 64);
-    e->scratch_mem = malloc((size_t)llama_pool_threads(e->pool) * e->scratch_bytes + 64);
-    if (!e->plan_bytes || !e->plan_mem || !e->partial_mem || !e->scratch_mem)
+    if (!e->plan_bytes || !e->plan_mem || !e->partial_mem)
         return complain("out of memory for the attention plan");
     r = attn_plan_build(&e->d, &p, aligned(e->plan_mem), e->plan_bytes, &e->plan);
-    return r ? attn_failed("planning attention", r) : 0;
+    if (r) return attn_failed("planning attention", r);
+    e->scratch_bytes = (attn_cpu_scratch_bytes(&e->d, e->plan) + 63) / 64 * 64;
+    e->scratch_mem = malloc((size_t)llama_pool_threads(e->pool) * e->scratch_bytes + 64);
+    return e->scratch_mem ? 0 : complain("out of memory for the attention kernels");
 }
 
 static int plan_batch(engine *e) {
@@ -913,7 +947,7 @@ static void print_table(const engine *e) {
     const totals *t = &e->t;
     double kv = (double)t->peak_pages * (double)e->page_bytes, own = unshared_bytes(e);
     printf("\n%s, %s KV, %s mask, %d threads, %s%s\n", e->o->model, e->o->kv_text,
-           e->o->mask_text, (int)llama_pool_threads(e->pool), attn_cpu_isa_name(),
+           e->o->mask_text, (int)llama_pool_threads(e->pool), attn_cpu_executor(&e->d),
            e->o->no_share ? ", nothing shared" : "");
     if (!e->o->prompt)
         printf("answers right      %d of %d\n", (int)count_right(e), (int)e->n_req);
@@ -964,10 +998,10 @@ static void print_json(const engine *e) {
            (long long)t->kv_read, (long long)t->kv_seen, ratio(t->attention_s, t->busy_s),
            ratio((double)t->kept, (double)t->causal));
     printf(" \"wall_s\": %.4f, \"steps\": %d, \"plans_rebuilt\": %d, \"peak_bytes\": %.0f, "
-           "\"threads\": %d,\n \"isa\": \"%s\", \"kv\": \"%s\", \"mask\": \"%s\", \"share\": %s, "
+           "\"threads\": %d,\n \"executor\": \"%s\", \"kv\": \"%s\", \"mask\": \"%s\", \"share\": %s, "
            "\"model\": ",
            t->wall_s, (int)t->steps, (int)t->plans_rebuilt, peak_bytes(),
-           (int)llama_pool_threads(e->pool), attn_cpu_isa_name(), e->o->kv_text, e->o->mask_text,
+           (int)llama_pool_threads(e->pool), attn_cpu_executor(&e->d), e->o->kv_text, e->o->mask_text,
            e->o->no_share ? "false" : "true");
     json_string(e->o->model, strlen(e->o->model));
     printf(",\n \"texts\": [");
@@ -1021,6 +1055,7 @@ int main(int argc, char **argv) {
     default_options(&o);
     bad = parse_options(argc, argv, &o);
     if (bad) return bad > 0 ? 0 : 2;
+    if (choose_isa(o.isa)) return 1;
     e.o = &o;
     e.pool = llama_pool_create(o.threads);
     if (!e.pool) bad = complain("cannot start %d threads", (int)o.threads);
