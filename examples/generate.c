@@ -5,8 +5,7 @@
  *
  * Every scheduler step builds one ragged batch: a row for each answer being decoded and chunks of
  * the prompts still being read. The tree says which tokens of a prompt have their K and V in some
- * page already, also those that another request computes in this very step, so no chunk is
- * computed twice. `generate --help` lists the options. */
+ * page already, so no chunk is computed twice. `generate --help` lists the options. */
 #define LLAMA_IMPLEMENTATION
 #include "llama.h"
 #define ATTN_IMPLEMENTATION
@@ -217,6 +216,7 @@ typedef struct request {
     int32_t *ids;              /* prompt, then what was generated */
     int32_t n_prompt, n_ids, cap;
     int32_t n_kv;              /* tokens of ids in the tree's sequence */
+    int32_t stored;            /* tokens of the prompt whose K and V lay in pages before this step */
     int32_t seq;               /* tree handle */
     int32_t arrival;           /* scheduler step */
     uint64_t ns;
@@ -637,11 +637,17 @@ static int add_rows(engine *e, request *r, int32_t end, int want_logits) {
 }
 
 /* Decoding rows first, so that answers never wait behind a prompt; then prompts in order of
- * arrival, the first one far enough ahead for the others to find its tokens cached. */
+ * arrival. A prompt whose next tokens another request computes in this very step waits for them:
+ * nothing is computed twice, and page copies never read a page that is being written. */
 static int build_batch(engine *e) {
     int32_t running = 0, room;
     e->n_rows = e->n_seq = e->n_out = e->n_copies = 0;
     e->q_start[0] = 0;
+    for (int32_t i = e->first_open; i < e->n_req; i++) {
+        request *r = &e->req[i];
+        if (r->phase == READING || (r->phase == WAITING && r->arrival <= e->t.steps))
+            r->stored = attn_tree_match(e->tree, r->ns, r->ids, r->n_prompt);
+    }
     for (int32_t i = e->first_open; i < e->n_req; i++) {
         request *r = &e->req[i];
         running += r->phase == READING || r->phase == ANSWERING;
@@ -661,9 +667,9 @@ static int build_batch(engine *e) {
         }
         if (r->phase != READING) continue;
         cached = attn_tree_match(e->tree, r->ns, r->ids, r->n_prompt);
-        if (cached < r->n_kv) cached = r->n_kv;
+        if (cached > r->stored) continue;
         end = r->n_prompt - cached < room ? r->n_prompt : cached + room;
-        if (end == r->n_kv) continue;
+        if (end <= r->n_kv) continue;
         if (add_rows(e, r, end, end == r->n_prompt)) return -1;
         room -= e->n_rows - rows < room ? e->n_rows - rows : room;
     }
@@ -712,16 +718,16 @@ static void store_task(void *ctx, int64_t task, int32_t thread) {
     note(c, attn_cpu_store(&e->d, &k, &v, e->slots, first, left < STORE_ROWS ? left : STORE_ROWS));
 }
 
-/* Stores the new K and V, then copies diverging pages (whose sources may have been stored just
- * now), then attends. */
+/* Copies pages that diverge, stores the new K and V, then attends. */
 static int attend(engine *e, int32_t layer) {
     attend_ctx c = {e, 0};
     attn_result r;
     e->d.kv.k.data = e->kv[layer].k;
     e->d.kv.v.data = e->kv[layer].v;
+    r = attn_cpu_copy_pages(&e->d, e->copies, e->n_copies);
+    if (r) return attn_failed("copying pages", r);
     llama_pool_run(e->pool, store_task, &c, (e->n_rows + STORE_ROWS - 1) / STORE_ROWS);
-    r = c.status ? (attn_result)c.status : attn_cpu_copy_pages(&e->d, e->copies, e->n_copies);
-    if (r) return attn_failed("storing keys and values", r);
+    if (c.status) return attn_failed("storing keys and values", (attn_result)c.status);
     llama_pool_run(e->pool, attend_task, &c, e->plan->n_tasks);
     llama_pool_run(e->pool, merge_task, &c, e->plan->n_merges);
     return c.status ? attn_failed("attention", (attn_result)c.status) : 0;
