@@ -1,7 +1,7 @@
 /* generate.c - the main job: many questions about one document, answered by a llama-architecture
  * model with continuous batching over paged KV that requests share through a prefix tree.
  *
- *   cc -O3 -march=native -ffp-contract=fast -I. -Iexamples examples/generate.c -o generate -pthread -lm
+ *   cc -O3 -march=native -ffp-contract=fast -I. examples/generate.c -o generate -pthread -lm
  *
  * Every scheduler step builds one ragged batch: a row for each answer being decoded and chunks of
  * the prompts still being read. The tree says which tokens of a prompt have their K and V in some
@@ -216,7 +216,7 @@ typedef struct request {
     int32_t *ids;              /* prompt, then what was generated */
     int32_t n_prompt, n_ids, cap;
     int32_t n_kv;              /* tokens of ids in the tree's sequence */
-    int32_t stored;            /* tokens of the prompt whose K and V lay in pages before this step */
+    int32_t stored;            /* prompt tokens whose K and V lay in pages before this step */
     int32_t seq;               /* tree handle */
     int32_t arrival;           /* scheduler step */
     uint64_t ns;
@@ -1004,11 +1004,11 @@ static void print_json(const engine *e) {
            (long long)t->kv_read, (long long)t->kv_seen, ratio(t->attention_s, t->busy_s),
            ratio((double)t->kept, (double)t->causal));
     printf(" \"wall_s\": %.4f, \"steps\": %d, \"plans_rebuilt\": %d, \"peak_bytes\": %.0f, "
-           "\"threads\": %d,\n \"executor\": \"%s\", \"kv\": \"%s\", \"mask\": \"%s\", \"share\": %s, "
-           "\"model\": ",
+           "\"threads\": %d,\n \"executor\": \"%s\", \"kv\": \"%s\", \"mask\": \"%s\", "
+           "\"share\": %s, \"model\": ",
            t->wall_s, (int)t->steps, (int)t->plans_rebuilt, peak_bytes(),
-           (int)llama_pool_threads(e->pool), attn_cpu_executor(&e->d), e->o->kv_text, e->o->mask_text,
-           e->o->no_share ? "false" : "true");
+           (int)llama_pool_threads(e->pool), attn_cpu_executor(&e->d), e->o->kv_text,
+           e->o->mask_text, e->o->no_share ? "false" : "true");
     json_string(e->o->model, strlen(e->o->model));
     printf(",\n \"texts\": [");
     for (int32_t i = 0; i < e->n_req; i++) {

@@ -88,7 +88,7 @@ typedef struct llama_model {
 typedef struct llama_state {
     int32_t cap, n;
     float *x, *xn;                  /* d_model: residual stream, normed copy */
-    float *q, *k, *v, *att;         /* n_heads * head_dim, n_kv_heads * head_dim, ... * v_head_dim */
+    float *q, *k, *v, *att;         /* heads * dim of each */
     float *gate, *up;               /* d_ff */
     float *rope;                    /* rope_dim: cos and sin of each pair */
     void *memory;
@@ -781,6 +781,7 @@ typedef struct llama_gemm {
     const float *x;   /* (n, n_in) */
 } llama_gemm;
 
+#ifndef LLAMA_USE_CBLAS
 /* c (mr, NR) += x (mr, kn) W (kn, NR); mr is a constant at each call, so all of c stays in
  * registers. */
 static inline __attribute__((always_inline)) void
@@ -861,7 +862,7 @@ static void llama_gemm_task(void *ctx, int64_t task, int32_t thread) {
     }
 }
 
-#ifdef LLAMA_USE_CBLAS
+#else
 /* Weights are always converted then; the library brings its own threads. */
 static void llama_blas(const llama_gemm *g) {
     for (int j = 0; j < g->n_jobs; j++) {
