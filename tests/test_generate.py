@@ -41,7 +41,8 @@ def run(*args, timeout=600):
 def job(*args):
     """The parsed JSON of a run, which must be all of stdout, with nothing on stderr."""
     r = run("--json", *args)
-    check(r.returncode == 0 and not r.stderr, "%s: exit %d %r" % (args, r.returncode, r.stderr[:300]))
+    check(r.returncode == 0 and not r.stderr,
+          "%s: exit %d %r" % (args, r.returncode, r.stderr[:300]))
     try:
         j = json.loads(r.stdout)
     except ValueError:
@@ -105,7 +106,8 @@ def test_variants(doc, questions, n):
     check(want["answers"] == n and want["answers_right"] >= n - 1, "small document: %d of %d" % (
         want["answers_right"], n))
     for args in (["--no-share"], ["--page", 1], ["--page", 7], ["--page", 16], ["--page", 64],
-                 ["--page", 4096], ["--chunk", 1], ["--chunk", 33], ["--chunk", 4000], ["--batch", 1],
+                 ["--page", 4096], ["--chunk", 1], ["--chunk", 33], ["--chunk", 4000],
+                 ["--batch", 1],
                  ["--batch", 3], ["--every", 0], ["--every", 9], ["--threads", 1], ["--threads", 5],
                  ["--no-share", "--kv-mem", 40], ["--no-share", "--kv-mem", 20, "--batch", 2],
                  ["--kv-mem", 20], ["--no-share", "--page", 5, "--chunk", 100, "--every", 0]):
@@ -149,7 +151,8 @@ def test_prompt():
     check(one != job("--prompt", "Once", "--temp", 1, "--seed", 6)["texts"], "another seed")
     check(job("--prompt", "Once", "--temp", 1, "--top-k", 1)["texts"] ==
           job("--prompt", "Once")["texts"], "top-k 1 is greedy")
-    job("--prompt", "caf\u00e9 \u4f60\u597d \"quoted\"\\\n", "--temp", 5, "--top-k", 0, "--top-p", 1)
+    job("--prompt", "caf\u00e9 \u4f60\u597d \"quoted\"\\\n", "--temp", 5, "--top-k", 0,
+        "--top-p", 1)
 
 
 def test_mistakes(doc, questions):
@@ -198,12 +201,14 @@ def geometry(name, one_kv_head):
     src = gguf.GGUFReader(MODEL)
     path = os.path.join(TMP, name + ".gguf")
     w = gguf.GGUFWriter(path, "llama")
-    skip = ("GGUF.", "general.architecture", "llama.context_length", "llama.attention.head_count_kv",
+    skip = ("GGUF.", "general.architecture", "llama.context_length",
+            "llama.attention.head_count_kv",
             "llama.rope.dimension_count")
     for key, f in src.fields.items():
         if not key.startswith(skip):
             t = f.types[0]
-            w.add_key_value(key, f.contents(), t, f.types[-1] if t == gguf.GGUFValueType.ARRAY else None)
+            w.add_key_value(key, f.contents(), t,
+                            f.types[-1] if t == gguf.GGUFValueType.ARRAY else None)
     w.add_context_length(32768)
     w.add_head_count_kv(1 if one_kv_head else 2)
     w.add_key_length(128)
