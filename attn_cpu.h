@@ -714,9 +714,11 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 
 #if defined(__GNUC__) || defined(__clang__)
 #define ATTNI_INLINE static inline __attribute__((always_inline, unused))
+#define ATTNI_CALLED static __attribute__((noinline, unused))
 #define ATTNI_PREFETCH(p) __builtin_prefetch(p)
 #else
 #define ATTNI_INLINE static inline
+#define ATTNI_CALLED static
 #define ATTNI_PREFETCH(p) ((void)(p))
 #endif
 #if defined(__clang__)
@@ -776,7 +778,8 @@ typedef struct attni_math {
 // ==== >>impl-scalar  Vocabulary: 16 virtual lanes in plain C =====================================
 //
 // V is 16 floats, U is 16 uint32. Every ISA gives the same functions, suffixed with its name; kernels
-// below are written once against them. x_barrier stops the compiler from contracting a product and a sum.
+// below are written once against them. Here only what the inner loops use is inlined: 16 lanes unrolled
+// everywhere would cost seconds of compile time. barrier stops the compiler from contracting a product and a sum.
 
 #define ATTNI_EACH for (i = 0; i < 16; i++)
 typedef struct attni_V_scalar { float f[16]; } attni_V_scalar;
@@ -792,17 +795,17 @@ typedef struct attni_U_scalar { uint32_t u[16]; } attni_U_scalar;
 #define ATTNI_PIN(x) ((void)(*(volatile float *)&(x) = (x)))
 #endif
 
-#define ATTNI_MAP(name, expr)                                                                      \
-    ATTNI_INLINE attni_V_scalar attni_##name##_scalar(attni_V_scalar a, attni_V_scalar b) {        \
+#define ATTNI_MAP(name, how, expr)                                                                 \
+    how attni_V_scalar attni_##name##_scalar(attni_V_scalar a, attni_V_scalar b) {        \
         int i;                                                                                     \
         ATTNI_EACH a.f[i] = (expr);                                                                \
         return a;                                                                                  \
     }
-ATTNI_MAP(add, a.f[i] + b.f[i])
-ATTNI_MAP(sub, a.f[i] - b.f[i])
-ATTNI_MAP(mul, a.f[i] * b.f[i])
-ATTNI_MAP(div, a.f[i] / b.f[i])
-ATTNI_MAP(max, a.f[i] > b.f[i] ? a.f[i] : b.f[i]) // b when a is NaN
+ATTNI_MAP(add, ATTNI_INLINE, a.f[i] + b.f[i])
+ATTNI_MAP(sub, ATTNI_CALLED, a.f[i] - b.f[i])
+ATTNI_MAP(mul, ATTNI_INLINE, a.f[i] * b.f[i])
+ATTNI_MAP(div, ATTNI_CALLED, a.f[i] / b.f[i])
+ATTNI_MAP(max, ATTNI_CALLED, a.f[i] > b.f[i] ? a.f[i] : b.f[i]) // b when a is NaN
 #undef ATTNI_MAP
 ATTNI_INLINE attni_V_scalar attni_barrier_scalar(attni_V_scalar a) {
     int i;
@@ -826,20 +829,20 @@ ATTNI_INLINE attni_V_scalar attni_load_scalar(const float *p) {
     return a;
 }
 ATTNI_INLINE void attni_store_scalar(float *p, attni_V_scalar a) { memcpy(p, &a, 64); }
-ATTNI_INLINE attni_V_scalar attni_iota_scalar(void) {
+ATTNI_CALLED attni_V_scalar attni_iota_scalar(void) {
     attni_V_scalar a;
     int i;
     ATTNI_EACH a.f[i] = (float)i;
     return a;
 }
 // lanes of a whose bit is set, else of b
-ATTNI_INLINE attni_V_scalar attni_pick_scalar(uint32_t bits, attni_V_scalar a, attni_V_scalar b) {
+ATTNI_CALLED attni_V_scalar attni_pick_scalar(uint32_t bits, attni_V_scalar a, attni_V_scalar b) {
     int i;
     ATTNI_EACH a.f[i] = (bits >> i) & 1u ? a.f[i] : b.f[i];
     return a;
 }
 // a where x < y, else b
-ATTNI_INLINE attni_V_scalar attni_less_scalar(attni_V_scalar x, attni_V_scalar y, attni_V_scalar a,
+ATTNI_CALLED attni_V_scalar attni_less_scalar(attni_V_scalar x, attni_V_scalar y, attni_V_scalar a,
                                               attni_V_scalar b) {
     int i;
     ATTNI_EACH a.f[i] = x.f[i] < y.f[i] ? a.f[i] : b.f[i];
@@ -850,12 +853,12 @@ ATTNI_INLINE attni_V_scalar attni_asv_scalar(attni_U_scalar a) {
     memcpy(&v, &a, 64);
     return v;
 }
-ATTNI_INLINE attni_U_scalar attni_asu_scalar(attni_V_scalar a) {
+ATTNI_CALLED attni_U_scalar attni_asu_scalar(attni_V_scalar a) {
     attni_U_scalar v;
     memcpy(&v, &a, 64);
     return v;
 }
-ATTNI_INLINE attni_U_scalar attni_uset1_scalar(uint32_t x) {
+ATTNI_CALLED attni_U_scalar attni_uset1_scalar(uint32_t x) {
     attni_U_scalar a;
     int i;
     ATTNI_EACH a.u[i] = x;
@@ -866,7 +869,7 @@ ATTNI_INLINE attni_U_scalar attni_uload_scalar(const void *p) {
     memcpy(&a, p, 64);
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uload16_scalar(const void *p) {
+ATTNI_CALLED attni_U_scalar attni_uload16_scalar(const void *p) {
     attni_U_scalar a;
     uint16_t h[16];
     int i;
@@ -874,45 +877,45 @@ ATTNI_INLINE attni_U_scalar attni_uload16_scalar(const void *p) {
     ATTNI_EACH a.u[i] = h[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uload8_scalar(const void *p) {
+ATTNI_CALLED attni_U_scalar attni_uload8_scalar(const void *p) {
     attni_U_scalar a;
     int i;
     ATTNI_EACH a.u[i] = ((const uint8_t *)p)[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uload4_scalar(const void *p) { // 16 nibbles of 8 bytes
+ATTNI_CALLED attni_U_scalar attni_uload4_scalar(const void *p) { // 16 nibbles of 8 bytes
     attni_U_scalar a;
     int i;
     ATTNI_EACH a.u[i] = (uint32_t)(((const uint8_t *)p)[i / 2] >> (4 * (i & 1))) & 15u;
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uand_scalar(attni_U_scalar a, uint32_t x) {
+ATTNI_CALLED attni_U_scalar attni_uand_scalar(attni_U_scalar a, uint32_t x) {
     int i;
     ATTNI_EACH a.u[i] &= x;
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uor_scalar(attni_U_scalar a, attni_U_scalar b) {
+ATTNI_CALLED attni_U_scalar attni_uor_scalar(attni_U_scalar a, attni_U_scalar b) {
     int i;
     ATTNI_EACH a.u[i] |= b.u[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uadd_scalar(attni_U_scalar a, attni_U_scalar b) {
+ATTNI_CALLED attni_U_scalar attni_uadd_scalar(attni_U_scalar a, attni_U_scalar b) {
     int i;
     ATTNI_EACH a.u[i] += b.u[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_ushl_scalar(attni_U_scalar a, int n) {
+ATTNI_CALLED attni_U_scalar attni_ushl_scalar(attni_U_scalar a, int n) {
     int i;
     ATTNI_EACH a.u[i] <<= n;
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_ushr_scalar(attni_U_scalar a, int n) {
+ATTNI_CALLED attni_U_scalar attni_ushr_scalar(attni_U_scalar a, int n) {
     int i;
     ATTNI_EACH a.u[i] >>= n;
     return a;
 }
 // signed value of the top n bits, as floats
-ATTNI_INLINE attni_V_scalar attni_utop_scalar(attni_U_scalar a, int n) {
+ATTNI_CALLED attni_V_scalar attni_utop_scalar(attni_U_scalar a, int n) {
     attni_V_scalar v;
     int i;
     uint32_t sign = (uint32_t)1 << (n - 1);
@@ -920,45 +923,45 @@ ATTNI_INLINE attni_V_scalar attni_utop_scalar(attni_U_scalar a, int n) {
     return v;
 }
 // f16 bits in the low half of each lane
-ATTNI_INLINE attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
+ATTNI_CALLED attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
     attni_V_scalar v;
     int i;
     ATTNI_EACH v.f[i] = attni_from_f16((uint16_t)a.u[i]);
     return v;
 }
 // a where the lanes of x and y are equal, else b
-ATTNI_INLINE attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y, attni_V_scalar a,
+ATTNI_CALLED attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y, attni_V_scalar a,
                                                 attni_V_scalar b) {
     int i;
     ATTNI_EACH a.f[i] = x.u[i] == y.u[i] ? a.f[i] : b.f[i];
     return a;
 }
-ATTNI_INLINE void attni_store_f16_scalar(void *p, attni_V_scalar a) {
+ATTNI_CALLED void attni_store_f16_scalar(void *p, attni_V_scalar a) {
     uint16_t h[16];
     int i;
     ATTNI_EACH h[i] = attni_to_f16(a.f[i]);
     memcpy(p, h, 32);
 }
-ATTNI_INLINE void attni_ustore16_scalar(void *p, attni_U_scalar a) { // low halves
+ATTNI_CALLED void attni_ustore16_scalar(void *p, attni_U_scalar a) { // low halves
     uint16_t h[16];
     int i;
     ATTNI_EACH h[i] = (uint16_t)a.u[i];
     memcpy(p, h, 32);
 }
-ATTNI_INLINE float attni_hmax_scalar(attni_V_scalar a) {
+ATTNI_CALLED float attni_hmax_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
         for (i = 0; i < n; i++) a.f[i] = a.f[i] > a.f[i + n] ? a.f[i] : a.f[i + n];
     return a.f[0];
 }
 // the fixed tree every ISA follows: i + (i + 8), then + 4, + 2, + 1
-ATTNI_INLINE float attni_hsum_scalar(attni_V_scalar a) {
+ATTNI_CALLED float attni_hsum_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
         for (i = 0; i < n; i++) a.f[i] = a.f[i] + a.f[i + n];
     return a.f[0];
 }
-ATTNI_INLINE float attni_first_scalar(attni_V_scalar a) { return a.f[0]; }
+ATTNI_CALLED float attni_first_scalar(attni_V_scalar a) { return a.f[0]; }
 static void attni_pack_scalar(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
     int u, t;
     for (u = 0; u < n; u++)
@@ -1266,7 +1269,7 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_NR 1
 #define ATTNI_NC 1
 #define ATTNI_DIRECT16 0
-#define ATTNI_HELPER static
+#define ATTNI_HELPER ATTNI_CALLED
 #include "attn_cpu.h"
 #ifdef ATTNI_X86
 #define ATTNI_KERNEL_PASS 1
