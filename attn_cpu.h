@@ -118,30 +118,22 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
-// Register blocks: the widest that fits the rows left.
-#define ATTNI_STEP(left) ((left) >= ATTNI_NR ? ATTNI_NR : ATTNI_NR == 1 ? 1 : (left) >= 4 ? 4 : (left) >= 2 ? 2 : 1)
+// Register blocks of NR, 4 or 1 rows. Buffers have spare rows behind the last, so that a block may be
+// taller than what is left.
+#define ATTNI_STEP(left) ((left) >= 5 || ATTNI_NR == 1 ? ATTNI_NR : (left) >= 2 ? 4 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
 #define ATTNI_CALL2(f, ...) f(__VA_ARGS__)
-#if ATTNI_NR > 4
-#define ATTNI_FOUR(f, args, nc) else if (left >= 4) ATTNI_CALL(f, args, 4, nc);
-#define ATTNI_TWO(f, args, nc) else if (left >= 2) ATTNI_CALL(f, args, 2, nc);
-#else
-#define ATTNI_FOUR(f, args, nc)
-#define ATTNI_TWO(f, args, nc)
-#endif
+#if ATTNI_NR > 1
 #define ATTNI_ROWS(f, args, nc)                                                                    \
-    if (left >= ATTNI_NR) ATTNI_CALL(f, args, ATTNI_NR, nc);                                       \
-    ATTNI_FOUR(f, args, nc)                                                                        \
-    ATTNI_TWO(f, args, nc)                                                                         \
+    if (left >= 5) ATTNI_CALL(f, args, ATTNI_NR, nc);                                              \
+    else if (left >= 2) ATTNI_CALL(f, args, 4, nc);                                                \
     else ATTNI_CALL(f, args, 1, nc);
-#if ATTNI_NC > 1
-#define ATTNI_BLOCKS(f, args)                                                                      \
-    if (wide) { ATTNI_ROWS(f, args, ATTNI_NC) } else { ATTNI_ROWS(f, args, 1) }
 #else
-#define ATTNI_BLOCKS(f, args) ATTNI_ROWS(f, args, 1)
+#define ATTNI_ROWS(f, args, nc)                                                                    \
+    (void)left;                                                                                    \
+    ATTNI_CALL(f, args, 1, nc);
 #endif
-
 
 #if ATTNI_KERNEL_PASS == 1 // ---- moves: no rounding arithmetic, so one copy per ISA
 
@@ -287,16 +279,19 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 
 #undef ATTNI_KERNEL_PASS
 #define ATTNI_KERNEL_PASS 2
-#define ATTNI_PORTABLE 0
-#define ATTNI_K(f) ATTNI_I(f##_fast)
-#include "attn_cpu.h"
-#undef ATTNI_PORTABLE
-#undef ATTNI_K
 #define ATTNI_PORTABLE 1
 #define ATTNI_K(f) ATTNI_I(f##_portable)
 #include "attn_cpu.h"
 #undef ATTNI_PORTABLE
 #undef ATTNI_K
+#if ATTNI_FAST_TOO
+#define ATTNI_PORTABLE 0
+#define ATTNI_K(f) ATTNI_I(f##_fast)
+#include "attn_cpu.h"
+#undef ATTNI_PORTABLE
+#undef ATTNI_K
+#endif
+#undef ATTNI_FAST_TOO
 #undef ATTNI_KERNEL_PASS
 #undef ATTNI_TGT
 #undef ATTNI_I
@@ -361,7 +356,8 @@ ATTNI_QK(qk_f16, ATTN_F16, 2)
 ATTNI_QK(qk_bf16, ATTN_BF16, 2)
 #endif
 
-// Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d.
+// Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of columns
+// overlaps the one before (the same bits again); fewer than a block go one vector at a time.
 #define ATTNI_PV(name, T, BYTES)                                                                   \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
         const float *p, const void *const *row, const attni_run *run, int n, int e, float *o,      \
@@ -393,13 +389,15 @@ ATTNI_QK(qk_bf16, ATTN_BF16, 2)
         for (r = 0; r < nr;) {                                                                     \
             const float *pr = p + r * ATTN_SPAN;                                                   \
             float *or_ = o + r * ldo;                                                              \
-            int left = nr - r;                                                                     \
-            for (e = 0; e < vd;) {                                                                 \
-                int wide = vd - e >= 16 * ATTNI_NC;                                                \
-                ATTNI_BLOCKS(ATTNI_K(name##_block), (pr, row, run, n, e, or_, ldo, ))              \
-                e += wide ? 16 * ATTNI_NC : 16;                                                    \
+            int left = nr - r, step = ATTNI_STEP(left), i;                                         \
+            for (e = 0; e < vd && vd >= 16 * ATTNI_NC; e += 16 * ATTNI_NC) {                       \
+                int at = e <= vd - 16 * ATTNI_NC ? e : vd - 16 * ATTNI_NC;                         \
+                ATTNI_ROWS(ATTNI_K(name##_block), (pr, row, run, n, at, or_, ldo, ), ATTNI_NC)     \
             }                                                                                      \
-            r += ATTNI_STEP(left);                                                                 \
+            for (; e < vd; e += 16)                                                                \
+                for (i = 0; i < attni_min32(step, left); i++)                                      \
+                    ATTNI_K(name##_block)(pr + i * ATTN_SPAN, row, run, n, e, or_ + i * ldo, ldo, 1, 1); \
+            r += step;                                                                             \
         }                                                                                          \
     }
 
@@ -496,6 +494,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
     return *l == 0 ? attni_float(0xff800000u) : max;
 }
 
+#if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
 // (o, m, l) += (os, ms, ls), n a multiple of 16. m = -inf is the empty partial.
 ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms, float ls,
                                     int n) {
@@ -546,6 +545,8 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
         ATTNI_I(store)(o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), ATTNI_I(set1)(0)));
 }
 
+#endif // ATTNI_PORTABLE
+
 static const attni_math ATTNI_K(math) = {
 #if ATTNI_DIRECT16 && !ATTNI_PORTABLE
     {0, ATTNI_K(qk_f32), ATTNI_K(qk_f16), ATTNI_K(qk_bf16)},
@@ -554,7 +555,7 @@ static const attni_math ATTNI_K(math) = {
     {0, ATTNI_K(qk_f32), 0, 0},
     {0, ATTNI_K(pv_f32), 0, 0},
 #endif
-    ATTNI_K(soft), ATTNI_K(fold), ATTNI_K(finish)};
+    ATTNI_K(soft), ATTNI_I(fold_portable), ATTNI_I(finish_portable)};
 
 #undef ATTNI_MADD
 #undef ATTNI_QK
@@ -661,13 +662,15 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
     for (r = 0; r < nr;) {
         const uint16_t *pr = p + r * ATTN_SPAN;
         float *or_ = o + r * ldo;
-        int left = nr - r;
-        for (e = 0; e < vd;) {
-            int wide = vd - e >= 16 * ATTNI_NC;
-            ATTNI_BLOCKS(ATTNI_I(pv_bdot_block), (pr, v, run, n, vd, e, or_, ldo, ))
-            e += wide ? 16 * ATTNI_NC : 16;
+        int left = nr - r, step = ATTNI_STEP(left), i;
+        for (e = 0; e < vd && vd >= 16 * ATTNI_NC; e += 16 * ATTNI_NC) {
+            int at = e <= vd - 16 * ATTNI_NC ? e : vd - 16 * ATTNI_NC;
+            ATTNI_ROWS(ATTNI_I(pv_bdot_block), (pr, v, run, n, vd, at, or_, ldo, ), ATTNI_NC)
         }
-        r += ATTNI_STEP(left);
+        for (; e < vd; e += 16)
+            for (i = 0; i < attni_min32(step, left); i++)
+                ATTNI_I(pv_bdot_block)(pr + i * ATTN_SPAN, v, run, n, vd, e, or_ + i * ldo, ldo, 1, 1);
+        r += step;
     }
 }
 #undef ATTNI_KERNEL_PASS
@@ -681,10 +684,7 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #undef ATTNI_ARGS
 #undef ATTNI_CALL
 #undef ATTNI_CALL2
-#undef ATTNI_FOUR
-#undef ATTNI_TWO
 #undef ATTNI_ROWS
-#undef ATTNI_BLOCKS
 #undef V
 #undef U
 #undef ATTNI_BY_DTYPE
@@ -1270,13 +1270,20 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_NC 1
 #define ATTNI_DIRECT16 0
 #define ATTNI_HELPER ATTNI_CALLED
+#if defined(ATTNI_X86) || defined(ATTNI_ARM) // only asked for by name there: PORTABLE will do
+#define ATTNI_FAST_TOO 0
+#define attni_math_fast_scalar attni_math_portable_scalar
+#else
+#define ATTNI_FAST_TOO 1
+#endif
 #include "attn_cpu.h"
 #ifdef ATTNI_X86
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT ATTNI_T2
 #define ATTNI_I(f) attni_##f##_avx2
-#define ATTNI_DIRECT16 1
+#define ATTNI_DIRECT16 0
 #define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
 #define ATTNI_NC 1
 #include "attn_cpu.h"
@@ -1285,6 +1292,7 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_I(f) attni_##f##_avx512
 #define ATTNI_DIRECT16 1
 #define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
 #define ATTNI_NC 4
 #include "attn_cpu.h"
