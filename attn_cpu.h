@@ -78,7 +78,8 @@ ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d);
 ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, const attn_tensor *v,
                                     const int64_t *slots, int64_t first, int64_t count);
 
-// Carries out page copies of the tree in d's K and V pages (one layer).
+// Carries out page copies of the tree in d's K and V pages (one layer), in the list's order; only the
+// first n_tokens slots of dst are written.
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies, int32_t n);
 
 // ==== >>run  Running a plan ======================================================================
@@ -705,6 +706,13 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define ATTNI_ARM 1
 #include <arm_neon.h>
+// older compilers' arm_neon.h hides the dot products without -march
+#if (!defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 16) ||          \
+    (defined(__ARM_FEATURE_BF16) && defined(__ARM_FEATURE_DOTPROD))
+#define ATTNI_ARM_DOTS 1
+#else
+#define ATTNI_ARM_DOTS 0
+#endif
 #endif
 #endif
 
@@ -1390,6 +1398,245 @@ ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row
 #define ATTNI_AMX_END(x) ((void)0)
 #endif // ATTNI_X86
 
+#ifdef ATTNI_ARM
+// ==== >>impl-neon  Vocabulary ====================================================================
+
+typedef struct attni_V_neon { float32x4_t v[4]; } attni_V_neon;
+typedef struct attni_U_neon { uint32x4_t v[4]; } attni_U_neon;
+#define ATTNI_Q ATTNI_UNROLL for (i = 0; i < 4; i++)
+#define ATTNI_MAP(name, expr)                                                                      \
+    ATTNI_INLINE attni_V_neon attni_##name##_neon(attni_V_neon x, attni_V_neon y) {                \
+        int i;                                                                                     \
+        ATTNI_Q x.v[i] = (expr);                                                                   \
+        return x;                                                                                  \
+    }
+ATTNI_MAP(add, vaddq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(sub, vsubq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(mul, vmulq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(div, vdivq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(max, vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])) // y when x is NaN
+#undef ATTNI_MAP
+ATTNI_INLINE attni_V_neon attni_barrier_neon(attni_V_neon x) {
+    int i;
+    ATTNI_Q __asm__("" : "+w"(x.v[i]));
+    return x;
+}
+ATTNI_INLINE attni_V_neon attni_fma_neon(attni_V_neon x, attni_V_neon y, attni_V_neon z) {
+    int i;
+    ATTNI_Q z.v[i] = vfmaq_f32(z.v[i], x.v[i], y.v[i]);
+    return z;
+}
+ATTNI_INLINE attni_V_neon attni_set1_neon(float x) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vdupq_n_f32(x);
+    return r;
+}
+ATTNI_INLINE attni_V_neon attni_load_neon(const float *p) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vld1q_f32(p + 4 * i);
+    return r;
+}
+ATTNI_INLINE void attni_store_neon(float *p, attni_V_neon x) {
+    int i;
+    ATTNI_Q vst1q_f32(p + 4 * i, x.v[i]);
+}
+ATTNI_INLINE attni_V_neon attni_iota_neon(void) {
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return attni_load_neon(lanes);
+}
+ATTNI_INLINE attni_V_neon attni_pick_neon(uint32_t bits, attni_V_neon x, attni_V_neon y) {
+    static const uint32_t lane[4] = {1, 2, 4, 8};
+    const uint32x4_t l = vld1q_u32(lane);
+    int i;
+    ATTNI_Q x.v[i] = vbslq_f32(vtstq_u32(vdupq_n_u32(bits >> (4 * i)), l), x.v[i], y.v[i]);
+    return x;
+}
+ATTNI_INLINE attni_V_neon attni_less_neon(attni_V_neon x, attni_V_neon y, attni_V_neon p,
+                                          attni_V_neon q) {
+    int i;
+    ATTNI_Q p.v[i] = vbslq_f32(vcltq_f32(x.v[i], y.v[i]), p.v[i], q.v[i]);
+    return p;
+}
+ATTNI_INLINE attni_V_neon attni_asv_neon(attni_U_neon x) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vreinterpretq_f32_u32(x.v[i]);
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_asu_neon(attni_V_neon x) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vreinterpretq_u32_f32(x.v[i]);
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uset1_neon(uint32_t x) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vdupq_n_u32(x);
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uload_neon(const void *p) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vreinterpretq_u32_u8(vld1q_u8((const uint8_t *)p + 16 * i));
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uload16_neon(const void *p) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vmovl_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p + 8 * i)));
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uwide8(uint8x16_t x) {
+    uint16x8_t a = vmovl_u8(vget_low_u8(x)), b = vmovl_u8(vget_high_u8(x));
+    attni_U_neon r;
+    r.v[0] = vmovl_u16(vget_low_u16(a));
+    r.v[1] = vmovl_u16(vget_high_u16(a));
+    r.v[2] = vmovl_u16(vget_low_u16(b));
+    r.v[3] = vmovl_u16(vget_high_u16(b));
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uload8_neon(const void *p) {
+    return attni_uwide8(vld1q_u8((const uint8_t *)p));
+}
+ATTNI_INLINE attni_U_neon attni_uload4_neon(const void *p) {
+    uint8x8_t x = vld1_u8((const uint8_t *)p);
+    uint8x8_t lo = vand_u8(x, vdup_n_u8(15)), hi = vshr_n_u8(x, 4);
+    return attni_uwide8(vcombine_u8(vzip1_u8(lo, hi), vzip2_u8(lo, hi)));
+}
+ATTNI_INLINE attni_U_neon attni_uand_neon(attni_U_neon x, uint32_t m) {
+    int i;
+    ATTNI_Q x.v[i] = vandq_u32(x.v[i], vdupq_n_u32(m));
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_uor_neon(attni_U_neon x, attni_U_neon y) {
+    int i;
+    ATTNI_Q x.v[i] = vorrq_u32(x.v[i], y.v[i]);
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_uadd_neon(attni_U_neon x, attni_U_neon y) {
+    int i;
+    ATTNI_Q x.v[i] = vaddq_u32(x.v[i], y.v[i]);
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_ushl_neon(attni_U_neon x, int n) {
+    int i;
+    ATTNI_Q x.v[i] = vshlq_u32(x.v[i], vdupq_n_s32(n));
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_ushr_neon(attni_U_neon x, int n) {
+    int i;
+    ATTNI_Q x.v[i] = vshlq_u32(x.v[i], vdupq_n_s32(-n));
+    return x;
+}
+ATTNI_INLINE attni_V_neon attni_utop_neon(attni_U_neon x, int n) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vcvtq_f32_s32(vshlq_s32(vreinterpretq_s32_u32(x.v[i]), vdupq_n_s32(n - 32)));
+    return r;
+}
+ATTNI_INLINE attni_V_neon attni_uhalf_neon(attni_U_neon x) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(x.v[i])));
+    return r;
+}
+ATTNI_INLINE attni_V_neon attni_uequal_neon(attni_U_neon x, attni_U_neon y, attni_V_neon p,
+                                            attni_V_neon q) {
+    int i;
+    ATTNI_Q p.v[i] = vbslq_f32(vceqq_u32(x.v[i], y.v[i]), p.v[i], q.v[i]);
+    return p;
+}
+ATTNI_INLINE void attni_store_f16_neon(void *p, attni_V_neon x) {
+    int i;
+    ATTNI_Q vst1_u8((uint8_t *)p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.v[i])));
+}
+ATTNI_INLINE void attni_ustore16_neon(void *p, attni_U_neon x) {
+    int i;
+    ATTNI_Q vst1_u8((uint8_t *)p + 8 * i, vreinterpret_u8_u16(vmovn_u32(x.v[i])));
+}
+ATTNI_INLINE float attni_hmax_neon(attni_V_neon x) { // no NaN in here
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
+}
+ATTNI_INLINE float attni_hsum_neon(attni_V_neon x) {
+    float32x4_t s = vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
+    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
+}
+ATTNI_INLINE float attni_first_neon(attni_V_neon x) { return vgetq_lane_f32(x.v[0], 0); }
+
+// 4 x 4 transposes of 4-byte units; the rest one by one
+static void attni_pack_neon(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
+    int u = 0, h, i;
+    for (; gap == 4 && u + 4 <= n; u += 4)
+        for (h = 0; h < 16; h += 4) {
+            uint32x4_t r[4], a, b, c, d;
+            ATTNI_Q r[i] = vreinterpretq_u32_u8(vld1q_u8(row[h + i] + 4 * u));
+            a = vtrn1q_u32(r[0], r[1]);
+            b = vtrn2q_u32(r[0], r[1]);
+            c = vtrn1q_u32(r[2], r[3]);
+            d = vtrn2q_u32(r[2], r[3]);
+            vst1q_u32(tile + 16 * u + h, vcombine_u32(vget_low_u32(a), vget_low_u32(c)));
+            vst1q_u32(tile + 16 * (u + 1) + h, vcombine_u32(vget_low_u32(b), vget_low_u32(d)));
+            vst1q_u32(tile + 16 * (u + 2) + h, vcombine_u32(vget_high_u32(a), vget_high_u32(c)));
+            vst1q_u32(tile + 16 * (u + 3) + h, vcombine_u32(vget_high_u32(b), vget_high_u32(d)));
+        }
+    for (; u < n; u++)
+        for (i = 0; i < 16; i++) memcpy(tile + 16 * u + i, row[i] + u * gap, 4);
+}
+
+// 1 when the CPU has BF16 and DotProd (Linux tells; elsewhere only what the build assumes).
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+static int attni_arm_features(void) {
+#if !ATTNI_ARM_DOTS
+    return 0;
+#elif defined(__ARM_FEATURE_BF16) && defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    return (getauxval(16) & (1ul << 20)) && (getauxval(26) & (1ul << 14)); // HWCAP, HWCAP2
+#else
+    return 0;
+#endif
+}
+
+#define ATTNI_KERNEL_PASS 1
+#define ATTNI_TGT
+#define ATTNI_I(f) attni_##f##_neon
+#define ATTNI_DIRECT16 1
+#define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 1
+#define ATTNI_NR 6
+#define ATTNI_NC 1
+#include "attn_cpu.h"
+
+#if ATTNI_ARM_DOTS
+#define ATTNI_TD __attribute__((target("arch=armv8.2-a+bf16+dotprod")))
+ATTNI_INLINE ATTNI_TD attni_V_neon attni_bdot_neon(attni_V_neon acc, attni_U_neon a, attni_U_neon b) {
+    int i;
+    ATTNI_Q acc.v[i] = vbfdotq_f32(acc.v[i], vreinterpretq_bf16_u32(a.v[i]), vreinterpretq_bf16_u32(b.v[i]));
+    return acc;
+}
+ATTNI_INLINE ATTNI_TD attni_U_neon attni_idot_neon(attni_U_neon acc, attni_U_neon k, attni_U_neon q) {
+    int i;
+    ATTNI_Q acc.v[i] = vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(acc.v[i]),
+                                                       vreinterpretq_s8_u32(k.v[i]),
+                                                       vreinterpretq_s8_u32(q.v[i])));
+    return acc;
+}
+#define ATTNI_KERNEL_PASS 3
+#define ATTNI_TGT ATTNI_TD
+#define ATTNI_I(f) attni_##f##_neon
+#define ATTNI_NR 6
+#define ATTNI_NC 1
+#define ATTNI_IDOT_BIASED 0
+#include "attn_cpu.h"
+#endif
+#endif // ATTNI_ARM
+
 // ==== >>impl-dispatch  Which kernels a problem runs on ===========================================
 
 enum { ATTNI_F32 = 0, ATTNI_BDOT = 1, ATTNI_IDOT = 2 }; // how scores (weighted sums) are computed
@@ -1463,7 +1710,7 @@ ATTN_DEF attn_cpu_isa attn_cpu_get_isa(void) {
     if (isa) return (attn_cpu_isa)isa;
     isa = ATTN_CPU_SCALAR;
     for (i = 0; i < (int)(sizeof best / sizeof best[0]) && isa == ATTN_CPU_SCALAR; i++)
-        if (attn_cpu_has(best[i])) isa = best[i];
+        if (attn_cpu_has(best[i])) isa = (int)best[i];
     ATTNI_SET(attni_isa_id, isa);
     return (attn_cpu_isa)isa;
 }
@@ -1535,11 +1782,13 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
     if (x->isa >= ATTN_CPU_NEON) {
         x->mv = &attni_moves_neon;
         x->ma = fast ? &attni_math_fast_neon : &attni_math_portable_neon;
+#if ATTNI_ARM_DOTS
         if (x->isa == ATTN_CPU_NEON_BF16) {
             if (bqk) x->qk_kind = ATTNI_BDOT, x->qk = attni_qk_bdot_neon;
             if (bpv) x->pv_kind = ATTNI_BDOT, x->pv = attni_pv_bdot_neon;
             if (iqk) x->qk_kind = ATTNI_IDOT, x->qk = attni_qk_idot_neon;
         }
+#endif
     }
 #endif
 }
@@ -1664,6 +1913,26 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     return ATTN_OK;
 }
 
+// The first n slots of a page and nothing else: the others may hold newer tokens already.
+static void attni_copy_slots(const attn_desc *d, const attni_side *s, int32_t src, int32_t dst,
+                             int32_t n) {
+    const uint8_t *from = s->data + src * s->page_bytes;
+    uint8_t *to = s->data + dst * s->page_bytes;
+    int64_t row = (int64_t)s->dim * attni_bits_of(s->dtype) / 8, at;
+    int32_t h, t, u;
+    for (h = 0; h < d->n_kv_heads; h++)
+        for (t = 0; t < n; t += s->k16 ? 16 : 1) {
+            size_t run = s->k16 ? 4 * (size_t)attni_min32(16, n - t) : (size_t)row;
+            at = attni_token_offset(s, t, h);
+            for (u = 0; u < (s->k16 ? row / 4 : 1); u++, at += 64) memcpy(to + at, from + at, run);
+        }
+    for (h = 0; h < d->n_kv_heads && s->scale_offset >= 0; h++)
+        for (t = 0; t < n; t++) {
+            at = s->scale_offset + t * s->scale_token + h * s->scale_head;
+            memcpy(to + at, from + at, 4);
+        }
+}
+
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies, int32_t n) {
     attni_side side;
     attn_result r = attni_cpu_check(d);
@@ -1676,13 +1945,12 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
             return ATTN_ERR_PAGE;
         if (copies[i].n_tokens < 0 || copies[i].n_tokens > d->kv.page_tokens) return ATTN_ERR_ARGUMENT;
     }
-    for (is_v = 0; is_v < 2; is_v++) { // whole pages: what lies behind n_tokens is unused
+    for (is_v = 0; is_v < 2; is_v++) {
         if ((r = attni_side_init(d, is_v, &side)) != ATTN_OK) return r;
         if (is_v && d->kv.v.data == d->kv.k.data) break; // V aliases K
         for (i = 0; i < n; i++)
             if (copies[i].src != copies[i].dst)
-                memcpy(side.data + copies[i].dst * side.page_bytes,
-                       side.data + copies[i].src * side.page_bytes, (size_t)side.need_bytes);
+                attni_copy_slots(d, &side, copies[i].src, copies[i].dst, copies[i].n_tokens);
     }
     return ATTN_OK;
 }
