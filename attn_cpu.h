@@ -139,7 +139,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #if ATTNI_KERNEL_PASS == 1 // ---- moves: no rounding arithmetic, so one copy per ISA
 
 // Codes in the low byte of each lane -> values.
-ATTNI_INLINE ATTNI_TGT V ATTNI_I(e5m2)(U x) { return ATTNI_I(uhalf)(ATTNI_I(ushl)(ATTNI_I(uand)(x, 255), 8)); }
+ATTNI_INLINE ATTNI_TGT V ATTNI_I(e5m2)(U x) { return ATTNI_I(uhalf)(ATTNI_I(ushl)(x, 8)); }
 ATTNI_INLINE ATTNI_TGT V ATTNI_I(e4m3)(U x) {
     // the same fields in an f16 mean 2^-8 times the value; 0x7f is NaN
     U low = ATTNI_I(uand)(x, 127);
@@ -151,7 +151,7 @@ ATTNI_INLINE ATTNI_TGT V ATTNI_I(e4m3)(U x) {
 // Element i of the 32 / bits elements in each lane's 4-byte unit.
 ATTNI_HELPER ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
     switch (t) {
-    case ATTN_F16: return ATTNI_I(uhalf)(ATTNI_I(uand)(ATTNI_I(ushr)(x, 16 * i), 0xffff));
+    case ATTN_F16: return ATTNI_I(uhalf)(i ? ATTNI_I(ushr)(x, 16) : x);
     case ATTN_BF16: return ATTNI_I(asv)(i ? ATTNI_I(uand)(x, 0xffff0000u) : ATTNI_I(ushl)(x, 16));
     case ATTN_F8E4M3: return ATTNI_I(e4m3)(ATTNI_I(ushr)(x, 8 * i));
     case ATTN_F8E5M2: return ATTNI_I(e5m2)(ATTNI_I(ushr)(x, 8 * i));
@@ -323,6 +323,8 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
             ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_I(set1)(0);                      \
         for (u = 0; u < units; u++) {                                                              \
             ATTNI_UNROLL for (j = 0; j < nc; j++) raw[j] = ATTNI_I(uload)(kt[j] + 16 * u);         \
+            if (nr <= 4) /* few rows: memory is what one waits for */                              \
+                ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(kt[j + nc] + 16 * u);         \
             ATTNI_UNROLL for (i = 0; i < P; i++) {                                                 \
                 ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(element)(T, raw[j], i);       \
                 ATTNI_UNROLL for (r = 0; r < nr; r++) {                                            \
@@ -752,8 +754,8 @@ typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
     int32_t t0, t1;
 } attni_run;
 
-// Scores of nr rows against nt tiles: s[r * 256 + 16 * col[j]]. kt and col go on for 3 entries that
-// repeat the last, so that kernels take 4 at a time. q: f32 rows, or pairs of bf16, or bytes.
+// Scores of nr rows against nt tiles: s[r * 256 + 16 * col[j]]. kt and col go on for 7 entries that
+// repeat the last, so that kernels take 4 at a time and look 4 ahead. q: f32 rows, or pairs of bf16, or bytes.
 typedef void (*attni_qk_fn)(const void *q, int64_t ldq, int nr, const uint32_t *const *kt,
                             const uint8_t *col, int nt, int units, float *s);
 // Weighted sums of nr rows over n runs of tokens: o[r * ldo + e], e < vd (multiple of 16).
@@ -930,7 +932,7 @@ ATTNI_CALLED attni_V_scalar attni_utop_scalar(attni_U_scalar a, int n) {
     ATTNI_EACH v.f[i] = (float)((int32_t)((a.u[i] >> (32 - n)) ^ sign) - (int32_t)sign);
     return v;
 }
-// f16 bits in the low half of each lane
+// f16 bits in the low half of each lane; the high half is ignored
 ATTNI_CALLED attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
     attni_V_scalar v;
     int i;
@@ -2255,11 +2257,12 @@ static attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t til
 }
 
 static attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) {
-    int i, t;
+    int row_bytes = 4 * w->k_units, i, t, b;
     for (i = 0; i < ATTNI_TILES; i++) {
         int32_t place = 0;
         int64_t page = -1;
         attn_result r;
+        w->kt[i] = NULL;
         if (!((tiles >> i) & 1u)) {
             for (t = 16 * i; t < 16 * i + 16; t++) w->vrow[t] = attni_zeros;
             continue;
@@ -2268,12 +2271,16 @@ static attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) 
         if (w->k.k16 && page >= 0)
             w->kt[i] = (const uint32_t *)(const void *)(w->k.data + page * w->k.page_bytes +
                                                         attni_token_offset(&w->k, place, w->kv_head));
-        else {
-            uint32_t *raw = w->kraw + (int64_t)i * 16 * w->k_units;
-            if (!w->krow[16 * i]) memset(raw, 0, 64 * (size_t)w->k_units); // nothing held
-            else w->x.mv->pack(w->krow + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw);
-            w->kt[i] = raw;
-        }
+    }
+    for (i = 0; i < ATTNI_TILES; i++) {
+        uint32_t *raw = w->kraw + (int64_t)i * 16 * w->k_units;
+        if (!((tiles >> i) & 1u) || w->kt[i]) continue;
+        if (!w->k.k16 && i + 1 < ATTNI_TILES && ((tiles >> (i + 1)) & 1u) && w->krow[16 * i + 16])
+            for (t = 16; t < 32; t++)
+                for (b = 0; b < row_bytes; b += 64) ATTNI_PREFETCH(w->krow[16 * i + t] + b);
+        if (!w->krow[16 * i]) memset(raw, 0, 64 * (size_t)w->k_units); // nothing held
+        else w->x.mv->pack(w->krow + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw);
+        w->kt[i] = raw;
     }
     for (i = ATTN_SPAN; i < ATTN_SPAN + 40; i++) w->vrow[i] = attni_zeros;
     return ATTN_OK;
@@ -2291,8 +2298,8 @@ static void attni_scores(attni_work *w, uint32_t tiles) {
     // 64 tokens at a time when there are many rows: their K stays in the first-level cache
     for (panel = 0; panel < ATTNI_TILES; panel += few ? ATTNI_TILES : 4) {
         uint32_t in = tiles & ((few ? 0xffffu : 15u) << panel);
-        const uint32_t *kt[ATTNI_TILES + 3];
-        uint8_t col[ATTNI_TILES + 3];
+        const uint32_t *kt[ATTNI_TILES + 7];
+        uint8_t col[ATTNI_TILES + 7];
         if (!in) continue;
         if (!direct) {
             for (i = 0; i < ATTNI_TILES; i++) {
@@ -2307,7 +2314,7 @@ static void attni_scores(attni_work *w, uint32_t tiles) {
             int n = 0;
             for (i = 0; i < ATTNI_TILES; i++)
                 if ((mine >> i) & 1u) kt[n] = w->kt[i], col[n++] = (uint8_t)i;
-            for (i = n; n && i < n + 3; i++) kt[i] = kt[n - 1], col[i] = col[n - 1];
+            for (i = n; n && i < n + 7; i++) kt[i] = kt[n - 1], col[i] = col[n - 1];
             if (n)
                 qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(rb, w->n_rows - r), kt, col, n,
                    direct ? units : w->d->head_dim, w->s + (int64_t)r * ATTN_SPAN);
