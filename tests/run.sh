@@ -17,8 +17,8 @@ shift $((OPTIND - 1))
 logs=$(mktemp -d) || exit 2
 trap 'rm -rf "$logs"' EXIT
 
-# one INDEX BY_STATUS MODULES COMMAND: leaves "passed failed skipped" in a file, so that jobs can run side by
-# side without a lock.
+# one INDEX BY_STATUS MODULES COMMAND: leaves "passed failed skipped" in a file, so that jobs can
+# run side by side without a lock.
 one() {
     local log=$logs/$1.log start=$SECONDS rc line p=0 f=0 s=0 note=
     if [ -n "$3" ] && ! "${4%% *}" -c "import $3" 2>/dev/null; then
@@ -41,7 +41,8 @@ one() {
     fi
     if [ $rc = 124 ] || [ $rc = 137 ]; then note="stopped after $limit s"; fi
     echo "$p $f $s" >"$logs/$1.sum"
-    printf '%-44s %8d passed %4d failed %4d s  %s\n' "$4" "$p" "$f" $((SECONDS - start)) "$note"
+    printf '%-44s %8d passed %4d failed %4d s  %s\n' "$4" "$p" "$f" $((SECONDS - start)) \
+        "$note"
     if [ "$f" != 0 ]; then tail -n 40 "$log" | sed 's/^/    /'; fi
 }
 
