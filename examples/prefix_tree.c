@@ -1,8 +1,8 @@
 /* cc -O2 -I. examples/prefix_tree.c -o prefix_tree -lm
  *
  * A prompt in the prefix tree, forked into two answers that diverge inside a page, a third request
- * that finds it all cached, and a branch saved to a blob and loaded into another engine. Every result
- * is compared, bit for bit, with the same tokens stored alone.
+ * that finds it all cached, and a branch saved to a blob and loaded into another engine. Results
+ * are compared, bit for bit, with the same tokens stored alone.
  *
  * Order of a step: append; carry out its page copies in every layer; acknowledge; store. A copy
  * moves what is in the page NOW: tokens that others appended must have been stored by then. */
@@ -23,8 +23,8 @@ static void need(attn_result r, const char *what) {
     exit(2);
 }
 static void expect(int ok, const char *what) {
-    printf("%-66s %s\n", what, ok ? "ok" : "WRONG");
     wrong += !ok;
+    printf("%-66s %s\n", what, ok ? "ok" : "WRONG");
 }
 static void *buffer(size_t bytes) { /* at a multiple of 64 bytes; taken and never given back */
     static char arena[8 << 20];
@@ -119,8 +119,7 @@ int main(void) {
     attn_tree_stats stats;
     int32_t s, fork, third, alone, n_cached, prompt[PROMPT + 4];
     for (int i = 0; i < PROMPT + 4; i++) prompt[i] = 100 + i;
-    engine_open(&e);
-    engine_open(&other);
+    engine_open(&e), engine_open(&other);
     need(attn_tree_open(e.tree, 0, prompt, PROMPT, &s, &n_cached), "open");
     append(&e, s, prompt, PROMPT);
     need(attn_tree_fork(e.tree, s, &fork), "fork");
@@ -132,8 +131,7 @@ int main(void) {
 
     need(attn_tree_open(other.tree, 1, prompt, PROMPT, &alone, &n_cached), "open");
     append(&other, alone, prompt, PROMPT + 4);
-    attend(&e, fork, a);
-    attend(&other, alone, b);
+    attend(&e, fork, a), attend(&other, alone, b);
     expect(memcmp(a, b, sizeof a) == 0, "the fork attends as the same tokens stored alone");
 
     need(attn_tree_open(e.tree, 0, prompt, PROMPT + 2, &third, &n_cached), "open");
@@ -145,7 +143,7 @@ int main(void) {
     size_t bytes = attn_tree_save_bytes(e.tree, s, TOKEN_BYTES);
     void *blob = buffer(bytes);
     need(attn_tree_save(e.tree, s, TOKEN_BYTES, move_rows, &e, blob, bytes), "save");
-    need(attn_tree_load(other.tree, 0, TOKEN_BYTES, move_rows, NULL, &other, blob, bytes, &s), "load");
+    need(attn_tree_load(other.tree, 0, TOKEN_BYTES, move_rows, 0, &other, blob, bytes, &s), "load");
     attend(&other, s, c);
     expect(!memcmp(b, c, sizeof b) && memcmp(a, b, sizeof a), "a saved branch attends as before");
     return wrong != 0;
