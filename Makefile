@@ -31,6 +31,7 @@ FOREIGN = $(filter selftest test_cpu,$(TESTS))
 
 # Arguments of test programs whose defaults take longer than a routine run should.
 ARGS_test_cpu ?=
+ARGS_sparse_mask = build/sparse_mask.png
 ARGS_slow_test_cpu ?= 2 60
 
 all: examples
@@ -79,13 +80,13 @@ test:
 	    -m gguf,numpy "$(PYTHON) tests/test_generate.py ./build/generate --quick" \
 	    $(foreach t,$(TESTS),"./build/$t $(ARGS_$t)") \
 	    -m gguf,numpy,tokenizers "$(PYTHON) tests/test_llama_py.py ./build/test_llama" \
-	    $(foreach e,$(EXAMPLES),-x "./build/$e") \
+	    $(foreach e,$(EXAMPLES),-x "./build/$e $(ARGS_$e)") \
 	    "bash tests/test_naive.sh"
 
 test-asan:
 	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate
 	@$(RUNNER) $(foreach t,$(TESTS),"./build/asan/$t $(ARGS_slow_$t)") \
-	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e") \
+	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e $(ARGS_$e)") \
 	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'"
 
 test-clang:

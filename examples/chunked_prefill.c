@@ -1,8 +1,8 @@
 /* cc -O2 -I. examples/chunked_prefill.c -o chunked_prefill -lm
  *
  * Prefill of one prompt over paged KV, by hand: store, plan, run, merge. A chunk is a problem whose
- * queries are the last tokens held, so prefill at once, in chunks of any size and decode are the same
- * calls; and the same bits, whatever the chunk and the page size. */
+ * queries are the last tokens held, so prefill at once, in chunks of any size and decode are the
+ * same calls; and the same bits, whatever the chunk and the page size. */
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"
@@ -83,7 +83,7 @@ static void prefill(float *out, int chunk, int page_tokens) {
         d.o.data = out + at * HEADS * DIM;
         need(attn_cpu_store(&d, &new_k, &new_v, NULL, 0, n));
         need(attn_plan_update(plan, &d, NULL));
-        /* Tasks are independent: any threads may take them one by one, each with its own scratch. */
+        /* Tasks are independent: any threads may take them, each with its own scratch. */
         for (int32_t i = 0; i < plan->n_tasks; i++)
             need(attn_cpu_run(&d, plan, i, 1, partials, scratch));
         /* ... a barrier here ... */

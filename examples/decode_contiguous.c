@@ -1,8 +1,8 @@
 /* cc -O2 -I. examples/decode_contiguous.c -o decode_contiguous -lm
  *
- * Decode on contiguous KV, as an engine with its own caches and its own attention does it: each layer
- * keeps (max_len, n_kv_heads, head_dim) keys and values, a step appends one token and attends. The
- * engine's call stays, attend_attn() replaces what attend_naive() computes, and both are compared. */
+ * Decode on contiguous KV, as an engine with its own caches and its own attention does it: each
+ * layer keeps (max_len, n_kv_heads, head_dim) keys and values, a step appends one token and attends.
+ * attend_attn() computes what the engine's attend_naive() does, and both are compared. */
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"
@@ -131,7 +131,7 @@ int main(void) {
             }
         }
     }
-    printf("%d steps of %d layers on %s: largest difference from the naive loop %.1e\n", STEPS, LAYERS,
-           attn_cpu_executor(&a.d), worst);
+    printf("%d steps of %d layers on %s: largest difference from the naive loop %.1e\n", STEPS,
+           LAYERS, attn_cpu_executor(&a.d), worst);
     return worst < 1e-5 ? 0 : 1;
 }

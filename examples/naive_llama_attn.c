@@ -100,7 +100,7 @@ static void rope(float *v, int n_heads, int pos) {
 
 /* out (N_HEADS, HEAD_DIM) from q of the same shape and a layer's cache up to position pos */
 static void attention(state *s, int l, int pos) {
-    static char mem[4 << 20] __attribute__((aligned(64))); /* attn_cpu_forward_bytes(&d, 1) is less */
+    static char mem[4 << 20] __attribute__((aligned(64))); /* attn_cpu_forward_bytes: less */
     int32_t q_start[2] = {0, 1}, kv_len = pos + 1;
     attn_desc d = {.n_seq = 1, .q_start = q_start, .n_heads = N_HEADS, .n_kv_heads = N_KV_HEADS,
                    .head_dim = HEAD_DIM, .q = {s->q, ATTN_F32, 0, 0}, .o = {s->att, ATTN_F32, 0, 0},

@@ -1,8 +1,8 @@
 /* cc -O2 -I. examples/sparse_mask.c -o sparse_mask -lm
  *
- * A mask of your own: any boolean matrix becomes a block list with one bit per token pair, and fully
- * masked blocks are never read. Writes a picture of it, sparse_mask.png or the file named as the first
- * argument, where stb_image_write is installed (libstb-dev). */
+ * A mask of your own: any boolean matrix becomes a block list with one bit per token pair, and
+ * fully masked blocks are never read. Writes a picture of it, sparse_mask.png or the file named as
+ * the first argument, where stb_image_write is installed (libstb-dev). */
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"
@@ -113,8 +113,8 @@ int main(int argc, char **argv) {
                               &d.mask.blocks), "count");
     int32_t *block = buffer(sizeof *block * (size_t)n_entries);
     uint64_t *bits = buffer(sizeof *bits * (size_t)n_entries * (BLOCK * BLOCK / 64));
-    need(attn_mask_from_dense(keep, N, N, BLOCK, BLOCK, row_start, block, bits, n_entries, &n_entries,
-                              &d.mask.blocks), "fill");
+    need(attn_mask_from_dense(keep, N, N, BLOCK, BLOCK, row_start, block, bits, n_entries,
+                              &n_entries, &d.mask.blocks), "fill");
 
     size_t bytes = attn_cpu_forward_bytes(&d, 1);
     need(attn_cpu_forward(&d, buffer(bytes), bytes, 1), "forward");
