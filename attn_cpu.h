@@ -78,7 +78,8 @@ ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d);
 ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, const attn_tensor *v,
                                     const int64_t *slots, int64_t first, int64_t count);
 
-// Carries out page copies of the tree in d's K and V pages (one layer).
+// Carries out page copies of the tree in d's K and V pages (one layer), in the list's order; only the
+// first n_tokens slots of dst are written.
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies, int32_t n);
 
 // ==== >>run  Running a plan ======================================================================
@@ -118,30 +119,22 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
-// Register blocks: the widest that fits the rows left.
-#define ATTNI_STEP(left) ((left) >= ATTNI_NR ? ATTNI_NR : ATTNI_NR == 1 ? 1 : (left) >= 4 ? 4 : (left) >= 2 ? 2 : 1)
+// Register blocks of NR, 4 or 1 rows. Buffers have spare rows behind the last, so that a block may be
+// taller than what is left.
+#define ATTNI_STEP(left) ((left) >= 5 || ATTNI_NR == 1 ? ATTNI_NR : (left) >= 2 ? 4 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
 #define ATTNI_CALL2(f, ...) f(__VA_ARGS__)
-#if ATTNI_NR > 4
-#define ATTNI_FOUR(f, args, nc) else if (left >= 4) ATTNI_CALL(f, args, 4, nc);
-#define ATTNI_TWO(f, args, nc) else if (left >= 2) ATTNI_CALL(f, args, 2, nc);
-#else
-#define ATTNI_FOUR(f, args, nc)
-#define ATTNI_TWO(f, args, nc)
-#endif
+#if ATTNI_NR > 1
 #define ATTNI_ROWS(f, args, nc)                                                                    \
-    if (left >= ATTNI_NR) ATTNI_CALL(f, args, ATTNI_NR, nc);                                       \
-    ATTNI_FOUR(f, args, nc)                                                                        \
-    ATTNI_TWO(f, args, nc)                                                                         \
+    if (left >= 5) ATTNI_CALL(f, args, ATTNI_NR, nc);                                              \
+    else if (left >= 2) ATTNI_CALL(f, args, 4, nc);                                                \
     else ATTNI_CALL(f, args, 1, nc);
-#if ATTNI_NC > 1
-#define ATTNI_BLOCKS(f, args)                                                                      \
-    if (wide) { ATTNI_ROWS(f, args, ATTNI_NC) } else { ATTNI_ROWS(f, args, 1) }
 #else
-#define ATTNI_BLOCKS(f, args) ATTNI_ROWS(f, args, 1)
+#define ATTNI_ROWS(f, args, nc)                                                                    \
+    (void)left;                                                                                    \
+    ATTNI_CALL(f, args, 1, nc);
 #endif
-
 
 #if ATTNI_KERNEL_PASS == 1 // ---- moves: no rounding arithmetic, so one copy per ISA
 
@@ -287,16 +280,19 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 
 #undef ATTNI_KERNEL_PASS
 #define ATTNI_KERNEL_PASS 2
-#define ATTNI_PORTABLE 0
-#define ATTNI_K(f) ATTNI_I(f##_fast)
-#include "attn_cpu.h"
-#undef ATTNI_PORTABLE
-#undef ATTNI_K
 #define ATTNI_PORTABLE 1
 #define ATTNI_K(f) ATTNI_I(f##_portable)
 #include "attn_cpu.h"
 #undef ATTNI_PORTABLE
 #undef ATTNI_K
+#if ATTNI_FAST_TOO
+#define ATTNI_PORTABLE 0
+#define ATTNI_K(f) ATTNI_I(f##_fast)
+#include "attn_cpu.h"
+#undef ATTNI_PORTABLE
+#undef ATTNI_K
+#endif
+#undef ATTNI_FAST_TOO
 #undef ATTNI_KERNEL_PASS
 #undef ATTNI_TGT
 #undef ATTNI_I
@@ -361,7 +357,8 @@ ATTNI_QK(qk_f16, ATTN_F16, 2)
 ATTNI_QK(qk_bf16, ATTN_BF16, 2)
 #endif
 
-// Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d.
+// Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of columns
+// overlaps the one before (the same bits again); fewer than a block go one vector at a time.
 #define ATTNI_PV(name, T, BYTES)                                                                   \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
         const float *p, const void *const *row, const attni_run *run, int n, int e, float *o,      \
@@ -393,13 +390,15 @@ ATTNI_QK(qk_bf16, ATTN_BF16, 2)
         for (r = 0; r < nr;) {                                                                     \
             const float *pr = p + r * ATTN_SPAN;                                                   \
             float *or_ = o + r * ldo;                                                              \
-            int left = nr - r;                                                                     \
-            for (e = 0; e < vd;) {                                                                 \
-                int wide = vd - e >= 16 * ATTNI_NC;                                                \
-                ATTNI_BLOCKS(ATTNI_K(name##_block), (pr, row, run, n, e, or_, ldo, ))              \
-                e += wide ? 16 * ATTNI_NC : 16;                                                    \
+            int left = nr - r, step = ATTNI_STEP(left), i;                                         \
+            for (e = 0; e < vd && vd >= 16 * ATTNI_NC; e += 16 * ATTNI_NC) {                       \
+                int at = e <= vd - 16 * ATTNI_NC ? e : vd - 16 * ATTNI_NC;                         \
+                ATTNI_ROWS(ATTNI_K(name##_block), (pr, row, run, n, at, or_, ldo, ), ATTNI_NC)     \
             }                                                                                      \
-            r += ATTNI_STEP(left);                                                                 \
+            for (; e < vd; e += 16)                                                                \
+                for (i = 0; i < attni_min32(step, left); i++)                                      \
+                    ATTNI_K(name##_block)(pr + i * ATTN_SPAN, row, run, n, e, or_ + i * ldo, ldo, 1, 1); \
+            r += step;                                                                             \
         }                                                                                          \
     }
 
@@ -496,6 +495,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
     return *l == 0 ? attni_float(0xff800000u) : max;
 }
 
+#if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
 // (o, m, l) += (os, ms, ls), n a multiple of 16. m = -inf is the empty partial.
 ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms, float ls,
                                     int n) {
@@ -546,6 +546,8 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
         ATTNI_I(store)(o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), ATTNI_I(set1)(0)));
 }
 
+#endif // ATTNI_PORTABLE
+
 static const attni_math ATTNI_K(math) = {
 #if ATTNI_DIRECT16 && !ATTNI_PORTABLE
     {0, ATTNI_K(qk_f32), ATTNI_K(qk_f16), ATTNI_K(qk_bf16)},
@@ -554,7 +556,7 @@ static const attni_math ATTNI_K(math) = {
     {0, ATTNI_K(qk_f32), 0, 0},
     {0, ATTNI_K(pv_f32), 0, 0},
 #endif
-    ATTNI_K(soft), ATTNI_K(fold), ATTNI_K(finish)};
+    ATTNI_K(soft), ATTNI_I(fold_portable), ATTNI_I(finish_portable)};
 
 #undef ATTNI_MADD
 #undef ATTNI_QK
@@ -661,13 +663,15 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
     for (r = 0; r < nr;) {
         const uint16_t *pr = p + r * ATTN_SPAN;
         float *or_ = o + r * ldo;
-        int left = nr - r;
-        for (e = 0; e < vd;) {
-            int wide = vd - e >= 16 * ATTNI_NC;
-            ATTNI_BLOCKS(ATTNI_I(pv_bdot_block), (pr, v, run, n, vd, e, or_, ldo, ))
-            e += wide ? 16 * ATTNI_NC : 16;
+        int left = nr - r, step = ATTNI_STEP(left), i;
+        for (e = 0; e < vd && vd >= 16 * ATTNI_NC; e += 16 * ATTNI_NC) {
+            int at = e <= vd - 16 * ATTNI_NC ? e : vd - 16 * ATTNI_NC;
+            ATTNI_ROWS(ATTNI_I(pv_bdot_block), (pr, v, run, n, vd, at, or_, ldo, ), ATTNI_NC)
         }
-        r += ATTNI_STEP(left);
+        for (; e < vd; e += 16)
+            for (i = 0; i < attni_min32(step, left); i++)
+                ATTNI_I(pv_bdot_block)(pr + i * ATTN_SPAN, v, run, n, vd, e, or_ + i * ldo, ldo, 1, 1);
+        r += step;
     }
 }
 #undef ATTNI_KERNEL_PASS
@@ -681,10 +685,7 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #undef ATTNI_ARGS
 #undef ATTNI_CALL
 #undef ATTNI_CALL2
-#undef ATTNI_FOUR
-#undef ATTNI_TWO
 #undef ATTNI_ROWS
-#undef ATTNI_BLOCKS
 #undef V
 #undef U
 #undef ATTNI_BY_DTYPE
@@ -705,6 +706,13 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define ATTNI_ARM 1
 #include <arm_neon.h>
+// older compilers' arm_neon.h hides the dot products without -march
+#if (!defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 16) ||          \
+    (defined(__ARM_FEATURE_BF16) && defined(__ARM_FEATURE_DOTPROD))
+#define ATTNI_ARM_DOTS 1
+#else
+#define ATTNI_ARM_DOTS 0
+#endif
 #endif
 #endif
 
@@ -714,9 +722,11 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 
 #if defined(__GNUC__) || defined(__clang__)
 #define ATTNI_INLINE static inline __attribute__((always_inline, unused))
+#define ATTNI_CALLED static __attribute__((noinline, unused))
 #define ATTNI_PREFETCH(p) __builtin_prefetch(p)
 #else
 #define ATTNI_INLINE static inline
+#define ATTNI_CALLED static
 #define ATTNI_PREFETCH(p) ((void)(p))
 #endif
 #if defined(__clang__)
@@ -776,7 +786,8 @@ typedef struct attni_math {
 // ==== >>impl-scalar  Vocabulary: 16 virtual lanes in plain C =====================================
 //
 // V is 16 floats, U is 16 uint32. Every ISA gives the same functions, suffixed with its name; kernels
-// below are written once against them. x_barrier stops the compiler from contracting a product and a sum.
+// below are written once against them. Here only what the inner loops use is inlined: 16 lanes unrolled
+// everywhere would cost seconds of compile time. barrier stops the compiler from contracting a product and a sum.
 
 #define ATTNI_EACH for (i = 0; i < 16; i++)
 typedef struct attni_V_scalar { float f[16]; } attni_V_scalar;
@@ -792,17 +803,17 @@ typedef struct attni_U_scalar { uint32_t u[16]; } attni_U_scalar;
 #define ATTNI_PIN(x) ((void)(*(volatile float *)&(x) = (x)))
 #endif
 
-#define ATTNI_MAP(name, expr)                                                                      \
-    ATTNI_INLINE attni_V_scalar attni_##name##_scalar(attni_V_scalar a, attni_V_scalar b) {        \
+#define ATTNI_MAP(name, how, expr)                                                                 \
+    how attni_V_scalar attni_##name##_scalar(attni_V_scalar a, attni_V_scalar b) {        \
         int i;                                                                                     \
         ATTNI_EACH a.f[i] = (expr);                                                                \
         return a;                                                                                  \
     }
-ATTNI_MAP(add, a.f[i] + b.f[i])
-ATTNI_MAP(sub, a.f[i] - b.f[i])
-ATTNI_MAP(mul, a.f[i] * b.f[i])
-ATTNI_MAP(div, a.f[i] / b.f[i])
-ATTNI_MAP(max, a.f[i] > b.f[i] ? a.f[i] : b.f[i]) // b when a is NaN
+ATTNI_MAP(add, ATTNI_INLINE, a.f[i] + b.f[i])
+ATTNI_MAP(sub, ATTNI_CALLED, a.f[i] - b.f[i])
+ATTNI_MAP(mul, ATTNI_INLINE, a.f[i] * b.f[i])
+ATTNI_MAP(div, ATTNI_CALLED, a.f[i] / b.f[i])
+ATTNI_MAP(max, ATTNI_CALLED, a.f[i] > b.f[i] ? a.f[i] : b.f[i]) // b when a is NaN
 #undef ATTNI_MAP
 ATTNI_INLINE attni_V_scalar attni_barrier_scalar(attni_V_scalar a) {
     int i;
@@ -826,20 +837,20 @@ ATTNI_INLINE attni_V_scalar attni_load_scalar(const float *p) {
     return a;
 }
 ATTNI_INLINE void attni_store_scalar(float *p, attni_V_scalar a) { memcpy(p, &a, 64); }
-ATTNI_INLINE attni_V_scalar attni_iota_scalar(void) {
+ATTNI_CALLED attni_V_scalar attni_iota_scalar(void) {
     attni_V_scalar a;
     int i;
     ATTNI_EACH a.f[i] = (float)i;
     return a;
 }
 // lanes of a whose bit is set, else of b
-ATTNI_INLINE attni_V_scalar attni_pick_scalar(uint32_t bits, attni_V_scalar a, attni_V_scalar b) {
+ATTNI_CALLED attni_V_scalar attni_pick_scalar(uint32_t bits, attni_V_scalar a, attni_V_scalar b) {
     int i;
     ATTNI_EACH a.f[i] = (bits >> i) & 1u ? a.f[i] : b.f[i];
     return a;
 }
 // a where x < y, else b
-ATTNI_INLINE attni_V_scalar attni_less_scalar(attni_V_scalar x, attni_V_scalar y, attni_V_scalar a,
+ATTNI_CALLED attni_V_scalar attni_less_scalar(attni_V_scalar x, attni_V_scalar y, attni_V_scalar a,
                                               attni_V_scalar b) {
     int i;
     ATTNI_EACH a.f[i] = x.f[i] < y.f[i] ? a.f[i] : b.f[i];
@@ -850,12 +861,12 @@ ATTNI_INLINE attni_V_scalar attni_asv_scalar(attni_U_scalar a) {
     memcpy(&v, &a, 64);
     return v;
 }
-ATTNI_INLINE attni_U_scalar attni_asu_scalar(attni_V_scalar a) {
+ATTNI_CALLED attni_U_scalar attni_asu_scalar(attni_V_scalar a) {
     attni_U_scalar v;
     memcpy(&v, &a, 64);
     return v;
 }
-ATTNI_INLINE attni_U_scalar attni_uset1_scalar(uint32_t x) {
+ATTNI_CALLED attni_U_scalar attni_uset1_scalar(uint32_t x) {
     attni_U_scalar a;
     int i;
     ATTNI_EACH a.u[i] = x;
@@ -866,7 +877,7 @@ ATTNI_INLINE attni_U_scalar attni_uload_scalar(const void *p) {
     memcpy(&a, p, 64);
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uload16_scalar(const void *p) {
+ATTNI_CALLED attni_U_scalar attni_uload16_scalar(const void *p) {
     attni_U_scalar a;
     uint16_t h[16];
     int i;
@@ -874,45 +885,45 @@ ATTNI_INLINE attni_U_scalar attni_uload16_scalar(const void *p) {
     ATTNI_EACH a.u[i] = h[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uload8_scalar(const void *p) {
+ATTNI_CALLED attni_U_scalar attni_uload8_scalar(const void *p) {
     attni_U_scalar a;
     int i;
     ATTNI_EACH a.u[i] = ((const uint8_t *)p)[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uload4_scalar(const void *p) { // 16 nibbles of 8 bytes
+ATTNI_CALLED attni_U_scalar attni_uload4_scalar(const void *p) { // 16 nibbles of 8 bytes
     attni_U_scalar a;
     int i;
     ATTNI_EACH a.u[i] = (uint32_t)(((const uint8_t *)p)[i / 2] >> (4 * (i & 1))) & 15u;
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uand_scalar(attni_U_scalar a, uint32_t x) {
+ATTNI_CALLED attni_U_scalar attni_uand_scalar(attni_U_scalar a, uint32_t x) {
     int i;
     ATTNI_EACH a.u[i] &= x;
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uor_scalar(attni_U_scalar a, attni_U_scalar b) {
+ATTNI_CALLED attni_U_scalar attni_uor_scalar(attni_U_scalar a, attni_U_scalar b) {
     int i;
     ATTNI_EACH a.u[i] |= b.u[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_uadd_scalar(attni_U_scalar a, attni_U_scalar b) {
+ATTNI_CALLED attni_U_scalar attni_uadd_scalar(attni_U_scalar a, attni_U_scalar b) {
     int i;
     ATTNI_EACH a.u[i] += b.u[i];
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_ushl_scalar(attni_U_scalar a, int n) {
+ATTNI_CALLED attni_U_scalar attni_ushl_scalar(attni_U_scalar a, int n) {
     int i;
     ATTNI_EACH a.u[i] <<= n;
     return a;
 }
-ATTNI_INLINE attni_U_scalar attni_ushr_scalar(attni_U_scalar a, int n) {
+ATTNI_CALLED attni_U_scalar attni_ushr_scalar(attni_U_scalar a, int n) {
     int i;
     ATTNI_EACH a.u[i] >>= n;
     return a;
 }
 // signed value of the top n bits, as floats
-ATTNI_INLINE attni_V_scalar attni_utop_scalar(attni_U_scalar a, int n) {
+ATTNI_CALLED attni_V_scalar attni_utop_scalar(attni_U_scalar a, int n) {
     attni_V_scalar v;
     int i;
     uint32_t sign = (uint32_t)1 << (n - 1);
@@ -920,45 +931,45 @@ ATTNI_INLINE attni_V_scalar attni_utop_scalar(attni_U_scalar a, int n) {
     return v;
 }
 // f16 bits in the low half of each lane
-ATTNI_INLINE attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
+ATTNI_CALLED attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
     attni_V_scalar v;
     int i;
     ATTNI_EACH v.f[i] = attni_from_f16((uint16_t)a.u[i]);
     return v;
 }
 // a where the lanes of x and y are equal, else b
-ATTNI_INLINE attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y, attni_V_scalar a,
+ATTNI_CALLED attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y, attni_V_scalar a,
                                                 attni_V_scalar b) {
     int i;
     ATTNI_EACH a.f[i] = x.u[i] == y.u[i] ? a.f[i] : b.f[i];
     return a;
 }
-ATTNI_INLINE void attni_store_f16_scalar(void *p, attni_V_scalar a) {
+ATTNI_CALLED void attni_store_f16_scalar(void *p, attni_V_scalar a) {
     uint16_t h[16];
     int i;
     ATTNI_EACH h[i] = attni_to_f16(a.f[i]);
     memcpy(p, h, 32);
 }
-ATTNI_INLINE void attni_ustore16_scalar(void *p, attni_U_scalar a) { // low halves
+ATTNI_CALLED void attni_ustore16_scalar(void *p, attni_U_scalar a) { // low halves
     uint16_t h[16];
     int i;
     ATTNI_EACH h[i] = (uint16_t)a.u[i];
     memcpy(p, h, 32);
 }
-ATTNI_INLINE float attni_hmax_scalar(attni_V_scalar a) {
+ATTNI_CALLED float attni_hmax_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
         for (i = 0; i < n; i++) a.f[i] = a.f[i] > a.f[i + n] ? a.f[i] : a.f[i + n];
     return a.f[0];
 }
 // the fixed tree every ISA follows: i + (i + 8), then + 4, + 2, + 1
-ATTNI_INLINE float attni_hsum_scalar(attni_V_scalar a) {
+ATTNI_CALLED float attni_hsum_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
         for (i = 0; i < n; i++) a.f[i] = a.f[i] + a.f[i + n];
     return a.f[0];
 }
-ATTNI_INLINE float attni_first_scalar(attni_V_scalar a) { return a.f[0]; }
+ATTNI_CALLED float attni_first_scalar(attni_V_scalar a) { return a.f[0]; }
 static void attni_pack_scalar(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
     int u, t;
     for (u = 0; u < n; u++)
@@ -1266,14 +1277,21 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_NR 1
 #define ATTNI_NC 1
 #define ATTNI_DIRECT16 0
-#define ATTNI_HELPER static
+#define ATTNI_HELPER ATTNI_CALLED
+#if defined(ATTNI_X86) || defined(ATTNI_ARM) // only asked for by name there: PORTABLE will do
+#define ATTNI_FAST_TOO 0
+#define attni_math_fast_scalar attni_math_portable_scalar
+#else
+#define ATTNI_FAST_TOO 1
+#endif
 #include "attn_cpu.h"
 #ifdef ATTNI_X86
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT ATTNI_T2
 #define ATTNI_I(f) attni_##f##_avx2
-#define ATTNI_DIRECT16 1
+#define ATTNI_DIRECT16 0
 #define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
 #define ATTNI_NC 1
 #include "attn_cpu.h"
@@ -1282,6 +1300,7 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_I(f) attni_##f##_avx512
 #define ATTNI_DIRECT16 1
 #define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
 #define ATTNI_NC 4
 #include "attn_cpu.h"
@@ -1379,6 +1398,245 @@ ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row
 #define ATTNI_AMX_END(x) ((void)0)
 #endif // ATTNI_X86
 
+#ifdef ATTNI_ARM
+// ==== >>impl-neon  Vocabulary ====================================================================
+
+typedef struct attni_V_neon { float32x4_t v[4]; } attni_V_neon;
+typedef struct attni_U_neon { uint32x4_t v[4]; } attni_U_neon;
+#define ATTNI_Q ATTNI_UNROLL for (i = 0; i < 4; i++)
+#define ATTNI_MAP(name, expr)                                                                      \
+    ATTNI_INLINE attni_V_neon attni_##name##_neon(attni_V_neon x, attni_V_neon y) {                \
+        int i;                                                                                     \
+        ATTNI_Q x.v[i] = (expr);                                                                   \
+        return x;                                                                                  \
+    }
+ATTNI_MAP(add, vaddq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(sub, vsubq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(mul, vmulq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(div, vdivq_f32(x.v[i], y.v[i]))
+ATTNI_MAP(max, vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])) // y when x is NaN
+#undef ATTNI_MAP
+ATTNI_INLINE attni_V_neon attni_barrier_neon(attni_V_neon x) {
+    int i;
+    ATTNI_Q __asm__("" : "+w"(x.v[i]));
+    return x;
+}
+ATTNI_INLINE attni_V_neon attni_fma_neon(attni_V_neon x, attni_V_neon y, attni_V_neon z) {
+    int i;
+    ATTNI_Q z.v[i] = vfmaq_f32(z.v[i], x.v[i], y.v[i]);
+    return z;
+}
+ATTNI_INLINE attni_V_neon attni_set1_neon(float x) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vdupq_n_f32(x);
+    return r;
+}
+ATTNI_INLINE attni_V_neon attni_load_neon(const float *p) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vld1q_f32(p + 4 * i);
+    return r;
+}
+ATTNI_INLINE void attni_store_neon(float *p, attni_V_neon x) {
+    int i;
+    ATTNI_Q vst1q_f32(p + 4 * i, x.v[i]);
+}
+ATTNI_INLINE attni_V_neon attni_iota_neon(void) {
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return attni_load_neon(lanes);
+}
+ATTNI_INLINE attni_V_neon attni_pick_neon(uint32_t bits, attni_V_neon x, attni_V_neon y) {
+    static const uint32_t lane[4] = {1, 2, 4, 8};
+    const uint32x4_t l = vld1q_u32(lane);
+    int i;
+    ATTNI_Q x.v[i] = vbslq_f32(vtstq_u32(vdupq_n_u32(bits >> (4 * i)), l), x.v[i], y.v[i]);
+    return x;
+}
+ATTNI_INLINE attni_V_neon attni_less_neon(attni_V_neon x, attni_V_neon y, attni_V_neon p,
+                                          attni_V_neon q) {
+    int i;
+    ATTNI_Q p.v[i] = vbslq_f32(vcltq_f32(x.v[i], y.v[i]), p.v[i], q.v[i]);
+    return p;
+}
+ATTNI_INLINE attni_V_neon attni_asv_neon(attni_U_neon x) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vreinterpretq_f32_u32(x.v[i]);
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_asu_neon(attni_V_neon x) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vreinterpretq_u32_f32(x.v[i]);
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uset1_neon(uint32_t x) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vdupq_n_u32(x);
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uload_neon(const void *p) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vreinterpretq_u32_u8(vld1q_u8((const uint8_t *)p + 16 * i));
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uload16_neon(const void *p) {
+    attni_U_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vmovl_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p + 8 * i)));
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uwide8(uint8x16_t x) {
+    uint16x8_t a = vmovl_u8(vget_low_u8(x)), b = vmovl_u8(vget_high_u8(x));
+    attni_U_neon r;
+    r.v[0] = vmovl_u16(vget_low_u16(a));
+    r.v[1] = vmovl_u16(vget_high_u16(a));
+    r.v[2] = vmovl_u16(vget_low_u16(b));
+    r.v[3] = vmovl_u16(vget_high_u16(b));
+    return r;
+}
+ATTNI_INLINE attni_U_neon attni_uload8_neon(const void *p) {
+    return attni_uwide8(vld1q_u8((const uint8_t *)p));
+}
+ATTNI_INLINE attni_U_neon attni_uload4_neon(const void *p) {
+    uint8x8_t x = vld1_u8((const uint8_t *)p);
+    uint8x8_t lo = vand_u8(x, vdup_n_u8(15)), hi = vshr_n_u8(x, 4);
+    return attni_uwide8(vcombine_u8(vzip1_u8(lo, hi), vzip2_u8(lo, hi)));
+}
+ATTNI_INLINE attni_U_neon attni_uand_neon(attni_U_neon x, uint32_t m) {
+    int i;
+    ATTNI_Q x.v[i] = vandq_u32(x.v[i], vdupq_n_u32(m));
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_uor_neon(attni_U_neon x, attni_U_neon y) {
+    int i;
+    ATTNI_Q x.v[i] = vorrq_u32(x.v[i], y.v[i]);
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_uadd_neon(attni_U_neon x, attni_U_neon y) {
+    int i;
+    ATTNI_Q x.v[i] = vaddq_u32(x.v[i], y.v[i]);
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_ushl_neon(attni_U_neon x, int n) {
+    int i;
+    ATTNI_Q x.v[i] = vshlq_u32(x.v[i], vdupq_n_s32(n));
+    return x;
+}
+ATTNI_INLINE attni_U_neon attni_ushr_neon(attni_U_neon x, int n) {
+    int i;
+    ATTNI_Q x.v[i] = vshlq_u32(x.v[i], vdupq_n_s32(-n));
+    return x;
+}
+ATTNI_INLINE attni_V_neon attni_utop_neon(attni_U_neon x, int n) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vcvtq_f32_s32(vshlq_s32(vreinterpretq_s32_u32(x.v[i]), vdupq_n_s32(n - 32)));
+    return r;
+}
+ATTNI_INLINE attni_V_neon attni_uhalf_neon(attni_U_neon x) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(x.v[i])));
+    return r;
+}
+ATTNI_INLINE attni_V_neon attni_uequal_neon(attni_U_neon x, attni_U_neon y, attni_V_neon p,
+                                            attni_V_neon q) {
+    int i;
+    ATTNI_Q p.v[i] = vbslq_f32(vceqq_u32(x.v[i], y.v[i]), p.v[i], q.v[i]);
+    return p;
+}
+ATTNI_INLINE void attni_store_f16_neon(void *p, attni_V_neon x) {
+    int i;
+    ATTNI_Q vst1_u8((uint8_t *)p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.v[i])));
+}
+ATTNI_INLINE void attni_ustore16_neon(void *p, attni_U_neon x) {
+    int i;
+    ATTNI_Q vst1_u8((uint8_t *)p + 8 * i, vreinterpret_u8_u16(vmovn_u32(x.v[i])));
+}
+ATTNI_INLINE float attni_hmax_neon(attni_V_neon x) { // no NaN in here
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
+}
+ATTNI_INLINE float attni_hsum_neon(attni_V_neon x) {
+    float32x4_t s = vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
+    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
+}
+ATTNI_INLINE float attni_first_neon(attni_V_neon x) { return vgetq_lane_f32(x.v[0], 0); }
+
+// 4 x 4 transposes of 4-byte units; the rest one by one
+static void attni_pack_neon(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
+    int u = 0, h, i;
+    for (; gap == 4 && u + 4 <= n; u += 4)
+        for (h = 0; h < 16; h += 4) {
+            uint32x4_t r[4], a, b, c, d;
+            ATTNI_Q r[i] = vreinterpretq_u32_u8(vld1q_u8(row[h + i] + 4 * u));
+            a = vtrn1q_u32(r[0], r[1]);
+            b = vtrn2q_u32(r[0], r[1]);
+            c = vtrn1q_u32(r[2], r[3]);
+            d = vtrn2q_u32(r[2], r[3]);
+            vst1q_u32(tile + 16 * u + h, vcombine_u32(vget_low_u32(a), vget_low_u32(c)));
+            vst1q_u32(tile + 16 * (u + 1) + h, vcombine_u32(vget_low_u32(b), vget_low_u32(d)));
+            vst1q_u32(tile + 16 * (u + 2) + h, vcombine_u32(vget_high_u32(a), vget_high_u32(c)));
+            vst1q_u32(tile + 16 * (u + 3) + h, vcombine_u32(vget_high_u32(b), vget_high_u32(d)));
+        }
+    for (; u < n; u++)
+        for (i = 0; i < 16; i++) memcpy(tile + 16 * u + i, row[i] + u * gap, 4);
+}
+
+// 1 when the CPU has BF16 and DotProd (Linux tells; elsewhere only what the build assumes).
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
+static int attni_arm_features(void) {
+#if !ATTNI_ARM_DOTS
+    return 0;
+#elif defined(__ARM_FEATURE_BF16) && defined(__ARM_FEATURE_DOTPROD)
+    return 1;
+#elif defined(__linux__)
+    return (getauxval(16) & (1ul << 20)) && (getauxval(26) & (1ul << 14)); // HWCAP, HWCAP2
+#else
+    return 0;
+#endif
+}
+
+#define ATTNI_KERNEL_PASS 1
+#define ATTNI_TGT
+#define ATTNI_I(f) attni_##f##_neon
+#define ATTNI_DIRECT16 1
+#define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 1
+#define ATTNI_NR 6
+#define ATTNI_NC 1
+#include "attn_cpu.h"
+
+#if ATTNI_ARM_DOTS
+#define ATTNI_TD __attribute__((target("arch=armv8.2-a+bf16+dotprod")))
+ATTNI_INLINE ATTNI_TD attni_V_neon attni_bdot_neon(attni_V_neon acc, attni_U_neon a, attni_U_neon b) {
+    int i;
+    ATTNI_Q acc.v[i] = vbfdotq_f32(acc.v[i], vreinterpretq_bf16_u32(a.v[i]), vreinterpretq_bf16_u32(b.v[i]));
+    return acc;
+}
+ATTNI_INLINE ATTNI_TD attni_U_neon attni_idot_neon(attni_U_neon acc, attni_U_neon k, attni_U_neon q) {
+    int i;
+    ATTNI_Q acc.v[i] = vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(acc.v[i]),
+                                                       vreinterpretq_s8_u32(k.v[i]),
+                                                       vreinterpretq_s8_u32(q.v[i])));
+    return acc;
+}
+#define ATTNI_KERNEL_PASS 3
+#define ATTNI_TGT ATTNI_TD
+#define ATTNI_I(f) attni_##f##_neon
+#define ATTNI_NR 6
+#define ATTNI_NC 1
+#define ATTNI_IDOT_BIASED 0
+#include "attn_cpu.h"
+#endif
+#endif // ATTNI_ARM
+
 // ==== >>impl-dispatch  Which kernels a problem runs on ===========================================
 
 enum { ATTNI_F32 = 0, ATTNI_BDOT = 1, ATTNI_IDOT = 2 }; // how scores (weighted sums) are computed
@@ -1452,7 +1710,7 @@ ATTN_DEF attn_cpu_isa attn_cpu_get_isa(void) {
     if (isa) return (attn_cpu_isa)isa;
     isa = ATTN_CPU_SCALAR;
     for (i = 0; i < (int)(sizeof best / sizeof best[0]) && isa == ATTN_CPU_SCALAR; i++)
-        if (attn_cpu_has(best[i])) isa = best[i];
+        if (attn_cpu_has(best[i])) isa = (int)best[i];
     ATTNI_SET(attni_isa_id, isa);
     return (attn_cpu_isa)isa;
 }
@@ -1524,11 +1782,13 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
     if (x->isa >= ATTN_CPU_NEON) {
         x->mv = &attni_moves_neon;
         x->ma = fast ? &attni_math_fast_neon : &attni_math_portable_neon;
+#if ATTNI_ARM_DOTS
         if (x->isa == ATTN_CPU_NEON_BF16) {
             if (bqk) x->qk_kind = ATTNI_BDOT, x->qk = attni_qk_bdot_neon;
             if (bpv) x->pv_kind = ATTNI_BDOT, x->pv = attni_pv_bdot_neon;
             if (iqk) x->qk_kind = ATTNI_IDOT, x->qk = attni_qk_idot_neon;
         }
+#endif
     }
 #endif
 }
@@ -1653,6 +1913,26 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     return ATTN_OK;
 }
 
+// The first n slots of a page and nothing else: the others may hold newer tokens already.
+static void attni_copy_slots(const attn_desc *d, const attni_side *s, int32_t src, int32_t dst,
+                             int32_t n) {
+    const uint8_t *from = s->data + src * s->page_bytes;
+    uint8_t *to = s->data + dst * s->page_bytes;
+    int64_t row = (int64_t)s->dim * attni_bits_of(s->dtype) / 8, at;
+    int32_t h, t, u;
+    for (h = 0; h < d->n_kv_heads; h++)
+        for (t = 0; t < n; t += s->k16 ? 16 : 1) {
+            size_t run = s->k16 ? 4 * (size_t)attni_min32(16, n - t) : (size_t)row;
+            at = attni_token_offset(s, t, h);
+            for (u = 0; u < (s->k16 ? row / 4 : 1); u++, at += 64) memcpy(to + at, from + at, run);
+        }
+    for (h = 0; h < d->n_kv_heads && s->scale_offset >= 0; h++)
+        for (t = 0; t < n; t++) {
+            at = s->scale_offset + t * s->scale_token + h * s->scale_head;
+            memcpy(to + at, from + at, 4);
+        }
+}
+
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies, int32_t n) {
     attni_side side;
     attn_result r = attni_cpu_check(d);
@@ -1665,13 +1945,12 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
             return ATTN_ERR_PAGE;
         if (copies[i].n_tokens < 0 || copies[i].n_tokens > d->kv.page_tokens) return ATTN_ERR_ARGUMENT;
     }
-    for (is_v = 0; is_v < 2; is_v++) { // whole pages: what lies behind n_tokens is unused
+    for (is_v = 0; is_v < 2; is_v++) {
         if ((r = attni_side_init(d, is_v, &side)) != ATTN_OK) return r;
         if (is_v && d->kv.v.data == d->kv.k.data) break; // V aliases K
         for (i = 0; i < n; i++)
             if (copies[i].src != copies[i].dst)
-                memcpy(side.data + copies[i].dst * side.page_bytes,
-                       side.data + copies[i].src * side.page_bytes, (size_t)side.need_bytes);
+                attni_copy_slots(d, &side, copies[i].src, copies[i].dst, copies[i].n_tokens);
     }
     return ATTN_OK;
 }

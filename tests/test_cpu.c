@@ -102,6 +102,7 @@ static void one(uint64_t seed) {
 
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 300), i;
+    attn_cpu_open(); // AMX, where there is one
     for (i = 0; i < count; i++) one(seed + i);
     return TEST_END();
 }
