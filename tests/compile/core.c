@@ -1,0 +1,3 @@
+#define ATTN_CORE_IMPLEMENTATION
+#include "attn.h"
+#include "attn_cpu.h"

@@ -1,0 +1,2 @@
+#define ATTN_CPU_IMPLEMENTATION
+#include "attn_cpu.h"
