@@ -1,7 +1,7 @@
 /* The contract on bits: a row's result does not depend on threads, row tiles, workspace, the rest of the
    batch, page size, layout, placement, sharing, chunking, eviction of what nobody sees, nor under PORTABLE
    on the ISA; what a plan says it visits; and what NaN, Inf and empty rows may do.
-   test_bits [SEED [COUNT]]   COUNT: worlds (default 56)
+   test_bits [SEED [COUNT]]   COUNT: worlds (default 28)
    cc -std=c11 -O2 -pthread -I. -Itests tests/test_bits.c -o test_bits -lm */
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
@@ -622,12 +622,441 @@ static void one_world(uint64_t seed, int index) {
     world_free(&w);
 }
 
+// ---- plan_update: 300 decode steps in one plan's memory, against a fresh plan each step
+
+static uint64_t step_hash(batch *b, const attn_plan *p) {
+    size_t n = (size_t)b->q_start[b->n] * (size_t)b->w->n_heads, i;
+    size_t vd = (size_t)b->w->v_head_dim;
+    float *x = (float *)malloc(4 * n * (vd + 1) + 4);
+    uint64_t h;
+    memset(b->d.o.data, 0xff, n * vd * (size_t)attn_dtype_bits(b->w->o) / 8);
+    memset(b->lse, 0xff, 4 * n);
+    run_plan(&b->d, p, b->v.threads, &b->r);
+    for (i = 0; i < n * vd; i++) x[i] = attni_get(b->d.o.data, b->w->o, (int64_t)i);
+    memcpy(x + n * vd, b->lse, 4 * n);
+    h = problem_hash(x, n * (vd + 1));
+    free(x);
+    return h;
+}
+
+static void decode_updates(uint64_t seed, int index) {
+    static world w;
+    static batch b;
+    variant v = variants[0];
+    int32_t i, step, ids[N_FOCUS], done[N_FOCUS], first[N_FOCUS], n_rebuilt = 0, n_patched = 0;
+    attn_plan_params params, grown;
+    attn_plan *plan = NULL, *fresh;
+    void *mem, *mem2;
+    size_t bytes;
+    int rebuilt, ok = 1;
+    world_make(&w, seed, index);
+    world_free(&w); // another mask, set below
+    memset(&w.mask, 0, sizeof w.mask);
+    memset(&w.logits, 0, sizeof w.logits);
+    if (index % 3 == 1) w.mask.window_left = 130;
+    if (index % 3 == 2) w.mask.window_left = 300, w.mask.n_sink = 4;
+    w.shared = index % 2 ? 272 : 512;
+    for (i = 0; i < N_FOCUS; i++) {
+        w.len[i] = (shares(i) ? w.shared : 200) + 1 + 40 * i;
+        first[i] = w.len[i];
+        w.q0[i] = 0; // tables for the whole run
+        w.len[i] += 300;
+        ids[i] = i;
+    }
+    v.layout = index % 3;
+    v.share = index % 2 ? 2 : 0;
+    v.workers = 1 + index % 4;
+    v.by_order = 0;
+    batch_make(&b, &w, &v, ids, N_FOCUS);
+    for (i = 0; i < N_FOCUS; i++) {
+        done[i] = first[i] - 1;
+        batch_store(&b, i, 0, w.len[i]);
+    }
+    b.v.chunk = 1;
+    batch_step(&b, done);
+    variant_params(&b, &params);
+    params.max_kv_len = 1200;
+    params.partial_bytes = 1 << 20; // bytes for longer sequences than the first step's
+    bytes = attn_plan_bytes(&b.d, &params);
+    mem = aligned(bytes, 0xff);
+    mem2 = aligned(bytes, 0xff);
+    CHECK_EQ(attn_plan_build(&b.d, &params, mem, bytes, &plan), ATTN_OK);
+    grown = params;
+    for (step = 0; step < 300 && ok && plan; step++) {
+        batch_step(&b, done);
+        ok &= CHECK_EQ(attn_plan_update(plan, &b.d, &rebuilt), ATTN_OK);
+        ok &= CHECK(rebuilt == 0 || rebuilt == 1);
+        if (rebuilt) n_rebuilt++;
+        else n_patched++;
+        check_plan(&b.d, plan);
+        fresh = NULL;
+        ok &= CHECK_EQ(attn_plan_build(&b.d, &grown, mem2, bytes, &fresh), ATTN_OK);
+        if (!ok) break;
+        ok &= CHECK(step_hash(&b, plan) == step_hash(&b, fresh));
+        if (!ok) printf("  seed %llu index %d step %d rebuilt %d\n", (unsigned long long)seed, index, step, rebuilt);
+        for (i = 0; i < N_FOCUS; i++) done[i]++;
+    }
+    CHECK(n_rebuilt > 0 && n_patched > 10 * n_rebuilt); // most steps cross no border
+    // a plan that was not updated is stale, and says so before it touches the output
+    if (plan) {
+        void *scratch = aligned(attn_cpu_scratch_bytes(&b.d, plan), 0);
+        void *partials = aligned(attn_plan_partial_bytes(plan), 0);
+        size_t n = (size_t)b.q_start[b.n] * (size_t)(w.n_heads * w.v_head_dim * attn_dtype_bits(w.o) / 8);
+        for (i = 0; i < N_FOCUS; i++) b.kv_len[i]--;
+        memset(b.d.o.data, 0x5a, n);
+        for (i = 0; i < plan->n_tasks; i++)
+            CHECK_EQ(attn_cpu_run(&b.d, plan, i, 1, partials, scratch), ATTN_ERR_STALE);
+        while (n > 0 && ((uint8_t *)b.d.o.data)[n - 1] == 0x5a) n--;
+        CHECK_EQ(n, 0);
+        free(scratch);
+        free(partials);
+    }
+    free(mem);
+    free(mem2);
+    batch_free(&b);
+}
+
+// ---- visits: a prefix shared by 32 rows is read once a step
+
+static void visits(void) {
+    enum { N = 32, PREFIX = 4096, PT = 16, OWN = 3 };
+    static int32_t table[N][(PREFIX + 512) / PT], q_start[N + 1], kv_len[N];
+    int32_t i, j, t, share, own, page = 0;
+    attn_desc d;
+    uint8_t dummy[64];
+    memset(&d, 0, sizeof d);
+    d.n_seq = N;
+    d.n_heads = 8;
+    d.n_kv_heads = 2;
+    d.head_dim = 64;
+    d.q_start = q_start;
+    d.q.data = d.o.data = d.kv.k.data = d.kv.v.data = dummy;
+    d.q.dtype = d.o.dtype = ATTN_F32;
+    d.kv.k.dtype = d.kv.v.dtype = ATTN_I8;
+    d.kv.page_tokens = PT;
+    d.kv.kv_len = kv_len;
+    d.kv.page_table = &table[0][0];
+    d.kv.page_table_stride = (PREFIX + 512) / PT;
+    for (j = 0; j < PREFIX / PT; j++, page++)
+        for (i = 0; i < N; i++) table[i][j] = page;
+    for (i = 0; i < N; i++) {
+        q_start[i + 1] = i + 1;
+        kv_len[i] = PREFIX + OWN + 7 * i; // some of the private parts cross a span
+        for (j = PREFIX / PT; j < (PREFIX + 512) / PT; j++) table[i][j] = page++;
+    }
+    d.kv.n_pages = page;
+    for (own = i = 0; i < N; i++) own += kv_len[i] - PREFIX;
+    for (share = 0; share < 3; share++) {
+        attn_plan_params params;
+        attn_plan *p = NULL;
+        size_t bytes;
+        void *mem;
+        int32_t reads[(PREFIX + 512) / ATTN_SPAN + 1][2];
+        attn_cpu_plan_params(&d, 2, &params);
+        params.share = share;
+        bytes = attn_plan_bytes(&d, &params);
+        mem = aligned(bytes, 0);
+        if (CHECK_EQ(attn_plan_build(&d, &params, mem, bytes, &p), ATTN_OK)) {
+            int64_t alone = 2 * ((int64_t)N * PREFIX + own);
+            check_plan(&d, p);
+            CHECK_EQ(p->kv_tokens_seen, alone);
+            CHECK_EQ(p->kv_tokens_read, share == 1 ? alone : 2 * ((int64_t)PREFIX + own));
+            CHECK(share == 1 ? p->n_shared == 0 : p->n_shared >= 1);
+            // counted again from the tasks: how often is each span of the prefix visited per head?
+            memset(reads, 0, sizeof reads);
+            for (t = 0; t < p->n_tasks; t++) {
+                const attn_segment *g = &p->segment[p->task[t].segment];
+                for (j = g->span0; j < g->span1; j++) reads[j][p->task[t].kv_head]++;
+            }
+            for (j = 0; j < PREFIX / ATTN_SPAN; j++) // 32 rows x 4 heads fit in one row tile
+                for (i = 0; i < 2; i++) CHECK_EQ(reads[j][i], share == 1 ? N : 1);
+        }
+        free(mem);
+    }
+}
+
+// ---- NaN, Inf, empty rows, huge scores: small problems by hand, f32 unless said
+
+typedef struct tiny {
+    attn_desc d;
+    int32_t q_start[4], kv_len[3], q_pos0[3], table[3 * 64];
+    float *q, *k, *v, *o, lse[256];
+} tiny;
+
+enum { T_HEADS = 2, T_DIM = 16, T_PAGES = 96, T_PT = 16 };
+
+// Three sequences of up to 1024 tokens; pages dealt in order, `common` first ones shared by 0 and 1.
+static void tiny_make(tiny *t, attn_dtype type, int32_t common) {
+    int32_t s, j, page = 0;
+    attn_desc *d = &t->d;
+    size_t rows = (size_t)T_PAGES * T_PT * T_DIM;
+    test_rng r = {5};
+    memset(t, 0, sizeof *t);
+    t->q = (float *)calloc(128 * T_HEADS * T_DIM, 4);
+    t->o = (float *)calloc(128 * T_HEADS * T_DIM, 4);
+    t->k = (float *)calloc(rows, 4);
+    t->v = (float *)calloc(rows, 4);
+    d->n_seq = 3;
+    d->n_heads = T_HEADS;
+    d->n_kv_heads = 1;
+    d->head_dim = T_DIM;
+    d->q_start = t->q_start;
+    d->q_pos0 = t->q_pos0;
+    d->q.data = t->q, d->o.data = t->o;
+    d->q.dtype = d->o.dtype = ATTN_F32;
+    d->lse = t->lse;
+    d->kv.kv_len = t->kv_len;
+    d->kv.page_table = t->table;
+    d->kv.page_table_stride = 64;
+    d->kv.page_tokens = T_PT;
+    d->kv.n_pages = T_PAGES;
+    d->kv.k.dtype = d->kv.v.dtype = type;
+    d->kv.k.data = aligned(attn_kv_page_bytes(d, 0) * T_PAGES, 0xff);
+    d->kv.v.data = aligned(attn_kv_page_bytes(d, 1) * T_PAGES, 0xff);
+    for (s = 0; s < 3; s++)
+        for (j = 0; j < 32; j++) t->table[64 * s + j] = s == 1 && j < common ? j : page++;
+    test_fill_normal(&r, t->k, rows, 1);
+    test_fill_normal(&r, t->v, rows, 1);
+    test_fill_normal(&r, t->q, 128 * T_HEADS * T_DIM, 2);
+}
+
+static void tiny_free(tiny *t) {
+    free(t->q), free(t->k), free(t->v), free(t->o), free(t->d.kv.k.data), free(t->d.kv.v.data);
+}
+
+// Row (page * T_PT + place) of k and v into its place, all that have a value.
+static void tiny_store(tiny *t) {
+    attn_tensor k, v;
+    int64_t slot[T_PAGES * T_PT];
+    int32_t i;
+    memset(&k, 0, sizeof k);
+    memset(&v, 0, sizeof v);
+    k.data = t->k, v.data = t->v;
+    k.dtype = v.dtype = ATTN_F32;
+    for (i = 0; i < T_PAGES * T_PT; i++) slot[i] = i;
+    CHECK_EQ(attn_cpu_store(&t->d, &k, &v, slot, 0, T_PAGES * T_PT), ATTN_OK);
+}
+
+static void tiny_run(tiny *t, int32_t share, int32_t workers) {
+    attn_plan_params params;
+    attn_plan *p = NULL;
+    test_rng r = {9};
+    size_t bytes;
+    void *mem;
+    attn_cpu_plan_params(&t->d, workers, &params);
+    params.share = share;
+    bytes = attn_plan_bytes(&t->d, &params);
+    mem = aligned(bytes, 0);
+    memset(t->o, 0xff, 128 * T_HEADS * T_DIM * 4);
+    memset(t->lse, 0xff, sizeof t->lse);
+    if (CHECK_EQ(attn_plan_build(&t->d, &params, mem, bytes, &p), ATTN_OK)) run_plan(&t->d, p, 1, &r);
+    free(mem);
+}
+
+static int any_nan(const float *x, int32_t n) {
+    while (n-- > 0)
+        if (attni_isnan(x[n])) return 1;
+    return 0;
+}
+
+static uint64_t tiny_hash(const tiny *t, int32_t token0, int32_t n) {
+    return problem_hash(t->o + token0 * T_HEADS * T_DIM, (size_t)(n * T_HEADS * T_DIM)) ^
+           problem_hash(t->lse + token0 * T_HEADS, (size_t)(n * T_HEADS)) * 3;
+}
+
+// Sequence 0 is short and sees position 250 through its window, 1 is long, holds the same pages and does
+// not. in_k: the poison lies in K, else in V.
+static void nan_across(attn_dtype type, attn_numerics numerics, int in_k, float bad, int32_t share, int sink) {
+    tiny t;
+    uint64_t clean0, clean1;
+    int32_t e;
+    tiny_make(&t, type, 20);
+    t.d.numerics = numerics;
+    t.d.n_seq = 2;
+    t.kv_len[0] = 320 - 7, t.kv_len[1] = 500;
+    t.q_start[1] = 1, t.q_start[2] = 4; // one decode row; three rows of the other
+    t.q_pos0[0] = 312, t.q_pos0[1] = 497;
+    t.d.mask.window_left = 101;
+    t.d.mask.n_sink = sink ? 4 : 0; // with sinks the spans in front are visited by both
+    tiny_store(&t);
+    tiny_run(&t, share, 1);
+    clean0 = tiny_hash(&t, 0, 1);
+    clean1 = tiny_hash(&t, 1, 3);
+    CHECK(!any_nan(t.o, 4 * T_HEADS * T_DIM));
+    for (e = 0; e < T_DIM; e += 3) (in_k ? t.k : t.v)[250 * T_DIM + e] = bad;
+    tiny_store(&t);
+    tiny_run(&t, share, 1);
+    CHECK(tiny_hash(&t, 0, 1) != clean0); // it was there to be seen
+    if (attni_isnan(bad)) CHECK(any_nan(t.o, T_HEADS * T_DIM));
+    if (!CHECK(tiny_hash(&t, 1, 3) == clean1))
+        printf("  NaN across: %s numerics %d in %s share %d sink %d %s\n", attn_dtype_name(type), (int)numerics,
+               in_k ? "K" : "V", share, sink, attn_cpu_executor(&t.d));
+    tiny_free(&t);
+}
+
+// NaN in K reaches only rows that see it, within one sequence as well.
+static void nan_k_rows(attn_dtype type, attn_numerics numerics) {
+    tiny t;
+    uint64_t clean[40];
+    int32_t i;
+    tiny_make(&t, type, 0);
+    t.d.numerics = numerics;
+    t.d.n_seq = 1;
+    t.kv_len[0] = 300;
+    t.q_start[1] = 40;
+    t.q_pos0[0] = 260;
+    t.d.mask.window_left = 21;
+    tiny_store(&t);
+    tiny_run(&t, 0, 1);
+    for (i = 0; i < 40; i++) clean[i] = tiny_hash(&t, i, 1);
+    t.k[265 * T_DIM + 3] = attni_float(0x7fc00000u);
+    tiny_store(&t);
+    tiny_run(&t, 0, 1);
+    for (i = 0; i < 40; i++) {
+        int sees = 260 + i >= 265 && 260 + i - 20 <= 265;
+        if (sees) CHECK(any_nan(t.o + i * T_HEADS * T_DIM, T_HEADS * T_DIM));
+        else CHECK(tiny_hash(&t, i, 1) == clean[i]);
+    }
+    tiny_free(&t);
+}
+
+// Rows that see nothing, first, middle and last, with and without a sink logit, split or not.
+static void empty_rows(attn_dtype o_type, attn_numerics numerics, int with_sink, int32_t workers) {
+    static const float sink[T_HEADS] = {1.25f, -7.5f};
+    static const int32_t block[5] = {0, 1, 2, 3, 17};
+    int64_t start[41];
+    tiny t;
+    int32_t i, h, e;
+    tiny_make(&t, ATTN_F32, 0);
+    tiny_store(&t);
+    t.d.numerics = numerics;
+    t.d.n_seq = 1;
+    t.d.o.dtype = o_type;
+    t.kv_len[0] = 300;
+    t.q_start[1] = 40;
+    t.q_pos0[0] = 260;
+    t.d.mask.blocks.row_block = 1;
+    t.d.mask.blocks.kv_block = 16;
+    t.d.mask.blocks.n_lists = 1;
+    t.d.mask.blocks.n_rows = 300;
+    t.d.mask.blocks.row_start = start;
+    t.d.mask.blocks.block = block;
+    t.d.mask.blocks.n_rows = 40;
+    { // list row 0 is position 260
+        int32_t row0 = -260;
+        t.d.mask.blocks.seq_row = &row0;
+        for (i = 0; i <= 40; i++) start[i] = i <= 1 ? 0 : i <= 20 ? 3 : i <= 23 ? 3 : i <= 39 ? 5 : 5;
+        // rows 1 and 23 see something, every other one nothing: 0, the middle ones and 39
+        if (with_sink) t.d.logits.sink = sink;
+        tiny_run(&t, 0, workers);
+    }
+    for (i = 0; i < 40; i++)
+        for (h = 0; h < T_HEADS; h++) {
+            int sees = i == 1 || i == 23, zero = 1;
+            float lse = t.lse[i * T_HEADS + h];
+            for (e = 0; e < T_DIM; e++)
+                zero &= attni_get(t.o, o_type, (i * T_HEADS + h) * T_DIM + e) == 0.0f;
+            CHECK(zero == !sees);
+            if (sees) CHECK(attni_finite(lse));
+            else CHECK(with_sink ? lse == sink[h] : lse == -HUGE_VALF);
+        }
+    tiny_free(&t);
+}
+
+// Scores of +-2.5e5, exact in f32: q = (5000, 0...), k = (+-200, ...) with scale 1/4.
+static void huge_scores(attn_numerics numerics) {
+    tiny t;
+    int32_t i, kind, e, h;
+    double ref[3 * T_HEADS * T_DIM], ref_lse[3 * T_HEADS];
+    for (kind = 0; kind < 3; kind++) { // all -2.5e5; all +2.5e5; one of each and small ones
+        tiny_make(&t, ATTN_F32, 0);
+        t.d.numerics = numerics;
+        t.d.n_seq = 1;
+        t.kv_len[0] = 290;
+        t.q_start[1] = 3;
+        t.q_pos0[0] = 287;
+        t.d.logits.scale = 0.25f;
+        memset(t.k, 0, (size_t)T_PAGES * T_PT * T_DIM * 4);
+        memset(t.q, 0, 3 * T_HEADS * T_DIM * 4);
+        for (i = 0; i < 3 * T_HEADS; i++) t.q[i * T_DIM] = 5000;
+        for (i = 0; i < 290; i++)
+            t.k[i * T_DIM] = kind == 0 ? -200.0f : kind == 1 ? 200.0f : i == 7 ? 200.0f : i % 2 ? -200.0f : 0.001f;
+        tiny_store(&t);
+        tiny_run(&t, 0, 1);
+        CHECK_EQ(attn_ref_forward(&t.d, ref, ref_lse), ATTN_OK);
+        for (i = 0; i < 3; i++)
+            for (h = 0; h < T_HEADS; h++) {
+                int32_t row = i * T_HEADS + h;
+                CHECK(fabs((double)t.lse[row] - ref_lse[row]) <= 0.02); // half an ulp of 2.5e5
+                for (e = 0; e < T_DIM; e++)
+                    CHECK(fabs((double)t.o[row * T_DIM + e] - ref[row * T_DIM + e]) <= 2e-6);
+                if (kind == 2) CHECK(t.o[row * T_DIM + 5] == t.v[7 * T_DIM + 5]);
+            }
+        tiny_free(&t);
+    }
+}
+
+// More queries than keys: q_pos0 says where they stand; the first ones see nothing.
+static void more_queries(attn_numerics numerics, int full) {
+    tiny t;
+    int32_t i;
+    double ref[9 * T_HEADS * T_DIM], ref_lse[9 * T_HEADS];
+    int32_t pos0 = 5;
+    tiny_make(&t, ATTN_F32, 0);
+    tiny_store(&t);
+    t.d.numerics = numerics;
+    t.d.n_seq = 1;
+    t.kv_len[0] = 3; // positions 5, 6, 7
+    t.d.kv.kv_pos0 = &pos0;
+    t.q_start[1] = 9; // positions 3 .. 11
+    t.q_pos0[0] = 3;
+    t.d.mask.kind = full ? ATTN_MASK_FULL : ATTN_MASK_CAUSAL;
+    tiny_run(&t, 0, 1);
+    CHECK_EQ(attn_ref_forward(&t.d, ref, ref_lse), ATTN_OK);
+    for (i = 0; i < 9 * T_HEADS * T_DIM; i++) CHECK(fabs((double)t.o[i] - ref[i]) <= 2e-6);
+    for (i = 0; i < 2 * T_HEADS && !full; i++) CHECK(t.lse[i] == -HUGE_VALF && t.o[i * T_DIM] == 0);
+    // causal rows from the last key on all see the same three keys, but their own Q differs
+    CHECK(t.lse[8 * T_HEADS] != t.lse[7 * T_HEADS]);
+    tiny_free(&t);
+}
+
+static void corners(void) {
+    static const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_F8E4M3, ATTN_F8E5M2, ATTN_I8, ATTN_I4};
+    int i, n, type, share, sink, k;
+    for (i = 0; i < n_isas; i++) {
+        CHECK_EQ(attn_cpu_set_isa((attn_cpu_isa)isas[i]), ATTN_OK);
+        for (n = 0; n < 3; n++) {
+            attn_numerics num = (attn_numerics)n;
+            for (type = 0; type < 7; type++) {
+                for (share = 0; share < 3; share++)
+                    for (sink = 0; sink < 2; sink++)
+                        for (k = 0; k < 2; k++) {
+                            nan_across(types[type], num, k, attni_float(0x7fc00000u), share, sink);
+                            nan_across(types[type], num, k, attni_float(0x7f800000u), share, sink);
+                        }
+                nan_k_rows(types[type], num);
+            }
+            for (k = 0; k < 4; k++) {
+                empty_rows(ATTN_F32, num, k & 1, k & 2 ? 7 : 1);
+                empty_rows(ATTN_BF16, num, k & 1, k & 2 ? 7 : 1);
+            }
+            huge_scores(num);
+            more_queries(num, 0);
+            more_queries(num, 1);
+        }
+    }
+}
+
 int main(int argc, char **argv) {
-    uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 56), i;
+    uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 28), i;
     int k;
     CHECK_EQ(attn_cpu_open(), ATTN_OK);
     for (k = ATTN_CPU_SCALAR; k < ATTN_CPU_ISA_COUNT; k++)
         if (attn_cpu_has((attn_cpu_isa)k)) isas[n_isas++] = k;
+    corners();
+    visits();
     for (i = 0; i < count; i++) one_world(seed, (int)i);
+    CHECK_EQ(attn_cpu_set_isa(ATTN_CPU_AUTO), ATTN_OK);
+    for (i = 0; i < 6; i++) decode_updates(seed, (int)i);
     return TEST_END();
 }
