@@ -1797,6 +1797,13 @@ static void attni_tile_positions(const attn_plan *p, const attn_segment *g, int3
     }
 }
 
+// Tokens that the sequence holds in the spans [span0, span1).
+static int64_t attni_tokens_in(const attn_plan_seq *q, int32_t span0, int32_t span1) {
+    int64_t lo = attni_max64((int64_t)span0 * ATTN_SPAN, q->kv_pos0);
+    int64_t hi = attni_min64((int64_t)span1 * ATTN_SPAN, (int64_t)q->kv_pos0 + q->kv_len);
+    return attni_max64(0, hi - lo);
+}
+
 static void attni_plan_tasks(attni_planner *b) {
     attn_plan *p = b->p;
     int32_t i, h, first, n, spans, tile = p->tile_tokens;
@@ -1811,8 +1818,7 @@ static void attni_plan_tasks(attni_planner *b) {
                 n = tile - q->q_pos0 % tile;
             attni_tile_positions(p, g, first, n, &p0, &p1);
             spans = attni_span_count(&b->d->mask, g->span0, g->span1, p0, p1);
-            tokens = attni_min64((int64_t)g->span1 * ATTN_SPAN, (int64_t)q->kv_pos0 + q->kv_len);
-            tokens = attni_min64((int64_t)spans * ATTN_SPAN, attni_max64(0, tokens - q->kv_pos0));
+            tokens = attni_min64((int64_t)spans * ATTN_SPAN, attni_tokens_in(q, g->span0, g->span1));
             for (h = 0; h < p->n_kv_heads; h++) {
                 attn_task *t = &p->task[p->n_tasks++];
                 t->segment = i;
@@ -1865,7 +1871,7 @@ static void attni_plan_chains(attn_plan *p) {
         if (q->q_len > 0)
             p->kv_tokens_seen += (int64_t)p->n_kv_heads * ((q->q_len + p->tile_tokens - 1) /
                                                            p->tile_tokens) *
-                                 attni_min64(q->kv_len, (int64_t)(q->span1 - q->span0) * ATTN_SPAN);
+                                 attni_tokens_in(q, q->span0, q->span1);
     }
     for (i = 0; i < p->n_segments; i++)
         for (s = 0; s < p->segment[i].n_seq; s++) {
