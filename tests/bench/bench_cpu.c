@@ -48,6 +48,7 @@ static const row rows[] = {
     {"prefill", SPEED, 128, 32, 8, 1, 512, 512, 0, F16, F32, 1, BENCH_FMA, .70, .76, 0, HM, 64, 0, 0, 0},
     {"prefill bf16", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_BF16, .72, .78, 1, HM, 64, 0, 0, 0},
     {"prefill bf16", SPEED, 64, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_BF16, .65, .70, 0, HM, 64, 0, 0, 0},
+    {"prefill bf16 by f32 FMA", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_FMA, 0, 0, 0, HM, 64, ATTN_CPU_AVX512, 0, 0},
     {"prefill AMX", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_AMX, .40, .55, 1, HM, 64,
      ATTN_CPU_AMX, 0, 0},
     {"prefill AMX", SPEED, 64, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_AMX, .40, .55, 0, HM, 64,
@@ -73,6 +74,7 @@ static const row rows[] = {
     {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 2, BENCH_READ, .80, .90, 1, HM, 64, 0, 0, 0},
     {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 2, BENCH_READ, .80, .90, 0, HM, 64, 0, 0, 0},
     {"decode", SPEED, 128, 32, 8, 1, 1, 16384, 0, F16, F32, 2, BENCH_READ, .80, .90, 0, HM, 64, 0, 0, 0},
+    {"decode bf16 by f32 FMA", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, BENCH_READ, .80, .90, 0, HM, 64, ATTN_CPU_AVX512, 0, 0},
     {"decode GQA 8", SPEED, 128, 64, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .65, .80, 1, HM, 64, 0, 0, 0},
     {"decode GQA 8", SPEED, 128, 64, 8, 1, 1, 4096, 0, BF16, BF16, 1, BENCH_READ, .65, .80, 0, HM, 64, 0, 0, 0},
     {"decode int8", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_I8, BF16, 1, BENCH_READ, .60, .75, 1, HM, 64, 0, 0, 0},
@@ -93,6 +95,7 @@ static const row rows[] = {
 
 #define DIE(...) (fprintf(stderr, "bench_cpu: " __VA_ARGS__), fputc('\n', stderr), exit(2))
 
+static double row_seconds = 1.6;
 static int opt_quick, opt_threads = 2, n_short, n_measured;
 static attn_cpu_isa best_isa;
 static int have[BENCH_N_CEILINGS];
@@ -373,39 +376,37 @@ typedef struct arm { // a ceiling or an execution
     double v[MAX_REPEATS], busy[MAX_REPEATS], median;
 } arm;
 
-// Repeats disturbed by other programs (a thread was off its core for more than 3 % of the time) are left
-// out if enough others remain. Returns 1 when they did.
+// Repeats in which a thread was off its core for more than 3 % of the time are left out if enough others
+// remain (returns 1). Else all count by the CPU time they took, which is close for short waits (0).
 static int arm_close(arm *a) {
     double good[MAX_REPEATS];
     int i, n = 0;
     for (i = 0; i < a->n; i++)
         if (a->busy[i] > 0.97) good[n++] = a->v[i];
-    if (n >= 3 || n == a->n) {
+    if (n >= 3) {
         a->median = bench_median(good, n);
         return 1;
     }
-    a->median = bench_median(a->v, a->n);
+    for (i = 0; i < a->n; i++) good[i] = a->e ? a->v[i] * a->busy[i] : a->v[i] / a->busy[i];
+    a->median = bench_median(good, a->n);
     return 0;
 }
 
-static int measure(arm *a, int n, double *seconds) { // returns 1 when undisturbed
-    double until = bench_now() + (opt_quick ? 0.4 : 1.6), hard = until + (opt_quick ? 0.6 : 2.4);
+static int measure(arm *a, int n, double seconds) { // returns 1 when undisturbed
+    double until = bench_now() + seconds, hard = until + 1.5 * seconds;
     int rep, i, good = 0, least = opt_quick ? 3 : 5, ok = 1;
     for (rep = 0; rep < MAX_REPEATS; rep++) {
         int fine = 1;
         double now = bench_now();
-        if (now > hard || (now > until && good >= least)) {
-            if (rep >= 3) break;
-        }
+        if (rep >= 3 && (now > hard || (now > until && good >= least))) break;
         for (i = 0; i < n; i++) {
             double *busy = &a[i].busy[a[i].n];
-            a[i].v[a[i].n] = a[i].e ? exec_once(a[i].e, busy) : bench_probe_rate(a[i].probe, a[i].threads, busy);
-            fine &= a[i].busy[a[i].n++] > 0.97;
+            a[i].v[a[i].n++] = a[i].e ? exec_once(a[i].e, busy) : bench_probe_rate(a[i].probe, a[i].threads, busy);
+            fine &= *busy > 0.97;
         }
         good += fine;
     }
     for (i = 0; i < n; i++) ok &= arm_close(&a[i]);
-    *seconds += 0;
     return ok;
 }
 
@@ -442,11 +443,12 @@ static void line(const row *r, const exec *e, double ms, const char *rate, doubl
 }
 
 static int judge(double value, double target, double excellent, int lower) {
+    if (target == 0) return 0;
     if (lower) return value <= excellent ? 3 : value <= target ? 2 : 1;
     return value >= excellent ? 3 : value >= target ? 2 : 1;
 }
 
-static void row_speed(const row *r, data *x, exec *e, double *sec) {
+static void row_speed(const row *r, data *x, exec *e) {
     static arm a[2];
     char rate[32], value[16], target[16], excellent[16];
     int ok, is_read = r->ceiling == BENCH_READ;
@@ -455,7 +457,7 @@ static void row_speed(const row *r, data *x, exec *e, double *sec) {
     a[0].probe = &probes[r->ceiling];
     a[0].threads = e->threads;
     a[1].e = e;
-    ok = measure(a, 2, sec);
+    ok = measure(a, 2, row_seconds);
     g = (is_read ? x->kv_bytes : x->flops) / a[1].median * 1e-6;
     part = g / a[0].median;
     snprintf(rate, sizeof rate, "%.1f %s", g, is_read ? "GB/s" : "GFLOP/s");
@@ -469,10 +471,11 @@ static void row_speed(const row *r, data *x, exec *e, double *sec) {
     }
     snprintf(target, sizeof target, "%.0f %%", 100 * r->target);
     snprintf(excellent, sizeof excellent, "%.0f %%", 100 * r->excellent);
+    if (r->target == 0) strcpy(target, "-"), strcpy(excellent, "-");
     line(r, e, a[1].median, rate, a[0].median, value, target, excellent, judge(part, r->target, r->excellent, 0), ok);
 }
 
-static void row_scaling(const row *r, data *x, exec *e, double *sec) {
+static void row_scaling(const row *r, data *x, exec *e) {
     static arm a[4];
     static exec one;
     char rate[32], value[16], target[16], excellent[16];
@@ -485,8 +488,9 @@ static void row_scaling(const row *r, data *x, exec *e, double *sec) {
     a[2].probe = a[3].probe = &probes[r->ceiling];
     a[2].threads = 1;
     a[3].threads = e->threads;
-    ok = measure(a, 4, sec);
-    ratio = a[0].median / a[1].median * 2 / e->threads;
+    ok = measure(a, 4, row_seconds);
+    ratio = 2 * a[0].median / a[1].median / (a[3].median / a[2].median); // cores that share a clock budget
+                                                                         // scale by less than their number
     snprintf(rate, sizeof rate, "ceiling %.2fx", a[3].median / a[2].median);
     snprintf(value, sizeof value, "%.2fx", a[0].median / a[1].median);
     snprintf(target, sizeof target, "%.2fx", r->target * e->threads / 2);
@@ -518,7 +522,7 @@ static double make_blocks(const row *r, attn_desc *d, int64_t **start, int32_t *
     return kept / (0.5 * n * n);
 }
 
-static void row_blocks(const row *r, data *x, exec *dense, double *sec) {
+static void row_blocks(const row *r, data *x, exec *dense) {
     static arm a[3];
     static exec e;
     attn_desc d = x->d;
@@ -534,7 +538,7 @@ static void row_blocks(const row *r, data *x, exec *dense, double *sec) {
         a[0].threads = 1;
         a[1].e = dense;
         a[2].e = &e;
-        ok = measure(a, 3, sec);
+        ok = measure(a, 3, row_seconds);
         over = a[2].median / (a[1].median * share);
         snprintf(rate, sizeof rate, "%.1f GFLOP/s", x->flops * share / a[2].median * 1e-6);
         snprintf(value, sizeof value, "%.2fx", over);
@@ -547,7 +551,7 @@ static void row_blocks(const row *r, data *x, exec *dense, double *sec) {
     free(ids);
 }
 
-static void row_plan(const row *r, data *x, exec *e, double *sec) {
+static void row_plan(const row *r, data *x, exec *e) {
     static arm a[1];
     double build[MAX_REPEATS], patch[MAX_REPEATS], again[MAX_REPEATS], t;
     attn_plan_params p = e->plan->params;
@@ -557,7 +561,7 @@ static void row_plan(const row *r, data *x, exec *e, double *sec) {
     int i, s, rebuilt, n = opt_quick ? 5 : 25, n_patch = 0, n_again = 0, ok;
     memset(a, 0, sizeof a);
     a[0].e = e;
-    ok = measure(a, 1, sec);
+    ok = measure(a, 1, row_seconds);
     for (i = 0; i < n; i++) {
         t = bench_now();
         if (attn_plan_build(&e->d, &p, mem, bytes, &plan) != ATTN_OK) DIE("plan build failed");
@@ -592,7 +596,6 @@ static void row_plan(const row *r, data *x, exec *e, double *sec) {
 static void run_row(const row *r) {
     static data x;
     static exec e;
-    double sec = 0;
     int threads = r->threads > 1 ? opt_threads : 1;
     if (r->ceiling != BENCH_NONE && !have[r->ceiling]) return;
     if (r->isa != ATTN_CPU_AUTO && !attn_cpu_has(r->isa)) return;
@@ -600,10 +603,10 @@ static void run_row(const row *r) {
     data_make(&x, r);
     exec_make(&e, &x, &x.d, threads);
     if (check(&e)) {
-        if (r->kind == SPEED || r->kind == LATENCY) row_speed(r, &x, &e, &sec);
-        if (r->kind == SCALING) row_scaling(r, &x, &e, &sec);
-        if (r->kind == BLOCKS) row_blocks(r, &x, &e, &sec);
-        if (r->kind == PLAN) row_plan(r, &x, &e, &sec);
+        if (r->kind == SPEED || r->kind == LATENCY) row_speed(r, &x, &e);
+        if (r->kind == SCALING) row_scaling(r, &x, &e);
+        if (r->kind == BLOCKS) row_blocks(r, &x, &e);
+        if (r->kind == PLAN) row_plan(r, &x, &e);
     }
     exec_free(&e);
     data_free(&x);
@@ -633,24 +636,29 @@ static void probe_setup(void) {
 
 static void ceilings(void) {
     static const size_t ahead[] = {0, 1024, 4096};
-    double v[2][9], best = 0;
-    int k = 0, t, i, reps = opt_quick ? 3 : 9;
-    for (i = 0; i < 3; i++) { // reading: the best prefetch distance is the ceiling
-        double rate[5];
-        probes[BENCH_READ].ahead = ahead[i];
-        for (t = 0; t < 5; t++) rate[t] = bench_probe_rate(&probes[BENCH_READ], 1, NULL);
-        v[0][0] = bench_median(rate, 5);
-        if (v[0][0] > best) best = v[0][0], k = i;
+    static arm a[3];
+    double best = 0;
+    int k, t, ok;
+    memset(a, 0, sizeof a);
+    for (k = 0; k < 3; k++) { // reading: the best prefetch distance is the ceiling
+        double v = 0, rate[7];
+        probes[BENCH_READ].ahead = ahead[k];
+        for (t = 0; t < 7; t++) {
+            rate[t] = bench_probe_rate(&probes[BENCH_READ], 1, &v);
+            rate[t] /= v;
+        }
+        v = bench_median(rate, 7);
+        if (v > best) best = v, a[0].n = k;
     }
-    probes[BENCH_READ].ahead = ahead[k];
-    printf("%-22s %12s %12s %8s\n", "ceiling", "1 thread", "", "ratio");
+    probes[BENCH_READ].ahead = ahead[a[0].n];
+    printf("%-22s %12s %10s %2d %8s\n", "ceiling", "1 thread", "threads:", opt_threads, "ratio");
     for (k = 1; k < BENCH_N_CEILINGS; k++) {
         if (!have[k]) continue;
-        for (i = 0; i < reps; i++)
-            for (t = 0; t < 2; t++) v[t][i] = bench_probe_rate(&probes[k], t ? opt_threads : 1, NULL);
-        for (t = 0; t < 2; t++) v[t][0] = bench_median(v[t], reps);
-        printf("%-22s %12.1f %12.1f %8.2f  %s\n", bench_ceiling_names[k], v[0][0], v[1][0], v[1][0] / v[0][0],
-               k == BENCH_READ ? "GB/s" : "GFLOP/s");
+        memset(a, 0, sizeof a);
+        for (t = 0; t < 2; t++) a[t].probe = &probes[k], a[t].threads = t ? opt_threads : 1;
+        ok = measure(a, 2, 0.3 * row_seconds);
+        printf("%-22s %12.1f %13.1f %8.2f  %s%s\n", bench_ceiling_names[k], a[0].median, a[1].median,
+               a[1].median / a[0].median, k == BENCH_READ ? "GB/s" : "GFLOP/s", ok ? "" : " ~");
     }
 }
 
@@ -679,7 +687,7 @@ int main(int argc, char **argv) {
     int i, cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
     size_t ram = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), j;
     for (i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--quick")) opt_quick = 1;
+        if (!strcmp(argv[i], "--quick")) opt_quick = 1, row_seconds = 0.4;
         else if (!strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
         else if (!strcmp(argv[i], "--threads") && i + 1 < argc) opt_threads = atoi(argv[++i]);
         else DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N]");
@@ -706,7 +714,7 @@ int main(int argc, char **argv) {
         if ((only && !strstr(label, only)) || (opt_quick && !rows[j].quick && !only)) continue;
         run_row(&rows[j]);
     }
-    printf("\n%d rows, %d short of the target, %.0f s.  ~ other programs took the cores during the row\n", n_measured,
+    printf("\n%d rows, %d short of the target, %.0f s.  ~ other programs took the cores: CPU time counts\n", n_measured,
            n_short, bench_now() - t0);
     return 0;
 }
