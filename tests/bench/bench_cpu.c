@@ -1,6 +1,6 @@
 /* bench_cpu.c - attn_cpu.h against the ceilings of the machine it runs on, in one table.
    cc -O2 -std=gnu11 -I. -Itests tests/bench/bench_cpu.c -o bench_cpu -lm -lpthread
-   bench_cpu [--quick] [--only SUBSTRING] [--threads N]
+   bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds PER-ROW]
 
    Every row interleaves its repeats with samples of its ceiling and compares medians, so neighbours on
    the machine disturb both alike. Inputs are random normal; KV is paged (64 tokens, shuffled pages,
@@ -434,6 +434,7 @@ static void line(const row *r, const exec *e, double ms, const char *rate, doubl
     shape_text(r, shape, sizeof shape);
     snprintf(types, sizeof types, "%s, %s", attn_dtype_name(r->kv_type), attn_dtype_name(r->qo_type));
     if (ceiling > 0) snprintf(ceil_text, sizeof ceil_text, "%.1f", ceiling);
+    if (!ok && e->threads > 1) verdict = 0; // two threads on one core say nothing
     attn_cpu_set_isa(e->isa);
     printf("%-27s %-22s %-12s %3d %9.3f %13s %9s %7s %7s %7s  %-9s%s %s\n", r->regime, shape, types, e->threads, ms,
            rate, ceil_text, value, target, excellent, verdicts[verdict], ok ? " " : "~", attn_cpu_executor(&e->d));
@@ -690,7 +691,8 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--quick")) opt_quick = 1, row_seconds = 0.4;
         else if (!strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
         else if (!strcmp(argv[i], "--threads") && i + 1 < argc) opt_threads = atoi(argv[++i]);
-        else DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N]");
+        else if (!strcmp(argv[i], "--seconds") && i + 1 < argc) row_seconds = atof(argv[++i]); // for perf
+        else DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds S]");
     }
     if (opt_threads < 1 || opt_threads > BENCH_MAX_THREADS) DIE("--threads: 1 to %d", BENCH_MAX_THREADS);
     if (opt_threads > cores) opt_threads = cores;
