@@ -114,7 +114,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 //
 // ATTNI_I(f): vocabulary function f of this pass's ISA. ATTNI_K(f): the kernel's own name.
 // ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors). ATTNI_DIRECT16: has kernels that read
-// f16 and bf16 rows and tiles without converting them first.
+// f16 rows and tiles without converting them first.
 
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
@@ -356,7 +356,6 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 ATTNI_QK(qk_f32, ATTN_F32, 1)
 #if ATTNI_DIRECT16 && !ATTNI_PORTABLE
 ATTNI_QK(qk_f16, ATTN_F16, 2)
-ATTNI_QK(qk_bf16, ATTN_BF16, 2)
 #endif
 
 // Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of columns
@@ -407,7 +406,6 @@ ATTNI_QK(qk_bf16, ATTN_BF16, 2)
 ATTNI_PV(pv_f32, ATTN_F32, 4)
 #if ATTNI_DIRECT16 && !ATTNI_PORTABLE
 ATTNI_PV(pv_f16, ATTN_F16, 2)
-ATTNI_PV(pv_bf16, ATTN_BF16, 2)
 #endif
 
 // exp(x) for x <= 0; below 2^-100: 0; NaN stays NaN. 2^f on [-1/2, 1/2] by a degree-6 polynomial
@@ -552,8 +550,8 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
 
 static const attni_math ATTNI_K(math) = {
 #if ATTNI_DIRECT16 && !ATTNI_PORTABLE
-    {0, ATTNI_K(qk_f32), ATTNI_K(qk_f16), ATTNI_K(qk_bf16)},
-    {0, ATTNI_K(pv_f32), ATTNI_K(pv_f16), ATTNI_K(pv_bf16)},
+    {0, ATTNI_K(qk_f32), ATTNI_K(qk_f16), 0},
+    {0, ATTNI_K(pv_f32), ATTNI_K(pv_f16), 0},
 #else
     {0, ATTNI_K(qk_f32), 0, 0},
     {0, ATTNI_K(pv_f32), 0, 0},
@@ -777,7 +775,7 @@ typedef struct attni_moves {
 } attni_moves;
 
 typedef struct attni_math {
-    attni_qk_fn qk[4]; // by dtype: F32, F16, BF16
+    attni_qk_fn qk[4]; // by dtype: F32, and F16 or NULL: convert first
     attni_pv_fn pv[4];
     // scores -> weights in place; returns the row's maximum (-inf: nothing seen), *l the sum
     float (*soft)(const attni_soft *a, float *s, const uint64_t bits[4], float *l);
