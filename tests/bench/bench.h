@@ -1,6 +1,6 @@
-/* bench.h - what every CPU benchmark needs: clocks, medians, threads that start together, memory that
-   caches cannot hold, and the machine's ceilings. Include it once per program, before any other header
-   (or with _GNU_SOURCE defined). */
+/* bench.h - what every CPU benchmark needs: clocks, medians, threads that start together, memory
+   that caches cannot hold, and the machine's ceilings. Include it once per program, before any
+   other header (or with _GNU_SOURCE defined). */
 #ifndef BENCH_H
 #define BENCH_H
 
@@ -31,7 +31,9 @@ BENCH_FN double bench_clock(clockid_t id) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-BENCH_FN double bench_now(void) { return bench_clock(CLOCK_MONOTONIC); }
+BENCH_FN double bench_now(void) {
+    return bench_clock(CLOCK_MONOTONIC);
+}
 
 static int bench_order(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -100,7 +102,8 @@ static void *bench_member_main(void *p) {
 
 // Seconds from the common start to the last thread's end. *busy: CPU time over threads x wall time;
 // threads never sleep here, so less than 1 means that other programs took the cores.
-BENCH_FN double bench_together(int n, void (*fn)(bench_team *, int, void *), void *arg, double *busy) {
+BENCH_FN double bench_together(int n, void (*fn)(bench_team *, int, void *), void *arg,
+                               double *busy) {
     bench_team t;
     bench_member m[BENCH_MAX_THREADS];
     pthread_t id[BENCH_MAX_THREADS];
@@ -134,7 +137,13 @@ BENCH_FN double bench_together(int n, void (*fn)(bench_team *, int, void *), voi
 // ---- ceilings: loops of independent chains, as many operations as the ports take
 
 enum bench_ceiling { // GFLOP/s, but READ in GB/s
-    BENCH_NONE, BENCH_FMA, BENCH_YMM, BENCH_BF16, BENCH_AMX, BENCH_READ, BENCH_N_CEILINGS
+    BENCH_NONE,
+    BENCH_FMA,
+    BENCH_YMM,
+    BENCH_BF16,
+    BENCH_AMX,
+    BENCH_READ,
+    BENCH_N_CEILINGS
 };
 static const char *const bench_ceiling_names[BENCH_N_CEILINGS] = {
     "-", "f32 FMA", "f32 FMA, 256 bits", "bf16 dot", "AMX bf16", "streaming read"};
@@ -186,7 +195,9 @@ __attribute__((noinline, target("avx2,fma"))) static double bench_fma256(long n)
 #define BENCH_ADD(i) a0 = _mm256_add_ps(a0, a##i);
 #define BENCH_STEP(i) __asm__ volatile("vfmadd213ps %2, %1, %0" : "+x"(a##i) : "x"(x), "x"(y));
     BENCH_12(BENCH_DECL)
-    for (k = 0; k < n; k++) { BENCH_12(BENCH_STEP) }
+    for (k = 0; k < n; k++) {
+        BENCH_12(BENCH_STEP)
+    }
     BENCH_12(BENCH_ADD)
 #undef BENCH_DECL
 #undef BENCH_ADD
@@ -209,8 +220,9 @@ __attribute__((noinline)) static double bench_amx(long n) {
     }
     __asm__ volatile("ldtilecfg %0" ::"m"(cfg));
     __asm__ volatile("tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3\n\t"
-                     "tileloadd (%0,%1,1), %%tmm4\n\ttileloadd (%0,%1,1), %%tmm5"
-                     ::"r"(zero), "r"((long)64) : "memory");
+                     "tileloadd (%0,%1,1), %%tmm4\n\ttileloadd (%0,%1,1), %%tmm5" ::"r"(zero),
+                     "r"((long)64)
+                     : "memory");
     for (k = 0; k < n; k++)
         __asm__ volatile("tdpbf16ps %tmm5, %tmm4, %tmm0\n\ttdpbf16ps %tmm5, %tmm4, %tmm1\n\t"
                          "tdpbf16ps %tmm5, %tmm4, %tmm2\n\ttdpbf16ps %tmm5, %tmm4, %tmm3");
@@ -225,12 +237,16 @@ __attribute__((noinline)) static double bench_generic(long n) {
     bench_v4 x = {0.999f, 0.998f, 0.997f, 0.996f}, y = {1e-3f, 2e-3f, 3e-3f, 4e-3f};
     long k;
 #define BENCH_DECL(i) bench_v4 a##i = {0, 0, 0, 0};
-#define BENCH_STEP(i) a##i = a##i * x + y; __asm__ volatile("" : BENCH_REG(a##i));
+#define BENCH_STEP(i)                                                                              \
+    a##i = a##i * x + y;                                                                           \
+    __asm__ volatile("" : BENCH_REG(a##i));
 #define BENCH_ADD(i) a0 += a##i;
 #ifdef __aarch64__
 #define BENCH_REG(a) "+w"(a)
     BENCH_24(BENCH_DECL)
-    for (k = 0; k < n; k++) { BENCH_24(BENCH_STEP) }
+    for (k = 0; k < n; k++) {
+        BENCH_24(BENCH_STEP)
+    }
     BENCH_24(BENCH_ADD)
     bench_sink = a0[0];
     return (double)n * 24 * 4 * 2;
@@ -241,7 +257,9 @@ __attribute__((noinline)) static double bench_generic(long n) {
 #define BENCH_REG(a) "+m"(a)
 #endif
     BENCH_12(BENCH_DECL)
-    for (k = 0; k < n; k++) { BENCH_12(BENCH_STEP) }
+    for (k = 0; k < n; k++) {
+        BENCH_12(BENCH_STEP)
+    }
     BENCH_12(BENCH_ADD)
     bench_sink = a0[0];
     return (double)n * 12 * 4 * 2;
@@ -308,12 +326,20 @@ static void bench_probe_run(bench_team *t, int thread, void *arg) {
         }
         ops = __builtin_cpu_supports("fma") ? bench_fma256(p->n) : bench_generic(p->n);
         break;
-    case BENCH_YMM: ops = bench_fma256(p->n); break;
-    case BENCH_BF16: ops = bench_bf16(p->n); break;
-    case BENCH_AMX: ops = bench_amx(p->n); break;
+    case BENCH_YMM:
+        ops = bench_fma256(p->n);
+        break;
+    case BENCH_BF16:
+        ops = bench_bf16(p->n);
+        break;
+    case BENCH_AMX:
+        ops = bench_amx(p->n);
+        break;
     case BENCH_READ:
-        if (p->wide) bench_read512(at, part, p->ahead);
-        else bench_read_generic(at, part, p->ahead);
+        if (p->wide)
+            bench_read512(at, part, p->ahead);
+        else
+            bench_read_generic(at, part, p->ahead);
         ops = (double)part;
         break;
 #else
@@ -321,7 +347,9 @@ static void bench_probe_run(bench_team *t, int thread, void *arg) {
         bench_read_generic(at, part, p->ahead);
         ops = (double)part;
         break;
-    default: ops = bench_generic(p->n); break;
+    default:
+        ops = bench_generic(p->n);
+        break;
 #endif
     }
     p->ops[thread] = ops;

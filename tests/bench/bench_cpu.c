@@ -2,12 +2,13 @@
    cc -O2 -std=gnu11 -I. -Itests tests/bench/bench_cpu.c -o bench_cpu -lm -lpthread
    bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds PER-ROW]
 
-   Every row interleaves its repeats with samples of its ceiling and compares medians, so neighbours on
-   the machine disturb both alike. Inputs are random normal; KV is paged (64 tokens, shuffled pages,
-   head-major unless the row says otherwise), and decode walks through copies that together exceed the
-   last cache. The first output of a row is checked against attn_ref_forward on sampled tokens: a wrong
-   result is never timed. Plans are made once, as for the layers of a model; merging counts.
-   Targets are those of the project's performance notes; a fraction of the ceiling, else as printed. */
+   Every row interleaves its repeats with samples of its ceiling and compares medians, so neighbours
+   on the machine disturb both alike. Inputs are random normal; KV is paged (64 tokens, shuffled
+   pages, head-major unless the row says otherwise), and decode walks through copies that together
+   exceed the last cache. The first output of a row is checked against attn_ref_forward on sampled
+   tokens: a wrong result is never timed. Plans are made once, as for the layers of a model; merging
+   counts. Targets are those of the project's performance notes; a fraction of the ceiling, else as
+   printed. */
 #define ATTN_IMPLEMENTATION
 #define ATTN_STATIC
 #include "bench.h"
@@ -21,77 +22,106 @@ typedef struct row {
     const char *regime;
     enum kind kind;
     int dim, heads, kv_heads;
-    int n_seq, n_q, kv, prefix; // per sequence: queries, KV tokens, the first `prefix` of them shared
+    int n_seq, n_q, kv,
+        prefix; // per sequence: queries, KV tokens, the first `prefix` of them shared
     attn_dtype kv_type, qo_type;
-    int threads;                // 1, or 2: as many as --threads says
+    int threads; // 1, or 2: as many as --threads says
     int ceiling;
-    double target, excellent;   // fraction; ms; ratio
-    int quick;                  // also under --quick
+    double target, excellent; // fraction; ms; ratio
+    int quick;                // also under --quick
     attn_layout layout;
-    int page;                   // 0: contiguous
-    attn_cpu_isa isa;           // AUTO: the best without AMX
+    int page;         // 0: contiguous
+    attn_cpu_isa isa; // AUTO: the best without AMX
     attn_numerics numerics;
-    int density;                // BLOCKS: % of blocks kept
+    int density; // BLOCKS: % of blocks kept
 } row;
 
 #define HM ATTN_HEAD_MAJOR
 #define F32 ATTN_F32
 #define F16 ATTN_F16
 #define BF16 ATTN_BF16
+// clang-format off
+#define PAGED HM, 64, ATTN_CPU_AUTO, ATTN_NUMERICS_FAST, 0
+enum { C_NONE = BENCH_NONE, C_FMA = BENCH_FMA, C_YMM = BENCH_YMM, C_BF16 = BENCH_BF16,
+       C_AMX = BENCH_AMX, C_READ = BENCH_READ };
 static const row rows[] = {
-    // regime, kind, D, heads, n_seq, n_q, kv, prefix, KV, QO, threads, ceiling, target, excellent, quick
-    {"prefill", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F32, F32, 1, BENCH_FMA, .80, .85, 1, HM, 64, 0, 0, 0},
-    {"prefill", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F16, F32, 1, BENCH_FMA, .80, .85, 1, HM, 64, 0, 0, 0},
-    {"prefill", SPEED, 64, 32, 8, 1, 2048, 2048, 0, F32, F32, 1, BENCH_FMA, .75, .80, 0, HM, 64, 0, 0, 0},
-    {"prefill", SPEED, 64, 32, 8, 1, 2048, 2048, 0, F16, F32, 1, BENCH_FMA, .75, .80, 0, HM, 64, 0, 0, 0},
-    {"prefill", SPEED, 128, 32, 8, 1, 512, 512, 0, F32, F32, 1, BENCH_FMA, .70, .76, 0, HM, 64, 0, 0, 0},
-    {"prefill", SPEED, 128, 32, 8, 1, 512, 512, 0, F16, F32, 1, BENCH_FMA, .70, .76, 0, HM, 64, 0, 0, 0},
-    {"prefill bf16", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_BF16, .72, .78, 1, HM, 64, 0, 0, 0},
-    {"prefill bf16", SPEED, 64, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_BF16, .65, .70, 0, HM, 64, 0, 0, 0},
-    {"prefill bf16 by f32 FMA", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_FMA, 0, 0, 0, HM, 64, ATTN_CPU_AVX512, 0, 0},
-    {"prefill AMX", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_AMX, .40, .55, 1, HM, 64,
-     ATTN_CPU_AMX, 0, 0},
-    {"prefill AMX", SPEED, 64, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, BENCH_AMX, .40, .55, 0, HM, 64,
-     ATTN_CPU_AMX, 0, 0},
-    {"prefill int8", SPEED, 128, 32, 8, 1, 2048, 2048, 0, ATTN_I8, BF16, 1, BENCH_FMA, 1.0, 1.3, 1, HM, 64, 0, 0, 0},
-    {"prefill int8 approx", SPEED, 128, 32, 8, 1, 2048, 2048, 0, ATTN_I8, BF16, 1, BENCH_FMA, 1.0, 1.3, 0, HM, 64, 0,
-     ATTN_NUMERICS_APPROX, 0},
-    {"prefill AVX2", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F32, F32, 1, BENCH_YMM, .78, .83, 1, HM, 64, ATTN_CPU_AVX2, 0, 0},
-    {"prefill AVX2", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F16, F32, 1, BENCH_YMM, .78, .83, 0, HM, 64, ATTN_CPU_AVX2, 0, 0},
-    {"prefill 1 -> N cores", SCALING, 128, 32, 8, 1, 2048, 2048, 0, F32, F32, 2, BENCH_FMA, 1.9, 1.97, 1, HM, 64, 0, 0, 0},
-    {"prefill 1 -> N cores", SCALING, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 2, BENCH_BF16, 1.9, 1.97, 0, HM, 64, 0, 0, 0},
-    {"few queries", LATENCY, 128, 32, 8, 1, 8, 4096, 0, F16, F32, 1, BENCH_FMA, 4, 3, 1, HM, 64, 0, 0, 0},
-    {"few queries", LATENCY, 128, 32, 8, 1, 8, 4096, 0, BF16, BF16, 1, BENCH_BF16, 4, 2, 1, HM, 64, 0, 0, 0},
-    {"shared prefix, M 128", SPEED, 128, 32, 8, 32, 1, 2112, 2048, F16, F32, 1, BENCH_FMA, .65, .78, 1, HM, 64, 0, 0, 0},
-    {"shared prefix, M 128", SPEED, 128, 32, 8, 32, 1, 2112, 2048, BF16, BF16, 1, BENCH_FMA, .65, .78, 0, HM, 64, 0, 0, 0},
-    {"shared prefix, M 32", SPEED, 128, 16, 16, 32, 1, 2112, 2048, F16, F32, 1, BENCH_FMA, .65, .78, 0, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .80, .90, 1, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, BENCH_READ, .80, .90, 1, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 128, 32, 8, 1, 1, 16384, 0, F16, F32, 1, BENCH_READ, .80, .90, 0, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 128, 32, 8, 1, 1, 16384, 0, BF16, BF16, 1, BENCH_READ, .80, .90, 0, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 64, 32, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .88, .95, 0, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 64, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, BENCH_READ, .88, .95, 0, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 2, BENCH_READ, .80, .90, 1, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 2, BENCH_READ, .80, .90, 0, HM, 64, 0, 0, 0},
-    {"decode", SPEED, 128, 32, 8, 1, 1, 16384, 0, F16, F32, 2, BENCH_READ, .80, .90, 0, HM, 64, 0, 0, 0},
-    {"decode bf16 by f32 FMA", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, BENCH_READ, .80, .90, 0, HM, 64, ATTN_CPU_AVX512, 0, 0},
-    {"decode GQA 8", SPEED, 128, 64, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .65, .80, 1, HM, 64, 0, 0, 0},
-    {"decode GQA 8", SPEED, 128, 64, 8, 1, 1, 4096, 0, BF16, BF16, 1, BENCH_READ, .65, .80, 0, HM, 64, 0, 0, 0},
-    {"decode int8", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_I8, BF16, 1, BENCH_READ, .60, .75, 1, HM, 64, 0, 0, 0},
-    {"decode fp8", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_F8E4M3, BF16, 1, BENCH_READ, .60, .75, 1, HM, 64, 0, 0, 0},
-    {"decode int4", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_I4, BF16, 1, BENCH_READ, .60, .75, 1, HM, 64, 0, 0, 0},
-    {"decode token-major", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .80, .90, 1, ATTN_TOKEN_MAJOR, 64, 0, 0, 0},
-    {"decode K16", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .80, .90, 1, ATTN_K16, 64, 0, 0, 0},
-    {"decode K16", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, BENCH_READ, .80, .90, 0, ATTN_K16, 64, 0, 0, 0},
-    {"decode K16 int8", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_I8, BF16, 1, BENCH_READ, .60, .75, 0, ATTN_K16, 64, 0, 0, 0},
-    {"decode page 16", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .80, .90, 0, HM, 16, 0, 0, 0},
-    {"decode contiguous", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .80, .90, 0, HM, 0, 0, 0, 0},
-    {"decode contig. token-major", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, BENCH_READ, .80, .90, 0, ATTN_TOKEN_MAJOR, 0, 0, 0, 0},
-    {"block list 10 %", BLOCKS, 128, 8, 2, 1, 4096, 4096, 0, F16, F32, 1, BENCH_FMA, 1.15, 1.08, 1, HM, 64, 0, 0, 10},
-    {"block list 25 %", BLOCKS, 128, 8, 2, 1, 4096, 4096, 0, F16, F32, 1, BENCH_FMA, 1.15, 1.08, 0, HM, 64, 0, 0, 25},
-    {"block list 50 %", BLOCKS, 128, 8, 2, 1, 4096, 4096, 0, F16, F32, 1, BENCH_FMA, 1.15, 1.08, 0, HM, 64, 0, 0, 50},
-    {"plan, batch 64", PLAN, 128, 32, 8, 64, 1, 1000, 0, F16, F32, 1, BENCH_NONE, 0, 0, 1, HM, 64, 0, 0, 0},
+    // regime, kind, D, heads, kv_heads, n_seq, n_q, kv, prefix, KV, QO, threads, ceiling,
+    // target, excellent, quick, layout, page, isa, numerics, density
+    {"prefill", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F32, F32, 1, C_FMA, .80, .85, 1, PAGED},
+    {"prefill", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F16, F32, 1, C_FMA, .80, .85, 1, PAGED},
+    {"prefill", SPEED, 64, 32, 8, 1, 2048, 2048, 0, F32, F32, 1, C_FMA, .75, .80, 0, PAGED},
+    {"prefill", SPEED, 64, 32, 8, 1, 2048, 2048, 0, F16, F32, 1, C_FMA, .75, .80, 0, PAGED},
+    {"prefill", SPEED, 128, 32, 8, 1, 512, 512, 0, F32, F32, 1, C_FMA, .70, .76, 0, PAGED},
+    {"prefill", SPEED, 128, 32, 8, 1, 512, 512, 0, F16, F32, 1, C_FMA, .70, .76, 0, PAGED},
+    {"prefill bf16", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, C_BF16, .72, .78, 1,
+     PAGED},
+    {"prefill bf16", SPEED, 64, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, C_BF16, .65, .70, 0, PAGED},
+    {"prefill bf16 by f32 FMA", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, C_FMA, 0, 0, 0,
+     HM, 64, ATTN_CPU_AVX512, 0, 0},
+    {"prefill AMX", SPEED, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, C_AMX, .40, .55, 1,
+     HM, 64, ATTN_CPU_AMX, 0, 0},
+    {"prefill AMX", SPEED, 64, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 1, C_AMX, .40, .55, 0,
+     HM, 64, ATTN_CPU_AMX, 0, 0},
+    {"prefill int8", SPEED, 128, 32, 8, 1, 2048, 2048, 0, ATTN_I8, BF16, 1, C_FMA, 1.0, 1.3, 1,
+     PAGED},
+    {"prefill int8 approx", SPEED, 128, 32, 8, 1, 2048, 2048, 0, ATTN_I8, BF16, 1,
+     C_FMA, 1.0, 1.3, 0, HM, 64, 0, ATTN_NUMERICS_APPROX, 0},
+    {"prefill AVX2", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F32, F32, 1, C_YMM, .78, .83, 1,
+     HM, 64, ATTN_CPU_AVX2, 0, 0},
+    {"prefill AVX2", SPEED, 128, 32, 8, 1, 2048, 2048, 0, F16, F32, 1, C_YMM, .78, .83, 0,
+     HM, 64, ATTN_CPU_AVX2, 0, 0},
+    {"prefill 1 -> N cores", SCALING, 128, 32, 8, 1, 2048, 2048, 0, F32, F32, 2,
+     C_FMA, 1.9, 1.97, 1, PAGED},
+    {"prefill 1 -> N cores", SCALING, 128, 32, 8, 1, 2048, 2048, 0, BF16, BF16, 2,
+     C_BF16, 1.9, 1.97, 0, PAGED},
+    {"few queries", LATENCY, 128, 32, 8, 1, 8, 4096, 0, F16, F32, 1, C_FMA, 4, 3, 1, PAGED},
+    {"few queries", LATENCY, 128, 32, 8, 1, 8, 4096, 0, BF16, BF16, 1, C_BF16, 4, 2, 1, PAGED},
+    {"shared prefix, M 128", SPEED, 128, 32, 8, 32, 1, 2112, 2048, F16, F32, 1, C_FMA, .65, .78, 1,
+     PAGED},
+    {"shared prefix, M 128", SPEED, 128, 32, 8, 32, 1, 2112, 2048, BF16, BF16, 1,
+     C_FMA, .65, .78, 0, PAGED},
+    {"shared prefix, M 32", SPEED, 128, 16, 16, 32, 1, 2112, 2048, F16, F32, 1, C_FMA, .65, .78, 0,
+     PAGED},
+    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, C_READ, .80, .90, 1, PAGED},
+    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, C_READ, .80, .90, 1, PAGED},
+    {"decode", SPEED, 128, 32, 8, 1, 1, 16384, 0, F16, F32, 1, C_READ, .80, .90, 0, PAGED},
+    {"decode", SPEED, 128, 32, 8, 1, 1, 16384, 0, BF16, BF16, 1, C_READ, .80, .90, 0, PAGED},
+    {"decode", SPEED, 64, 32, 8, 1, 1, 4096, 0, F16, F32, 1, C_READ, .88, .95, 0, PAGED},
+    {"decode", SPEED, 64, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, C_READ, .88, .95, 0, PAGED},
+    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 2, C_READ, .80, .90, 1, PAGED},
+    {"decode", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 2, C_READ, .80, .90, 0, PAGED},
+    {"decode", SPEED, 128, 32, 8, 1, 1, 16384, 0, F16, F32, 2, C_READ, .80, .90, 0, PAGED},
+    {"decode bf16 by f32 FMA", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, C_READ, .80, .90, 0,
+     HM, 64, ATTN_CPU_AVX512, 0, 0},
+    {"decode GQA 8", SPEED, 128, 64, 8, 1, 1, 4096, 0, F16, F32, 1, C_READ, .65, .80, 1, PAGED},
+    {"decode GQA 8", SPEED, 128, 64, 8, 1, 1, 4096, 0, BF16, BF16, 1, C_READ, .65, .80, 0, PAGED},
+    {"decode int8", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_I8, BF16, 1, C_READ, .60, .75, 1, PAGED},
+    {"decode fp8", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_F8E4M3, BF16, 1, C_READ, .60, .75, 1,
+     PAGED},
+    {"decode int4", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_I4, BF16, 1, C_READ, .60, .75, 1, PAGED},
+    {"decode token-major", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, C_READ, .80, .90, 1,
+     ATTN_TOKEN_MAJOR, 64, 0, 0, 0},
+    {"decode K16", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, C_READ, .80, .90, 1,
+     ATTN_K16, 64, 0, 0, 0},
+    {"decode K16", SPEED, 128, 32, 8, 1, 1, 4096, 0, BF16, BF16, 1, C_READ, .80, .90, 0,
+     ATTN_K16, 64, 0, 0, 0},
+    {"decode K16 int8", SPEED, 128, 32, 8, 1, 1, 4096, 0, ATTN_I8, BF16, 1, C_READ, .60, .75, 0,
+     ATTN_K16, 64, 0, 0, 0},
+    {"decode page 16", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, C_READ, .80, .90, 0,
+     HM, 16, 0, 0, 0},
+    {"decode contiguous", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1, C_READ, .80, .90, 0,
+     HM, 0, 0, 0, 0},
+    {"decode contig. token-major", SPEED, 128, 32, 8, 1, 1, 4096, 0, F16, F32, 1,
+     C_READ, .80, .90, 0, ATTN_TOKEN_MAJOR, 0, 0, 0, 0},
+    {"block list 10 %", BLOCKS, 128, 8, 2, 1, 4096, 4096, 0, F16, F32, 1, C_FMA, 1.15, 1.08, 1,
+     HM, 64, 0, 0, 10},
+    {"block list 25 %", BLOCKS, 128, 8, 2, 1, 4096, 4096, 0, F16, F32, 1, C_FMA, 1.15, 1.08, 0,
+     HM, 64, 0, 0, 25},
+    {"block list 50 %", BLOCKS, 128, 8, 2, 1, 4096, 4096, 0, F16, F32, 1, C_FMA, 1.15, 1.08, 0,
+     HM, 64, 0, 0, 50},
+    {"plan, batch 64", PLAN, 128, 32, 8, 64, 1, 1000, 0, F16, F32, 1, C_NONE, 0, 0, 1, PAGED},
 };
+// clang-format on
 
 #define DIE(...) (fprintf(stderr, "bench_cpu: " __VA_ARGS__), fputc('\n', stderr), exit(2))
 
@@ -131,7 +161,7 @@ typedef struct data {
     attn_desc d;
     int copies, turn;
     int64_t copy_pages, table_ints;
-    int32_t *tables;  // (copies, n_seq, pages per sequence)
+    int32_t *tables; // (copies, n_seq, pages per sequence)
     uint8_t *q[2], *k, *v;
     int32_t *q_start, *kv_len;
     double kv_bytes, flops; // of one copy
@@ -139,7 +169,8 @@ typedef struct data {
 
 // Page tables of copy 0: shuffled pages, the common ones first. The other copies lie behind it.
 static void make_tables(data *x, int32_t per_seq, int32_t common) {
-    int32_t n = (int32_t)x->copy_pages, *deck = (int32_t *)need(4 * (size_t)n), i, s, j, c, at = common;
+    int32_t n = (int32_t)x->copy_pages, *deck = (int32_t *)need(4 * (size_t)n), i, s, j, c,
+            at = common;
     for (i = 0; i < n; i++) deck[i] = i;
     for (i = n - 1; i > 0; i--) {
         j = test_below(&rng, i + 1);
@@ -148,7 +179,8 @@ static void make_tables(data *x, int32_t per_seq, int32_t common) {
     for (c = 0; c < x->copies; c++)
         for (at = common, s = 0; s < x->d.n_seq; s++)
             for (j = 0; j < per_seq; j++)
-                x->tables[c * x->table_ints + s * per_seq + j] = c * n + deck[j < common ? j : at++];
+                x->tables[c * x->table_ints + s * per_seq + j] =
+                    c * n + deck[j < common ? j : at++];
     free(deck);
 }
 
@@ -222,7 +254,8 @@ static void data_make(data *x, const row *r) {
     if (x->copies < 1) DIE("the arena of %zu MiB is too small for this row", arena_bytes >> 20);
     if (x->copies > 1024) x->copies = 1024;
     x->k = arena;
-    x->v = arena + (((size_t)d->kv.k.page_bytes * (size_t)(x->copy_pages * x->copies) + 63) & ~(size_t)63);
+    x->v = arena +
+           (((size_t)d->kv.k.page_bytes * (size_t)(x->copy_pages * x->copies) + 63) & ~(size_t)63);
     d->kv.k.data = x->k;
     d->kv.v.data = x->v;
     d->kv.n_pages = (int32_t)(x->copy_pages * x->copies);
@@ -237,7 +270,8 @@ static void data_make(data *x, const row *r) {
     d->q.dtype = d->o.dtype = r->qo_type;
     d->o.data = need(4 * (size_t)(r->n_seq * r->n_q) * (size_t)(r->heads * r->dim));
     x->kv_bytes = (double)one / pt * (r->kv % pt ? (double)r->kv / per_seq : pt);
-    x->flops = 4.0 * r->heads * r->dim * r->n_seq * r->n_q * (r->n_q == r->kv ? 0.5 * r->kv : r->kv);
+    x->flops =
+        4.0 * r->heads * r->dim * r->n_seq * r->n_q * (r->n_q == r->kv ? 0.5 * r->kv : r->kv);
 }
 
 static void data_free(data *x) {
@@ -307,7 +341,8 @@ static double exec_once(exec *e, double *busy) { // ms, on the next copy
     data *x = e->x;
     double sec;
     int c = x->turn++ % x->copies;
-    if (e->d.kv.page_table) e->d.kv.page_table = x->tables + c * x->table_ints;
+    if (e->d.kv.page_table)
+        e->d.kv.page_table = x->tables + c * x->table_ints;
     else {
         e->d.kv.k.data = x->k + (size_t)c * (size_t)(x->copy_pages * e->d.kv.k.page_bytes);
         e->d.kv.v.data = x->v + (size_t)c * (size_t)(x->copy_pages * e->d.kv.v.page_bytes);
@@ -352,7 +387,8 @@ static int check(exec *e) {
     int n = r->kv > 8192 || opt_quick ? 1 : 3, i;
     bound = r->qo_type == BF16 ? 1e-2 : 2e-5;
     if (r->numerics == ATTN_NUMERICS_APPROX) bound = 5e-2;
-    memset(e->d.o.data, 0xff, (size_t)(r->n_seq * r->n_q * r->heads * r->dim * attn_dtype_bits(r->qo_type) / 8));
+    memset(e->d.o.data, 0xff,
+           (size_t)(r->n_seq * r->n_q * r->heads * r->dim * attn_dtype_bits(r->qo_type) / 8));
     exec_once(e, NULL);
     for (i = 0; i < n; i++) {
         int32_t s = i == 0 ? r->n_seq - 1 : test_below(&rng, r->n_seq);
@@ -376,8 +412,9 @@ typedef struct arm { // a ceiling or an execution
     double v[MAX_REPEATS], busy[MAX_REPEATS], median;
 } arm;
 
-// Repeats in which a thread was off its core for more than 3 % of the time are left out if enough others
-// remain (returns 1). Else all count by the CPU time they took, which is close for short waits (0).
+// Repeats in which a thread was off its core for more than 3 % of the time are left out if enough
+// others remain (returns 1). Else all count by the CPU time they took, which is close for short
+// waits (0).
 static int arm_close(arm *a) {
     double good[MAX_REPEATS];
     int i, n = 0;
@@ -401,7 +438,8 @@ static int measure(arm *a, int n, double seconds) { // returns 1 when undisturbe
         if (rep >= 3 && (now > hard || (now > until && good >= least))) break;
         for (i = 0; i < n; i++) {
             double *busy = &a[i].busy[a[i].n];
-            a[i].v[a[i].n++] = a[i].e ? exec_once(a[i].e, busy) : bench_probe_rate(a[i].probe, a[i].threads, busy);
+            a[i].v[a[i].n++] =
+                a[i].e ? exec_once(a[i].e, busy) : bench_probe_rate(a[i].probe, a[i].threads, busy);
             fine &= *busy > 0.97;
         }
         good += fine;
@@ -415,29 +453,40 @@ static int measure(arm *a, int n, double seconds) { // returns 1 when undisturbe
 static void shape_text(const row *r, char *out, size_t n) {
     char seqs[24] = "";
     if (r->n_seq > 1) snprintf(seqs, sizeof seqs, "%d x ", r->n_seq);
-    if (r->prefix) snprintf(out, n, "%sH%d/%d D%d %d + %d", seqs, r->heads, r->kv_heads, r->dim, r->prefix, r->kv - r->prefix);
-    else if (r->n_q == r->kv) snprintf(out, n, "%sH%d/%d D%d N %d", seqs, r->heads, r->kv_heads, r->dim, r->kv);
-    else if (r->n_q == 1) snprintf(out, n, "%sH%d/%d D%d kv %d", seqs, r->heads, r->kv_heads, r->dim, r->kv);
-    else snprintf(out, n, "%sH%d/%d D%d q %d kv %d", seqs, r->heads, r->kv_heads, r->dim, r->n_q, r->kv);
+    if (r->prefix)
+        snprintf(out, n, "%sH%d/%d D%d %d + %d", seqs, r->heads, r->kv_heads, r->dim, r->prefix,
+                 r->kv - r->prefix);
+    else if (r->n_q == r->kv)
+        snprintf(out, n, "%sH%d/%d D%d N %d", seqs, r->heads, r->kv_heads, r->dim, r->kv);
+    else if (r->n_q == 1)
+        snprintf(out, n, "%sH%d/%d D%d kv %d", seqs, r->heads, r->kv_heads, r->dim, r->kv);
+    else
+        snprintf(out, n, "%sH%d/%d D%d q %d kv %d", seqs, r->heads, r->kv_heads, r->dim, r->n_q,
+                 r->kv);
 }
 
 static void header(void) {
-    printf("\n%-27s %-22s %-12s %3s %9s %13s %9s %7s %7s %7s  %-10s %s\n", "regime", "shape", "KV, Q and O", "thr", "ms",
-           "rate", "ceiling", "value", "target", "excell.", "verdict", "executor");
+    printf("\n%-27s %-22s %-12s %3s %9s %13s %9s %7s %7s %7s  %-10s %s\n", "regime", "shape",
+           "KV, Q and O", "thr", "ms", "rate", "ceiling", "value", "target", "excell.", "verdict",
+           "executor");
 }
 
-// value, target, excellent already printed as text; better: -1 lower is better, 1 higher, 0 no target.
-static void line(const row *r, const exec *e, double ms, const char *rate, double ceiling, const char *value,
-                 const char *target, const char *excellent, int verdict, int ok) {
+// value, target, excellent already printed as text; better: -1 lower is better, 1 higher, 0 no
+// target.
+static void line(const row *r, const exec *e, double ms, const char *rate, double ceiling,
+                 const char *value, const char *target, const char *excellent, int verdict,
+                 int ok) {
     static const char *const verdicts[] = {"", "short", "ok", "excellent"};
     char shape[64], types[32], ceil_text[32] = "-";
     shape_text(r, shape, sizeof shape);
-    snprintf(types, sizeof types, "%s, %s", attn_dtype_name(r->kv_type), attn_dtype_name(r->qo_type));
+    snprintf(types, sizeof types, "%s, %s", attn_dtype_name(r->kv_type),
+             attn_dtype_name(r->qo_type));
     if (ceiling > 0) snprintf(ceil_text, sizeof ceil_text, "%.1f", ceiling);
     if (!ok && e->threads > 1) verdict = 0; // two threads on one core say nothing
     attn_cpu_set_isa(e->isa);
-    printf("%-27s %-22s %-12s %3d %9.3f %13s %9s %7s %7s %7s  %-9s%s %s\n", r->regime, shape, types, e->threads, ms,
-           rate, ceil_text, value, target, excellent, verdicts[verdict], ok ? " " : "~", attn_cpu_executor(&e->d));
+    printf("%-27s %-22s %-12s %3d %9.3f %13s %9s %7s %7s %7s  %-9s%s %s\n", r->regime, shape, types,
+           e->threads, ms, rate, ceil_text, value, target, excellent, verdicts[verdict],
+           ok ? " " : "~", attn_cpu_executor(&e->d));
     fflush(stdout);
     n_measured++;
     n_short += verdict == 1;
@@ -473,7 +522,8 @@ static void row_speed(const row *r, data *x, exec *e) {
     snprintf(target, sizeof target, "%.0f %%", 100 * r->target);
     snprintf(excellent, sizeof excellent, "%.0f %%", 100 * r->excellent);
     if (r->target == 0) strcpy(target, "-"), strcpy(excellent, "-");
-    line(r, e, a[1].median, rate, a[0].median, value, target, excellent, judge(part, r->target, r->excellent, 0), ok);
+    line(r, e, a[1].median, rate, a[0].median, value, target, excellent,
+         judge(part, r->target, r->excellent, 0), ok);
 }
 
 static void row_scaling(const row *r, data *x, exec *e) {
@@ -490,13 +540,15 @@ static void row_scaling(const row *r, data *x, exec *e) {
     a[2].threads = 1;
     a[3].threads = e->threads;
     ok = measure(a, 4, row_seconds);
-    ratio = 2 * a[0].median / a[1].median / (a[3].median / a[2].median); // cores that share a clock budget
-                                                                         // scale by less than their number
+    ratio = 2 * a[0].median / a[1].median /
+            (a[3].median / a[2].median); // cores that share a clock budget
+                                         // scale by less than their number
     snprintf(rate, sizeof rate, "ceiling %.2fx", a[3].median / a[2].median);
     snprintf(value, sizeof value, "%.2fx", a[0].median / a[1].median);
     snprintf(target, sizeof target, "%.2fx", r->target * e->threads / 2);
     snprintf(excellent, sizeof excellent, "%.2fx", r->excellent * e->threads / 2);
-    line(r, e, a[1].median, rate, a[3].median, value, target, excellent, judge(ratio, r->target, r->excellent, 0), ok);
+    line(r, e, a[1].median, rate, a[3].median, value, target, excellent,
+         judge(ratio, r->target, r->excellent, 0), ok);
     exec_free(&one);
 }
 
@@ -545,7 +597,8 @@ static void row_blocks(const row *r, data *x, exec *dense) {
         snprintf(value, sizeof value, "%.2fx", over);
         snprintf(target, sizeof target, "%.2fx", r->target);
         snprintf(excellent, sizeof excellent, "%.2fx", r->excellent);
-        line(r, &e, a[2].median, rate, a[0].median, value, target, excellent, judge(over, r->target, r->excellent, 1), ok);
+        line(r, &e, a[2].median, rate, a[0].median, value, target, excellent,
+             judge(over, r->target, r->excellent, 1), ok);
     }
     exec_free(&e);
     free(start);
@@ -574,12 +627,15 @@ static void row_plan(const row *r, data *x, exec *e) {
         t = bench_now();
         if (attn_plan_update(plan, &e->d, &rebuilt) != ATTN_OK) DIE("plan update failed");
         t = (bench_now() - t) * 1e3;
-        if (rebuilt) again[n_again++] = t;
-        else patch[n_patch++] = t;
+        if (rebuilt)
+            again[n_again++] = t;
+        else
+            patch[n_patch++] = t;
     }
     for (s = 0; s < r->n_seq; s++) x->kv_len[s] = r->kv;
     for (i = 0; i < 3; i++) {
-        static const char *const names[3] = {"plan build", "plan update, lengths only", "plan update, rebuilt"};
+        static const char *const names[3] = {"plan build", "plan update, lengths only",
+                                             "plan update, rebuilt"};
         double *v[3] = {build, patch, again};
         int count[3] = {n, n_patch, n_again};
         char rate[32], value[16];
@@ -658,8 +714,9 @@ static void ceilings(void) {
         memset(a, 0, sizeof a);
         for (t = 0; t < 2; t++) a[t].probe = &probes[k], a[t].threads = t ? opt_threads : 1;
         ok = measure(a, 2, 0.3 * row_seconds);
-        printf("%-22s %12.1f %13.1f %8.2f  %s%s\n", bench_ceiling_names[k], a[0].median, a[1].median,
-               a[1].median / a[0].median, k == BENCH_READ ? "GB/s" : "GFLOP/s", ok ? "" : " ~");
+        printf("%-22s %12.1f %13.1f %8.2f  %s%s\n", bench_ceiling_names[k], a[0].median,
+               a[1].median, a[1].median / a[0].median, k == BENCH_READ ? "GB/s" : "GFLOP/s",
+               ok ? "" : " ~");
     }
 }
 
@@ -678,8 +735,10 @@ static void machine(void) {
         if (fscanf(f, "%lf", &load) != 1) load = 0;
         fclose(f);
     }
-    printf("%s, %ld cores, load average %.2f, last cache %zu MiB, rotating over %zu MiB, best executor %s\n", name,
-           sysconf(_SC_NPROCESSORS_ONLN), load, bench_l3_bytes() >> 20, arena_bytes >> 20, attn_cpu_isa_name(best_isa));
+    printf("%s, %ld cores, load average %.2f, last cache %zu MiB, rotating over %zu MiB, best "
+           "executor %s\n",
+           name, sysconf(_SC_NPROCESSORS_ONLN), load, bench_l3_bytes() >> 20, arena_bytes >> 20,
+           attn_cpu_isa_name(best_isa));
 }
 
 int main(int argc, char **argv) {
@@ -688,13 +747,19 @@ int main(int argc, char **argv) {
     int i, cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
     size_t ram = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), j;
     for (i = 1; i < argc; i++) {
-        if (!strcmp(argv[i], "--quick")) opt_quick = 1, row_seconds = 0.4;
-        else if (!strcmp(argv[i], "--only") && i + 1 < argc) only = argv[++i];
-        else if (!strcmp(argv[i], "--threads") && i + 1 < argc) opt_threads = atoi(argv[++i]);
-        else if (!strcmp(argv[i], "--seconds") && i + 1 < argc) row_seconds = atof(argv[++i]); // for perf
-        else DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds S]");
+        if (!strcmp(argv[i], "--quick"))
+            opt_quick = 1, row_seconds = 0.4;
+        else if (!strcmp(argv[i], "--only") && i + 1 < argc)
+            only = argv[++i];
+        else if (!strcmp(argv[i], "--threads") && i + 1 < argc)
+            opt_threads = atoi(argv[++i]);
+        else if (!strcmp(argv[i], "--seconds") && i + 1 < argc)
+            row_seconds = atof(argv[++i]); // for perf
+        else
+            DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds S]");
     }
-    if (opt_threads < 1 || opt_threads > BENCH_MAX_THREADS) DIE("--threads: 1 to %d", BENCH_MAX_THREADS);
+    if (opt_threads < 1 || opt_threads > BENCH_MAX_THREADS)
+        DIE("--threads: 1 to %d", BENCH_MAX_THREADS);
     if (opt_threads > cores) opt_threads = cores;
     best_isa = attn_cpu_get_isa();
     attn_cpu_open();
@@ -712,11 +777,13 @@ int main(int argc, char **argv) {
     for (j = 0; j < sizeof rows / sizeof rows[0]; j++) {
         char shape[64], label[160];
         shape_text(&rows[j], shape, sizeof shape);
-        snprintf(label, sizeof label, "%s %s %s", rows[j].regime, shape, attn_dtype_name(rows[j].kv_type));
+        snprintf(label, sizeof label, "%s %s %s", rows[j].regime, shape,
+                 attn_dtype_name(rows[j].kv_type));
         if ((only && !strstr(label, only)) || (opt_quick && !rows[j].quick && !only)) continue;
         run_row(&rows[j]);
     }
-    printf("\n%d rows, %d short of the target, %.0f s.  ~ other programs took the cores: CPU time counts\n", n_measured,
-           n_short, bench_now() - t0);
+    printf("\n%d rows, %d short of the target, %.0f s.  ~ other programs took the cores: CPU time "
+           "counts\n",
+           n_measured, n_short, bench_now() - t0);
     return 0;
 }
