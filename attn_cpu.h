@@ -1333,6 +1333,8 @@ ATTNI_INLINE ATTNI_T6 __m512i attni_idot_avx512(__m512i acc, __m512i k, __m512i 
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 // Tile 0..1 sums, 4 A (16 rows x 32 bf16), 6..7 B (16 pairs x 16 columns): a K16 tile of a 16-bit type
 // is a B tile as it stands, and so is a panel of V pairs. All tiles are 16 rows of 64 bytes.
+// gcc's tile intrinsics do not tell that they read memory.
+#define ATTNI_TILE_FENCE __asm__ volatile("" ::: "memory")
 ATTNI_TA static void attni_amx_config(int on) {
     uint8_t cfg[64];
     int i;
@@ -1342,6 +1344,7 @@ ATTNI_TA static void attni_amx_config(int on) {
         cfg[16 + 2 * i] = 64;
         cfg[48 + i] = 16;
     }
+    ATTNI_TILE_FENCE;
     if (on) _tile_loadconfig(cfg);
     else _tile_release();
 }
@@ -1362,6 +1365,7 @@ ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uin
                 memcpy(pad, b, 64 * (size_t)(units - u));
                 b = pad;
             }
+            ATTNI_TILE_FENCE;
             _tile_loadd(4, q + u, (size_t)ldq * 4);
             _tile_loadd(6, b, 64);
             _tile_dpbf16ps(0, 4, 6);
@@ -1377,6 +1381,7 @@ ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row
     const uint32_t *v = (const uint32_t *)row[0];
     int e, i, t;
     (void)nr;
+    ATTNI_TILE_FENCE;
     for (e = 0; e < vd; e += 16) {
         int done = -1;
         _tile_zero(0);
@@ -1654,6 +1659,7 @@ typedef struct attni_exec {
 static int attni_isa_id; // the cached attn_cpu_isa; 0: not yet looked up. Accessed atomically.
 #ifdef ATTNI_X86
 static int attni_amx_open; // attn_cpu_open got the tile registers
+static int attni_x86_bits; // cached features, with bit 30 set once known
 #endif
 #if defined(__GNUC__) || defined(__clang__)
 #define ATTNI_GET(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
@@ -1665,7 +1671,7 @@ static int attni_amx_open; // attn_cpu_open got the tile registers
 
 #ifdef ATTNI_X86
 // Bits: 1 AVX2+FMA+F16C, 2 AVX-512 F BW VL DQ, 4 VNNI, 8 BF16, 16 AMX-BF16; the OS saves the registers.
-static int attni_x86_features(void) {
+static int attni_x86_look(void) {
     unsigned a, b, c, d, lo, hi, leaf7b, leaf7c, leaf7d;
     int f = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
@@ -1681,6 +1687,15 @@ static int attni_x86_features(void) {
     if (leaf7c & (1u << 11)) f |= 4;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) f |= 8;
     if ((lo & (3u << 17)) == 3u << 17 && (leaf7d & (1u << 22)) && (leaf7d & (1u << 24))) f |= 16;
+    return f;
+}
+
+static int attni_x86_features(void) { // CPUID costs tens of microseconds in a virtual machine
+    int f = ATTNI_GET(attni_x86_bits);
+    if (!f) {
+        f = attni_x86_look() | 1 << 30;
+        ATTNI_SET(attni_x86_bits, f);
+    }
     return f;
 }
 #endif
