@@ -86,7 +86,8 @@ for f in static_a static_b; do
 done
 try "static copies" $cc $out/static_a.o $out/static_b.o -o $out/copies
 try "static copies: runs" $out/copies
-nm -g --defined-only $out/static_a.o $out/static_b.o | awk '$3 ~ /attn/ { print $3 }' >$out/exported
+nm -g --defined-only $out/static_a.o $out/static_b.o | awk '$3 ~ /attn/ { print $3 }' \
+    >$out/exported
 try "static copies export nothing" cat $out/exported
 
 # ---- the README's program
