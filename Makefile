@@ -30,9 +30,10 @@ TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c tests/selftest.c))
 FOREIGN = $(filter selftest test_cpu,$(TESTS))
 
 # Arguments of test programs whose defaults take longer than a routine run should.
-ARGS_test_cpu ?=
+ARGS_test_cpu ?= 1 200
 ARGS_sparse_mask = build/sparse_mask.png
 ARGS_slow_test_cpu ?= 2 60
+ARGS_arm_test_cpu ?= 2 4
 
 all: examples
 
@@ -102,7 +103,7 @@ test-compile:
 test-aarch64:
 	@if command -v $(AARCH64_CC) >/dev/null && command -v $(AARCH64_RUN) >/dev/null; then \
 	    $(MAKE_J) $(FOREIGN:%=build/aarch64/%) && \
-	    $(RUNNER) $(foreach t,$(FOREIGN),"$(AARCH64_RUN) ./build/aarch64/$t $(ARGS_slow_$t)"); \
+	    $(RUNNER) $(foreach t,$(FOREIGN),"$(AARCH64_RUN) ./build/aarch64/$t $(ARGS_arm_$t)"); \
 	else echo "skipped: needs $(AARCH64_CC) and $(AARCH64_RUN)"; fi
 
 # The Python side of the tests, in a place of its own.

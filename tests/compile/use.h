@@ -1,4 +1,4 @@
-/* use.h - a user of the public part, valid C99 and C++11: one attention call against the reference. */
+/* use.h - a user of the public part, C99 and C++11: one attention call against the reference. */
 #ifndef USE_H
 #define USE_H
 
