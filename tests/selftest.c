@@ -10,7 +10,7 @@
 #define MAX_TOKENS 64  /* query tokens of a problem */
 #define MAX_KV 640     /* tokens of both sequences, rounded up to pages */
 #define MAX_ROW 256    /* heads x head_dim */
-#define EXPECTED 0x00000000u /* set to the hash once it is frozen; 0: not checked */
+#define EXPECTED 0xda790d20u /* x86-64 and aarch64, gcc and clang; 0: do not check */
 
 enum kind { CAUSAL, WINDOW, SINKS, FULL, BLOCKS, BITS, STRIDE, VSLASH, KEEP, TREE };
 
