@@ -92,12 +92,12 @@ try "static copies export nothing" cat $out/exported
 
 # ---- the README's program
 awk '/^```c/ { on = 1; next } /^```/ { on = 0 } on' README.md >$out/readme.c
-try "README" ${cc%% *} -std=gnu99 -O0 $LIST -I. $out/readme.c -o $out/readme
+try "README" $cc -std=gnu99 -O0 $LIST -I. $out/readme.c -o $out/readme
 try "README: right" bash -c "$out/readme | grep -v '^success: 1.000000'; exit \${PIPESTATUS[0]}"
 
 # ---- what install leaves is enough
 try "install" bash -c "make -s install DESTDIR=$PWD/$out/root PREFIX=/usr >/dev/null"
-try "installed headers" ${compilers%% *} -std=c99 -I$out/root/usr/include -fsyntax-only tests/compile/only.c
+try "installed headers" $cc -std=c99 -I$out/root/usr/include -fsyntax-only tests/compile/only.c
 if command -v pkg-config >/dev/null; then
     try "pkg-config" env PKG_CONFIG_PATH=$out/root/usr/share/pkgconfig pkg-config --exists attn
 fi
