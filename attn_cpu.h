@@ -19,7 +19,7 @@
    MACROS    ATTN_CPU_IMPLEMENTATION   implement this header
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
 
-   MEMORY    mem, scratch and partials: 64-byte aligned, the caller's. Nothing is allocated.
+   MEMORY    Plans, scratch and partials: 64-byte aligned, the caller's. Nothing is allocated.
    THREADS   attn_cpu_run and attn_cpu_merge may run on any threads at once, each with its own scratch,
              on disjoint tasks. One cached ISA id is the only state, accessed atomically.
    NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16 the
@@ -101,7 +101,7 @@ ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int3
                                     int32_t count, const void *partials);
 
 // Plan, tasks and merge in one call, in parallel when compiled with OpenMP (else n_threads is only
-// a hint to the planner). mem: attn_cpu_forward_bytes (0 when d is invalid), 64-byte aligned.
+// a hint to the planner). mem: attn_cpu_forward_bytes (0 when d is invalid), any alignment.
 ATTN_DEF size_t attn_cpu_forward_bytes(const attn_desc *d, int32_t n_threads);
 ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t bytes, int32_t n_threads);
 
@@ -1224,7 +1224,7 @@ ATTNI_F5 __m512 attni_uequal_avx512(__m512i x, __m512i y, __m512 p, __m512 q) {
     return _mm512_mask_mov_ps(q, _mm512_cmpeq_epi32_mask(x, y), p);
 }
 ATTNI_F5 void attni_store_f16_avx512(void *p, __m512 x) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, 0));
+    _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtps_ph((__mmask16)0xffff, x, 0));
 }
 ATTNI_F5 void attni_ustore16_avx512(void *p, __m512i x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x));
@@ -2624,7 +2624,7 @@ static int attni_forward_layout(const attn_desc *d, int32_t n_threads, attni_for
     fake.params = f->params;
     f->partial_bytes = (f->params.partial_bytes + 63) & ~(size_t)63;
     f->scratch_bytes = (attn_cpu_scratch_bytes(d, &fake) + 63) & ~(size_t)63;
-    f->bytes = f->plan_bytes + f->partial_bytes + f->scratch_bytes * (size_t)n_threads;
+    f->bytes = f->plan_bytes + f->partial_bytes + f->scratch_bytes * (size_t)n_threads + 64;
     return 1;
 }
 
@@ -2637,7 +2637,7 @@ ATTN_DEF size_t attn_cpu_forward_bytes(const attn_desc *d, int32_t n_threads) {
 ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t bytes, int32_t n_threads) {
     attni_forward f;
     attn_plan *p = NULL;
-    uint8_t *at = (uint8_t *)mem;
+    uint8_t *at = (uint8_t *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
     void *partials;
     int32_t i;
     int bad = ATTN_OK;
@@ -2645,7 +2645,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
     if (r != ATTN_OK) return r;
     if (!attni_forward_layout(d, n_threads, &f)) return ATTN_ERR_ARGUMENT;
     if (!mem || bytes < f.bytes) return ATTN_ERR_BUFFER;
-    if ((r = attn_plan_build(d, &f.params, mem, f.plan_bytes, &p)) != ATTN_OK) return r;
+    if ((r = attn_plan_build(d, &f.params, at, f.plan_bytes, &p)) != ATTN_OK) return r;
     partials = at + f.plan_bytes;
     at += f.plan_bytes + f.partial_bytes;
 #ifdef _OPENMP
