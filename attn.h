@@ -31,15 +31,15 @@
        ATTN_STATIC                make every function static (a private copy per file)
        ATTN_DEF                   or define the linkage of public functions yourself
 
-   MEMORY   The caller owns everything. ..._bytes() functions say how large a buffer must be; nothing
-            is allocated, ever. Buffers need 64-byte alignment only where the text says so.
-   THREADS  The library starts none and has no mutable state of its own. Pool and tree are locked by
-            the caller; a plan is read-only while it runs.
+   MEMORY   The caller owns everything. ..._bytes() functions say how large a buffer must be;
+            nothing is allocated, ever. Plans, partials and scratch are 64-byte aligned.
+   THREADS  The library starts none and has no mutable state of its own. Pool and tree are locked
+            by the caller; a plan is read-only while it runs.
    ERRORS   Every function that can fail returns an attn_result; 0 is success, errors are negative.
             Nothing aborts or prints. Failed calls leave their structures as they were.
    ZERO     Structs are zero-initialised by the caller; 0 always means the default.
-   NUMERICS Partial results are f32. For a given mask a row's bits do not depend on the rest of the
-            batch, page size, layout, placement or (CPU) the number of threads, chunking, cache hits.
+   NUMERICS Partial results are f32. For a given mask a row's bits do not depend on the rest of
+            the batch, page size, layout, placement or (CPU) threads, chunking, cache hits.
    LIMITS   head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
 
 #ifndef ATTN_H
@@ -103,9 +103,9 @@ ATTN_DEF const char *attn_result_string(attn_result r);
 
 // ==== >>dtype  Data types ========================================================================
 
-// X(name, value, bits per element, has scales): quantised types carry one f32 scale per token and KV
-// head, K and V apart, so that a stored token is never rewritten. value = code * scale.
-// I4: two's complement nibbles -7..7, element 2i in the low half of byte i.
+// X(name, value, bits per element, has scales): quantised types carry one f32 scale per token and
+// KV head, K and V apart, so that a stored token is never rewritten. value = code * scale. I4:
+// two's complement nibbles -7..7, element 2i in the low half of byte i.
 #define ATTN_DTYPES(X)                                                                             \
     X(F32, 1, 32, 0)                                                                               \
     X(F16, 2, 16, 0)                                                                               \
@@ -143,9 +143,9 @@ typedef struct attn_tensor {
 typedef enum attn_layout {
     ATTN_TOKEN_MAJOR = 0, // [page, token, kv_head, d]
     ATTN_HEAD_MAJOR = 1,  // [page, kv_head, token, d]
-    ATTN_K16 = 2          // CPU. K: [page, kv_head, token / 16, d / p, 16, p], p = 32 / bits, so that a
-                          // 4-byte unit holds p elements of one token; V: head-major.
-                          // page_tokens must be a multiple of 16.
+    ATTN_K16 = 2 // CPU. K: [page, kv_head, token / 16, d / p, 16, p], p = 32 / bits, so that a
+                 // 4-byte unit holds p elements of one token; V: head-major.
+                 // page_tokens must be a multiple of 16.
 } attn_layout;
 
 // The pages of K or of V of one layer. After a page's elements follow, for scaled dtypes without
@@ -170,8 +170,8 @@ typedef struct attn_kv {
                                 // (default NULL: sequence i is page i: contiguous KV)
     int64_t page_table_stride;  // int32 entries between sequences
     const int32_t *kv_len;      // (n_seq) tokens held, the new ones included
-    const int32_t *kv_pos0;     // (n_seq) absolute position of the first held token (default NULL: 0);
-                                // > 0 after the front of a sequence was evicted
+    const int32_t *kv_pos0; // (n_seq) absolute position of the first held token (default NULL: 0);
+                            // > 0 after the front of a sequence was evicted
 } attn_kv;
 
 // ==== >>mask  Which keys a query sees ============================================================
@@ -184,14 +184,15 @@ typedef struct attn_kv {
 typedef enum attn_mask_kind {
     ATTN_MASK_CAUSAL = 0,
     ATTN_MASK_FULL = 1, // bidirectional
-    ATTN_MASK_TREE = 2  // speculative verify: the sequence's q_len queries are its last q_len tokens,
-                        // nodes of a token tree; each sees what came before and its own ancestors
+    ATTN_MASK_TREE =
+        2 // speculative verify: the sequence's q_len queries are its last q_len tokens,
+          // nodes of a token tree; each sees what came before and its own ancestors
 } attn_mask_kind;
 
-// Arbitrary block-sparse pattern, CSR. Row of a query: seq_row[seq] + p / row_block; it lists the KV
-// blocks (ids k / kv_block, ascending, unique) that are kept. Optional sub-block bitmask per entry:
-// bits_rows x bits_cols bits, row-major, (bits_rows * bits_cols + 63) / 64 words per entry; sub-row =
-// (p % row_block) / (row_block / bits_rows), sub-column likewise.
+// Arbitrary block-sparse pattern, CSR. Row of a query: seq_row[seq] + p / row_block; it lists the
+// KV blocks (ids k / kv_block, ascending, unique) that are kept. Optional sub-block bitmask per
+// entry: bits_rows x bits_cols bits, row-major, (bits_rows * bits_cols + 63) / 64 words per entry;
+// sub-row = (p % row_block) / (row_block / bits_rows), sub-column likewise.
 typedef struct attn_block_list {
     int32_t row_block, kv_block; // tokens
     int32_t n_lists;             // 1 (all heads share), n_kv_heads or n_heads
@@ -237,8 +238,8 @@ typedef struct attn_mask {
     int32_t window_left;        // n + 1: keys from p - n on (default 0: unlimited)
     int32_t window_right;       // n + 1: keys up to p + n (default 0: unlimited)
     int32_t n_sink;             // first positions, visible outside the window (default 0)
-    const int32_t *tree_parent; // TREE: (n_tokens) index of the parent among the sequence's queries,
-                                // smaller than its own; -1: child of the context.
+    const int32_t *tree_parent; // TREE: (n_tokens) index of the parent among the sequence's
+                                // queries, smaller than its own; -1: child of the context.
                                 // A node's position is q_pos0 + its depth.
     attn_block_list blocks;
     attn_local_stride stride;
@@ -294,7 +295,7 @@ typedef struct attn_desc {
                               // side, from attn_tree_order (default NULL: the planner sorts)
     attn_tensor q;           // (n_tokens, n_heads, head_dim)
     attn_tensor o;           // (n_tokens, n_heads, v_head_dim), written
-    float *lse;              // (n_tokens, n_heads) natural log-sum-exp, the sink included (default NULL)
+    float *lse; // (n_tokens, n_heads) natural log-sum-exp, the sink included (default NULL)
     attn_kv kv;
     attn_mask mask;
     attn_logits logits;
@@ -302,16 +303,18 @@ typedef struct attn_desc {
 } attn_desc;
 
 // Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included; 0 if invalid.
-// Reads n_kv_heads, head_dim, v_head_dim, kv.layout, kv.page_tokens, the array's dtype, strides, scale.
+// Reads n_kv_heads, head_dim, v_head_dim, kv.layout, kv.page_tokens, the array's dtype, strides,
+// scale.
 ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v);
 
 // Slot (page * page_tokens + place) of every query token's own K and V: out (n_tokens), for store.
 // ERR_PAGE when a position has no page. Reads the tables; d must be valid.
 ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out);
 
-// Copies rows between a page and canonical order, whatever the layout: rows (n_tokens, n_kv_heads, d)
-// of raw elements little-endian, followed by (n_tokens, n_kv_heads) f32 scales when stored in the page.
-// For attn_tree_save / attn_tree_load callbacks. ERR_PAGE, ERR_ARGUMENT (place or count outside).
+// Copies rows between a page and canonical order, whatever the layout: rows (n_tokens, n_kv_heads,
+// d) of raw elements little-endian, followed by (n_tokens, n_kv_heads) f32 scales when stored in
+// the page. For attn_tree_save / attn_tree_load callbacks. ERR_PAGE, ERR_ARGUMENT (place or count
+// outside).
 ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens);
 ATTN_DEF attn_result attn_kv_read_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
                                        int32_t n_tokens, void *rows);
@@ -320,22 +323,24 @@ ATTN_DEF attn_result attn_kv_write_rows(const attn_desc *d, int is_v, int32_t pa
 
 // ==== >>validate  Finding mistakes ===============================================================
 
-// ATTN_OK, or the first mistake found: pointers, shapes, dtypes, strides, page ids, positions, masks.
-// Reads every table (host memory): O(pages + list entries). The same answer for every backend.
+// ATTN_OK, or the first mistake found: pointers, shapes, dtypes, strides, page ids, positions,
+// masks. Reads every table (host memory): O(pages + list entries). The same answer for every
+// backend.
 ATTN_DEF attn_result attn_validate(const attn_desc *d);
 
 // ==== >>plan  The tasks of a problem =============================================================
 
-// Get defaults from the backend (attn_cpu_plan_params) and change what you like. Nothing here changes
-// the bits of the result.
+// Get defaults from the backend (attn_cpu_plan_params) and change what you like. Nothing here
+// changes the bits of the result.
 typedef struct attn_plan_params {
     int32_t row_tile;      // query rows x heads per task (default 0: 256)
     int32_t workers;       // threads that will run tasks (default 0: 1): decides splitting
-    int32_t share;         // 0: shared-prefix tasks where the cost model says so; 1: never; 2: always
-    int32_t max_seq;       // capacities for later updates of the same plan (default 0: as described)
+    int32_t share;   // 0: shared-prefix tasks where the cost model says so; 1: never; 2: always
+    int32_t max_seq; // capacities for later updates of the same plan (default 0: as described)
     int32_t max_tokens;    // query tokens
     int32_t max_kv_len;    // longest sequence, kv_pos0 included
-    size_t partial_bytes;  // workspace the caller will hand to run (default 0: no splitting, no sharing)
+    size_t partial_bytes;  // workspace the caller will hand to run (default 0: no splitting, no
+                           // sharing)
     float cost_kv_token;   // cost model: reading one token of K and V of one head ...
     float cost_row_token;  // ... one query row against one token ...
     float cost_partial;    // ... and storing plus merging one partial row (defaults 0: CPU figures)
@@ -352,8 +357,8 @@ typedef struct attn_task {
 } attn_task;
 
 // Sequences [seq0, seq0 + n_seq) of the plan's order against the spans [span0, span1), the pages of
-// which they all share. n_slots = 0: the task writes O itself; 1: one folded partial per row; else one
-// per span.
+// which they all share. n_slots = 0: the task writes O itself; 1: one folded partial per row; else
+// one per span.
 typedef struct attn_segment {
     int32_t seq0, n_seq;
     int32_t span0, span1;
@@ -368,7 +373,7 @@ typedef struct attn_plan_seq {
     int32_t kv_len, kv_pos0;
     int32_t span0, span1;  // the spans any of its rows may see
     int32_t place;         // in order[]
-    int32_t chain, n_chain; // its segments, in span order: plan->chain[chain ...]; n_chain 1: no merge
+    int32_t chain, n_chain; // its segments in span order: plan->chain[chain ...]
     int32_t is_chain;      // TREE: every parent is the previous token, so plain causal
 } attn_plan_seq;
 
@@ -393,7 +398,8 @@ typedef struct attn_plan {
     int32_t *stack;        // (3 * n_seq + 3) for the builder
 } attn_plan;
 
-// Bytes attn_plan_build needs for d, or for the capacities in p if those are larger; 0 when invalid.
+// Bytes attn_plan_build needs for d, or for the capacities in p if those are larger; 0 when
+// invalid.
 ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *p);
 
 // Validates d and plans it into mem (64-byte aligned, bytes long, kept until the plan is dropped).
@@ -401,9 +407,11 @@ ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *p);
 ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *p, void *mem,
                                      size_t bytes, attn_plan **plan);
 
-// Follows a changed problem (the next decode step, say) in the same memory: when neither the sharing
-// nor a span border changed only lengths are patched (*rebuilt = 0), else everything is planned again
-// (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER when d outgrew the capacities; then the plan is void.
+// Follows a changed problem (the next decode step, say) in the same memory: when neither the
+// sharing nor a span border changed only lengths are patched (*rebuilt = 0), else everything is
+// planned again
+// (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER when d outgrew the capacities; then the plan is
+// void.
 ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt);
 
 // Bytes of partial workspace this plan uses, <= params.partial_bytes. 64-byte aligned.
@@ -411,9 +419,10 @@ ATTN_DEF size_t attn_plan_partial_bytes(const attn_plan *plan);
 
 // ==== >>ref  The specification ===================================================================
 
-// fp64 attention straight from the definitions above, one score at a time; slow. o (n_tokens, n_heads,
-// v_head_dim) and lse (n_tokens, n_heads; may be NULL) are dense doubles; d->o and d->lse are ignored.
-// Fully masked rows: o = 0, lse = the sink logit or -inf. Errors: those of attn_validate.
+// fp64 attention straight from the definitions above, one score at a time; slow. o (n_tokens,
+// n_heads, v_head_dim) and lse (n_tokens, n_heads; may be NULL) are dense doubles; d->o and d->lse
+// are ignored. Fully masked rows: o = 0, lse = the sink logit or -inf. Errors: those of
+// attn_validate.
 ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse);
 
 // 1 when query token t (of all n_tokens) and head h see the held token j (0 .. kv_len - 1) of their
@@ -422,8 +431,8 @@ ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t 
 
 // ==== >>pool  Pages and their reference counts ===================================================
 
-// Pages 0 .. n_pages - 1; a page is free while its count is 0. No page memory here: page ids index the
-// caller's arrays, in every layer alike.
+// Pages 0 .. n_pages - 1; a page is free while its count is 0. No page memory here: page ids index
+// the caller's arrays, in every layer alike.
 typedef struct attn_pool {
     int32_t n_pages, n_free;
     int32_t *ref;  // (n_pages)
@@ -433,17 +442,18 @@ typedef struct attn_pool {
 ATTN_DEF size_t attn_pool_bytes(int32_t n_pages); // 0 when n_pages < 1
 ATTN_DEF attn_result attn_pool_init(attn_pool *pool, int32_t n_pages, void *mem, size_t bytes);
 ATTN_DEF attn_result attn_pool_alloc(attn_pool *pool, int32_t *page);  // count 1; ERR_FULL
-ATTN_DEF attn_result attn_pool_retain(attn_pool *pool, int32_t page);  // ERR_PAGE if free or outside
-ATTN_DEF attn_result attn_pool_release(attn_pool *pool, int32_t page); // ERR_PAGE if free or outside
+// ERR_PAGE when the page is free or outside:
+ATTN_DEF attn_result attn_pool_retain(attn_pool *pool, int32_t page);
+ATTN_DEF attn_result attn_pool_release(attn_pool *pool, int32_t page);
 
 // ==== >>tree  Token prefixes -> pages ============================================================
 //
-// A radix tree over token ids for all layers at once. A node holds a run of tokens and the pages they
-// lie in; sequences end anywhere in a node. Runs may begin inside a page: two sequences that diverge
-// there have their own copies of that page (copy on write), listed as attn_page_copy for the caller to
-// carry out (attn_<dev>_copy_pages) before the next store. Token ids are compared on every hit.
-// A namespace (model, adapter, tenant) shares nothing with another.
-// Released prefixes stay cached until evicted.
+// A radix tree over token ids for all layers at once. A node holds a run of tokens and the pages
+// they lie in; sequences end anywhere in a node. Runs may begin inside a page: two sequences that
+// diverge there have their own copies of that page (copy on write), listed as attn_page_copy for
+// the caller to carry out (attn_<dev>_copy_pages) before the next store. Token ids are compared on
+// every hit. A namespace (model, adapter, tenant) shares nothing with another. Released prefixes
+// stay cached until evicted.
 
 typedef struct attn_page_copy {
     int32_t src, dst;
@@ -456,8 +466,8 @@ typedef struct attn_tree_desc {
     int32_t n_pages;     // pages the tree manages (it owns a pool of that many)
     int32_t page_tokens;
     int32_t max_seq;     // live sequences (default 0: 256)
-    int32_t max_nodes;   // (default 0: 2 * n_pages + max_seq + 64: never runs out while fewer than 63
-                         // prefixes are pinned or end where the priority changes)
+    int32_t max_nodes; // (default 0: 2 * n_pages + max_seq + 64: never runs out while fewer than 63
+                       // prefixes are pinned or end where the priority changes)
 } attn_tree_desc;
 
 ATTN_DEF size_t attn_tree_bytes(const attn_tree_desc *desc); // 0 when invalid
@@ -473,15 +483,16 @@ ATTN_DEF int32_t attn_tree_match(const attn_tree *t, uint64_t ns, const int32_t 
 ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
                                     int32_t *seq, int32_t *n_cached);
 
-// Lengthens a sequence by n tokens. The first *n_cached of them were already cached behind it (their
-// K and V are there; do not store them again), the rest get page slots: the caller stores their K and
-// V before anyone runs attention over them, or truncates; take the slots from attn_tree_pages
-// right after the call: a later append may move the sequence's end to a copy of its last page. Page
-// copies are appended to copies (capacity max_copies, *n_copies counts on; ERR_BUFFER); at most one per
-// call. Carry them out in their order, in every layer, after the stores of tokens appended before them
-// and before attention; stores of later tokens may come before or after. Both pages stay as they are
-// until attn_tree_ack. Makes room by evicting cached leaves; a hopeless request evicts nothing.
-// ERR_FULL undoes everything. It may come one page early for each border page kept in two copies.
+// Lengthens a sequence by n tokens. The first *n_cached of them were already cached behind it
+// (their K and V are there; do not store them again), the rest get page slots: the caller stores
+// their K and V before anyone runs attention over them, or truncates; take the slots from
+// attn_tree_pages right after the call: a later append may move the sequence's end to a copy of its
+// last page. Page copies are appended to copies (capacity max_copies, *n_copies counts on;
+// ERR_BUFFER); at most one per call. Carry them out in their order, in every layer, after the
+// stores of tokens appended before them and before attention; stores of later tokens may come
+// before or after. Both pages stay as they are until attn_tree_ack. Makes room by evicting cached
+// leaves; a hopeless request evicts nothing. ERR_FULL undoes everything. It may come one page early
+// for each border page kept in two copies.
 ATTN_DEF attn_result attn_tree_append(attn_tree *t, int32_t seq, const int32_t *tokens, int32_t n,
                                       int32_t *n_cached, attn_page_copy *copies, int32_t max_copies,
                                       int32_t *n_copies);
@@ -497,9 +508,9 @@ ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, i
 // A second sequence with the same tokens (beam, speculative draft). No copy until they diverge.
 ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out);
 
-// Shortens a sequence to n_tokens. Tokens stay as long as another sequence holds them, or once one that
-// held them was released with keep, or they were pinned; else they are dropped and their pages freed
-// (rollback of a draft). ERR_FULL: a node was needed and there was none, see max_nodes.
+// Shortens a sequence to n_tokens. Tokens stay as long as another sequence holds them, or once one
+// that held them was released with keep, or they were pinned; else they are dropped and their pages
+// freed (rollback of a draft). ERR_FULL: a node was needed and there was none, see max_nodes.
 ATTN_DEF attn_result attn_tree_truncate(attn_tree *t, int32_t seq, int32_t n_tokens);
 
 // Ends a sequence. keep = 1: its tokens stay cached until evicted; 0: as truncate to 0 first.
@@ -510,20 +521,21 @@ ATTN_DEF attn_result attn_tree_release(attn_tree *t, int32_t seq, int keep);
 ATTN_DEF attn_result attn_tree_pin(attn_tree *t, uint64_t ns, const int32_t *tokens, int32_t n,
                                    int delta);
 
-// Prefixes of higher priority are evicted later (default 0). Applies to the tokens that the sequence
-// holds now (sets, not raises); tokens appended later have 0 again.
+// Prefixes of higher priority are evicted later (default 0). Applies to the tokens that the
+// sequence holds now (sets, not raises); tokens appended later have 0 again.
 ATTN_DEF attn_result attn_tree_priority(attn_tree *t, int32_t seq, int32_t priority);
 
-// Frees pages of unpinned, unused leaves, lowest priority first, then least recently used, each from
-// its tail, until n_pages were freed or none is left; *n_freed may be NULL. n_pages < 0: everything.
+// Frees pages of unpinned, unused leaves, lowest priority first, then least recently used, each
+// from its tail, until n_pages were freed or none is left; *n_freed may be NULL. n_pages < 0:
+// everything.
 ATTN_DEF attn_result attn_tree_evict(attn_tree *t, int32_t n_pages, int32_t *n_freed);
 
 ATTN_DEF int32_t attn_tree_length(const attn_tree *t, int32_t seq); // tokens; < 0: an attn_result
 // Copies tokens [first, first + n) of the sequence to out.
 ATTN_DEF attn_result attn_tree_tokens(const attn_tree *t, int32_t seq, int32_t first, int32_t n,
                                       int32_t *out);
-// Writes the sequence's page ids to out; returns how many ((length + page_tokens - 1) / page_tokens),
-// or an attn_result < 0 (ERR_BUFFER when capacity is less).
+// Writes the sequence's page ids to out; returns how many ((length + page_tokens - 1) /
+// page_tokens), or an attn_result < 0 (ERR_BUFFER when capacity is less).
 ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, int32_t capacity);
 // Writes to order the permutation of seqs (n handles) that puts common prefixes side by side: by
 // namespace, then token by token, a prefix before what continues it, ties by place in seqs (so it
@@ -541,8 +553,8 @@ typedef struct attn_tree_stats {
 ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out);
 
 // Checks every invariant (reference counts, links, fills, hash index); ATTN_OK or ERR_CORRUPT.
-// O(nodes + pages + tokens). For tests and debugging. Uses scratch in the tree, as save does: both need
-// the lock of a writer.
+// O(nodes + pages + tokens). For tests and debugging. Uses scratch in the tree, as save does: both
+// need the lock of a writer.
 ATTN_DEF attn_result attn_tree_check(const attn_tree *t);
 
 // ==== >>blob  Saving and loading a branch ========================================================
@@ -633,7 +645,8 @@ ATTNI_FN float attni_from_small(uint32_t h, int e, int m, int ieee) {
     return attni_float(sign | (uint32_t)(ex - bias + 127) << 23 | man << (23 - m));
 }
 
-// f32 to such a float, round to nearest even; too large becomes max_code (Inf or the largest value).
+// f32 to such a float, round to nearest even; too large becomes max_code (Inf or the largest
+// value).
 ATTNI_FN uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint32_t nan_code) {
     uint32_t u = attni_bits32(x), sign = (u >> 31) << (e + m), a = u & 0x7fffffffu, man, rest;
     int32_t bias = (1 << (e - 1)) - 1, ex, shift;
@@ -652,7 +665,9 @@ ATTNI_FN uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint3
 }
 
 ATTNI_FN float attni_from_f16(uint16_t h) { return attni_from_small(h, 5, 10, 1); }
-ATTNI_FN uint16_t attni_to_f16(float x) { return (uint16_t)attni_to_small(x, 5, 10, 0x7c00u, 0x7e00u); }
+ATTNI_FN uint16_t attni_to_f16(float x) {
+    return (uint16_t)attni_to_small(x, 5, 10, 0x7c00u, 0x7e00u);
+}
 ATTNI_FN float attni_from_e5m2(uint8_t h) { return attni_from_small(h, 5, 2, 1); }
 ATTNI_FN uint8_t attni_to_e5m2(float x) { return (uint8_t)attni_to_small(x, 5, 2, 0x7bu, 0x7fu); }
 ATTNI_FN float attni_from_e4m3(uint8_t h) { // no Inf; only 0x7f is NaN
@@ -734,7 +749,9 @@ ATTNI_FN double attni_sqrt(double x) { // x in (0, 1e6]; no libm
     return y;
 }
 
-ATTNI_FN int32_t attni_v_dim(const attn_desc *d) { return d->v_head_dim ? d->v_head_dim : d->head_dim; }
+ATTNI_FN int32_t attni_v_dim(const attn_desc *d) {
+    return d->v_head_dim ? d->v_head_dim : d->head_dim;
+}
 ATTNI_FN float attni_scale(const attn_desc *d) {
     uint32_t u = attni_bits32(d->logits.scale);
     return (u & 0x7fffffffu) ? d->logits.scale : (float)(1.0 / attni_sqrt((double)d->head_dim));
@@ -748,7 +765,8 @@ typedef struct attni_side {
     int k16;                          // units of a token are 64 bytes apart, else 4
     int32_t dim, page_tokens;
     int64_t page_bytes, token_bytes, head_bytes;
-    int64_t scale_offset, scale_token, scale_head; // bytes in the page; scale_offset < 0: none there
+    int64_t scale_offset, scale_token,
+        scale_head; // bytes in the page; scale_offset < 0: none there
     const float *head_scale;
     int64_t need_bytes;               // what a page really holds
 } attni_side;
@@ -756,7 +774,8 @@ typedef struct attni_side {
 // Byte offset of the first unit of a token inside its page.
 ATTNI_FN int64_t attni_token_offset(const attni_side *s, int32_t place, int32_t head) {
     if (s->k16)
-        return head * s->head_bytes + (int64_t)(place >> 4) * 16 * s->token_bytes + (place & 15) * 4;
+        return head * s->head_bytes + (int64_t)(place >> 4) * 16 * s->token_bytes +
+               (place & 15) * 4;
     return place * s->token_bytes + head * s->head_bytes;
 }
 
@@ -878,10 +897,12 @@ ATTNI_FN int64_t attni_list_row(const attn_desc *d, int32_t seq, int64_t p) {
 }
 
 ATTNI_FN int attni_has_sparse(const attn_mask *m) {
-    return m->blocks.row_start || m->stride.block || m->vslash.block || m->keep_sink || m->keep_recent;
+    return m->blocks.row_start || m->stride.block || m->vslash.block || m->keep_sink ||
+           m->keep_recent;
 }
 
-ATTNI_FN int attni_sparse_pair(const attn_desc *d, int32_t seq, int64_t p, int64_t k, int32_t head) {
+ATTNI_FN int attni_sparse_pair(const attn_desc *d, int32_t seq, int64_t p, int64_t k,
+                               int32_t head) {
     const attn_mask *m = &d->mask;
     const attn_block_list *b = &m->blocks;
     const attn_vertical_slash *v = &m->vslash;
@@ -925,7 +946,8 @@ ATTNI_FN void attni_bits_set(uint64_t bits[4], int64_t a, int64_t b) {
     b = attni_min64(b, 256);
     for (w = 0; w < 4; w++) {
         int64_t lo = attni_max64(a - 64 * w, 0), hi = attni_min64(b - 64 * w, 64);
-        if (lo < hi) bits[w] |= (hi - lo == 64 ? ~(uint64_t)0 : (((uint64_t)1 << (hi - lo)) - 1)) << lo;
+        if (lo < hi)
+            bits[w] |= (hi - lo == 64 ? ~(uint64_t)0 : (((uint64_t)1 << (hi - lo)) - 1)) << lo;
     }
 }
 
@@ -972,14 +994,16 @@ ATTNI_FN void attni_vslash_bits(const attn_desc *d, int64_t p, int32_t head, int
     int64_t i = p / v->block, j0 = b0 / v->block, j1 = (b0 + 255) / v->block, e;
     e = attni_lower_bound(v->col, v->col_start[l], v->col_start[l + 1], j0);
     for (; e < v->col_start[l + 1] && v->col[e] <= j1; e++)
-        attni_bits_set(bits, (int64_t)v->col[e] * v->block - b0, ((int64_t)v->col[e] + 1) * v->block - b0);
+        attni_bits_set(bits, (int64_t)v->col[e] * v->block - b0,
+                       ((int64_t)v->col[e] + 1) * v->block - b0);
     e = attni_lower_bound(v->diag, v->diag_start[l], v->diag_start[l + 1], i - j1);
     for (; e < v->diag_start[l + 1] && v->diag[e] <= i - j0; e++)
-        attni_bits_set(bits, (i - v->diag[e]) * v->block - b0, (i - v->diag[e] + 1) * v->block - b0);
+        attni_bits_set(bits, (i - v->diag[e]) * v->block - b0,
+                       (i - v->diag[e] + 1) * v->block - b0);
 }
 
-// The sparse terms for keys [b0, b0 + 256) in m->bits; a key of what they depend on saves the work for
-// the next row of the same row block.
+// The sparse terms for keys [b0, b0 + 256) in m->bits; a key of what they depend on saves the work
+// for the next row of the same row block.
 ATTNI_FN void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_t head, int64_t b0) {
     const attn_desc *d = m->d;
     const attn_mask *k = &d->mask;
@@ -1190,7 +1214,8 @@ ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_
             for (r = 0; r < r1; r++)
                 for (c = 0; c < c1; c++) {
                     int64_t bit = (int64_t)r * kv_block + c;
-                    if (!m[((int64_t)rb * row_block + r) * cols + (int64_t)cb * kv_block + c]) continue;
+                    if (!m[((int64_t)rb * row_block + r) * cols + (int64_t)cb * kv_block + c])
+                        continue;
                     any = 1;
                     if (n < capacity) bits[n * words + bit / 64] |= (uint64_t)1 << (bit % 64);
                 }
@@ -1230,7 +1255,8 @@ static attn_result attni_check_shape(const attn_desc *d) {
     int32_t vd, s;
     if (d->n_seq < 1 || d->n_heads < 1 || d->n_kv_heads < 1) return ATTN_ERR_ARGUMENT;
     if (d->n_heads % d->n_kv_heads || d->n_heads > 65536) return ATTN_ERR_SHAPE;
-    if (d->head_dim < 8 || d->head_dim % 8 || d->head_dim > ATTN_MAX_HEAD_DIM) return ATTN_ERR_SHAPE;
+    if (d->head_dim < 8 || d->head_dim % 8 || d->head_dim > ATTN_MAX_HEAD_DIM)
+        return ATTN_ERR_SHAPE;
     vd = attni_v_dim(d);
     if (vd < 8 || vd % 8 || vd > ATTN_MAX_HEAD_DIM) return ATTN_ERR_SHAPE;
     if (!d->q_start || !d->kv.kv_len || !d->kv.k.data || !d->kv.v.data) return ATTN_ERR_ARGUMENT;
@@ -1240,7 +1266,8 @@ static attn_result attni_check_shape(const attn_desc *d) {
     if (d->q_start[d->n_seq] > 0 && (!d->q.data || !d->o.data)) return ATTN_ERR_ARGUMENT;
     if (!attni_is_float(d->q.dtype) || !attni_is_float(d->o.dtype)) return ATTN_ERR_DTYPE;
     if (!attni_bits_of(d->kv.k.dtype) || !attni_bits_of(d->kv.v.dtype)) return ATTN_ERR_DTYPE;
-    if (attni_bad_view(&d->q, d->q_start[d->n_seq], d->n_heads, d->head_dim, 0)) return ATTN_ERR_LAYOUT;
+    if (attni_bad_view(&d->q, d->q_start[d->n_seq], d->n_heads, d->head_dim, 0))
+        return ATTN_ERR_LAYOUT;
     if (attni_bad_view(&d->o, d->q_start[d->n_seq], d->n_heads, vd, 1)) return ATTN_ERR_LAYOUT;
     if ((int)d->numerics < 0 || d->numerics > ATTN_NUMERICS_APPROX) return ATTN_ERR_ARGUMENT;
     if ((int)d->mask.kind < 0 || d->mask.kind > ATTN_MASK_TREE) return ATTN_ERR_MASK;
@@ -1248,7 +1275,8 @@ static attn_result attni_check_shape(const attn_desc *d) {
         return ATTN_ERR_ARGUMENT;
     if (d->logits.bias.data) {
         if (!attni_is_float(d->logits.bias.dtype)) return ATTN_ERR_DTYPE;
-        if (d->logits.bias.stride_head < 0 || d->logits.bias.stride_token < 0) return ATTN_ERR_LAYOUT;
+        if (d->logits.bias.stride_head < 0 || d->logits.bias.stride_token < 0)
+            return ATTN_ERR_LAYOUT;
     }
     return ATTN_OK;
 }
@@ -1331,7 +1359,8 @@ static attn_result attni_check_tree(const attn_desc *d) {
         int32_t q_len = d->q_start[s + 1] - d->q_start[s];
         if (!q_len) continue;
         if (q_len > d->kv.kv_len[s]) return ATTN_ERR_MASK;
-        if (attni_q_pos0(d, s) + q_len != attni_kv_pos0(d, s) + d->kv.kv_len[s]) return ATTN_ERR_MASK;
+        if (attni_q_pos0(d, s) + q_len != attni_kv_pos0(d, s) + d->kv.kv_len[s])
+            return ATTN_ERR_MASK;
         for (t = 0; t < q_len; t++)
             if (parent[t] < -1 || parent[t] >= t) return ATTN_ERR_MASK;
     }
@@ -1347,9 +1376,11 @@ static attn_result attni_check_mask(const attn_desc *d) {
     if (m->keep_sink < 0 || m->keep_recent < 0) return ATTN_ERR_MASK;
     if (r->block < 0 || v->block < 0) return ATTN_ERR_MASK;
     if (r->block) {
-        if (r->local < 1 || r->stride < 1 || r->local_right < 0 || r->head_step < 0 || r->offset < 0)
+        if (r->local < 1 || r->stride < 1 || r->local_right < 0 || r->head_step < 0 ||
+            r->offset < 0)
             return ATTN_ERR_MASK;
-        if (r->n_dense < 0 || r->n_dense > total || (r->homogeneous && r->n_dense)) return ATTN_ERR_MASK;
+        if (r->n_dense < 0 || r->n_dense > total || (r->homogeneous && r->n_dense))
+            return ATTN_ERR_MASK;
         if (r->head0 < 0 || (int64_t)r->head0 + d->n_kv_heads > total) return ATTN_ERR_MASK;
     }
     if (v->block) {
@@ -1386,7 +1417,8 @@ static double attni_exp64(double x) {
     k = (int64_t)(x * 1.4426950408889634 + (x < 0 ? -0.5 : 0.5));
     r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
     for (i = 1; i < 16; i++) s += (t *= r / i);
-    if (k < -1000) return attni_exp64(x + 693.14718055994530942) * 9.332636185032189e-302; // 2^-1000
+    if (k < -1000)
+        return attni_exp64(x + 693.14718055994530942) * 9.332636185032189e-302; // 2^-1000
     u = (uint64_t)(k + 1023) << 52;
     memcpy(&t, &u, 8);
     return s * t;
@@ -1458,11 +1490,12 @@ static double attni_ref_score(const attn_desc *d, const double *q, const double 
 }
 
 // Row of K or V of held token j as doubles, scale applied.
-static void attni_ref_row(const attn_desc *d, const attni_side *side, int32_t s, int32_t h, int32_t j,
-                          double *out) {
+static void attni_ref_row(const attn_desc *d, const attni_side *side, int32_t s, int32_t h,
+                          int32_t j, double *out) {
     int32_t page = attni_page_of(d, s, j), place = j % d->kv.page_tokens, e;
     const uint8_t *p = side->data + page * side->page_bytes + attni_token_offset(side, place, h);
-    double scale = attni_is_scaled(side->dtype) ? (double)attni_token_scale(side, page, place, h) : 1.0;
+    double scale =
+        attni_is_scaled(side->dtype) ? (double)attni_token_scale(side, page, place, h) : 1.0;
     int32_t per = 32 / attni_bits_of(side->dtype), gap = side->k16 ? 64 : 4;
     for (e = 0; e < side->dim; e++)
         out[e] = (double)attni_get(p + (int64_t)(e / per) * gap, side->dtype, e % per) * scale;
@@ -1475,7 +1508,8 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
     int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
     int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
     int seen = 0;
-    for (e = 0; e < d->head_dim; e++) q[e] = (double)attni_get(d->q.data, d->q.dtype, t * st + h * sh + e);
+    for (e = 0; e < d->head_dim; e++)
+        q[e] = (double)attni_get(d->q.data, d->q.dtype, t * st + h * sh + e);
     for (e = 0; e < vd; e++) o[e] = 0;
     for (j = 0; j < d->kv.kv_len[s]; j++) {
         if (!attn_ref_visible(d, s, t, h, j)) continue;
@@ -1521,19 +1555,22 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
         for (t = d->q_start[s]; t < d->q_start[s + 1]; t++)
             for (h = 0; h < d->n_heads; h++) {
                 int64_t row = (int64_t)t * d->n_heads + h;
-                attni_ref_query(d, &k, &v, s, t, h, o + row * attni_v_dim(d), lse ? lse + row : NULL);
+                attni_ref_query(d, &k, &v, s, t, h, o + row * attni_v_dim(d),
+                                lse ? lse + row : NULL);
             }
     return ATTN_OK;
 }
 
 // ==== >>impl-plan  ===============================================================================
 //
-// 1. spans each sequence may see   2. order: common pages side by side   3. shared[i]: whole spans that
-// place i and i + 1 have in common   4. segments: maximal rectangles (places x spans), from the root
-// down   5. tasks: segment x row tile x KV head, dearest first   6. each sequence's chain of segments
+// 1. spans each sequence may see   2. order: common pages side by side   3. shared[i]: whole spans
+// that place i and i + 1 have in common   4. segments: maximal rectangles (places x spans), from
+// the root down   5. tasks: segment x row tile x KV head, dearest first   6. each sequence's chain
+// of segments
 
-// Builder state; all arrays lie in the plan's memory. Every sequence's own segment, tiles and chain link
-// are provided for by the capacities; what sharing and cutting add is charged to the *_left counters.
+// Builder state; all arrays lie in the plan's memory. Every sequence's own segment, tiles and chain
+// link are provided for by the capacities; what sharing and cutting add is charged to the *_left
+// counters.
 typedef struct attni_planner {
     attn_plan *p;
     const attn_desc *d;
@@ -1585,7 +1622,8 @@ static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
     return x < y;
 }
 
-static void attni_sort_order(const attni_planner *b, int32_t n) { // heap sort: no memory, no recursion
+static void attni_sort_order(const attni_planner *b,
+                             int32_t n) { // heap sort: no memory, no recursion
     int32_t *a = b->p->order, start, end, root, child, t;
     for (start = n / 2 - 1, end = n; end > 1;) {
         if (start >= 0) root = start--;
@@ -1659,8 +1697,8 @@ static int32_t attni_span_count(const attn_mask *m, int64_t span0, int64_t span1
     return (int32_t)(attni_max64(hi - lo, 0) + attni_max64(sinks, 0));
 }
 
-static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
-                              int32_t tokens, int32_t n_slots) {
+static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t span0,
+                              int32_t span1, int32_t tokens, int32_t n_slots) {
     attn_plan *p = b->p;
     attn_segment *s = &p->segment[p->n_segments++];
     s->seq0 = lo;
@@ -1674,8 +1712,8 @@ static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t 
     p->n_shared += hi - lo > 1;
 }
 
-// Spans per piece so that no task is dearer than max_cost, if workspace and capacities allow; n if not.
-// `more`: partial rows that cutting costs, charged.
+// Spans per piece so that no task is dearer than max_cost, if workspace and capacities allow; n if
+// not. `more`: partial rows that cutting costs, charged.
 static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t tokens, int starts,
                            int direct) {
     attn_plan *p = b->p;
@@ -1695,8 +1733,8 @@ static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t t
     return piece;
 }
 
-// Emits the spans [span0, span1) of places [lo, hi), cut if need be. The piece where the rows' folds
-// start keeps them in registers and leaves one slot per row; the others leave one per span.
+// Emits the spans [span0, span1) of places [lo, hi), cut if need be. The piece where the rows'
+// folds start keeps them in registers and leaves one slot per row; the others leave one per span.
 static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
                        int32_t tokens, int direct) {
     int32_t i, piece;
@@ -1713,8 +1751,8 @@ static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, 
     }
 }
 
-// Is it worth computing the spans [from, to) of places [lo, hi) once for all? Charges workspace (for the
-// whole rest of these rows, unless an outer segment did) and capacities if so.
+// Is it worth computing the spans [from, to) of places [lo, hi) once for all? Charges workspace
+// (for the whole rest of these rows, unless an outer segment did) and capacities if so.
 static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t from, int32_t to,
                                int reserved, int32_t *tokens) {
     attn_plan *p = b->p;
@@ -1743,7 +1781,8 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
     return 1;
 }
 
-// Walks the implicit tree of common prefixes with a stack of (places, spans already covered; -1: none).
+// Walks the implicit tree of common prefixes with a stack of (places, spans already covered; -1:
+// none).
 static void attni_plan_segments(attni_planner *b, int32_t n) {
     attn_plan *p = b->p;
     int32_t *top = b->stack, lo, hi, from, start, to, end, i, tokens;
@@ -1780,8 +1819,8 @@ static void attni_plan_segments(attni_planner *b, int32_t n) {
 }
 
 // The positions of a segment's flattened query tokens [first, first + n): least and greatest.
-static void attni_tile_positions(const attn_plan *p, const attn_segment *g, int32_t first, int32_t n,
-                                 int64_t *p0, int64_t *p1) {
+static void attni_tile_positions(const attn_plan *p, const attn_segment *g, int32_t first,
+                                 int32_t n, int64_t *p0, int64_t *p1) {
     int32_t i, skip = first;
     *p0 = INT64_MAX;
     *p1 = -1;
@@ -1818,7 +1857,8 @@ static void attni_plan_tasks(attni_planner *b) {
                 n = tile - q->q_pos0 % tile;
             attni_tile_positions(p, g, first, n, &p0, &p1);
             spans = attni_span_count(&b->d->mask, g->span0, g->span1, p0, p1);
-            tokens = attni_min64((int64_t)spans * ATTN_SPAN, attni_tokens_in(q, g->span0, g->span1));
+            tokens =
+                attni_min64((int64_t)spans * ATTN_SPAN, attni_tokens_in(q, g->span0, g->span1));
             for (h = 0; h < p->n_kv_heads; h++) {
                 attn_task *t = &p->task[p->n_tasks++];
                 t->segment = i;
@@ -1832,7 +1872,8 @@ static void attni_plan_tasks(attni_planner *b) {
     }
 }
 
-static int attni_task_before(const attn_task *a, const attn_task *b) { // dearest first, then in order
+static int attni_task_before(const attn_task *a,
+                             const attn_task *b) { // dearest first, then in order
     if (a->cost != b->cost) return a->cost > b->cost;
     if (a->kv_head != b->kv_head) return a->kv_head < b->kv_head;
     if (a->segment != b->segment) return a->segment < b->segment;
@@ -1862,7 +1903,8 @@ static void attni_plan_chains(attn_plan *p) {
     int32_t i, s, at = 0;
     for (s = 0; s < p->n_seq; s++) p->seq[s].n_chain = 0;
     for (i = 0; i < p->n_segments; i++)
-        for (s = 0; s < p->segment[i].n_seq; s++) p->seq[p->order[p->segment[i].seq0 + s]].n_chain++;
+        for (s = 0; s < p->segment[i].n_seq; s++)
+            p->seq[p->order[p->segment[i].seq0 + s]].n_chain++;
     for (s = 0; s < p->n_seq; s++) {
         attn_plan_seq *q = &p->seq[s];
         q->chain = at;
@@ -3395,3 +3437,27 @@ ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_byte
 
 #endif // ATTNI_CORE_IMPLEMENTED
 #endif // ATTN_IMPLEMENTATION || ATTN_CORE_IMPLEMENTATION
+
+/* MIT License
+
+      Copyright (c) 2026 the attn authors
+
+      Permission is hereby granted, free of charge, to any person obtaining a copy
+   of this software and associated documentation files (the "Software"), to deal
+   in the Software without restriction, including without limitation the rights
+   to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+   copies of the Software, and to permit persons to whom the Software is
+   furnished to do so, subject to the following conditions:
+
+      The above copyright notice and this permission notice shall be included in all
+   copies or substantial portions of the Software.
+
+      THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+   IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+   FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+   AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+   OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+   SOFTWARE.
+
+   0.1  core, prefix tree, CPU executors */

@@ -11,21 +11,22 @@
    an engine's step:     attn_cpu_plan_params(&d, workers, &params);         once
                          attn_plan_build(&d, &params, mem, bytes, &plan);    or attn_plan_update
        every layer:      attn_cpu_store(&d, &k, &v, NULL, 0, n_tokens);      new K, V into pages
-       any threads:      attn_cpu_run(&d, plan, i, 1, partials, scratch[thread])   i < plan->n_tasks
-       after a barrier:  attn_cpu_merge(&d, plan, i, 1, partials)                  i < plan->n_merges
+       any threads:      attn_cpu_run(&d, plan, i, 1, partials, scratch[thread]); i < plan->n_tasks
+       after a barrier:  attn_cpu_merge(&d, plan, i, 1, partials);           i < plan->n_merges
 
-   CONTENTS  >>isa  >>store  >>run   and behind  >>impl-:  scratch, vocabulary, kernels, tasks, dispatch
+   CONTENTS  >>isa  >>store  >>run   and behind  >>impl-:
+             kernels, types, scalar, avx2, avx512, dots, neon, dispatch, store, tasks, run
 
    MACROS    ATTN_CPU_IMPLEMENTATION   implement this header
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
 
    MEMORY    Plans, scratch and partials: 64-byte aligned, the caller's. Nothing is allocated.
-   THREADS   attn_cpu_run and attn_cpu_merge may run on any threads at once, each with its own scratch,
-             on disjoint tasks. One cached ISA id is the only state, accessed atomically.
-   NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16 the
-             weighted sums, use the bf16 dot product of AVX-512-BF16, AMX or NEON-BF16, else f32.
+   THREADS   attn_cpu_run and attn_cpu_merge may run on any threads at once, each with its own
+             scratch, on disjoint tasks. What was learnt about the CPU is the only state, atomic.
+   NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16
+             the weighted sums, use the bf16 dot product of AVX-512-BF16, AMX or NEON-BF16.
              PORTABLE: separate multiply and add, the same bits on every ISA.
-             APPROX: as FAST, and int8 keys are scored by integer dot products. */
+             APPROX: as FAST, and int8 keys are scored by integer dot products (VNNI, DotProd). */
 
 #ifndef ATTN_CPU_H
 #define ATTN_CPU_H
@@ -60,8 +61,8 @@ ATTN_DEF attn_cpu_isa attn_cpu_get_isa(void);             // the one in use
 // Forces an executor for the whole process, for tests and comparisons; AUTO: the best one again.
 // ERR_UNSUPPORTED when it is not there.
 ATTN_DEF attn_result attn_cpu_set_isa(attn_cpu_isa isa);
-// Asks the operating system for the AMX tile registers (Linux needs it once per process) and lets AUTO
-// choose AMX. Optional; ATTN_OK also where there is no AMX.
+// Asks the operating system for the AMX tile registers (Linux needs it once per process) and lets
+// AUTO choose AMX. Optional; ATTN_OK also where there is no AMX.
 ATTN_DEF attn_result attn_cpu_open(void);
 // The kernels a problem runs on, e.g. "avx512bf16:bdot,bdot" (scores, weighted sums); static text.
 ATTN_DEF const char *attn_cpu_executor(const attn_desc *d);
@@ -70,21 +71,24 @@ ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d);
 
 // ==== >>store  Writing K and V into pages ========================================================
 
-// Converts rows [first, first + count) of k (n_tokens, n_kv_heads, head_dim) and v (.., v_head_dim) to
-// the pages' dtypes and layout and writes them at slots[row] = page * page_tokens + place; slots[row] < 0
-// skips a row. slots NULL: every query token's own position (attn_kv_slots). k or v may be NULL.
-// Scaled dtypes: scale = max |x| over the row's head / largest code, stored beside, unless head_scale.
-// ERR_PAGE when a slot lies outside the pool; nothing is written then. Thread rule: disjoint rows.
+// Converts rows [first, first + count) of k (n_tokens, n_kv_heads, head_dim) and v (.., v_head_dim)
+// to the pages' dtypes and layout and writes them at slots[row] = page * page_tokens + place;
+// slots[row] < 0 skips a row. slots NULL: every query token's own position (attn_kv_slots). k or v
+// may be NULL. Scaled dtypes: scale = max |x| over the row's head / largest code, stored beside,
+// unless head_scale. ERR_PAGE when a slot lies outside the pool; nothing is written then. Thread
+// rule: disjoint rows.
 ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, const attn_tensor *v,
                                     const int64_t *slots, int64_t first, int64_t count);
 
-// Carries out page copies of the tree in d's K and V pages (one layer), in the list's order; only the
-// first n_tokens slots of dst are written.
-ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies, int32_t n);
+// Carries out page copies of the tree in d's K and V pages (one layer), in the list's order; only
+// the first n_tokens slots of dst are written.
+ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies,
+                                         int32_t n);
 
 // ==== >>run  Running a plan ======================================================================
 
-// Fills in the planner's parameters for this backend: row tile, cost model, a 64 MiB bound on partials.
+// Fills in the planner's parameters for this backend: row tile, cost model, a 64 MiB bound on
+// partials.
 ATTN_DEF void attn_cpu_plan_params(const attn_desc *d, int32_t workers, attn_plan_params *out);
 
 // Scratch one thread needs for a plan of d (and its updates); 0 when d or p is NULL.
@@ -92,35 +96,38 @@ ATTN_DEF size_t attn_cpu_scratch_bytes(const attn_desc *d, const attn_plan *p);
 
 // Runs tasks [first, first + count) of the plan. partials: attn_plan_partial_bytes, shared by all
 // threads (NULL when 0); scratch: attn_cpu_scratch_bytes, this thread's own.
-// ERR_STALE when d's lengths are not those of the plan; ERR_PAGE when a page id left the pool since.
-ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_t first, int32_t count,
-                                  void *partials, void *scratch);
+// ERR_STALE when d's lengths are not those of the plan; ERR_PAGE when a page id left the pool
+// since.
+ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_t first,
+                                  int32_t count, void *partials, void *scratch);
 
-// Folds the partials of sequences plan->merge[first ..] and writes their O. After all tasks have run.
+// Folds the partials of sequences plan->merge[first ..] and writes their O. After all tasks have
+// run.
 ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int32_t first,
                                     int32_t count, const void *partials);
 
 // Plan, tasks and merge in one call, in parallel when compiled with OpenMP (else n_threads is only
 // a hint to the planner). mem: attn_cpu_forward_bytes (0 when d is invalid), any alignment.
 ATTN_DEF size_t attn_cpu_forward_bytes(const attn_desc *d, int32_t n_threads);
-ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t bytes, int32_t n_threads);
+ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t bytes,
+                                      int32_t n_threads);
 
 #endif // ATTN_CPU_H
 
 // ==== Stop here if you only want the API. ========================================================
 
 #ifdef ATTNI_KERNEL_PASS
-// ==== >>impl-kernels  Written once, included again by this file for every ISA (and numerics) ======
+// ==== >>impl-kernels  Written once, included again by this file for every ISA and numerics =======
 //
 // ATTNI_I(f): vocabulary function f of this pass's ISA. ATTNI_K(f): the kernel's own name.
-// ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors). ATTNI_DIRECT16: has kernels that read
-// f16 rows and tiles without converting them first.
+// ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors). ATTNI_DIRECT16: has kernels that
+// read f16 rows and tiles without converting them first.
 
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
-// Register blocks of NR, 4 or 1 rows. Buffers have spare rows behind the last, so that a block may be
-// taller than what is left.
+// Register blocks of NR, 4 or 1 rows. Buffers have spare rows behind the last, so that a block may
+// be taller than what is left.
 #define ATTNI_STEP(left) ((left) >= 5 || ATTNI_NR == 1 ? ATTNI_NR : (left) >= 2 ? 4 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
@@ -185,7 +192,8 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_I(row16)(attn_dtype t, const uint8_t *p) {
     default: CALL(ATTN_F32, 1); break;                                                             \
     }
 
-ATTNI_TGT static void ATTNI_I(widen_tile)(attn_dtype t, const uint32_t *tile, int units, float *out) {
+ATTNI_TGT static void ATTNI_I(widen_tile)(attn_dtype t, const uint32_t *tile, int units,
+                                          float *out) {
     int u, i;
 #define ATTNI_TILE_CALL(T, P)                                                                      \
     for (u = 0; u < units; u++) {                                                                  \
@@ -216,8 +224,9 @@ ATTNI_INLINE ATTNI_TGT U ATTNI_I(to_bf16)(V x) {
     // NaN: not (|x| <= inf), seen as |x| - inf > 0 on the bits
     U a = ATTNI_I(uand)(u, 0x7fffffffu);
     U nan = ATTNI_I(ushr)(ATTNI_I(uadd)(a, ATTNI_I(uset1)(0x007fffffu)), 31);
-    V v = ATTNI_I(uequal)(nan, ATTNI_I(uset1)(1), ATTNI_I(asv)(ATTNI_I(uor)(u, ATTNI_I(uset1)(0x400000u))),
-                          ATTNI_I(asv)(r));
+    V v =
+        ATTNI_I(uequal)(nan, ATTNI_I(uset1)(1),
+                        ATTNI_I(asv)(ATTNI_I(uor)(u, ATTNI_I(uset1)(0x400000u))), ATTNI_I(asv)(r));
     return ATTNI_I(ushr)(ATTNI_I(asu)(v), 16);
 }
 
@@ -251,9 +260,10 @@ ATTNI_TGT static int ATTNI_I(special)(const float *x, int64_t n) {
     return (int)b[0];
 }
 
-// Rows t, t + 1 of 16-bit values side by side: out[t / 2][n] of (even, odd) pairs, for the bf16 dot.
-ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *run, int n_runs, int n,
-                                     int ldo, uint32_t *out) {
+// Rows t, t + 1 of 16-bit values side by side: out[t / 2][n] of (even, odd) pairs, for the bf16
+// dot.
+ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *run, int n_runs,
+                                     int n, int ldo, uint32_t *out) {
     int i, t, e;
     for (i = 0; i < n_runs; i++)
         for (t = run[i].t0; t < run[i].t1; t += 2) {
@@ -262,7 +272,8 @@ ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *ru
             ATTNI_PREFETCH((const uint8_t *)row[t + 32]);
             ATTNI_PREFETCH((const uint8_t *)row[t + 33]);
             for (e = 0; e + 16 <= n; e += 16) {
-                U x = ATTNI_I(uor)(ATTNI_I(uload16)(a + 2 * e), ATTNI_I(ushl)(ATTNI_I(uload16)(b + 2 * e), 16));
+                U x = ATTNI_I(uor)(ATTNI_I(uload16)(a + 2 * e),
+                                   ATTNI_I(ushl)(ATTNI_I(uload16)(b + 2 * e), 16));
                 ATTNI_I(store)((float *)(void *)(o + e), ATTNI_I(asv)(x));
             }
             for (; e < n; e++) {
@@ -309,18 +320,17 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 #define ATTNI_MADD(a, b, c) ATTNI_I(fma)(a, b, c)
 #endif
 
-// Scores: c[r][j] is one multiply-add chain over d, lanes are the 16 tokens of tile j. Bits depend on
-// nothing else, so any register block gives the same.
+// Scores: c[r][j] is one multiply-add chain over d, lanes are the 16 tokens of tile j. Bits depend
+// on nothing else, so any register block gives the same.
 #define ATTNI_QK(name, T, P)                                                                       \
-    ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(const float *q, int64_t ldq,                 \
-                                                      const uint32_t *const *kt,                   \
-                                                      const uint8_t *col, int units, float *s,     \
-                                                      const int nr, const int nc) {                \
+    ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
+        const float *q, int64_t ldq, const uint32_t *const *kt, const uint8_t *col, int units,     \
+        float *s, const int nr, const int nc) {                                                    \
         V c[ATTNI_NR][ATTNI_NC], b[ATTNI_NC], a;                                                   \
         U raw[ATTNI_NC];                                                                           \
         int r, j, i, u;                                                                            \
-        ATTNI_UNROLL for (r = 0; r < nr; r++)                                                      \
-            ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_I(set1)(0);                      \
+        ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =      \
+            ATTNI_I(set1)(0);                                                                      \
         for (u = 0; u < units; u++) {                                                              \
             ATTNI_UNROLL for (j = 0; j < nc; j++) raw[j] = ATTNI_I(uload)(kt[j] + 16 * u);         \
             if (nr <= 4) /* few rows: memory is what one waits for */                              \
@@ -333,9 +343,8 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
                 }                                                                                  \
             }                                                                                      \
         }                                                                                          \
-        ATTNI_UNROLL for (r = 0; r < nr; r++)                                                      \
-            ATTNI_UNROLL for (j = 0; j < nc; j++)                                                  \
-                ATTNI_I(store)(s + r * ATTN_SPAN + 16 * col[j], c[r][j]);                          \
+        ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++)                \
+            ATTNI_I(store)(s + r * ATTN_SPAN + 16 * col[j], c[r][j]);                              \
     }                                                                                              \
     ATTNI_TGT static void ATTNI_K(name)(const void *qv, int64_t ldq, int nr,                       \
                                         const uint32_t *const *kt, const uint8_t *col, int nt,     \
@@ -347,7 +356,8 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
             float *sr = s + r * ATTN_SPAN;                                                         \
             int left = nr - r;                                                                     \
             for (j = 0; j < nt; j += ATTNI_NC) {                                                   \
-                ATTNI_ROWS(ATTNI_K(name##_block), (qr, ldq, kt + j, col + j, units, sr, ), ATTNI_NC) \
+                ATTNI_ROWS(ATTNI_K(name##_block), (qr, ldq, kt + j, col + j, units, sr, ),         \
+                           ATTNI_NC)                                                               \
             }                                                                                      \
             r += ATTNI_STEP(left);                                                                 \
         }                                                                                          \
@@ -358,30 +368,30 @@ ATTNI_QK(qk_f32, ATTN_F32, 1)
 ATTNI_QK(qk_f16, ATTN_F16, 2)
 #endif
 
-// Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of columns
-// overlaps the one before (the same bits again); fewer than a block go one vector at a time.
+// Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of
+// columns overlaps the one before (the same bits again); fewer than a block go one vector at a
+// time.
 #define ATTNI_PV(name, T, BYTES)                                                                   \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
         const float *p, const void *const *row, const attni_run *run, int n, int e, float *o,      \
         int64_t ldo, const int nr, const int nc) {                                                 \
         V c[ATTNI_NR][ATTNI_NC], b[ATTNI_NC], a;                                                   \
         int r, j, t, i;                                                                            \
-        ATTNI_UNROLL for (r = 0; r < nr; r++)                                                      \
-            ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_I(set1)(0);                      \
+        ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =      \
+            ATTNI_I(set1)(0);                                                                      \
         for (i = 0; i < n; i++)                                                                    \
             for (t = run[i].t0; t < run[i].t1; t++) {                                              \
                 const uint8_t *v = (const uint8_t *)row[t] + BYTES * e;                            \
                 ATTNI_PREFETCH((const uint8_t *)row[t + 32] + BYTES * e);                          \
-                ATTNI_UNROLL for (j = 0; j < nc; j++)                                              \
-                    b[j] = ATTNI_I(row16)(T, v + 16 * BYTES * j);                                  \
+                ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] =                                       \
+                    ATTNI_I(row16)(T, v + 16 * BYTES * j);                                         \
                 ATTNI_UNROLL for (r = 0; r < nr; r++) {                                            \
                     a = ATTNI_I(set1)(p[r * ATTN_SPAN + t]);                                       \
                     ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_MADD(a, b[j], c[r][j]);  \
                 }                                                                                  \
             }                                                                                      \
-        ATTNI_UNROLL for (r = 0; r < nr; r++)                                                      \
-            ATTNI_UNROLL for (j = 0; j < nc; j++)                                                  \
-                ATTNI_I(store)(o + r * ldo + e + 16 * j, c[r][j]);                                 \
+        ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++)                \
+            ATTNI_I(store)(o + r * ldo + e + 16 * j, c[r][j]);                                     \
     }                                                                                              \
     ATTNI_TGT static void ATTNI_K(name)(const void *pv, int nr, const void *const *row,            \
                                         const attni_run *run, int n, int vd, float *o,             \
@@ -398,7 +408,8 @@ ATTNI_QK(qk_f16, ATTN_F16, 2)
             }                                                                                      \
             for (; e < vd; e += 16)                                                                \
                 for (i = 0; i < attni_min32(step, left); i++)                                      \
-                    ATTNI_K(name##_block)(pr + i * ATTN_SPAN, row, run, n, e, or_ + i * ldo, ldo, 1, 1); \
+                    ATTNI_K(name##_block)                                                          \
+                    (pr + i * ATTN_SPAN, row, run, n, e, or_ + i * ldo, ldo, 1, 1);                \
             r += step;                                                                             \
         }                                                                                          \
     }
@@ -422,14 +433,16 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp)(V x) {
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(2.4022646e-1f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(6.9314718e-1f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(1.0f));
-    two_r = ATTNI_I(asv)(ATTNI_I(uadd)(ATTNI_I(ushl)(ATTNI_I(asu)(t), 23), ATTNI_I(uset1)(0x3f800000u)));
+    two_r = ATTNI_I(asv)(
+        ATTNI_I(uadd)(ATTNI_I(ushl)(ATTNI_I(asu)(t), 23), ATTNI_I(uset1)(0x3f800000u)));
     return ATTNI_I(less)(y, ATTNI_I(set1)(-100.0f), ATTNI_I(set1)(0), ATTNI_I(mul)(p, two_r));
 }
 
 // tanh: x + x^3 P(x^2) below 0.625, else 1 - 2 / (e^2|x| + 1) with the sign put back.
 ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
     U sign = ATTNI_I(uand)(ATTNI_I(asu)(x), 0x80000000u);
-    V a = ATTNI_I(asv)(ATTNI_I(uand)(ATTNI_I(asu)(x), 0x7fffffffu)), x2 = ATTNI_I(mul)(a, a), p, e, big;
+    V a = ATTNI_I(asv)(ATTNI_I(uand)(ATTNI_I(asu)(x), 0x7fffffffu)), x2 = ATTNI_I(mul)(a, a), p, e,
+      big;
     const V one = ATTNI_I(set1)(1.0f);
     x2 = ATTNI_I(barrier)(x2);
     p = ATTNI_I(set1)(-5.6569898e-3f);
@@ -445,9 +458,10 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
     return ATTNI_I(asv)(ATTNI_I(uor)(ATTNI_I(asu)(p), sign));
 }
 
-// Raw scores of one row to weights. Two passes: scores and their maximum; exponentials and their sum in
-// 2 x 16 virtual lanes (even and odd tiles), so that skipped tiles change nothing.
-ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64_t bits[4], float *l) {
+// Raw scores of one row to weights. Two passes: scores and their maximum; exponentials and their
+// sum in 2 x 16 virtual lanes (even and odd tiles), so that skipped tiles change nothing.
+ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64_t bits[4],
+                                     float *l) {
     const V ninf = ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)), zero = ATTNI_I(set1)(0);
     const V scale = ATTNI_I(set1)(a->scale);
     V top = ninf, sum[2], x, m;
@@ -497,8 +511,8 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
 
 #if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
 // (o, m, l) += (os, ms, ls), n a multiple of 16. m = -inf is the empty partial.
-ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms, float ls,
-                                    int n) {
+ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms,
+                                    float ls, int n) {
     const float none = attni_float(0xff800000u);
     float mn = *m > ms ? *m : ms;
     V a, b;
@@ -521,8 +535,8 @@ ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *o
     *m = mn;
 }
 
-// o / l, after the sink's logit (-inf: none) joined the sum. On return *m is finite unless the row is
-// empty without a sink; *l is the final sum.
+// o / l, after the sink's logit (-inf: none) joined the sum. On return *m is finite unless the row
+// is empty without a sink; *l is the final sum.
 ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, int n) {
     const float none = attni_float(0xff800000u);
     V den;
@@ -543,7 +557,8 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
     }
     den = ATTNI_I(set1)(*l);
     for (i = 0; i < n; i += 16) // + 0: a zero has one sign
-        ATTNI_I(store)(o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), ATTNI_I(set1)(0)));
+        ATTNI_I(store)
+        (o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), ATTNI_I(set1)(0)));
 }
 
 #endif // ATTNI_PORTABLE
@@ -567,7 +582,8 @@ static const attni_math ATTNI_K(math) = {
 // As qk and pv above, but a step takes two bf16 elements (four int8 ones) at once.
 ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_bdot_block)(const uint32_t *q, int64_t ldq,
                                                    const uint32_t *const *kt, const uint8_t *col,
-                                                   int units, float *s, const int nr, const int nc) {
+                                                   int units, float *s, const int nr,
+                                                   const int nc) {
     V c[ATTNI_NR][ATTNI_NC];
     U b[ATTNI_NC], a;
     int r, j, u;
@@ -587,7 +603,8 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_bdot_block)(const uint32_t *q, int64_t ld
 
 ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq,
                                                    const uint32_t *const *kt, const uint8_t *col,
-                                                   int units, float *s, const int nr, const int nc) {
+                                                   int units, float *s, const int nr,
+                                                   const int nc) {
     U c[ATTNI_NR][ATTNI_NC], b[ATTNI_NC], a;
     uint32_t x;
     float scale;
@@ -623,7 +640,8 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq
             float *sr = s + r * ATTN_SPAN;                                                         \
             int left = nr - r;                                                                     \
             for (j = 0; j < nt; j += ATTNI_NC) {                                                   \
-                ATTNI_ROWS(ATTNI_I(name##_block), (qr, ldq, kt + j, col + j, units, sr, ), ATTNI_NC) \
+                ATTNI_ROWS(ATTNI_I(name##_block), (qr, ldq, kt + j, col + j, units, sr, ),         \
+                           ATTNI_NC)                                                               \
             }                                                                                      \
             r += ATTNI_STEP(left);                                                                 \
         }                                                                                          \
@@ -634,7 +652,8 @@ ATTNI_QK_OVER(qk_idot, uint8_t)
 
 ATTNI_INLINE ATTNI_TGT void ATTNI_I(pv_bdot_block)(const uint16_t *p, const uint32_t *v,
                                                    const attni_run *run, int n, int vd, int e,
-                                                   float *o, int64_t ldo, const int nr, const int nc) {
+                                                   float *o, int64_t ldo, const int nr,
+                                                   const int nc) {
     V c[ATTNI_NR][ATTNI_NC];
     U b[ATTNI_NC], a;
     uint32_t x;
@@ -670,7 +689,8 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
         }
         for (; e < vd; e += 16)
             for (i = 0; i < attni_min32(step, left); i++)
-                ATTNI_I(pv_bdot_block)(pr + i * ATTN_SPAN, v, run, n, vd, e, or_ + i * ldo, ldo, 1, 1);
+                ATTNI_I(pv_bdot_block)
+                (pr + i * ATTN_SPAN, v, run, n, vd, e, or_ + i * ldo, ldo, 1, 1);
         r += step;
     }
 }
@@ -691,7 +711,8 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #undef ATTNI_BY_DTYPE
 #else // not a kernel pass
 
-#if !defined(ATTNI_KERNEL_PASS) && (defined(ATTN_IMPLEMENTATION) || defined(ATTN_CPU_IMPLEMENTATION))
+#if !defined(ATTNI_KERNEL_PASS) &&                                                                 \
+    (defined(ATTN_IMPLEMENTATION) || defined(ATTN_CPU_IMPLEMENTATION))
 #ifndef ATTNI_CPU_IMPLEMENTED
 #define ATTNI_CPU_IMPLEMENTED
 #define ATTNI_CPU_OPEN 1 // this inclusion carries the implementation; undefined at the end
@@ -707,7 +728,7 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_ARM 1
 #include <arm_neon.h>
 // older compilers' arm_neon.h hides the dot products without -march
-#if (!defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 16) ||          \
+#if (!defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 16) ||    \
     (defined(__ARM_FEATURE_BF16) && defined(__ARM_FEATURE_DOTPROD))
 #define ATTNI_ARM_DOTS 1
 #else
@@ -744,7 +765,7 @@ typedef struct attni_soft {
     const float *k_scale, *v_scale; // per token, or NULL
     const float *add;               // bias in natural units, or NULL
     float scale, softcap, alibi, alibi_first; // alibi_first: position of token 0 minus the query's
-    uint16_t tiles;                 // 16-token tiles that must be written (zeros where nothing is seen)
+    uint16_t tiles; // 16-token tiles that must be written (zeros where nothing is seen)
     uint16_t *p16;                  // bf16 weights instead of f32 ones, or NULL
 } attni_soft;
 
@@ -753,20 +774,22 @@ typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
 } attni_run;
 
 // Scores of nr rows against nt tiles: s[r * 256 + 16 * col[j]]. kt and col go on for 7 entries that
-// repeat the last, so that kernels take 4 at a time and look 4 ahead. q: f32 rows, or pairs of bf16, or bytes.
+// repeat the last, so that kernels take 4 at a time and look 4 ahead. q: f32 rows, or pairs of
+// bf16, or bytes.
 typedef void (*attni_qk_fn)(const void *q, int64_t ldq, int nr, const uint32_t *const *kt,
                             const uint8_t *col, int nt, int units, float *s);
 // Weighted sums of nr rows over n runs of tokens: o[r * ldo + e], e < vd (multiple of 16).
 // row[t]: values of token t, f32 / f16 / bf16; for the bf16 dot row[0] is a panel of token pairs
 // [128][vd] and p holds bf16.
-typedef void (*attni_pv_fn)(const void *p, int nr, const void *const *row, const attni_run *run, int n,
-                            int vd, float *o, int64_t ldo);
+typedef void (*attni_pv_fn)(const void *p, int nr, const void *const *row, const attni_run *run,
+                            int n, int vd, float *o, int64_t ldo);
 
 // Kernels of one ISA that do no rounding arithmetic, so that numerics do not matter.
 typedef struct attni_moves {
     // 16 tokens (their first units at row[t], gap bytes apart) to a K16 tile of n 4-byte units
     void (*pack)(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile);
-    void (*widen_tile)(attn_dtype t, const uint32_t *tile, int units, float *out); // K16 -> [d][16] f32
+    void (*widen_tile)(attn_dtype t, const uint32_t *tile, int units,
+                       float *out);                                  // K16 -> [d][16] f32
     void (*widen)(attn_dtype t, const void *src, int n, float *out); // n % 8 == 0; pads to 16
     void (*narrow)(attn_dtype t, const float *src, int n, void *dst); // f32 -> f32, f16, bf16
     int (*special)(const float *x, int64_t n); // any Inf or NaN among n (multiple of 16)?
@@ -780,14 +803,16 @@ typedef struct attni_math {
     // scores -> weights in place; returns the row's maximum (-inf: nothing seen), *l the sum
     float (*soft)(const attni_soft *a, float *s, const uint64_t bits[4], float *l);
     void (*fold)(float *o, float *m, float *l, const float *os, float ms, float ls, int n);
-    void (*finish)(float *o, float *m, float *l, float sink, int n); // normalise; adds the sink logit
+    void (*finish)(float *o, float *m, float *l, float sink,
+                   int n); // normalise; adds the sink logit
 } attni_math;
 
 // ==== >>impl-scalar  Vocabulary: 16 virtual lanes in plain C =====================================
 //
-// V is 16 floats, U is 16 uint32. Every ISA gives the same functions, suffixed with its name; kernels
-// below are written once against them. Here only what the inner loops use is inlined: 16 lanes unrolled
-// everywhere would cost seconds of compile time. barrier stops the compiler from contracting a product and a sum.
+// V is 16 floats, U is 16 uint32. Every ISA gives the same functions, suffixed with its name;
+// kernels below are written once against them. Here only what the inner loops use is inlined: 16
+// lanes unrolled everywhere would cost seconds of compile time. barrier stops the compiler from
+// contracting a product and a sum.
 
 #define ATTNI_EACH for (i = 0; i < 16; i++)
 typedef struct attni_V_scalar { float f[16]; } attni_V_scalar;
@@ -938,8 +963,8 @@ ATTNI_CALLED attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
     return v;
 }
 // a where the lanes of x and y are equal, else b
-ATTNI_CALLED attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y, attni_V_scalar a,
-                                                attni_V_scalar b) {
+ATTNI_CALLED attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y,
+                                                attni_V_scalar a, attni_V_scalar b) {
     int i;
     ATTNI_EACH a.f[i] = x.u[i] == y.u[i] ? a.f[i] : b.f[i];
     return a;
@@ -1026,7 +1051,8 @@ ATTNI_F2 void attni_store_avx2(float *p, attni_V_avx2 x) {
     _mm256_storeu_ps(p + 8, x.b);
 }
 ATTNI_F2 attni_V_avx2 attni_iota_avx2(void) {
-    return attni_v2(_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15));
+    return attni_v2(_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7),
+                    _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15));
 }
 ATTNI_F2 attni_V_avx2 attni_pick_avx2(uint32_t bits, attni_V_avx2 x, attni_V_avx2 y) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -1036,7 +1062,8 @@ ATTNI_F2 attni_V_avx2 attni_pick_avx2(uint32_t bits, attni_V_avx2 x, attni_V_avx
         _mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(_mm256_cmpeq_epi32(lo, lane))),
         _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(_mm256_cmpeq_epi32(hi, lane))));
 }
-ATTNI_F2 attni_V_avx2 attni_less_avx2(attni_V_avx2 x, attni_V_avx2 y, attni_V_avx2 p, attni_V_avx2 q) {
+ATTNI_F2 attni_V_avx2 attni_less_avx2(attni_V_avx2 x, attni_V_avx2 y, attni_V_avx2 p,
+                                      attni_V_avx2 q) {
     return attni_v2(_mm256_blendv_ps(q.a, p.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
                     _mm256_blendv_ps(q.b, p.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)));
 }
@@ -1064,7 +1091,8 @@ ATTNI_F2 attni_U_avx2 attni_uload8_avx2(const void *p) {
     return attni_u2(_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)));
 }
 ATTNI_F2 attni_U_avx2 attni_uload4_avx2(const void *p) {
-    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), low = _mm256_set1_epi32(15);
+    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28),
+                  low = _mm256_set1_epi32(15);
     int32_t x[2];
     memcpy(x, p, 8);
     return attni_u2(_mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(x[0]), shift), low),
@@ -1126,13 +1154,15 @@ ATTNI_F2 float attni_hsum_avx2(attni_V_avx2 x) {
 ATTNI_F2 float attni_first_avx2(attni_V_avx2 x) { return _mm256_cvtss_f32(x.a); }
 
 // 8 x 8 transposes of 4-byte units; the rest one by one
-ATTNI_T2 static void attni_pack_avx2(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
+ATTNI_T2 static void attni_pack_avx2(const uint8_t *const *row, int64_t gap, int n,
+                                     uint32_t *tile) {
     int u = 0, h, i;
     for (; gap == 4 && u + 8 <= n; u += 8)
         for (h = 0; h < 2; h++) {
             __m256 r[8], t[8];
             ATTNI_UNROLL
-            for (i = 0; i < 8; i++) r[i] = _mm256_loadu_ps((const float *)(const void *)(row[8 * h + i] + 4 * u));
+            for (i = 0; i < 8; i++)
+                r[i] = _mm256_loadu_ps((const float *)(const void *)(row[8 * h + i] + 4 * u));
             ATTNI_UNROLL
             for (i = 0; i < 8; i += 2) {
                 t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -1198,7 +1228,8 @@ ATTNI_F5 __m512i attni_uload8_avx512(const void *p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
 }
 ATTNI_F5 __m512i attni_uload4_avx512(const void *p) {
-    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i shift =
+        _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     int32_t x[2];
     __m512i y;
     memcpy(x, p, 8);
@@ -1237,7 +1268,8 @@ ATTNI_F5 float attni_hsum_avx512(__m512 x) { return attni_hsum_avx2(attni_halves
 ATTNI_F5 float attni_first_avx512(__m512 x) { return _mm512_cvtss_f32(x); }
 
 // 16 x 16 transposes of 4-byte units; the rest one by one
-ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
+ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, int n,
+                                       uint32_t *tile) {
     int u = 0, i;
     for (; gap == 4 && u + 16 <= n; u += 16) {
         __m512i r[16], t[16];
@@ -1252,7 +1284,8 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
             r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
             r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
         }
-        // r[4 a + c]: rows 4 a .. 4 a + 3 of columns c, c + 4, c + 8, c + 12 in the four 128-bit lanes
+        // r[4 a + c]: rows 4 a .. 4 a + 3 of columns c, c + 4, c + 8, c + 12 in the four 128-bit
+        // lanes
         ATTNI_UNROLL for (i = 0; i < 4; i++) {
             __m512i x = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
             __m512i y = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
@@ -1310,7 +1343,8 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 // ==== >>impl-dots  AVX-512 BF16 and VNNI, AMX ====================================================
 
 #define ATTNI_T6                                                                                   \
-    __attribute__((target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+    __attribute__((                                                                                \
+        target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 ATTNI_INLINE ATTNI_T6 __m512 attni_bdot_avx512(__m512 acc, __m512i a, __m512i b) {
     __m512bh x, y;
     memcpy(&x, &a, 64);
@@ -1331,8 +1365,8 @@ ATTNI_INLINE ATTNI_T6 __m512i attni_idot_avx512(__m512i acc, __m512i k, __m512i 
 
 #define ATTNI_TA                                                                                   \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-// Tile 0..1 sums, 4 A (16 rows x 32 bf16), 6..7 B (16 pairs x 16 columns): a K16 tile of a 16-bit type
-// is a B tile as it stands, and so is a panel of V pairs. All tiles are 16 rows of 64 bytes.
+// Tile 0..1 sums, 4 A (16 rows x 32 bf16), 6..7 B (16 pairs x 16 columns): a K16 tile of a 16-bit
+// type is a B tile as it stands, and so is a panel of V pairs. All tiles are 16 rows of 64 bytes.
 // gcc's tile intrinsics do not tell that they read memory.
 #define ATTNI_TILE_FENCE __asm__ volatile("" ::: "memory")
 ATTNI_TA static void attni_amx_config(int on) {
@@ -1349,7 +1383,8 @@ ATTNI_TA static void attni_amx_config(int on) {
     else _tile_release();
 }
 
-// q: rows of bf16 pairs padded with zeros to 16 units; a tile with a units count off 16 is copied out.
+// q: rows of bf16 pairs padded with zeros to 16 units; a tile with a units count off 16 is copied
+// out.
 ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uint32_t *const *kt,
                                   const uint8_t *col, int nt, int units, float *s) {
     const uint32_t *q = (const uint32_t *)qv;
@@ -1375,8 +1410,8 @@ ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uin
 }
 
 // Runs are widened to whole 32-token steps: weights there are zero, and so must V be.
-ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row, const attni_run *run,
-                                  int n, int vd, float *o, int64_t ldo) {
+ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row,
+                                  const attni_run *run, int n, int vd, float *o, int64_t ldo) {
     const uint16_t *p = (const uint16_t *)pv;
     const uint32_t *v = (const uint32_t *)row[0];
     int e, i, t;
@@ -1620,12 +1655,15 @@ static int attni_arm_features(void) {
 
 #if ATTNI_ARM_DOTS
 #define ATTNI_TD __attribute__((target("arch=armv8.2-a+bf16+dotprod")))
-ATTNI_INLINE ATTNI_TD attni_V_neon attni_bdot_neon(attni_V_neon acc, attni_U_neon a, attni_U_neon b) {
+ATTNI_INLINE ATTNI_TD attni_V_neon attni_bdot_neon(attni_V_neon acc, attni_U_neon a,
+                                                   attni_U_neon b) {
     int i;
-    ATTNI_Q acc.v[i] = vbfdotq_f32(acc.v[i], vreinterpretq_bf16_u32(a.v[i]), vreinterpretq_bf16_u32(b.v[i]));
+    ATTNI_Q acc.v[i] =
+        vbfdotq_f32(acc.v[i], vreinterpretq_bf16_u32(a.v[i]), vreinterpretq_bf16_u32(b.v[i]));
     return acc;
 }
-ATTNI_INLINE ATTNI_TD attni_U_neon attni_idot_neon(attni_U_neon acc, attni_U_neon k, attni_U_neon q) {
+ATTNI_INLINE ATTNI_TD attni_U_neon attni_idot_neon(attni_U_neon acc, attni_U_neon k,
+                                                   attni_U_neon q) {
     int i;
     ATTNI_Q acc.v[i] = vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(acc.v[i]),
                                                        vreinterpretq_s8_u32(k.v[i]),
@@ -1670,7 +1708,8 @@ static int attni_x86_bits; // cached features, with bit 30 set once known
 #endif
 
 #ifdef ATTNI_X86
-// Bits: 1 AVX2+FMA+F16C, 2 AVX-512 F BW VL DQ, 4 VNNI, 8 BF16, 16 AMX-BF16; the OS saves the registers.
+// Bits: 1 AVX2+FMA+F16C, 2 AVX-512 F BW VL DQ, 4 VNNI, 8 BF16, 16 AMX-BF16; the OS saves the
+// registers.
 static int attni_x86_look(void) {
     unsigned a, b, c, d, lo, hi, leaf7b, leaf7c, leaf7d;
     int f = 0;
@@ -1785,7 +1824,8 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
             if (bqk) x->qk_kind = ATTNI_BDOT, x->qk = attni_qk_bdot_avx512;
             if (bpv) x->pv_kind = ATTNI_BDOT, x->pv = attni_pv_bdot_avx512;
         }
-        if (iqk && (attni_x86_features() & 4)) x->qk_kind = ATTNI_IDOT, x->qk = attni_qk_idot_avx512;
+        if (iqk && (attni_x86_features() & 4))
+            x->qk_kind = ATTNI_IDOT, x->qk = attni_qk_idot_avx512;
         if (x->isa == ATTN_CPU_AMX && (bqk || bpv)) {
             x->rb = 16;
             if (bqk) x->qk = attni_qk_amx;
@@ -1809,12 +1849,16 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
 }
 
 #define ATTNI_NAMES(isa)                                                                           \
-    {isa ":f32,f32", isa ":bdot,f32", isa ":idot,f32", isa ":f32,bdot", isa ":bdot,bdot", isa ":idot,bdot"}
+    {                                                                                              \
+        isa ":f32,f32", isa ":bdot,f32", isa ":idot,f32", isa ":f32,bdot", isa ":bdot,bdot",       \
+            isa ":idot,bdot"                                                                       \
+    }
 
 ATTN_DEF const char *attn_cpu_executor(const attn_desc *d) {
     static const char *const names[ATTN_CPU_ISA_COUNT][6] = {
-        ATTNI_NAMES("auto"),       ATTNI_NAMES("scalar"), ATTNI_NAMES("avx2"), ATTNI_NAMES("avx512"),
-        ATTNI_NAMES("avx512bf16"), ATTNI_NAMES("amx"),    ATTNI_NAMES("neon"), ATTNI_NAMES("neonbf16")};
+        ATTNI_NAMES("auto"),   ATTNI_NAMES("scalar"),     ATTNI_NAMES("avx2"),
+        ATTNI_NAMES("avx512"), ATTNI_NAMES("avx512bf16"), ATTNI_NAMES("amx"),
+        ATTNI_NAMES("neon"),   ATTNI_NAMES("neonbf16")};
     attni_exec x;
     if (!d) return "none";
     attni_choose(d, &x);
@@ -1826,8 +1870,8 @@ ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) { return attn_validat
 // ==== >>impl-store  ==============================================================================
 
 // One row of one head into its place: codes gathered in a row, then scattered by 4-byte units.
-static void attni_store_row(const attni_moves *mv, const attni_side *s, const void *src, attn_dtype st,
-                            int64_t page, int32_t place, int32_t head) {
+static void attni_store_row(const attni_moves *mv, const attni_side *s, const void *src,
+                            attn_dtype st, int64_t page, int32_t place, int32_t head) {
     float x[ATTN_MAX_HEAD_DIM + 16], scale = 1.0f, top = 0;
     uint8_t code[4 * ATTN_MAX_HEAD_DIM];
     uint8_t *p = s->data + page * s->page_bytes + attni_token_offset(s, place, head);
@@ -1898,7 +1942,8 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     int64_t t, slot, n_slots;
     int32_t s = 0, h, i;
     if (r != ATTN_OK) return r;
-    if ((r = attni_check_rows(d, k)) != ATTN_OK || (r = attni_check_rows(d, v)) != ATTN_OK) return r;
+    if ((r = attni_check_rows(d, k)) != ATTN_OK || (r = attni_check_rows(d, v)) != ATTN_OK)
+        return r;
     if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
     if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
@@ -1920,7 +1965,8 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
             sh = src[i]->stride_head ? src[i]->stride_head : side[i].dim;
             bytes = attni_bits_of(src[i]->dtype) / 8;
             for (h = 0; h < d->n_kv_heads; h++)
-                attni_store_row(x.mv, &side[i], (const uint8_t *)src[i]->data + (t * st + h * sh) * bytes,
+                attni_store_row(x.mv, &side[i],
+                                (const uint8_t *)src[i]->data + (t * st + h * sh) * bytes,
                                 src[i]->dtype, slot / d->kv.page_tokens,
                                 (int32_t)(slot % d->kv.page_tokens), h);
         }
@@ -1948,7 +1994,8 @@ static void attni_copy_slots(const attn_desc *d, const attni_side *s, int32_t sr
         }
 }
 
-ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies, int32_t n) {
+ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies,
+                                         int32_t n) {
     attni_side side;
     attn_result r = attni_cpu_check(d);
     int32_t i, is_v;
@@ -1958,7 +2005,8 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
         if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
             copies[i].dst >= d->kv.n_pages)
             return ATTN_ERR_PAGE;
-        if (copies[i].n_tokens < 0 || copies[i].n_tokens > d->kv.page_tokens) return ATTN_ERR_ARGUMENT;
+        if (copies[i].n_tokens < 0 || copies[i].n_tokens > d->kv.page_tokens)
+            return ATTN_ERR_ARGUMENT;
     }
     for (is_v = 0; is_v < 2; is_v++) {
         if ((r = attni_side_init(d, is_v, &side)) != ATTN_OK) return r;
@@ -2197,16 +2245,18 @@ static uint16_t attni_span_masks(attni_work *w, int32_t span) {
         }
         w->tiles[r / rb] = attni_tiles_of(u);
         if (w->x.isa == ATTN_CPU_AMX && w->x.pv_kind == ATTNI_BDOT) // its steps are 32 tokens
-            w->tiles[r / rb] |= (uint16_t)((w->tiles[r / rb] & 0x5555u) << 1 | (w->tiles[r / rb] & 0xaaaau) >> 1);
+            w->tiles[r / rb] |=
+                (uint16_t)((w->tiles[r / rb] & 0x5555u) << 1 | (w->tiles[r / rb] & 0xaaaau) >> 1);
         all |= w->tiles[r / rb];
     }
     return (uint16_t)all;
 }
 
-// Row pointers and scales of one 16-token tile; tokens that are not held stand on a neighbour (K, where
-// they are masked) or on zeros (V). Returns the page when the whole tile is one aligned K16 tile.
-static attn_result attni_tile_rows(attni_work *w, int32_t s, int32_t span, int i, int32_t *k16_place,
-                                   int64_t *k16_page) {
+// Row pointers and scales of one 16-token tile; tokens that are not held stand on a neighbour (K,
+// where they are masked) or on zeros (V). Returns the page when the whole tile is one aligned K16
+// tile.
+static attn_result attni_tile_rows(attni_work *w, int32_t s, int32_t span, int i,
+                                   int32_t *k16_place, int64_t *k16_page) {
     const attn_plan_seq *q = &w->p->seq[s];
     int64_t j0 = (int64_t)span * ATTN_SPAN + 16 * i - q->kv_pos0;
     int32_t lo = (int32_t)attni_max64(0, -j0), hi = (int32_t)attni_min64(16, q->kv_len - j0), t, u;
@@ -2247,8 +2297,8 @@ static int attni_runs_of(uint32_t tiles, attni_run run[ATTNI_TILES]) {
     return n;
 }
 
-// Makes rows of V what the kernel reads: f32 rows for the types without a kernel of their own or when
-// many rows share the work, pairs for the bf16 dot. row: 256 pointers, replaced.
+// Makes rows of V what the kernel reads: f32 rows for the types without a kernel of their own or
+// when many rows share the work, pairs for the bf16 dot. row: 256 pointers, replaced.
 static attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
     attn_dtype t = w->v.dtype;
     attni_run run[ATTNI_TILES];
@@ -2282,8 +2332,9 @@ static attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) 
         }
         if ((r = attni_tile_rows(w, w->seq[0], span, i, &place, &page)) != ATTN_OK) return r;
         if (w->k.k16 && page >= 0)
-            w->kt[i] = (const uint32_t *)(const void *)(w->k.data + page * w->k.page_bytes +
-                                                        attni_token_offset(&w->k, place, w->kv_head));
+            w->kt[i] =
+                (const uint32_t *)(const void *)(w->k.data + page * w->k.page_bytes +
+                                                 attni_token_offset(&w->k, place, w->kv_head));
     }
     for (i = 0; i < ATTNI_TILES; i++) {
         uint32_t *raw = w->kraw + (int64_t)i * 16 * w->k_units;
@@ -2306,7 +2357,9 @@ static void attni_scores(attni_work *w, uint32_t tiles) {
     int few = w->n_rows <= 12, units = w->k_units, panel, i, r, rb = w->x.rb;
     int direct = w->x.qk_kind != ATTNI_F32 || t == ATTN_F32 ||
                  (few && attni_is_float(t) && w->x.ma->qk[t]);
-    attni_qk_fn qk = w->x.qk_kind != ATTNI_F32 ? w->x.qk : direct ? w->x.ma->qk[t] : w->x.ma->qk[ATTN_F32];
+    attni_qk_fn qk = w->x.qk_kind != ATTNI_F32 ? w->x.qk
+                     : direct                  ? w->x.ma->qk[t]
+                                               : w->x.ma->qk[ATTN_F32];
     int64_t q_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
     // 64 tokens at a time when there are many rows: their K stays in the first-level cache
     for (panel = 0; panel < ATTNI_TILES; panel += few ? ATTNI_TILES : 4) {
@@ -2329,8 +2382,8 @@ static void attni_scores(attni_work *w, uint32_t tiles) {
                 if ((mine >> i) & 1u) kt[n] = w->kt[i], col[n++] = (uint8_t)i;
             for (i = n; n && i < n + 7; i++) kt[i] = kt[n - 1], col[i] = col[n - 1];
             if (n)
-                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(rb, w->n_rows - r), kt, col, n,
-                   direct ? units : w->d->head_dim, w->s + (int64_t)r * ATTN_SPAN);
+                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(rb, w->n_rows - r), kt,
+                   col, n, direct ? units : w->d->head_dim, w->s + (int64_t)r * ATTN_SPAN);
         }
     }
 }
@@ -2386,12 +2439,13 @@ static void attni_weights(attni_work *w, int32_t span) {
         a.alibi_first = (float)((int64_t)span * ATTN_SPAN - w->pos[i]);
         a.add = attni_row_add(w, i, head, span, tree);
         a.p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + (int64_t)r * ATTN_SPAN : NULL;
-        w->sm[r] = w->x.ma->soft(&a, w->s + (int64_t)r * ATTN_SPAN, attni_row_bits(w, r), &w->sl[r]);
+        w->sm[r] =
+            w->x.ma->soft(&a, w->s + (int64_t)r * ATTN_SPAN, attni_row_bits(w, r), &w->sl[r]);
     }
 }
 
-// A row whose sum holds Inf or NaN: again, with zeros for the V rows its own mask hides, since 0 * NaN
-// of another row's token must not reach it.
+// A row whose sum holds Inf or NaN: again, with zeros for the V rows its own mask hides, since 0 *
+// NaN of another row's token must not reach it.
 static void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32_t tiles, float *out) {
     const void *row[ATTN_SPAN + 40];
     const uint64_t *b = attni_row_bits(w, r);
@@ -2416,9 +2470,10 @@ static void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32_t til
     memcpy(out, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, 4 * (size_t)w->vdp);
 }
 
-static float *attni_partial(const attni_work *w, const attn_segment *g, const attn_task *t, float *base,
-                            int32_t slot, int32_t r) {
-    int64_t token = t->first_token + r % w->n_tokens, head = w->kv_head * w->group + r / w->n_tokens;
+static float *attni_partial(const attni_work *w, const attn_segment *g, const attn_task *t,
+                            float *base, int32_t slot, int32_t r) {
+    int64_t token = t->first_token + r % w->n_tokens,
+            head = w->kv_head * w->group + r / w->n_tokens;
     int64_t row = g->partial + ((int64_t)slot * g->n_tokens + token) * w->p->n_heads + head;
     return base + row * (w->p->v_head_dim + 2);
 }
@@ -2429,7 +2484,8 @@ static void attni_put_partial(const attni_work *w, float *dst, const float *o, f
     dst[w->p->v_head_dim + 1] = l;
 }
 
-static void attni_sums(attni_work *w, const attn_task *t, int32_t span, uint32_t tiles, float *partials) {
+static void attni_sums(attni_work *w, const attn_task *t, int32_t span, uint32_t tiles,
+                       float *partials) {
     const attn_segment *g = &w->p->segment[t->segment];
     int per_span = g->n_slots > 1, rb = w->x.rb, n, i, spoiled = 0;
     int32_t r;
@@ -2455,9 +2511,11 @@ static void attni_sums(attni_work *w, const attn_task *t, int32_t span, uint32_t
         for (i = 0; i < nr; i++) {
             float *os = w->os + (int64_t)i * w->vdp, m = w->sm[r + i], l = w->sl[r + i];
             if (per_span)
-                attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r + i), os, m, l);
+                attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r + i), os,
+                                  m, l);
             else
-                w->x.ma->fold(w->o + (int64_t)(r + i) * w->vdp, &w->m[r + i], &w->l[r + i], os, m, l, w->vdp);
+                w->x.ma->fold(w->o + (int64_t)(r + i) * w->vdp, &w->m[r + i], &w->l[r + i], os, m,
+                              l, w->vdp);
         }
     }
 }
@@ -2482,13 +2540,14 @@ static double attni_ln(double x) {
 }
 
 // Normalises one row and writes O and LSE. o: padded to 16, spoiled.
-static void attni_write_row(const attn_desc *d, const attni_exec *x, int32_t token, int32_t head, float *o,
-                            float m, float l) {
+static void attni_write_row(const attn_desc *d, const attni_exec *x, int32_t token, int32_t head,
+                            float *o, float m, float l) {
     int32_t vd = attni_v_dim(d);
     int64_t st = d->o.stride_token ? d->o.stride_token : (int64_t)d->n_heads * vd;
     int64_t sh = d->o.stride_head ? d->o.stride_head : vd;
     float sink = d->logits.sink ? d->logits.sink[head] : attni_float(0xff800000u);
-    uint8_t *dst = (uint8_t *)d->o.data + (token * st + head * sh) * (attni_bits_of(d->o.dtype) / 8);
+    uint8_t *dst =
+        (uint8_t *)d->o.data + (token * st + head * sh) * (attni_bits_of(d->o.dtype) / 8);
     x->ma->finish(o, &m, &l, sink, (vd + 15) & ~15);
     x->mv->narrow(d->o.dtype, o, vd, dst);
     if (!d->lse) return;
@@ -2512,7 +2571,8 @@ static attn_result attni_run_task(attni_work *w, const attn_task *t, float *part
     for (span = g->span0; span < g->span1; span++) {
         uint16_t tiles = 0;
         b0 = (int64_t)span * ATTN_SPAN;
-        if (!(m->kind != ATTN_MASK_FULL && b0 > p1) && // closed-form skips before looking at any row
+        if (!(m->kind != ATTN_MASK_FULL &&
+              b0 > p1) && // closed-form skips before looking at any row
             !(m->window_left && b0 + ATTN_SPAN <= p0 - (m->window_left - 1) && b0 >= m->n_sink))
             tiles = attni_span_masks(w, span);
         if (tiles) {
@@ -2529,7 +2589,8 @@ static attn_result attni_run_task(attni_work *w, const attn_task *t, float *part
     for (i = 0; i < w->n_rows && g->n_slots <= 1; i++) {
         float *o = w->o + (int64_t)i * w->vdp;
         int32_t head = w->kv_head * w->group + i / w->n_tokens;
-        if (g->n_slots == 1) attni_put_partial(w, attni_partial(w, g, t, partials, 0, i), o, w->m[i], w->l[i]);
+        if (g->n_slots == 1)
+            attni_put_partial(w, attni_partial(w, g, t, partials, 0, i), o, w->m[i], w->l[i]);
         else attni_write_row(w->d, &w->x, w->tok[i % w->n_tokens], head, o, w->m[i], w->l[i]);
     }
     return ATTN_OK;
@@ -2553,14 +2614,15 @@ ATTN_DEF void attn_cpu_plan_params(const attn_desc *d, int32_t workers, attn_pla
     out->partial_bytes = (size_t)bytes;
 }
 
-ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_t first, int32_t count,
-                                  void *partials, void *scratch) {
+ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_t first,
+                                  int32_t count, void *partials, void *scratch) {
     attni_work w;
     attn_result r = attni_work_init(&w, d, p);
     int32_t i, tile;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_tasks - first) return ATTN_ERR_ARGUMENT;
-    if (!scratch || (uintptr_t)scratch % 64 || (p->partial_rows && !partials)) return ATTN_ERR_BUFFER;
+    if (!scratch || (uintptr_t)scratch % 64 || (p->partial_rows && !partials))
+        return ATTN_ERR_BUFFER;
     tile = attni_max32(1, (p->params.row_tile > 0 ? p->params.row_tile : 256) / w.group);
     attni_work_carve(&w, (uint8_t *)scratch, tile, tile * w.group);
     ATTNI_AMX_BEGIN(&w.x);
@@ -2585,7 +2647,8 @@ static void attni_merge_sequence(attni_work *w, int32_t s, const float *partials
                 int64_t before = 0;
                 for (i = g->seq0; i < q->place; i++) before += p->seq[p->order[i]].q_len;
                 for (slot = 0; slot < g->n_slots; slot++) {
-                    int64_t row = g->partial + ((int64_t)slot * g->n_tokens + before + t) * p->n_heads + h;
+                    int64_t row =
+                        g->partial + ((int64_t)slot * g->n_tokens + before + t) * p->n_heads + h;
                     const float *src = partials + row * (vd + 2);
                     if (src[vd] == attni_float(0xff800000u)) continue;
                     memcpy(x, src, 4 * (size_t)vd);
@@ -2596,15 +2659,16 @@ static void attni_merge_sequence(attni_work *w, int32_t s, const float *partials
         }
 }
 
-ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int32_t first, int32_t count,
-                                    const void *partials) {
+ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int32_t first,
+                                    int32_t count, const void *partials) {
     attni_work w;
     attn_result r = attni_work_init(&w, d, p);
     int32_t i;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_merges - first) return ATTN_ERR_ARGUMENT;
     if (count && !partials) return ATTN_ERR_BUFFER;
-    for (i = first; i < first + count; i++) attni_merge_sequence(&w, p->merge[i], (const float *)partials);
+    for (i = first; i < first + count; i++)
+        attni_merge_sequence(&w, p->merge[i], (const float *)partials);
     return ATTN_OK;
 }
 
@@ -2634,7 +2698,8 @@ ATTN_DEF size_t attn_cpu_forward_bytes(const attn_desc *d, int32_t n_threads) {
     return attni_forward_layout(d, n_threads, &f) ? f.bytes : 0;
 }
 
-ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t bytes, int32_t n_threads) {
+ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t bytes,
+                                      int32_t n_threads) {
     attni_forward f;
     attn_plan *p = NULL;
     uint8_t *at = (uint8_t *)(((uintptr_t)mem + 63) & ~(uintptr_t)63);
@@ -2671,6 +2736,32 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
     }
     return (attn_result)bad;
 }
+
+#undef ATTNI_AMX_BEGIN
+#undef ATTNI_AMX_END
+#undef ATTNI_ARM
+#undef ATTNI_ARM_DOTS
+#undef ATTNI_CALLED
+#undef ATTNI_CPU_OPEN
+#undef ATTNI_EACH
+#undef ATTNI_F2
+#undef ATTNI_F5
+#undef ATTNI_GET
+#undef ATTNI_INLINE
+#undef ATTNI_NAMES
+#undef ATTNI_PIN
+#undef ATTNI_PREFETCH
+#undef ATTNI_Q
+#undef ATTNI_SET
+#undef ATTNI_T2
+#undef ATTNI_T5
+#undef ATTNI_T6
+#undef ATTNI_TA
+#undef ATTNI_TD
+#undef ATTNI_TILE_FENCE
+#undef ATTNI_UNROLL
+#undef ATTNI_X86
+#undef attni_math_fast_scalar
 
 #endif // ATTNI_CPU_IMPLEMENTED
 #endif // implementation

@@ -1,8 +1,8 @@
 /* cc -O2 -I. examples/decode_contiguous.c -o decode_contiguous -lm
  *
  * Decode on contiguous KV, as an engine with its own caches and its own attention does it: each
- * layer keeps (max_len, n_kv_heads, head_dim) keys and values, a step appends one token and attends.
- * attend_attn() computes what the engine's attend_naive() does, and both are compared. */
+ * layer keeps (max_len, n_kv_heads, head_dim) keys and values, a step appends one token and
+ * attends. attend_attn() computes what the engine's attend_naive() does, and both are compared. */
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"

@@ -966,8 +966,9 @@ static void print_table(const engine *e) {
            ratio((double)t->decode_rows, t->decode_s));
     printf("KV memory          %.1f MB, unshared %.1f MB (%.1fx)\n", kv / 1e6, own / 1e6,
            ratio(own, kv));
-    printf("KV visited         %.1fx fewer tokens than without sharing\n",
-           ratio((double)t->kv_seen, (double)t->kv_read));
+    if (t->kv_seen > t->kv_read)
+        printf("KV visited         %.1fx fewer tokens than without sharing\n",
+               ratio((double)t->kv_seen, (double)t->kv_read));
     printf("attention          %.0f %% of the time, %.1f %% of the scores kept\n",
            100 * ratio(t->attention_s, t->busy_s),
            100 * ratio((double)t->kept, (double)t->causal));

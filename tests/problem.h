@@ -12,7 +12,8 @@ enum problem_mask {
     M_CAUSAL, M_FULL, M_WINDOW, M_WINDOW_SINK, M_STRIDE, M_STRIDE_BIDI, M_BLOCKS, M_BLOCKS_HEADS,
     M_BITS, M_DENSE, M_VSLASH, M_KEEP, M_ALL, M_TREE, M_TREE_ALL, N_MASKS
 };
-static const char *const problem_phases[N_PHASES] = {"prefill", "chunked", "decode", "verify", "ragged"};
+static const char *const problem_phases[N_PHASES] = {"prefill", "chunked", "decode", "verify",
+                                                     "ragged"};
 static const char *const problem_masks[N_MASKS] = {
     "causal", "full", "window", "window+sink", "stride", "stride-bidi", "blocks", "blocks/head",
     "bits", "dense-matrix", "vslash", "keep", "all-terms", "tree", "tree+all"};
@@ -95,7 +96,8 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     if (!bits) return;
     b->bits_rows = b->row_block % 8 ? b->row_block : 8;
     b->bits_cols = b->kv_block % 16 ? b->kv_block : 16;
-    w = (uint64_t *)problem_alloc(p, 8 * (size_t)(n + 1) * (size_t)((b->bits_rows * b->bits_cols + 63) / 64));
+    w = (uint64_t *)problem_alloc(p, 8 * (size_t)(n + 1) *
+                                         (size_t)((b->bits_rows * b->bits_cols + 63) / 64));
     for (i = 0; i < n * ((b->bits_rows * b->bits_cols + 63) / 64); i++) w[i] = test_u64(r);
     b->bits = w;
 }
@@ -109,12 +111,15 @@ TEST_FN void problem_dense(problem *p, test_rng *r) { // one boolean matrix for 
     n = problem_positions(p) + 2;
     m = (uint8_t *)problem_alloc(p, (size_t)n * (size_t)n);
     for (i = 0; i < n * n; i++) m[i] = test_below(r, 5) < 2;
-    for (i = 0; i < n; i += 7) memset(m + (size_t)i * (size_t)n, 0, (size_t)n); // rows that see nothing
+    for (i = 0; i < n; i += 7)
+        memset(m + (size_t)i * (size_t)n, 0, (size_t)n); // rows that see nothing
     start = (int64_t *)problem_alloc(p, 8 * (size_t)(n / rb + 2));
-    CHECK(attn_mask_from_dense(m, n, n, rb, kb, start, NULL, NULL, 0, &count, &p->d.mask.blocks) == ATTN_OK);
+    CHECK(attn_mask_from_dense(m, n, n, rb, kb, start, NULL, NULL, 0, &count, &p->d.mask.blocks) ==
+          ATTN_OK);
     ids = (int32_t *)problem_alloc(p, 4 * (size_t)count + 4);
     w = (uint64_t *)problem_alloc(p, 8 * (size_t)count * (size_t)((rb * kb + 63) / 64) + 8);
-    CHECK(attn_mask_from_dense(m, n, n, rb, kb, start, ids, w, count, &count, &p->d.mask.blocks) == ATTN_OK);
+    CHECK(attn_mask_from_dense(m, n, n, rb, kb, start, ids, w, count, &count, &p->d.mask.blocks) ==
+          ATTN_OK);
 }
 
 TEST_FN void problem_vslash(problem *p, test_rng *r, int32_t n_lists) {
@@ -164,7 +169,8 @@ TEST_FN void problem_tree(problem *p, test_rng *r) {
     int32_t s, t, *parent = (int32_t *)problem_alloc(p, 4 * (size_t)p->n_tokens + 4);
     p->d.mask.kind = ATTN_MASK_TREE;
     for (s = 0; s < p->d.n_seq; s++)
-        for (t = 0; t < p->d.q_start[s + 1] - p->d.q_start[s]; t++) // one in three sequences: a chain
+        for (t = 0; t < p->d.q_start[s + 1] - p->d.q_start[s];
+             t++) // one in three sequences: a chain
             parent[p->d.q_start[s] + t] = s % 3 == 2 ? t - 1 : test_below(r, t + 1) - 1;
     p->d.mask.tree_parent = parent;
 }
@@ -180,13 +186,15 @@ TEST_FN void problem_set_mask(problem *p, test_rng *r) {
     }
     if (kind == M_FULL && test_below(r, 2)) m->window_right = 1 + test_below(r, 100);
     if (kind == M_WINDOW_SINK || all) m->n_sink = 1 + test_below(r, 20);
-    if (kind == M_STRIDE || kind == M_STRIDE_BIDI || all) problem_stride(p, r, kind == M_STRIDE_BIDI);
+    if (kind == M_STRIDE || kind == M_STRIDE_BIDI || all)
+        problem_stride(p, r, kind == M_STRIDE_BIDI);
     if (kind == M_BLOCKS || all) problem_blocks(p, r, test_below(r, 2) ? 1 : p->d.n_kv_heads, 0);
     if (kind == M_BLOCKS_HEADS) problem_blocks(p, r, p->d.n_heads, test_below(r, 2));
     if (kind == M_BITS) problem_blocks(p, r, test_below(r, 2) ? 1 : p->d.n_heads, 1);
     if (kind == M_DENSE) problem_dense(p, r);
     if (kind == M_VSLASH || all) problem_vslash(p, r, test_below(r, 2) ? p->d.n_heads : 1);
-    if (kind == M_KEEP || all) m->keep_sink = 1 + test_below(r, 30), m->keep_recent = test_below(r, 90);
+    if (kind == M_KEEP || all)
+        m->keep_sink = 1 + test_below(r, 30), m->keep_recent = test_below(r, 90);
 }
 
 // ---- lengths, pages, tensors
@@ -204,11 +212,13 @@ TEST_FN void problem_lengths(problem *p, test_rng *r) {
         if (p->opt.shared && len <= p->opt.shared) len = p->opt.shared + 1 + test_below(r, 50);
         if (phase == PREFILL) q = len;
         if (phase == CHUNKED) q = 1 + test_below(r, len < 100 ? len : 100);
-        if (phase == VERIFY || (tree && phase != PREFILL)) q = 1 + test_below(r, len < 17 ? len : 17);
+        if (phase == VERIFY || (tree && phase != PREFILL))
+            q = 1 + test_below(r, len < 17 ? len : 17);
         if (tree && q > 60) q = 60;
         if (phase == 4) q = 0;
         kv_len[s] = len;
-        kv_pos0[s] = p->opt.evicted ? 16 * test_below(r, 40) + test_below(r, 2) * test_below(r, 9) : 0;
+        kv_pos0[s] =
+            p->opt.evicted ? 16 * test_below(r, 40) + test_below(r, 2) * test_below(r, 9) : 0;
         if (p->opt.evicted && p->opt.shared) kv_pos0[s] = 48;
         q_pos0[s] = kv_pos0[s] + len - q;
         q_start[s] = t;
@@ -224,7 +234,8 @@ TEST_FN void problem_lengths(problem *p, test_rng *r) {
 // Stores random K and V of all tokens into pages dealt in random order; the rest is poison.
 TEST_FN void problem_pages(problem *p, test_rng *r) {
     attn_kv *kv = &p->d.kv;
-    int32_t n = p->d.n_seq, s, j, pt = p->opt.page_tokens, need = 0, most = 0, *table, *deck, at = 0;
+    int32_t n = p->d.n_seq, s, j, pt = p->opt.page_tokens, need = 0, most = 0, *table, *deck,
+            at = 0;
     int32_t common = p->opt.shared / pt;
     float *rows[2];
     attn_tensor k, v;
@@ -319,10 +330,12 @@ TEST_FN void problem_queries(problem *p, test_rng *r) {
     n = (size_t)p->n_tokens * (size_t)d->n_heads * (size_t)d->v_head_dim;
     d->o.data = problem_alloc(p, 4 * n + 64);
     memset(d->o.data, 0xff, 4 * n);
-    if (p->opt.lse) d->lse = (float *)problem_alloc(p, 4 * (size_t)p->n_tokens * (size_t)d->n_heads + 4);
+    if (p->opt.lse)
+        d->lse = (float *)problem_alloc(p, 4 * (size_t)p->n_tokens * (size_t)d->n_heads + 4);
     if (p->opt.softcap) d->logits.softcap = 4.0f;
     f = (float *)problem_alloc(p, 8 * (size_t)d->n_heads);
-    for (i = 0; i < 2 * (size_t)d->n_heads; i++) f[i] = (float)test_uniform(r, 0, i < (size_t)d->n_heads ? 0.2 : 3);
+    for (i = 0; i < 2 * (size_t)d->n_heads; i++)
+        f[i] = (float)test_uniform(r, 0, i < (size_t)d->n_heads ? 0.2 : 3);
     if (p->opt.alibi) d->logits.alibi = f;
     if (p->opt.sink) d->logits.sink = f + d->n_heads;
     if (p->opt.bias) {
@@ -331,7 +344,8 @@ TEST_FN void problem_queries(problem *p, test_rng *r) {
         d->logits.bias.dtype = test_below(r, 2) ? ATTN_F32 : ATTN_F16;
         d->logits.bias.stride_token = cols;
         d->logits.bias.stride_head = per_head ? cols * p->n_tokens : 0;
-        d->logits.bias.data = problem_alloc(p, 4 * (size_t)cols * (size_t)(p->n_tokens * (per_head ? d->n_heads : 1)) + 64);
+        d->logits.bias.data = problem_alloc(
+            p, 4 * (size_t)cols * (size_t)(p->n_tokens * (per_head ? d->n_heads : 1)) + 64);
         for (k = 0; k < cols * p->n_tokens * (per_head ? d->n_heads : 1); k++)
             attni_put(d->logits.bias.data, d->logits.bias.dtype, k,
                       test_below(r, 9) ? (float)test_normal(r) : attni_float(0xff800000u));
@@ -397,9 +411,12 @@ TEST_FN void problem_plain(const problem *p, float *out) {
                     if (!attn_ref_visible(d, s, t, h, j)) continue;
                     attni_ref_row(d, &k, s, h / group, j, row);
                     for (e = 0; e < d->head_dim; e++)
-                        sum += attni_get(d->q.data, d->q.dtype, ((int64_t)t * d->n_heads + h) * d->head_dim + e) * (float)row[e];
+                        sum += attni_get(d->q.data, d->q.dtype,
+                                         ((int64_t)t * d->n_heads + h) * d->head_dim + e) *
+                               (float)row[e];
                     sum *= attni_scale(d);
-                    if (d->logits.softcap > 0) sum = d->logits.softcap * tanhf(sum / d->logits.softcap);
+                    if (d->logits.softcap > 0)
+                        sum = d->logits.softcap * tanhf(sum / d->logits.softcap);
                     { // ALiBi and bias: exact terms through the reference's score of a zero query
                         double extra = 0;
                         attn_desc c = *d;
@@ -430,8 +447,8 @@ TEST_FN void problem_plain(const problem *p, float *out) {
 
 // The accuracy contract: RMS and maximum against those of plain fp32, with a floor of one ulp.
 // plain NULL: against the floor alone, which is stricter and spares computing plain.
-TEST_FN int problem_accurate(const problem *p, const float *o, const float *plain, double rms_factor,
-                             double max_factor, double *ratio) {
+TEST_FN int problem_accurate(const problem *p, const float *o, const float *plain,
+                             double rms_factor, double max_factor, double *ratio) {
     size_t n = (size_t)p->n_tokens * (size_t)p->d.n_heads * (size_t)p->d.v_head_dim, i;
     double max, pmax, rms = test_error_floats(o, p->ref, n, &max), top = 0, sum = 0, ulp;
     double prms = 0;

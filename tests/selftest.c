@@ -1,7 +1,8 @@
-/* A self-test for foreign targets: no framework, files, threads or libm, only stdio. Fixed problems over
-   masks, layouts and dtypes on every ISA present, against attn_ref_forward; the PORTABLE bits of each as
-   a hash, which must be the same on every machine: compare the last hash with another target's.
-   cc -std=c11 -O2 -I. tests/selftest.c -o selftest      (C++11 as well: c++ -x c++ -std=c++11 ...) */
+/* A self-test for foreign targets: no framework, files, threads or libm, only stdio. Fixed problems
+   over masks, layouts and dtypes on every ISA present, against attn_ref_forward; the PORTABLE bits
+   of each as a hash, which must be the same on every machine: compare the last hash with another
+   target's. cc -std=c11 -O2 -I. tests/selftest.c -o selftest      (C++11 as well: c++ -x c++
+   -std=c++11 ...) */
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"
@@ -24,18 +25,172 @@ typedef struct problem {
 } problem;
 
 static const problem problems[] = {
-    {"causal", CAUSAL, 0, ATTN_F32, ATTN_F32, ATTN_F32, ATTN_F32, 4, 2, 64, 64, 16, {290, 37}, {1, 20}, 0},
-    {"causal, f16", CAUSAL, 2, ATTN_F16, ATTN_F16, ATTN_F16, ATTN_F16, 4, 1, 64, 64, 32, {270, 64}, {9, 1}, 4},
-    {"window", WINDOW, 1, ATTN_BF16, ATTN_BF16, ATTN_BF16, ATTN_BF16, 4, 2, 64, 64, 7, {300, 90}, {5, 30}, 2},
-    {"window, sinks", SINKS, 2, ATTN_I8, ATTN_I8, ATTN_F32, ATTN_F32, 6, 2, 32, 32, 48, {310, 20}, {3, 20}, 1},
+    {"causal",
+     CAUSAL,
+     0,
+     ATTN_F32,
+     ATTN_F32,
+     ATTN_F32,
+     ATTN_F32,
+     4,
+     2,
+     64,
+     64,
+     16,
+     {290, 37},
+     {1, 20},
+     0},
+    {"causal, f16",
+     CAUSAL,
+     2,
+     ATTN_F16,
+     ATTN_F16,
+     ATTN_F16,
+     ATTN_F16,
+     4,
+     1,
+     64,
+     64,
+     32,
+     {270, 64},
+     {9, 1},
+     4},
+    {"window",
+     WINDOW,
+     1,
+     ATTN_BF16,
+     ATTN_BF16,
+     ATTN_BF16,
+     ATTN_BF16,
+     4,
+     2,
+     64,
+     64,
+     7,
+     {300, 90},
+     {5, 30},
+     2},
+    {"window, sinks",
+     SINKS,
+     2,
+     ATTN_I8,
+     ATTN_I8,
+     ATTN_F32,
+     ATTN_F32,
+     6,
+     2,
+     32,
+     32,
+     48,
+     {310, 20},
+     {3, 20},
+     1},
     {"full", FULL, 0, ATTN_I4, ATTN_I4, ATTN_F32, ATTN_F32, 2, 2, 40, 24, 1, {150, 33}, {30, 7}, 6},
-    {"blocks", BLOCKS, 1, ATTN_F8E4M3, ATTN_F8E4M3, ATTN_F32, ATTN_F32, 4, 4, 16, 16, 64, {280, 48}, {40, 10}, 0},
-    {"bits per head", BITS, 2, ATTN_F8E5M2, ATTN_F16, ATTN_F32, ATTN_F16, 4, 2, 64, 32, 16, {260, 30}, {12, 12}, 4},
-    {"local-stride", STRIDE, 0, ATTN_F32, ATTN_I8, ATTN_F32, ATTN_F32, 4, 4, 24, 64, 3, {300, 70}, {2, 50}, 0},
-    {"vertical-slash", VSLASH, 1, ATTN_I8, ATTN_BF16, ATTN_BF16, ATTN_BF16, 3, 1, 64, 64, 16, {255, 17}, {8, 17}, 1},
-    {"keep", KEEP, 2, ATTN_BF16, ATTN_I4, ATTN_F32, ATTN_F32, 2, 1, 128, 128, 16, {257, 256}, {1, 1}, 2},
-    {"tree", TREE, 0, ATTN_F16, ATTN_F8E4M3, ATTN_F32, ATTN_F32, 4, 2, 32, 32, 16, {265, 40}, {12, 9}, 2},
-    {"tree, f32", TREE, 1, ATTN_F32, ATTN_F32, ATTN_F32, ATTN_F32, 2, 2, 8, 8, 5, {30, 512}, {16, 6}, 5}};
+    {"blocks",
+     BLOCKS,
+     1,
+     ATTN_F8E4M3,
+     ATTN_F8E4M3,
+     ATTN_F32,
+     ATTN_F32,
+     4,
+     4,
+     16,
+     16,
+     64,
+     {280, 48},
+     {40, 10},
+     0},
+    {"bits per head",
+     BITS,
+     2,
+     ATTN_F8E5M2,
+     ATTN_F16,
+     ATTN_F32,
+     ATTN_F16,
+     4,
+     2,
+     64,
+     32,
+     16,
+     {260, 30},
+     {12, 12},
+     4},
+    {"local-stride",
+     STRIDE,
+     0,
+     ATTN_F32,
+     ATTN_I8,
+     ATTN_F32,
+     ATTN_F32,
+     4,
+     4,
+     24,
+     64,
+     3,
+     {300, 70},
+     {2, 50},
+     0},
+    {"vertical-slash",
+     VSLASH,
+     1,
+     ATTN_I8,
+     ATTN_BF16,
+     ATTN_BF16,
+     ATTN_BF16,
+     3,
+     1,
+     64,
+     64,
+     16,
+     {255, 17},
+     {8, 17},
+     1},
+    {"keep",
+     KEEP,
+     2,
+     ATTN_BF16,
+     ATTN_I4,
+     ATTN_F32,
+     ATTN_F32,
+     2,
+     1,
+     128,
+     128,
+     16,
+     {257, 256},
+     {1, 1},
+     2},
+    {"tree",
+     TREE,
+     0,
+     ATTN_F16,
+     ATTN_F8E4M3,
+     ATTN_F32,
+     ATTN_F32,
+     4,
+     2,
+     32,
+     32,
+     16,
+     {265, 40},
+     {12, 9},
+     2},
+    {"tree, f32",
+     TREE,
+     1,
+     ATTN_F32,
+     ATTN_F32,
+     ATTN_F32,
+     ATTN_F32,
+     2,
+     2,
+     8,
+     8,
+     5,
+     {30, 512},
+     {16, 6},
+     5}};
 
 static uint64_t rng;
 
@@ -46,8 +201,8 @@ static uint32_t next32(void) { // splitmix64
     return (uint32_t)((z ^ (z >> 31)) >> 32);
 }
 
-// A multiple of 2^-9 in (-4, 4), small values likelier (the sum of two dice): exact in f32 and, being of
-// at most 11 bits, in f16.
+// A multiple of 2^-9 in (-4, 4), small values likelier (the sum of two dice): exact in f32 and,
+// being of at most 11 bits, in f16.
 static float next_float(void) {
     int32_t a = (int32_t)(next32() >> 22), b = (int32_t)(next32() >> 22);
     return (float)(a + b - 1023) * (1.0f / 512);
@@ -59,7 +214,8 @@ static float k_rows[MAX_KV * MAX_ROW], v_rows[MAX_KV * MAX_ROW], q_rows[MAX_TOKE
 static float o_rows[MAX_TOKENS * MAX_ROW + 64], lse[MAX_TOKENS * 8];
 static double ref[MAX_TOKENS * MAX_ROW], ref_lse[MAX_TOKENS * 8];
 static uint16_t q16[MAX_TOKENS * MAX_ROW];
-static uint8_t k_pages[4 * (MAX_KV + 600) * MAX_ROW + 64], v_pages[4 * (MAX_KV + 600) * MAX_ROW + 64];
+static uint8_t k_pages[4 * (MAX_KV + 600) * MAX_ROW + 64],
+    v_pages[4 * (MAX_KV + 600) * MAX_ROW + 64];
 static uint8_t memory[12 << 20];
 static int64_t slots[MAX_KV];
 static int32_t table[2][400], q_start[3], kv_len[2], parents[MAX_TOKENS];
@@ -210,7 +366,12 @@ static int run(const problem *p, attn_desc *d, const char *isa, uint32_t *hash) 
     size_t bytes = attn_cpu_forward_bytes(d, 1);
     int32_t n = q_start[2] * p->n_heads, i;
     int bdot = strstr(attn_cpu_executor(d), "bdot") != NULL;
-    double worst = 0, limit = p->o == ATTN_F32 ? 2e-5 : p->o == ATTN_F16 ? 4e-3 : bdot ? 8e-2 : 3e-2, e;
+    double worst = 0,
+           limit = p->o == ATTN_F32   ? 2e-5
+                   : p->o == ATTN_F16 ? 4e-3
+                   : bdot             ? 8e-2
+                                      : 3e-2,
+           e;
     double worst_lse = 0;
     check(bytes > 0 && bytes <= sizeof memory - 64, p->name, isa, "workspace");
     memset(o_rows, 0xff, sizeof o_rows);
@@ -265,7 +426,8 @@ int main(void) {
             if (strlen(line) + strlen(name) + 2 < sizeof line) strcat(strcat(line, " "), name);
         }
         printf("%-16s %08x  %s\n", p->name, (unsigned)want, line);
-        for (isa = 0; isa < 4; isa++) combined = (combined ^ ((want >> (8 * isa)) & 255)) * 16777619u;
+        for (isa = 0; isa < 4; isa++)
+            combined = (combined ^ ((want >> (8 * isa)) & 255)) * 16777619u;
     }
     printf("portable hash: %08x\n", (unsigned)combined);
     if (EXPECTED) check(combined == EXPECTED, "all", "portable", "the hash of other machines");

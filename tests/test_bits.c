@@ -1,6 +1,6 @@
-/* The contract on bits: a row's result does not depend on threads, row tiles, workspace, the rest of the
-   batch, page size, layout, placement, sharing, chunking, eviction of what nobody sees, nor under PORTABLE
-   on the ISA; what a plan says it visits; and what NaN, Inf and empty rows may do.
+/* The contract on bits: a row's result does not depend on threads, row tiles, workspace, the rest
+   of the batch, page size, layout, placement, sharing, chunking, eviction of what nobody sees, nor
+   under PORTABLE on the ISA; what a plan says it visits; and what NaN, Inf and empty rows may do.
    test_bits [SEED [COUNT]]   COUNT: worlds (default 28)
    cc -std=c11 -O2 -pthread -I. -Itests tests/test_bits.c -o test_bits -lm */
 #define ATTN_IMPLEMENTATION
@@ -16,8 +16,9 @@ enum feature {
     F_CAUSAL, F_WINDOW, F_WINDOW_SINK, F_LOGITS, F_BLOCKS, F_BITS_HEADS, F_STRIDE, F_VSLASH, F_FULL,
     F_TREE, N_FEATURES
 };
-static const char *const feature_names[N_FEATURES] = {"causal", "window", "window+sink", "alibi+cap+sink",
-    "blocks", "bits/head", "stride+keep", "vslash", "full", "tree"};
+static const char *const feature_names[N_FEATURES] = {
+    "causal",    "window",      "window+sink", "alibi+cap+sink", "blocks",
+    "bits/head", "stride+keep", "vslash",      "full",           "tree"};
 
 typedef struct world {
     uint64_t seed;
@@ -25,7 +26,8 @@ typedef struct world {
     int32_t n_heads, n_kv_heads, head_dim, v_head_dim;
     attn_dtype k, v, q, o;
     attn_numerics numerics;
-    int32_t len[MAX_SEQ], q0[MAX_SEQ], shared; // sequences 0, 1, 2, 5 and every third one share a prefix
+    int32_t len[MAX_SEQ], q0[MAX_SEQ],
+        shared; // sequences 0, 1, 2, 5 and every third one share a prefix
     attn_mask mask;
     attn_logits logits;
     int32_t seq_row[MAX_SEQ], parent[MAX_SEQ][64];
@@ -42,7 +44,8 @@ static void *take(world *w, size_t bytes) {
 static int shares(int32_t s) { return s < 3 || s == 5 || s % 3 == 0; }
 
 // Values in [-2, 2), a function of what they are for only.
-static void fill_row(const world *w, int kind, int32_t s, int32_t pos, float gain, float *x, int32_t n) {
+static void fill_row(const world *w, int kind, int32_t s, int32_t pos, float gain, float *x,
+                     int32_t n) {
     test_rng r;
     int32_t i;
     int64_t who = kind < 2 && shares(s) && pos < w->shared ? 1000 : s;
@@ -221,7 +224,8 @@ typedef struct batch {
     variant v;
     attn_desc d;
     int32_t n, id[MAX_SEQ]; // logical sequence at each batch index
-    int32_t q_start[MAX_SEQ + 1], kv_len[MAX_SEQ], q_pos0[MAX_SEQ], kv_pos0[MAX_SEQ], seq_row[MAX_SEQ];
+    int32_t q_start[MAX_SEQ + 1], kv_len[MAX_SEQ], q_pos0[MAX_SEQ], kv_pos0[MAX_SEQ],
+        seq_row[MAX_SEQ];
     int32_t seq_order[MAX_SEQ], *table, *parent;
     int64_t row_bytes;
     float *k_rows, *v_rows, *q_rows, *lse;
@@ -356,7 +360,8 @@ static void batch_make(batch *b, const world *w, const variant *v, const int32_t
 
 static void batch_free(batch *b) {
     free(b->d.kv.k.data), free(b->d.kv.v.data), free(b->d.q.data), free(b->d.o.data);
-    free(b->table), free(b->parent), free(b->lse), free(b->k_rows), free(b->v_rows), free(b->q_rows);
+    free(b->table), free(b->parent), free(b->lse), free(b->k_rows), free(b->v_rows),
+        free(b->q_rows);
 }
 
 // ---- what every plan must be: each span of each row exactly once
@@ -469,7 +474,8 @@ static void variant_params(const batch *b, attn_plan_params *p) {
     attn_cpu_plan_params(&b->d, b->v.workers, p);
     p->share = b->v.share;
     if (b->v.row_tile) p->row_tile = b->v.row_tile;
-    if (b->v.partials == 1) p->partial_bytes = (size_t)(40 * b->w->n_heads * (b->w->v_head_dim + 2) * 4);
+    if (b->v.partials == 1)
+        p->partial_bytes = (size_t)(40 * b->w->n_heads * (b->w->v_head_dim + 2) * 4);
     if (b->v.partials == 2) p->partial_bytes = 0;
 }
 
@@ -482,11 +488,13 @@ typedef struct rows {
 static void rows_make(rows *o, const world *w) {
     int32_t s;
     for (s = 0; s < N_FOCUS; s++)
-        o->x[s] = (float *)calloc((size_t)(w->len[s] - w->q0[s]) * (size_t)(w->n_heads * (w->v_head_dim + 1)), 4);
+        o->x[s] = (float *)calloc(
+            (size_t)(w->len[s] - w->q0[s]) * (size_t)(w->n_heads * (w->v_head_dim + 1)), 4);
 }
 
 static uint64_t rows_hash(const rows *o, const world *w, int32_t s) {
-    return problem_hash(o->x[s], (size_t)(w->len[s] - w->q0[s]) * (size_t)(w->n_heads * (w->v_head_dim + 1)));
+    return problem_hash(o->x[s], (size_t)(w->len[s] - w->q0[s]) *
+                                     (size_t)(w->n_heads * (w->v_head_dim + 1)));
 }
 
 static void rows_free(rows *o) {
@@ -494,7 +502,8 @@ static void rows_free(rows *o) {
     for (s = 0; s < N_FOCUS; s++) free(o->x[s]);
 }
 
-// Sets the queries of one step: from done[i] on, at most chunk of each sequence; returns their number.
+// Sets the queries of one step: from done[i] on, at most chunk of each sequence; returns their
+// number.
 static int32_t batch_step(batch *b, const int32_t *done) {
     const world *w = b->w;
     attn_desc *d = &b->d;
@@ -522,8 +531,10 @@ static void batch_collect(const batch *b, int32_t *done, rows *out) {
         for (t = b->q_start[i]; t < b->q_start[i + 1]; t++)
             for (h = 0; h < w->n_heads && b->id[i] < N_FOCUS; h++) {
                 int64_t row = (int64_t)t * w->n_heads + h;
-                float *x = out->x[b->id[i]] +
-                           ((int64_t)(done[i] + t - b->q_start[i] - w->q0[b->id[i]]) * w->n_heads + h) * (vd + 1);
+                float *x =
+                    out->x[b->id[i]] +
+                    ((int64_t)(done[i] + t - b->q_start[i] - w->q0[b->id[i]]) * w->n_heads + h) *
+                        (vd + 1);
                 for (e = 0; e < vd; e++) x[e] = attni_get(b->d.o.data, w->o, row * vd + e);
                 x[vd] = b->lse[row];
             }
@@ -607,14 +618,15 @@ static void one_world(uint64_t seed, int index) {
             int32_t n = (w.len[s] - w.q0[s]) * w.n_heads * (w.v_head_dim + 1), e;
             if (CHECK(rows_hash(&out, &w, s) == want[s])) continue;
             for (e = 0; attni_bits32(out.x[s][e]) == attni_bits32(base.x[s][e]) && e < n - 1;) e++;
-            printf("  seed %llu world %d (k %s v %s q %s o %s, %s, numerics %d, heads %d/%d, d %d/%d) %s on %s: "
+            printf("  seed %llu world %d (k %s v %s q %s o %s, %s, numerics %d, heads %d/%d, d "
+                   "%d/%d) %s on %s: "
                    "sequence %d, query %d head %d element %d: %.9g against %.9g\n",
                    (unsigned long long)seed, index, attn_dtype_name(w.k), attn_dtype_name(w.v),
-                   attn_dtype_name(w.q), attn_dtype_name(w.o), feature_names[w.feature], (int)w.numerics,
-                   w.n_heads, w.n_kv_heads, w.head_dim, w.v_head_dim, v->name,
-                   attn_cpu_isa_name((attn_cpu_isa)isas[isa]), s, e / (w.v_head_dim + 1) / w.n_heads,
-                   e / (w.v_head_dim + 1) % w.n_heads, e % (w.v_head_dim + 1), (double)out.x[s][e],
-                   (double)base.x[s][e]);
+                   attn_dtype_name(w.q), attn_dtype_name(w.o), feature_names[w.feature],
+                   (int)w.numerics, w.n_heads, w.n_kv_heads, w.head_dim, w.v_head_dim, v->name,
+                   attn_cpu_isa_name((attn_cpu_isa)isas[isa]), s,
+                   e / (w.v_head_dim + 1) / w.n_heads, e / (w.v_head_dim + 1) % w.n_heads,
+                   e % (w.v_head_dim + 1), (double)out.x[s][e], (double)base.x[s][e]);
         }
         rows_free(&out);
     }
@@ -693,7 +705,9 @@ static void decode_updates(uint64_t seed, int index) {
         ok &= CHECK_EQ(attn_plan_build(&b.d, &grown, mem2, bytes, &fresh), ATTN_OK);
         if (!ok) break;
         ok &= CHECK(step_hash(&b, plan) == step_hash(&b, fresh));
-        if (!ok) printf("  seed %llu index %d step %d rebuilt %d\n", (unsigned long long)seed, index, step, rebuilt);
+        if (!ok)
+            printf("  seed %llu index %d step %d rebuilt %d\n", (unsigned long long)seed, index,
+                   step, rebuilt);
         for (i = 0; i < N_FOCUS; i++) done[i]++;
     }
     CHECK(n_rebuilt > 0 && n_patched > 10 * n_rebuilt); // most steps cross no border
@@ -701,7 +715,8 @@ static void decode_updates(uint64_t seed, int index) {
     if (plan) {
         void *scratch = aligned(attn_cpu_scratch_bytes(&b.d, plan), 0);
         void *partials = aligned(attn_plan_partial_bytes(plan), 0);
-        size_t n = (size_t)b.q_start[b.n] * (size_t)(w.n_heads * w.v_head_dim * attn_dtype_bits(w.o) / 8);
+        size_t n =
+            (size_t)b.q_start[b.n] * (size_t)(w.n_heads * w.v_head_dim * attn_dtype_bits(w.o) / 8);
         for (i = 0; i < N_FOCUS; i++) b.kv_len[i]--;
         memset(b.d.o.data, 0x5a, n);
         for (i = 0; i < plan->n_tasks; i++)
@@ -785,7 +800,8 @@ typedef struct tiny {
 
 enum { T_HEADS = 2, T_DIM = 16, T_PAGES = 96, T_PT = 16 };
 
-// Three sequences of up to 1024 tokens; pages dealt in order, `common` first ones shared by 0 and 1.
+// Three sequences of up to 1024 tokens; pages dealt in order, `common` first ones shared by 0
+// and 1.
 static void tiny_make(tiny *t, attn_dtype type, int32_t common) {
     int32_t s, j, page = 0;
     attn_desc *d = &t->d;
@@ -849,7 +865,8 @@ static void tiny_run(tiny *t, int32_t share, int32_t workers) {
     mem = aligned(bytes, 0);
     memset(t->o, 0xff, 128 * T_HEADS * T_DIM * 4);
     memset(t->lse, 0xff, sizeof t->lse);
-    if (CHECK_EQ(attn_plan_build(&t->d, &params, mem, bytes, &p), ATTN_OK)) run_plan(&t->d, p, 1, &r);
+    if (CHECK_EQ(attn_plan_build(&t->d, &params, mem, bytes, &p), ATTN_OK))
+        run_plan(&t->d, p, 1, &r);
     free(mem);
 }
 
@@ -864,9 +881,10 @@ static uint64_t tiny_hash(const tiny *t, int32_t token0, int32_t n) {
            problem_hash(t->lse + token0 * T_HEADS, (size_t)(n * T_HEADS)) * 3;
 }
 
-// Sequence 0 is short and sees position 250 through its window, 1 is long, holds the same pages and does
-// not. in_k: the poison lies in K, else in V.
-static void nan_across(attn_dtype type, attn_numerics numerics, int in_k, float bad, int32_t share, int sink) {
+// Sequence 0 is short and sees position 250 through its window, 1 is long, holds the same pages and
+// does not. in_k: the poison lies in K, else in V.
+static void nan_across(attn_dtype type, attn_numerics numerics, int in_k, float bad, int32_t share,
+                       int sink) {
     tiny t;
     uint64_t clean0, clean1;
     int32_t e;
@@ -889,8 +907,8 @@ static void nan_across(attn_dtype type, attn_numerics numerics, int in_k, float 
     CHECK(tiny_hash(&t, 0, 1) != clean0); // it was there to be seen
     if (attni_isnan(bad)) CHECK(any_nan(t.o, T_HEADS * T_DIM));
     if (!CHECK(tiny_hash(&t, 1, 3) == clean1))
-        printf("  NaN across: %s numerics %d in %s share %d sink %d %s\n", attn_dtype_name(type), (int)numerics,
-               in_k ? "K" : "V", share, sink, attn_cpu_executor(&t.d));
+        printf("  NaN across: %s numerics %d in %s share %d sink %d %s\n", attn_dtype_name(type),
+               (int)numerics, in_k ? "K" : "V", share, sink, attn_cpu_executor(&t.d));
     tiny_free(&t);
 }
 
@@ -945,7 +963,8 @@ static void empty_rows(attn_dtype o_type, attn_numerics numerics, int with_sink,
     { // list row 0 is position 260
         int32_t row0 = -260;
         t.d.mask.blocks.seq_row = &row0;
-        for (i = 0; i <= 40; i++) start[i] = i <= 1 ? 0 : i <= 20 ? 3 : i <= 23 ? 3 : i <= 39 ? 5 : 5;
+        for (i = 0; i <= 40; i++)
+            start[i] = i <= 1 ? 0 : i <= 20 ? 3 : i <= 23 ? 3 : i <= 39 ? 5 : 5;
         // rows 1 and 23 see something, every other one nothing: 0, the middle ones and 39
         if (with_sink) t.d.logits.sink = sink;
         tiny_run(&t, 0, workers);
@@ -980,7 +999,11 @@ static void huge_scores(attn_numerics numerics) {
         memset(t.q, 0, 3 * T_HEADS * T_DIM * 4);
         for (i = 0; i < 3 * T_HEADS; i++) t.q[i * T_DIM] = 5000;
         for (i = 0; i < 290; i++)
-            t.k[i * T_DIM] = kind == 0 ? -200.0f : kind == 1 ? 200.0f : i == 7 ? 200.0f : i % 2 ? -200.0f : 0.001f;
+            t.k[i * T_DIM] = kind == 0   ? -200.0f
+                             : kind == 1 ? 200.0f
+                             : i == 7    ? 200.0f
+                             : i % 2     ? -200.0f
+                                         : 0.001f;
         tiny_store(&t);
         tiny_run(&t, 0, 1);
         CHECK_EQ(attn_ref_forward(&t.d, ref, ref_lse), ATTN_OK);
@@ -1021,7 +1044,8 @@ static void more_queries(attn_numerics numerics, int full) {
 }
 
 static void corners(void) {
-    static const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_F8E4M3, ATTN_F8E5M2, ATTN_I8, ATTN_I4};
+    static const attn_dtype types[] = {ATTN_F32,    ATTN_F16, ATTN_BF16, ATTN_F8E4M3,
+                                       ATTN_F8E5M2, ATTN_I8,  ATTN_I4};
     int i, n, type, share, sink, k;
     for (i = 0; i < n_isas; i++) {
         CHECK_EQ(attn_cpu_set_isa((attn_cpu_isa)isas[i]), ATTN_OK);

@@ -4,7 +4,8 @@
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
 
-static const attn_dtype kv_types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_F8E4M3, ATTN_F8E5M2, ATTN_I8, ATTN_I4};
+static const attn_dtype kv_types[] = {ATTN_F32,    ATTN_F16, ATTN_BF16, ATTN_F8E4M3,
+                                      ATTN_F8E5M2, ATTN_I8,  ATTN_I4};
 
 static void random_opts(test_rng *r, problem_opts *o) {
     static const int32_t dims[] = {8, 16, 24, 40, 64, 64, 80, 96, 128, 128, 192, 256, 576};
@@ -79,18 +80,21 @@ static void one(uint64_t seed) {
         problem_output(&p, out);
         ok = problem_accurate(&p, out, plain, dot ? 2 : 1.5, dot ? 4 : 3, &ratio);
         if (!CHECK(ok))
-            printf("  seed %llu %s: %s %s layout %d page %d%s k %s v %s q %s o %s heads %d/%d d %d/%d seq %d shared %d "
+            printf("  seed %llu %s: %s %s layout %d page %d%s k %s v %s q %s o %s heads %d/%d d "
+                   "%d/%d seq %d shared %d "
                    "num %d cap %d alibi %d sink %d bias %d evict %d hs %d ratio %.3g\n",
-                   (unsigned long long)seed, name, problem_phases[o.phase], problem_masks[o.mask], o.layout,
-                   o.page_tokens, o.contiguous ? "c" : "", attn_dtype_name(o.k), attn_dtype_name(o.v),
-                   attn_dtype_name(o.q), attn_dtype_name(o.o), o.n_heads, o.n_kv_heads, o.head_dim, o.v_head_dim,
-                   o.n_seq, o.shared, o.numerics, o.softcap, o.alibi, o.sink, o.bias, o.evicted, o.head_scale, ratio);
+                   (unsigned long long)seed, name, problem_phases[o.phase], problem_masks[o.mask],
+                   o.layout, o.page_tokens, o.contiguous ? "c" : "", attn_dtype_name(o.k),
+                   attn_dtype_name(o.v), attn_dtype_name(o.q), attn_dtype_name(o.o), o.n_heads,
+                   o.n_kv_heads, o.head_dim, o.v_head_dim, o.n_seq, o.shared, o.numerics, o.softcap,
+                   o.alibi, o.sink, o.bias, o.evicted, o.head_scale, ratio);
         for (i = 0; p.d.lse && i < n / (size_t)o.v_head_dim; i++) {
             double e = fabs((double)p.d.lse[i] - p.ref_lse[i]);
             if (p.ref_lse[i] < -1e300) {
                 if (!CHECK((double)p.d.lse[i] < -1e30)) break;
             } else if (!CHECK(e < 2e-5 * (1 + fabs(p.ref_lse[i])) + (dot ? 0.01 : 0))) {
-                printf("  seed %llu lse %g against %g\n", (unsigned long long)seed, (double)p.d.lse[i], p.ref_lse[i]);
+                printf("  seed %llu lse %g against %g\n", (unsigned long long)seed,
+                       (double)p.d.lse[i], p.ref_lse[i]);
                 break;
             }
         }

@@ -1,7 +1,7 @@
-/* Masks and the reference: attn_ref_visible against a second, independent reading of attn.h's comments,
-   dkernel's published patterns, attn_mask_from_dense, and attn_ref_forward against naive doubles.
-   test_mask [SEED [COUNT]]   COUNT: random problems (default 1500)
-   cc -std=c11 -O2 -I. -Itests tests/test_mask.c -o test_mask -lm */
+/* Masks and the reference: attn_ref_visible against a second, independent reading of attn.h's
+   comments, dkernel's published patterns, attn_mask_from_dense, and attn_ref_forward against naive
+   doubles. test_mask [SEED [COUNT]]   COUNT: random problems (default 1500) cc -std=c11 -O2 -I.
+   -Itests tests/test_mask.c -o test_mask -lm */
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
 
@@ -12,7 +12,8 @@ static int64_t position_of(const attn_desc *d, int32_t s, int32_t i) { // of que
     int64_t pos0 = d->kv.kv_pos0 ? d->kv.kv_pos0[s] : 0;
     int64_t q0 = d->q_pos0 ? d->q_pos0[s] : pos0 + d->kv.kv_len[s] - q_len, depth = 0;
     if (d->mask.kind != ATTN_MASK_TREE) return q0 + i;
-    for (up = d->mask.tree_parent[d->q_start[s] + i]; up != -1; up = d->mask.tree_parent[d->q_start[s] + up])
+    for (up = d->mask.tree_parent[d->q_start[s] + i]; up != -1;
+         up = d->mask.tree_parent[d->q_start[s] + up])
         depth++;
     return q0 + depth;
 }
@@ -84,8 +85,9 @@ static int visible(const attn_desc *d, int32_t s, int32_t t, int32_t h, int32_t 
     if (m->vslash.block) {
         const attn_vertical_slash *v = &m->vslash;
         int l = list_index(d, v->n_lists, h);
-        int in = listed(v->col, v->col_start[l], v->col_start[l + 1], k / v->block) ||
-                 listed(v->diag, v->diag_start[l], v->diag_start[l + 1], p / v->block - k / v->block);
+        int in =
+            listed(v->col, v->col_start[l], v->col_start[l + 1], k / v->block) ||
+            listed(v->diag, v->diag_start[l], v->diag_start[l + 1], p / v->block - k / v->block);
         sparse = 1 + (sparse == 2 || in);
     }
     if (m->keep_sink > 0) sparse = 1 + (sparse == 2 || k < m->keep_sink);
@@ -127,13 +129,16 @@ static double element(const uint8_t *p, attn_dtype t, int32_t i) {
 // (kv_len, n_kv_heads, dim) doubles of a sequence's K or V. kv layout: through attn_kv_read_rows.
 static double *rows_of(const attn_desc *d, int is_v, int32_t s) {
     const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
-    int32_t dim = is_v && d->v_head_dim ? d->v_head_dim : d->head_dim, heads = d->n_kv_heads, j, h, e;
+    int32_t dim = is_v && d->v_head_dim ? d->v_head_dim : d->head_dim, heads = d->n_kv_heads, j, h,
+            e;
     int32_t n = d->kv.kv_len[s], pt = d->kv.page_tokens;
     double *out = (double *)calloc((size_t)n * (size_t)(heads * dim) + 1, 8);
-    size_t bytes = attn_kv_rows_bytes(d, is_v, 1), raw = (size_t)(heads * dim * attn_dtype_bits(a->dtype) / 8);
+    size_t bytes = attn_kv_rows_bytes(d, is_v, 1),
+           raw = (size_t)(heads * dim * attn_dtype_bits(a->dtype) / 8);
     uint8_t *row = (uint8_t *)calloc(bytes, 1);
     for (j = 0; j < n; j++) {
-        int32_t page = d->kv.page_table ? d->kv.page_table[s * d->kv.page_table_stride + j / pt] : s;
+        int32_t page =
+            d->kv.page_table ? d->kv.page_table[s * d->kv.page_table_stride + j / pt] : s;
         CHECK_EQ(attn_kv_read_rows(d, is_v, page, j % pt, 1, row), ATTN_OK);
         for (h = 0; h < heads; h++)
             for (e = 0; e < dim; e++) {
@@ -142,7 +147,8 @@ static double *rows_of(const attn_desc *d, int is_v, int32_t s) {
                     if (a->head_scale) scale = a->head_scale[h];
                     else memcpy(&scale, row + raw + 4 * h, 4);
                 }
-                out[((int64_t)j * heads + h) * dim + e] = element(row, a->dtype, h * dim + e) * (double)scale;
+                out[((int64_t)j * heads + h) * dim + e] =
+                    element(row, a->dtype, h * dim + e) * (double)scale;
             }
     }
     free(row);
@@ -150,11 +156,14 @@ static double *rows_of(const attn_desc *d, int is_v, int32_t s) {
 }
 
 static void naive(const attn_desc *d, double *o, double *lse) {
-    int32_t s, t, h, j, e, vd = d->v_head_dim ? d->v_head_dim : d->head_dim, g = d->n_heads / d->n_kv_heads;
-    double scale = d->logits.scale != 0 ? (double)d->logits.scale : (double)(float)(1 / sqrt(d->head_dim));
+    int32_t s, t, h, j, e, vd = d->v_head_dim ? d->v_head_dim : d->head_dim,
+                           g = d->n_heads / d->n_kv_heads;
+    double scale =
+        d->logits.scale != 0 ? (double)d->logits.scale : (double)(float)(1 / sqrt(d->head_dim));
     for (s = 0; s < d->n_seq; s++) {
         int32_t n = d->kv.kv_len[s], q_len = d->q_start[s + 1] - d->q_start[s];
-        double *k = rows_of(d, 0, s), *v = rows_of(d, 1, s), *x = (double *)calloc((size_t)n + 1, 8);
+        double *k = rows_of(d, 0, s), *v = rows_of(d, 1, s),
+               *x = (double *)calloc((size_t)n + 1, 8);
         for (t = d->q_start[s]; t < d->q_start[s + 1]; t++)
             for (h = 0; h < d->n_heads; h++) {
                 const uint8_t *q = (const uint8_t *)d->q.data;
@@ -172,7 +181,8 @@ static void naive(const attn_desc *d, double *o, double *lse) {
                     if (d->mask.kind == ATTN_MASK_TREE && j >= n - q_len)
                         kp = (double)position_of(d, s, j - (n - q_len));
                     if (d->logits.alibi)
-                        sum += (double)d->logits.alibi[h] * (kp - (double)position_of(d, s, t - d->q_start[s]));
+                        sum += (double)d->logits.alibi[h] *
+                               (kp - (double)position_of(d, s, t - d->q_start[s]));
                     if (d->logits.bias.data)
                         sum += element((const uint8_t *)d->logits.bias.data, d->logits.bias.dtype,
                                        (int32_t)(h * d->logits.bias.stride_head +
@@ -199,7 +209,8 @@ static void naive(const attn_desc *d, double *o, double *lse) {
 // ---- random problems
 
 static void random_problem(uint64_t seed, int kind) {
-    static const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_F8E4M3, ATTN_F8E5M2, ATTN_I8, ATTN_I4};
+    static const attn_dtype types[] = {ATTN_F32,    ATTN_F16, ATTN_BF16, ATTN_F8E4M3,
+                                       ATTN_F8E5M2, ATTN_I8,  ATTN_I4};
     problem_opts o;
     problem p;
     test_rng r;
@@ -245,7 +256,8 @@ static void random_problem(uint64_t seed, int kind) {
                     n_vis += mine;
                     if (mine == its) continue;
                     CHECK(mine == its);
-                    printf("  seed %llu %s: sequence %d query %d head %d key %d: %d, by the comments %d\n",
+                    printf("  seed %llu %s: sequence %d query %d head %d key %d: %d, by the "
+                           "comments %d\n",
                            (unsigned long long)seed, problem_masks[kind], s, t, h, j, its, mine);
                     goto done;
                 }
@@ -263,10 +275,11 @@ static void random_problem(uint64_t seed, int kind) {
         printf("  seed %llu %s: o[%d] %.17g against naive %.17g\n", (unsigned long long)seed,
                problem_masks[kind], (int)i, p.ref[i], x[i]);
     for (i = 0; i < n; i++)
-        if (!(lse[i] == p.ref_lse[i] || fabs(lse[i] - p.ref_lse[i]) <= 1e-12 * (1 + fabs(lse[i])))) break;
+        if (!(lse[i] == p.ref_lse[i] || fabs(lse[i] - p.ref_lse[i]) <= 1e-12 * (1 + fabs(lse[i]))))
+            break;
     if (!CHECK(i == n))
-        printf("  seed %llu %s: lse %.17g against naive %.17g\n", (unsigned long long)seed, problem_masks[kind],
-               p.ref_lse[i], lse[i]);
+        printf("  seed %llu %s: lse %.17g against naive %.17g\n", (unsigned long long)seed,
+               problem_masks[kind], p.ref_lse[i], lse[i]);
     free(x), free(lse);
 done:
     problem_free(&p);
@@ -276,7 +289,8 @@ done:
 
 static void golden(void) {
     static const char *const causal[8] = {"0", "01", "012", "023", "034", "0345", "0356", "0367"};
-    static const char *const both[8] = {"0147", "0125", "1236", "2347", "0345", "1456", "2567", "0367"};
+    static const char *const both[8] = {"0147", "0125", "1236", "2347",
+                                        "0345", "1456", "2567", "0367"};
     static const int32_t q_start[2] = {0, 128}, kv_len[1] = {128};
     int bidi, i, j;
     attn_desc d;
@@ -325,22 +339,26 @@ static void dense_round_trip(uint64_t seed) {
     rb = 1 + test_below(&r, 40);
     kb = 1 + test_below(&r, 90);
     matrix = (uint8_t *)calloc((size_t)(rows * cols), 1);
-    for (i = 0; i < rows * cols; i++) matrix[i] = (uint8_t)(test_below(&r, 8) ? 0 : 1 + test_below(&r, 255));
+    for (i = 0; i < rows * cols; i++)
+        matrix[i] = (uint8_t)(test_below(&r, 8) ? 0 : 1 + test_below(&r, 255));
     start = (int64_t *)malloc(8 * (size_t)(rows + 2));
     start[(rows + rb - 1) / rb + 1] = guard;
-    CHECK_EQ(attn_mask_from_dense(matrix, rows, cols, rb, kb, start, NULL, NULL, 0, &n, &list), ATTN_OK);
+    CHECK_EQ(attn_mask_from_dense(matrix, rows, cols, rb, kb, start, NULL, NULL, 0, &n, &list),
+             ATTN_OK);
     words = (rb * kb + 63) / 64;
     block = (int32_t *)malloc(4 * (size_t)(n + 1));
     bits = (uint64_t *)malloc(8 * (size_t)((n + 1) * words));
     memset(block, 0x5a, 4 * (size_t)(n + 1));
     memset(bits, 0x5a, 8 * (size_t)((n + 1) * words));
     if (n > 1) { // one too few: an error, and nothing behind the capacity
-        CHECK_EQ(attn_mask_from_dense(matrix, rows, cols, rb, kb, start, block, bits, n - 1, &m, &list),
-                 ATTN_ERR_FULL);
+        CHECK_EQ(
+            attn_mask_from_dense(matrix, rows, cols, rb, kb, start, block, bits, n - 1, &m, &list),
+            ATTN_ERR_FULL);
         CHECK_EQ(m, n);
         CHECK(block[n - 1] == 0x5a5a5a5a && bits[(n - 1) * words] == 0x5a5a5a5a5a5a5a5au);
     }
-    CHECK_EQ(attn_mask_from_dense(matrix, rows, cols, rb, kb, start, block, bits, n, &m, &list), ATTN_OK);
+    CHECK_EQ(attn_mask_from_dense(matrix, rows, cols, rb, kb, start, block, bits, n, &m, &list),
+             ATTN_OK);
     CHECK_EQ(m, n);
     CHECK(block[n] == 0x5a5a5a5a && bits[n * words] == 0x5a5a5a5a5a5a5a5au);
     CHECK(start[(rows + rb - 1) / rb + 1] == guard);

@@ -1,15 +1,16 @@
-/* The full product on the CPU: mask x layout x phase x KV dtype, every cell against the fp64 reference,
-   on the best ISA of the machine and, in turn, on the others. No cell may be unsupported and none may
-   fall back to another executor silently.
-   test_product [SEED [COUNT]]   COUNT: passes over the product, each with other sizes (default 1)
-   cc -std=c11 -O2 -I. -Itests tests/test_product.c -o test_product -lm */
+/* The full product on the CPU: mask x layout x phase x KV dtype, every cell against the fp64
+   reference, on the best ISA of the machine and, in turn, on the others. No cell may be unsupported
+   and none may fall back to another executor silently. test_product [SEED [COUNT]]   COUNT: passes
+   over the product, each with other sizes (default 1) cc -std=c11 -O2 -I. -Itests
+   tests/test_product.c -o test_product -lm */
 #define _POSIX_C_SOURCE 199309L
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
 #include <time.h>
 
 enum { N_LAYOUTS = 4, N_TYPES = 12 }; // layouts: token-major, head-major, K16, contiguous
-static const char *const layout_names[N_LAYOUTS] = {"token-major", "head-major", "k16", "contiguous"};
+static const char *const layout_names[N_LAYOUTS] = {"token-major", "head-major", "k16",
+                                                    "contiguous"};
 static const attn_dtype types[N_TYPES][2] = {
     {ATTN_F32, ATTN_F32},       {ATTN_F16, ATTN_F16},       {ATTN_BF16, ATTN_BF16},
     {ATTN_F8E4M3, ATTN_F8E4M3}, {ATTN_F8E5M2, ATTN_F8E5M2}, {ATTN_I8, ATTN_I8},
@@ -47,7 +48,8 @@ static int approx_within_bound(const problem *p, const float *o) {
     const attn_desc *d = &p->d;
     attni_side ks, vs;
     int32_t s, t, h, j, e, vd = d->v_head_dim, group = d->n_heads / d->n_kv_heads;
-    double k[ATTN_MAX_HEAD_DIM], v[ATTN_MAX_HEAD_DIM], q[ATTN_MAX_HEAD_DIM], spread[ATTN_MAX_HEAD_DIM];
+    double k[ATTN_MAX_HEAD_DIM], v[ATTN_MAX_HEAD_DIM], q[ATTN_MAX_HEAD_DIM],
+        spread[ATTN_MAX_HEAD_DIM];
     int ok = 1;
     attni_side_init(d, 0, &ks);
     attni_side_init(d, 1, &vs);
@@ -130,7 +132,8 @@ static int check_isa(problem *p, attn_cpu_isa isa, int32_t workers, double loose
             *plain = (float *)malloc(4 * n + 4);
             problem_plain(p, *plain);
         }
-        ok &= problem_accurate(p, out, *plain, loose * (bdot ? 2 : 1.5), loose * (bdot ? 4 : 3), &ratio);
+        ok &= problem_accurate(p, out, *plain, loose * (bdot ? 2 : 1.5), loose * (bdot ? 4 : 3),
+                               &ratio);
         if (!ok && loose > 1) printf("  %s: error over plain %.3g\n", name, ratio);
     }
     if (idot) CHECK_EQ(attn_ref_forward(&p->d, p->ref, p->ref_lse), ATTN_OK);
@@ -139,8 +142,9 @@ static int check_isa(problem *p, attn_cpu_isa isa, int32_t workers, double loose
 }
 
 static void cell_opts(int index, test_rng *r, problem_opts *o) {
-    static const int32_t dims[][2] = {{16, 16}, {32, 32}, {64, 64},   {16, 32},   {8, 8},   {72, 72},
-                                      {32, 16}, {64, 64}, {128, 128}, {192, 128}, {24, 40}, {576, 512}};
+    static const int32_t dims[][2] = {{16, 16},   {32, 32},   {64, 64}, {16, 32},
+                                      {8, 8},     {72, 72},   {32, 16}, {64, 64},
+                                      {128, 128}, {192, 128}, {24, 40}, {576, 512}};
     static const int32_t pages[] = {1, 16, 16, 3, 64, 256, 7};
     static const attn_dtype qo[] = {ATTN_F32, ATTN_BF16, ATTN_F16, ATTN_BF16, ATTN_F32};
     int type = index % N_TYPES, layout = index / N_TYPES / N_PHASES % N_LAYOUTS, big, i;
@@ -161,8 +165,8 @@ static void cell_opts(int index, test_rng *r, problem_opts *o) {
     o->v_head_dim = dims[i][1];
     o->k = types[type][0];
     o->v = types[type][1];
-    o->alias =
-        o->k == o->v && o->v_head_dim <= o->head_dim && o->layout != ATTN_K16 && test_below(r, 5) == 0;
+    o->alias = o->k == o->v && o->v_head_dim <= o->head_dim && o->layout != ATTN_K16 &&
+               test_below(r, 5) == 0;
     o->q = qo[test_below(r, 5)];
     o->o = o->q == ATTN_BF16 ? ATTN_BF16 : qo[test_below(r, 5)];
     o->softcap = test_below(r, 6) == 0;
@@ -204,14 +208,15 @@ static void cell(uint64_t seed, int index, attn_cpu_isa best, attn_cpu_isa other
     r.state = seed + (uint64_t)index * 1000003u;
     cell_opts(index, &r, &o);
     memset(&d, 0, sizeof d);
-    d.q.dtype = o.q, d.o.dtype = o.o, d.kv.k.dtype = o.k, d.kv.v.dtype = o.v, d.numerics = o.numerics;
+    d.q.dtype = o.q, d.o.dtype = o.o, d.kv.k.dtype = o.k, d.kv.v.dtype = o.v,
+    d.numerics = o.numerics;
     CHECK_EQ(attn_cpu_set_isa(best), ATTN_OK);
     note_executor(type, attn_cpu_executor(&d));
     again = r;
     ok = cell_once(&o, &r, isa, 1);
     if (!ok) {
-        // A handful of rows over a handful of keys is too little to average: the same cell must then
-        // hold within wider limits, and within the contract with many more rows.
+        // A handful of rows over a handful of keys is too little to average: the same cell must
+        // then hold within wider limits, and within the contract with many more rows.
         ok = cell_once(&o, &again, isa, 6);
         o.n_seq += 12;
         o.n_heads *= 2;
@@ -220,12 +225,14 @@ static void cell(uint64_t seed, int index, attn_cpu_isa best, attn_cpu_isa other
     cells[o.mask][o.phase]++;
     if (CHECK(ok)) return;
     bad_cells[o.mask][o.phase]++;
-    printf("  cell %d: %s, %s, %s, k %s v %s q %s o %s, d %d/%d%s, kv <= %d, pages of %d, numerics %d, "
+    printf("  cell %d: %s, %s, %s, k %s v %s q %s o %s, d %d/%d%s, kv <= %d, pages of %d, numerics "
+           "%d, "
            "isa %s %s\n",
            index, problem_masks[o.mask], layout_names[index / N_TYPES / N_PHASES % N_LAYOUTS],
-           problem_phases[o.phase], attn_dtype_name(o.k), attn_dtype_name(o.v), attn_dtype_name(o.q),
-           attn_dtype_name(o.o), o.head_dim, o.v_head_dim, o.alias ? " alias" : "", o.max_kv,
-           o.page_tokens, (int)o.numerics, attn_cpu_isa_name(best), attn_cpu_isa_name(other));
+           problem_phases[o.phase], attn_dtype_name(o.k), attn_dtype_name(o.v),
+           attn_dtype_name(o.q), attn_dtype_name(o.o), o.head_dim, o.v_head_dim,
+           o.alias ? " alias" : "", o.max_kv, o.page_tokens, (int)o.numerics,
+           attn_cpu_isa_name(best), attn_cpu_isa_name(other));
 }
 
 // ---- the name must be true as well: SIMD executors are faster than the scalar one
@@ -278,9 +285,9 @@ static void no_quiet_scalar(uint64_t seed, attn_cpu_isa best) {
             CHECK_EQ(attn_cpu_set_isa(best), ATTN_OK);
             fast = decode_seconds(&p);
             if (!CHECK(fast * 1.3 < slow))
-                printf("  k %s v %s numerics %d: scalar %.3g ms, %s %.3g ms\n", attn_dtype_name(o.k),
-                       attn_dtype_name(o.v), (int)o.numerics, slow * 1e3, attn_cpu_executor(&p.d),
-                       fast * 1e3);
+                printf("  k %s v %s numerics %d: scalar %.3g ms, %s %.3g ms\n",
+                       attn_dtype_name(o.k), attn_dtype_name(o.v), (int)o.numerics, slow * 1e3,
+                       attn_cpu_executor(&p.d), fast * 1e3);
             problem_free(&p);
         }
 }
@@ -309,6 +316,7 @@ int main(int argc, char **argv) {
     }
     printf("executors of the best ISA, %s (scores,sums), by K/V dtype:\n", attn_cpu_isa_name(best));
     for (i = 0; i < N_TYPES; i++)
-        printf("  %6s/%-6s  %s\n", attn_dtype_name(types[i][0]), attn_dtype_name(types[i][1]), executors[i]);
+        printf("  %6s/%-6s  %s\n", attn_dtype_name(types[i][0]), attn_dtype_name(types[i][1]),
+               executors[i]);
     return TEST_END();
 }
