@@ -1654,10 +1654,12 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
 }
 
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies, int32_t n) {
-    attni_side side;
+    attni_side side[2];
     attn_result r = attni_cpu_check(d);
     int32_t i, is_v;
     if (r != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
     if (n < 0 || (n > 0 && !copies)) return ATTN_ERR_ARGUMENT;
     for (i = 0; i < n; i++) {
         if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
@@ -1666,12 +1668,12 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
         if (copies[i].n_tokens < 0 || copies[i].n_tokens > d->kv.page_tokens) return ATTN_ERR_ARGUMENT;
     }
     for (is_v = 0; is_v < 2; is_v++) { // whole pages: what lies behind n_tokens is unused
-        if ((r = attni_side_init(d, is_v, &side)) != ATTN_OK) return r;
+        const attni_side *s = &side[is_v];
         if (is_v && d->kv.v.data == d->kv.k.data) break; // V aliases K
         for (i = 0; i < n; i++)
             if (copies[i].src != copies[i].dst)
-                memcpy(side.data + copies[i].dst * side.page_bytes,
-                       side.data + copies[i].src * side.page_bytes, (size_t)side.need_bytes);
+                memcpy(s->data + copies[i].dst * s->page_bytes,
+                       s->data + copies[i].src * s->page_bytes, (size_t)s->need_bytes);
     }
     return ATTN_OK;
 }
