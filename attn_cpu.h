@@ -1580,12 +1580,15 @@ static void attni_store_row(const attni_moves *mv, const attni_side *s, const vo
         for (e = 0; e < units; e++) memcpy(p + 64 * (int64_t)e, code + 4 * e, 4);
 }
 
-static attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t) {
+// Rows [0, end) of k or v.
+static attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t, int64_t end) {
+    int64_t limit = (int64_t)1 << 58;
     if (!t) return ATTN_OK;
     if (!t->data) return ATTN_ERR_ARGUMENT;
     if (!attni_is_float(t->dtype)) return ATTN_ERR_DTYPE;
-    (void)d;
-    return t->stride_token < 0 || t->stride_head < 0 ? ATTN_ERR_LAYOUT : ATTN_OK;
+    if (t->stride_token < 0 || t->stride_head < 0) return ATTN_ERR_LAYOUT;
+    return t->stride_token > limit / attni_max64(end, 1) || t->stride_head > limit / d->n_kv_heads
+               ? ATTN_ERR_OVERFLOW : ATTN_OK;
 }
 
 // What run, store and merge rely on without reading tables.
@@ -1623,11 +1626,13 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     int64_t t, slot, n_slots;
     int32_t s = 0, h, i;
     if (r != ATTN_OK) return r;
-    if ((r = attni_check_rows(d, k)) != ATTN_OK || (r = attni_check_rows(d, v)) != ATTN_OK) return r;
+    if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
+    if (!slots && count > d->q_start[d->n_seq] - first) return ATTN_ERR_SHAPE;
+    if (count > INT64_MAX - first) return ATTN_ERR_OVERFLOW;
+    if ((r = attni_check_rows(d, k, first + count)) != ATTN_OK) return r;
+    if ((r = attni_check_rows(d, v, first + count)) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
-    if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
-    if (!slots && first + count > d->q_start[d->n_seq]) return ATTN_ERR_SHAPE;
     src[0] = k;
     src[1] = v;
     n_slots = (int64_t)d->kv.n_pages * d->kv.page_tokens;
