@@ -1277,6 +1277,9 @@ static attn_result attni_check_shape(const attn_desc *d) {
         if (!attni_is_float(d->logits.bias.dtype)) return ATTN_ERR_DTYPE;
         if (d->logits.bias.stride_head < 0 || d->logits.bias.stride_token < 0)
             return ATTN_ERR_LAYOUT;
+        if (d->logits.bias.stride_head > ((int64_t)1 << 58) / d->n_heads ||
+            d->logits.bias.stride_token > ((int64_t)1 << 58) / attni_max32(d->q_start[d->n_seq], 1))
+            return ATTN_ERR_OVERFLOW;
     }
     return ATTN_OK;
 }
@@ -1291,6 +1294,8 @@ static attn_result attni_check_kv(const attn_desc *d) {
     if ((r = attni_side_init(d, 0, &side)) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 1, &side)) != ATTN_OK) return r;
     if (kv->page_table && kv->page_table_stride < 0) return ATTN_ERR_LAYOUT;
+    if (kv->page_table && kv->page_table_stride > ((int64_t)1 << 58) / d->n_seq)
+        return ATTN_ERR_OVERFLOW;
     if (!kv->page_table && d->n_seq > kv->n_pages) return ATTN_ERR_PAGE;
     for (s = 0; s < d->n_seq; s++) {
         int32_t len = kv->kv_len[s], n_pages = 0;

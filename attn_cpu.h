@@ -1899,12 +1899,15 @@ static void attni_store_row(const attni_moves *mv, const attni_side *s, const vo
         for (e = 0; e < units; e++) memcpy(p + 64 * (int64_t)e, code + 4 * e, 4);
 }
 
-static attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t) {
+// Rows [0, end) of k or v.
+static attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t, int64_t end) {
+    int64_t limit = (int64_t)1 << 58;
     if (!t) return ATTN_OK;
     if (!t->data) return ATTN_ERR_ARGUMENT;
     if (!attni_is_float(t->dtype)) return ATTN_ERR_DTYPE;
-    (void)d;
-    return t->stride_token < 0 || t->stride_head < 0 ? ATTN_ERR_LAYOUT : ATTN_OK;
+    if (t->stride_token < 0 || t->stride_head < 0) return ATTN_ERR_LAYOUT;
+    return t->stride_token > limit / attni_max64(end, 1) || t->stride_head > limit / d->n_kv_heads
+               ? ATTN_ERR_OVERFLOW : ATTN_OK;
 }
 
 // What run, store and merge rely on without reading tables.
@@ -1942,12 +1945,13 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     int64_t t, slot, n_slots;
     int32_t s = 0, h, i;
     if (r != ATTN_OK) return r;
-    if ((r = attni_check_rows(d, k)) != ATTN_OK || (r = attni_check_rows(d, v)) != ATTN_OK)
-        return r;
+    if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
+    if (!slots && count > d->q_start[d->n_seq] - first) return ATTN_ERR_SHAPE;
+    if (count > INT64_MAX - first) return ATTN_ERR_OVERFLOW;
+    if ((r = attni_check_rows(d, k, first + count)) != ATTN_OK) return r;
+    if ((r = attni_check_rows(d, v, first + count)) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
-    if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
-    if (!slots && first + count > d->q_start[d->n_seq]) return ATTN_ERR_SHAPE;
     src[0] = k;
     src[1] = v;
     n_slots = (int64_t)d->kv.n_pages * d->kv.page_tokens;
@@ -1996,10 +2000,12 @@ static void attni_copy_slots(const attn_desc *d, const attni_side *s, int32_t sr
 
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies,
                                          int32_t n) {
-    attni_side side;
+    attni_side side[2];
     attn_result r = attni_cpu_check(d);
     int32_t i, is_v;
     if (r != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
     if (n < 0 || (n > 0 && !copies)) return ATTN_ERR_ARGUMENT;
     for (i = 0; i < n; i++) {
         if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
@@ -2009,11 +2015,10 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
             return ATTN_ERR_ARGUMENT;
     }
     for (is_v = 0; is_v < 2; is_v++) {
-        if ((r = attni_side_init(d, is_v, &side)) != ATTN_OK) return r;
         if (is_v && d->kv.v.data == d->kv.k.data) break; // V aliases K
         for (i = 0; i < n; i++)
             if (copies[i].src != copies[i].dst)
-                attni_copy_slots(d, &side, copies[i].src, copies[i].dst, copies[i].n_tokens);
+                attni_copy_slots(d, &side[is_v], copies[i].src, copies[i].dst, copies[i].n_tokens);
     }
     return ATTN_OK;
 }

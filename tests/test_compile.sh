@@ -107,7 +107,8 @@ if command -v cmake >/dev/null; then
         'find_package(attn 0.1 REQUIRED)' 'add_executable(x x.c)' \
         'target_link_libraries(x attn::attn)' >$out/cmake/CMakeLists.txt
     cp tests/compile/only.c $out/cmake/x.c
-    try "cmake" bash -c "cmake -S $out/cmake -B $out/cmake/b -DCMAKE_PREFIX_PATH=$PWD/$out/root/usr \
+    try "cmake" bash -c "cmake -S $out/cmake -B $out/cmake/b \
+        -DCMAKE_PREFIX_PATH=$PWD/$out/root/usr \
         >/dev/null && cmake --build $out/cmake/b >/dev/null && $out/cmake/b/x"
 fi
 
