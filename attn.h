@@ -595,8 +595,11 @@ ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_byte
 
 #if defined(__GNUC__) || defined(__clang__)
 #define ATTNI_FN static inline __attribute__((unused))
+#define ATTNI_FAR                                                                                  \
+    static __attribute__((unused, noinline)) // larger ones: inlining costs compile time
 #else
 #define ATTNI_FN static inline
+#define ATTNI_FAR static
 #endif
 
 ATTNI_FN int32_t attni_min32(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -631,7 +634,7 @@ ATTNI_FN uint16_t attni_to_bf16(float x) {
 
 // A small float of 1 + e + m bits with bias 2^(e-1) - 1 to f32, exactly. Integer arithmetic only:
 // denormals do not depend on the FPU's mode. The all-ones exponent is Inf/NaN if ieee.
-ATTNI_FN float attni_from_small(uint32_t h, int e, int m, int ieee) {
+ATTNI_FAR float attni_from_small(uint32_t h, int e, int m, int ieee) {
     uint32_t sign = ((h >> (e + m)) & 1u) << 31, man = h & ((1u << m) - 1u);
     int32_t ex = (int32_t)((h >> m) & ((1u << e) - 1u));
     int32_t bias = (1 << (e - 1)) - 1, top = (1 << e) - 1;
@@ -647,7 +650,7 @@ ATTNI_FN float attni_from_small(uint32_t h, int e, int m, int ieee) {
 
 // f32 to such a float, round to nearest even; too large becomes max_code (Inf or the largest
 // value).
-ATTNI_FN uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint32_t nan_code) {
+ATTNI_FAR uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint32_t nan_code) {
     uint32_t u = attni_bits32(x), sign = (u >> 31) << (e + m), a = u & 0x7fffffffu, man, rest;
     int32_t bias = (1 << (e - 1)) - 1, ex, shift;
     if (a > 0x7f800000u) return sign | nan_code;
@@ -677,7 +680,7 @@ ATTNI_FN float attni_from_e4m3(uint8_t h) { // no Inf; only 0x7f is NaN
 ATTNI_FN uint8_t attni_to_e4m3(float x) { return (uint8_t)attni_to_small(x, 4, 3, 0x7eu, 0x7fu); }
 
 // Nearest integer, ties to even, clamped to [-lim, lim]; NaN gives 0 (the row's scale is NaN then).
-ATTNI_FN int attni_round_clamp(float x, int lim) {
+ATTNI_FAR int attni_round_clamp(float x, int lim) {
     float r;
     int i;
     if (attni_isnan(x)) return 0;
@@ -703,7 +706,7 @@ ATTNI_FN float attni_code_max(attn_dtype t) {
 }
 
 // Element i of an array at p, without its scale.
-ATTNI_FN float attni_get(const void *p, attn_dtype t, int64_t i) {
+ATTNI_FAR float attni_get(const void *p, attn_dtype t, int64_t i) {
     const uint8_t *b = (const uint8_t *)p;
     uint16_t h;
     float f;
@@ -723,7 +726,7 @@ ATTNI_FN float attni_get(const void *p, attn_dtype t, int64_t i) {
 }
 
 // Stores x (already divided by the scale) as element i.
-ATTNI_FN void attni_put(void *p, attn_dtype t, int64_t i, float x) {
+ATTNI_FAR void attni_put(void *p, attn_dtype t, int64_t i, float x) {
     uint8_t *b = (uint8_t *)p;
     uint16_t h;
     switch (t) {
@@ -742,7 +745,7 @@ ATTNI_FN void attni_put(void *p, attn_dtype t, int64_t i, float x) {
     }
 }
 
-ATTNI_FN double attni_sqrt(double x) { // x in (0, 1e6]; no libm
+ATTNI_FAR double attni_sqrt(double x) { // x in (0, 1e6]; no libm
     double y = x > 1 ? x : 1;
     int i;
     for (i = 0; i < 40; i++) y = 0.5 * (y + x / y);
@@ -779,7 +782,7 @@ ATTNI_FN int64_t attni_token_offset(const attni_side *s, int32_t place, int32_t 
     return place * s->token_bytes + head * s->head_bytes;
 }
 
-ATTNI_FN float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
+ATTNI_FAR float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
     float f = 1.0f;
     if (s->head_scale) return s->head_scale[head];
     if (s->scale_offset < 0) return 1.0f;
@@ -789,7 +792,7 @@ ATTNI_FN float attni_token_scale(const attni_side *s, int64_t page, int32_t plac
 }
 
 // Resolves an array; d's dims, heads, dtype and page_tokens must be in range already.
-ATTNI_FN attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *s) {
+ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *s) {
     const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
     int64_t bits = attni_bits_of(a->dtype), heads = d->n_kv_heads, pt = d->kv.page_tokens;
     int64_t dim = is_v ? attni_v_dim(d) : d->head_dim, st = a->stride_token, sh = a->stride_head;
@@ -853,7 +856,7 @@ ATTNI_FN int32_t attni_list_of(const attn_desc *d, int32_t n_lists, int32_t head
 }
 
 // First index in [lo, hi) of an ascending array whose element is >= x.
-ATTNI_FN int64_t attni_lower_bound(const int32_t *a, int64_t lo, int64_t hi, int64_t x) {
+ATTNI_FAR int64_t attni_lower_bound(const int32_t *a, int64_t lo, int64_t hi, int64_t x) {
     while (lo < hi) {
         int64_t mid = lo + (hi - lo) / 2;
         if (a[mid] < x) lo = mid + 1;
@@ -867,7 +870,7 @@ ATTNI_FN int attni_contains(const int32_t *a, int64_t lo, int64_t hi, int64_t x)
     return i < hi && a[i] == x;
 }
 
-ATTNI_FN int attni_stride_keeps(const attn_desc *d, int32_t kv_head, int64_t i, int64_t j) {
+ATTNI_FAR int attni_stride_keeps(const attn_desc *d, int32_t kv_head, int64_t i, int64_t j) {
     const attn_local_stride *r = &d->mask.stride;
     int64_t total = r->n_heads_total ? r->n_heads_total : d->n_kv_heads;
     int64_t h = r->homogeneous ? 0 : kv_head + r->head0, step = r->head_step, a, right;
@@ -901,7 +904,7 @@ ATTNI_FN int attni_has_sparse(const attn_mask *m) {
            m->keep_recent;
 }
 
-ATTNI_FN int attni_sparse_pair(const attn_desc *d, int32_t seq, int64_t p, int64_t k,
+ATTNI_FAR int attni_sparse_pair(const attn_desc *d, int32_t seq, int64_t p, int64_t k,
                                int32_t head) {
     const attn_mask *m = &d->mask;
     const attn_block_list *b = &m->blocks;
@@ -940,7 +943,7 @@ ATTNI_FN int attni_window_pair(const attn_mask *m, int64_t p, int64_t k) {
 }
 
 // Sets bits [a, b) of 256, clipped.
-ATTNI_FN void attni_bits_set(uint64_t bits[4], int64_t a, int64_t b) {
+ATTNI_FAR void attni_bits_set(uint64_t bits[4], int64_t a, int64_t b) {
     int w;
     a = attni_max64(a, 0);
     b = attni_min64(b, 256);
@@ -965,7 +968,7 @@ ATTNI_FN void attni_masker_init(attni_masker *m, const attn_desc *d) {
     m->key[0] = -1;
 }
 
-ATTNI_FN void attni_list_bits(const attn_desc *d, int32_t seq, int64_t p, int32_t head, int64_t b0,
+ATTNI_FAR void attni_list_bits(const attn_desc *d, int32_t seq, int64_t p, int32_t head, int64_t b0,
                               uint64_t bits[4]) {
     const attn_block_list *b = &d->mask.blocks;
     const int64_t *rs = b->row_start +
@@ -987,7 +990,7 @@ ATTNI_FN void attni_list_bits(const attn_desc *d, int32_t seq, int64_t p, int32_
     }
 }
 
-ATTNI_FN void attni_vslash_bits(const attn_desc *d, int64_t p, int32_t head, int64_t b0,
+ATTNI_FAR void attni_vslash_bits(const attn_desc *d, int64_t p, int32_t head, int64_t b0,
                                 uint64_t bits[4]) {
     const attn_vertical_slash *v = &d->mask.vslash;
     int32_t l = attni_list_of(d, v->n_lists, head);
@@ -1004,7 +1007,8 @@ ATTNI_FN void attni_vslash_bits(const attn_desc *d, int64_t p, int32_t head, int
 
 // The sparse terms for keys [b0, b0 + 256) in m->bits; a key of what they depend on saves the work
 // for the next row of the same row block.
-ATTNI_FN void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_t head, int64_t b0) {
+ATTNI_FAR void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_t head,
+                                 int64_t b0) {
     const attn_desc *d = m->d;
     const attn_mask *k = &d->mask;
     int per_head = (k->blocks.row_start && k->blocks.n_lists == d->n_heads) ||
@@ -1033,14 +1037,14 @@ ATTNI_FN void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_t
 }
 
 // Depth of query t (index in its sequence) in the token tree.
-ATTNI_FN int32_t attni_tree_depth(const attn_desc *d, int32_t q_begin, int32_t t) {
+ATTNI_FAR int32_t attni_tree_depth(const attn_desc *d, int32_t q_begin, int32_t t) {
     int32_t depth = 0;
     while ((t = d->mask.tree_parent[q_begin + t]) >= 0) depth++;
     return depth;
 }
 
 // Which of the keys [256 * span, + 256) query t of sequence seq, at position p, sees with head.
-ATTNI_FN void attni_span_bits(attni_masker *m, const attn_plan_seq *s, int32_t seq, int32_t t,
+ATTNI_FAR void attni_span_bits(attni_masker *m, const attn_plan_seq *s, int32_t seq, int32_t t,
                               int64_t p, int32_t head, int32_t span, uint64_t bits[4]) {
     const attn_mask *k = &m->d->mask;
     int64_t b0 = (int64_t)span * ATTN_SPAN, lo = s->kv_pos0, hi = (int64_t)s->kv_pos0 + s->kv_len;

@@ -1870,7 +1870,7 @@ ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) { return attn_validat
 // ==== >>impl-store  ==============================================================================
 
 // One row of one head into its place: codes gathered in a row, then scattered by 4-byte units.
-static void attni_store_row(const attni_moves *mv, const attni_side *s, const void *src,
+ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, const void *src,
                             attn_dtype st, int64_t page, int32_t place, int32_t head) {
     float x[ATTN_MAX_HEAD_DIM + 16], scale = 1.0f, top = 0;
     uint8_t code[4 * ATTN_MAX_HEAD_DIM];
@@ -1900,7 +1900,7 @@ static void attni_store_row(const attni_moves *mv, const attni_side *s, const vo
 }
 
 // Rows [0, end) of k or v.
-static attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t, int64_t end) {
+ATTNI_CALLED attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t, int64_t end) {
     int64_t limit = (int64_t)1 << 58;
     if (!t) return ATTN_OK;
     if (!t->data) return ATTN_ERR_ARGUMENT;
@@ -1911,7 +1911,7 @@ static attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t, in
 }
 
 // What run, store and merge rely on without reading tables.
-static attn_result attni_cpu_check(const attn_desc *d) {
+ATTNI_CALLED attn_result attni_cpu_check(const attn_desc *d) {
     int32_t vd;
     if (!d || d->n_seq < 1 || d->n_heads < 1 || d->n_kv_heads < 1 || d->n_heads % d->n_kv_heads)
         return ATTN_ERR_ARGUMENT;
@@ -1926,7 +1926,7 @@ static attn_result attni_cpu_check(const attn_desc *d) {
 }
 
 // Slot of row t by the tables, or -1.
-static int64_t attni_own_slot(const attn_desc *d, int32_t *s, int64_t t) {
+ATTNI_CALLED int64_t attni_own_slot(const attn_desc *d, int32_t *s, int64_t t) {
     int64_t place;
     int32_t page;
     while (t >= d->q_start[*s + 1]) ++*s;
@@ -1979,8 +1979,8 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
 }
 
 // The first n slots of a page and nothing else: the others may hold newer tokens already.
-static void attni_copy_slots(const attn_desc *d, const attni_side *s, int32_t src, int32_t dst,
-                             int32_t n) {
+ATTNI_CALLED void attni_copy_slots(const attn_desc *d, const attni_side *s, int32_t src,
+                                   int32_t dst, int32_t n) {
     const uint8_t *from = s->data + src * s->page_bytes;
     uint8_t *to = s->data + dst * s->page_bytes;
     int64_t row = (int64_t)s->dim * attni_bits_of(s->dtype) / 8, at;
@@ -2062,7 +2062,8 @@ typedef struct attni_work {
 static const uint32_t attni_zeros[ATTN_MAX_HEAD_DIM + 16] = {0};
 
 // Carves the scratch; with base NULL only counts.
-static size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tokens, int32_t n_rows) {
+ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tokens,
+                                     int32_t n_rows) {
     size_t at = 0, r = (size_t)n_rows + ATTNI_RB_MAX, t = (size_t)n_tokens, vdp = (size_t)w->vdp;
     size_t dim = ((size_t)w->d->head_dim + 31) & ~(size_t)31;
 #define ATTNI_CARVE(field, type, count)                                                            \
@@ -2108,7 +2109,7 @@ ATTN_DEF size_t attn_cpu_scratch_bytes(const attn_desc *d, const attn_plan *p) {
     return attni_work_carve(&w, NULL, tile, tile * group);
 }
 
-static attn_result attni_work_init(attni_work *w, const attn_desc *d, const attn_plan *p) {
+ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, const attn_plan *p) {
     attn_result r = attni_cpu_check(d);
     const attn_mask *m;
     if (r != ATTN_OK) return r;
@@ -2138,7 +2139,7 @@ static attn_result attni_work_init(attni_work *w, const attn_desc *d, const attn
 // ---- rows: which queries, and Q in the form the kernels take
 
 // Rows of int8 codes for the integer dot: [scale f32][correction i32][codes].
-static void attni_pack_q8(const float *q, int32_t n, uint8_t *out) {
+ATTNI_CALLED void attni_pack_q8(const float *q, int32_t n, uint8_t *out) {
     float top = 0, scale;
     int32_t e, sum = 0;
     for (e = 0; e < n; e++) {
@@ -2157,7 +2158,7 @@ static void attni_pack_q8(const float *q, int32_t n, uint8_t *out) {
     memcpy(out + 4, &sum, 4);
 }
 
-static void attni_load_q(attni_work *w) {
+ATTNI_CALLED void attni_load_q(attni_work *w) {
     const attn_desc *d = w->d;
     int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
     int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
@@ -2185,7 +2186,7 @@ static void attni_load_q(attni_work *w) {
            (size_t)(ATTNI_RB_MAX * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4)));
 }
 
-static attn_result attni_load_rows(attni_work *w, const attn_task *t) {
+ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
     const attn_plan *p = w->p;
     const attn_segment *g = &p->segment[t->segment];
     int32_t i = 0, place, skip = t->first_token;
@@ -2233,7 +2234,7 @@ static const uint64_t *attni_row_bits(const attni_work *w, int32_t row) {
 }
 
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
-static uint16_t attni_span_masks(attni_work *w, int32_t span) {
+ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
     uint32_t all = 0;
     int32_t g, i, r, rb = w->x.rb, n = w->per_head ? w->group : 1;
     for (g = 0; g < n; g++)
@@ -2260,7 +2261,7 @@ static uint16_t attni_span_masks(attni_work *w, int32_t span) {
 // Row pointers and scales of one 16-token tile; tokens that are not held stand on a neighbour (K,
 // where they are masked) or on zeros (V). Returns the page when the whole tile is one aligned K16
 // tile.
-static attn_result attni_tile_rows(attni_work *w, int32_t s, int32_t span, int i,
+ATTNI_CALLED attn_result attni_tile_rows(attni_work *w, int32_t s, int32_t span, int i,
                                    int32_t *k16_place, int64_t *k16_page) {
     const attn_plan_seq *q = &w->p->seq[s];
     int64_t j0 = (int64_t)span * ATTN_SPAN + 16 * i - q->kv_pos0;
@@ -2289,7 +2290,7 @@ static attn_result attni_tile_rows(attni_work *w, int32_t s, int32_t span, int i
     return ATTN_OK;
 }
 
-static int attni_runs_of(uint32_t tiles, attni_run run[ATTNI_TILES]) {
+ATTNI_CALLED int attni_runs_of(uint32_t tiles, attni_run run[ATTNI_TILES]) {
     int n = 0, i;
     for (i = 0; i < ATTNI_TILES; i++) {
         if (!((tiles >> i) & 1u)) continue;
@@ -2304,7 +2305,7 @@ static int attni_runs_of(uint32_t tiles, attni_run run[ATTNI_TILES]) {
 
 // Makes rows of V what the kernel reads: f32 rows for the types without a kernel of their own or
 // when many rows share the work, pairs for the bf16 dot. row: 256 pointers, replaced.
-static attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
+ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
     attn_dtype t = w->v.dtype;
     attni_run run[ATTNI_TILES];
     int n = attni_runs_of(tiles, run), i, j, vd = w->p->v_head_dim;
@@ -2324,7 +2325,7 @@ static attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t til
     return w->x.ma->pv[ATTN_F32];
 }
 
-static attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) {
+ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) {
     int row_bytes = 4 * w->k_units, i, t, b;
     for (i = 0; i < ATTNI_TILES; i++) {
         int32_t place = 0;
@@ -2357,7 +2358,7 @@ static attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) 
 
 // ---- scores, weights, sums
 
-static void attni_scores(attni_work *w, uint32_t tiles) {
+ATTNI_CALLED void attni_scores(attni_work *w, uint32_t tiles) {
     attn_dtype t = w->k.dtype;
     int few = w->n_rows <= 12, units = w->k_units, panel, i, r, rb = w->x.rb;
     int direct = w->x.qk_kind != ATTNI_F32 || t == ATTN_F32 ||
@@ -2421,7 +2422,7 @@ static const float *attni_row_add(attni_work *w, int32_t i, int32_t head, int32_
     return w->add;
 }
 
-static void attni_weights(attni_work *w, int32_t span) {
+ATTNI_CALLED void attni_weights(attni_work *w, int32_t span) {
     attni_soft a;
     int32_t r;
     memset(&a, 0, sizeof a);
@@ -2451,7 +2452,8 @@ static void attni_weights(attni_work *w, int32_t span) {
 
 // A row whose sum holds Inf or NaN: again, with zeros for the V rows its own mask hides, since 0 *
 // NaN of another row's token must not reach it.
-static void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32_t tiles, float *out) {
+ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32_t tiles,
+                                  float *out) {
     const void *row[ATTN_SPAN + 40];
     const uint64_t *b = attni_row_bits(w, r);
     attni_run run[ATTNI_TILES];
@@ -2489,7 +2491,7 @@ static void attni_put_partial(const attni_work *w, float *dst, const float *o, f
     dst[w->p->v_head_dim + 1] = l;
 }
 
-static void attni_sums(attni_work *w, const attn_task *t, int32_t span, uint32_t tiles,
+ATTNI_CALLED void attni_sums(attni_work *w, const attn_task *t, int32_t span, uint32_t tiles,
                        float *partials) {
     const attn_segment *g = &w->p->segment[t->segment];
     int per_span = g->n_slots > 1, rb = w->x.rb, n, i, spoiled = 0;
@@ -2528,7 +2530,7 @@ static void attni_sums(attni_work *w, const attn_task *t, int32_t span, uint32_t
 // ---- results
 
 // ln x for x > 0 by an atanh series; LSE only.
-static double attni_ln(double x) {
+ATTNI_CALLED double attni_ln(double x) {
     uint64_t u;
     double m, s, s2, t, sum = 0;
     int64_t k;
@@ -2545,8 +2547,8 @@ static double attni_ln(double x) {
 }
 
 // Normalises one row and writes O and LSE. o: padded to 16, spoiled.
-static void attni_write_row(const attn_desc *d, const attni_exec *x, int32_t token, int32_t head,
-                            float *o, float m, float l) {
+ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32_t token,
+                                  int32_t head, float *o, float m, float l) {
     int32_t vd = attni_v_dim(d);
     int64_t st = d->o.stride_token ? d->o.stride_token : (int64_t)d->n_heads * vd;
     int64_t sh = d->o.stride_head ? d->o.stride_head : vd;
@@ -2561,7 +2563,7 @@ static void attni_write_row(const attn_desc *d, const attni_exec *x, int32_t tok
     d->lse[(int64_t)token * d->n_heads + head] = m;
 }
 
-static attn_result attni_run_task(attni_work *w, const attn_task *t, float *partials) {
+ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float *partials) {
     const attn_segment *g = &w->p->segment[t->segment];
     attn_result r = attni_load_rows(w, t);
     int32_t span, i;
@@ -2637,7 +2639,7 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
     return r;
 }
 
-static void attni_merge_sequence(attni_work *w, int32_t s, const float *partials) {
+ATTNI_CALLED void attni_merge_sequence(attni_work *w, int32_t s, const float *partials) {
     const attn_plan *p = w->p;
     const attn_plan_seq *q = &p->seq[s];
     int32_t t, h, c, i, slot, vd = p->v_head_dim;
@@ -2683,7 +2685,7 @@ typedef struct attni_forward {
     size_t plan_bytes, partial_bytes, scratch_bytes, bytes;
 } attni_forward;
 
-static int attni_forward_layout(const attn_desc *d, int32_t n_threads, attni_forward *f) {
+ATTNI_CALLED int attni_forward_layout(const attn_desc *d, int32_t n_threads, attni_forward *f) {
     attn_plan fake;
     memset(&fake, 0, sizeof fake);
     if (!d || n_threads < 1 || n_threads > 4096) return 0;
