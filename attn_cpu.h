@@ -723,7 +723,15 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #if defined(__x86_64__)
 #define ATTNI_X86 1
 #include <cpuid.h>
+#if defined(__GNUC__) && !defined(__clang__) // its _mm512_undefined is `y = y`: GCC bug 105593
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
 #define ATTNI_ARM 1
 #include <arm_neon.h>
