@@ -12,7 +12,7 @@ AARCH64_RUN ?= qemu-aarch64
 PYTHON ?= $(if $(wildcard build/venv/bin/python3),build/venv/bin/python3,python3)
 PREFIX ?= /usr/local
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-LIMIT ?= 300# seconds a test program may take
+LIMIT ?= 500# seconds a test program may take
 
 # ARCH is for the examples alone: the headers choose their executor at run time, but llama.h's
 # matrix products are plain loops that the compiler vectorises.
@@ -77,8 +77,8 @@ programs: $(TESTS:%=build/%) examples
 
 test:
 	@$(MAKE_J) programs
-	@$(RUNNER) "bash tests/test_compile.sh" \
-	    -m gguf,numpy "$(PYTHON) tests/test_generate.py ./build/generate --quick" \
+	@$(RUNNER) -s -m gguf,numpy "$(PYTHON) tests/test_generate.py ./build/generate --quick" \
+	    "bash tests/test_compile.sh" \
 	    $(foreach t,$(TESTS),"./build/$t $(ARGS_$t)") \
 	    -m gguf,numpy,tokenizers "$(PYTHON) tests/test_llama_py.py ./build/test_llama" \
 	    $(foreach e,$(EXAMPLES),-x "./build/$e $(ARGS_$e)") \

@@ -4,7 +4,8 @@
 # A COMMAND is a shell command line that prints "N passed, N failed" last; ending without that line,
 # a nonzero exit or running past the limit is a failure of its own. Exit status 77: skipped, said
 # again at the end. "-x COMMAND" counts by its exit status alone (1 passed); "-m MODULES COMMAND" is
-# skipped where its Python, the command's first word, lacks a module. The last line is the sum.
+# skipped where its Python, the command's first word, lacks a module; "-s COMMAND" runs alone (its
+# threads spin on every core). The last line is the sum.
 jobs=1 limit=300
 while getopts j:t: o; do
     case $o in
@@ -48,12 +49,15 @@ one() {
 
 n=0 by_status=0 modules=
 while [ $# != 0 ]; do
+    alone=0
+    if [ "$1" = -s ]; then alone=1 && shift && wait; fi
     case $1 in
     -x) by_status=1 && shift ;;
     -m) modules=$2 && shift 2 ;;
     esac
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
     one "$n" $by_status "$modules" "$1" &
+    if [ $alone = 1 ]; then wait; fi
     n=$((n + 1)) by_status=0 modules=
     shift
 done
