@@ -71,7 +71,7 @@ build build/asan build/clang build/aarch64:
 
 # One -j for the whole build unless the caller gave one; the programs then run $(JOBS) at a time.
 MAKE_J = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
-RUNNER = bash tests/run.sh -j $(JOBS) -t $(LIMIT)
+RUNNER = bash tests/run.sh -j $(JOBS) -t $(LIMIT) --
 
 programs: $(TESTS:%=build/%) examples
 
