@@ -32,7 +32,11 @@ FOREIGN = $(filter selftest test_cpu,$(TESTS))
 # Arguments of test programs whose defaults take longer than a routine run should.
 ARGS_test_cpu ?= 1 200
 ARGS_sparse_mask = build/sparse_mask.png
-ARGS_slow_test_cpu ?= 2 60
+ARGS_slow_test_cpu ?= 2 25
+ARGS_slow_test_bits ?= 5 1
+ARGS_slow_test_mask ?= 1 60
+ARGS_slow_test_api ?= 1 1
+ARGS_slow_test_tree ?= 1 20000
 ARGS_arm_test_cpu ?= 2 4
 
 all: examples
@@ -57,10 +61,10 @@ naive-diff:
 build/%: tests/%.c $(DEPS) | build
 	$(CC) $(TEST_FLAGS) $(INCLUDES) $< -o $@ $(LIBS)
 build/asan/%: tests/%.c $(DEPS) | build/asan
-	$(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	$(CC) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	    -DTEST_SANITIZED $(INCLUDES) $< -o $@ $(LIBS)
 build/asan/%: examples/%.c $(DEPS) | build/asan
-	$(CC) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	$(CC) -O0 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	    $(INCLUDES) $< -o $@ $(LIBS)
 build/clang/%: tests/%.c $(DEPS) | build/clang
 	$(CLANG) $(TEST_FLAGS) $(INCLUDES) $< -o $@ $(LIBS)

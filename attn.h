@@ -40,7 +40,8 @@
    ZERO     Structs are zero-initialised by the caller; 0 always means the default.
    NUMERICS Partial results are f32. For a given mask a row's bits do not depend on the rest of
             the batch, page size, layout, placement or (CPU) threads, chunking, cache hits.
-   LIMITS   head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
+   LIMITS   -ffast-math: results stay accurate, PORTABLE's equal bits need it off.
+            head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
 
 #ifndef ATTN_H
 #define ATTN_H
@@ -150,7 +151,8 @@ typedef enum attn_layout {
 
 // The pages of K or of V of one layer. After a page's elements follow, for scaled dtypes without
 // head_scale, its f32 scales: [token, kv_head] for TOKEN_MAJOR, [kv_head, token] otherwise.
-// V may alias K (MLA: K rows of 576, V their first 512): same data, page_bytes and stride_token.
+// V may alias K (MLA: K rows of 576, V their first 512): same data, page_bytes and stride_token;
+// not in K16, where the two lie differently.
 typedef struct attn_kv_array {
     void *data;              // page 0
     attn_dtype dtype;        // any
@@ -208,7 +210,7 @@ typedef struct attn_block_list {
 // dkernel's closed form with i = p / block, j = k / block, h = KV head + head0:
 //   causal:        j <= i and (i - j < local or (j + h * step + offset) mod stride == 0)
 //   bidirectional: (max(0, i - j - local + 1) + max(0, j - i - local_right + 1)) mod stride == 0
-// The last n_dense of n_heads_total KV heads keep everything.
+// The last n_dense of n_heads_total KV heads keep every j (j <= i in the causal form).
 typedef struct attn_local_stride {
     int32_t block;         // tokens; 0: no local-stride term
     int32_t local;         // blocks, >= 1
