@@ -2537,23 +2537,6 @@ ATTNI_CALLED void attni_sums(attni_work *w, const attn_task *t, int32_t span, ui
 
 // ---- results
 
-// ln x for x > 0 by an atanh series; LSE only.
-ATTNI_CALLED double attni_ln(double x) {
-    uint64_t u;
-    double m, s, s2, t, sum = 0;
-    int64_t k;
-    int i;
-    memcpy(&u, &x, 8);
-    k = (int64_t)(u >> 52) - 1023;
-    u = (u & (((uint64_t)1 << 52) - 1)) | (uint64_t)1023 << 52;
-    memcpy(&m, &u, 8);
-    if (m > 1.4142135623730951) m *= 0.5, k++;
-    s = t = (m - 1) / (m + 1);
-    s2 = s * s;
-    for (i = 1; i < 26; i += 2, t *= s2) sum += t / i;
-    return 2 * sum + (double)k * 0.6931471805599453;
-}
-
 // Normalises one row and writes O and LSE. o: padded to 16, spoiled.
 ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32_t token,
                                   int32_t head, float *o, float m, float l) {
