@@ -120,50 +120,88 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 // ==== >>impl-kernels  Written once, included again by this file for every ISA and numerics =======
 //
 // ATTNI_I(f): vocabulary function f of this pass's ISA. ATTNI_K(f): the kernel's own name.
-// ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors). ATTNI_DIRECT16: has kernels that
-// read f16 rows and tiles without converting them first.
+// ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors). ATTNI_DIRECT: has kernels for few
+// rows that read f16, bf16 and int8 (2: every dtype) without converting it first, in blocks of
+// ATTNI_WR x ATTNI_WC. ATTNI_OWN: brings its own loads of f16 and int8 (2: of every dtype).
 
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
-// Register blocks of NR, 4 or 1 rows. Buffers have spare rows behind the last, so that a block may
+// Register blocks of tall, 4 or 1 rows. Buffers have spare rows behind the last, so that a block may
 // be taller than what is left.
-#define ATTNI_STEP(left) ((left) >= 5 || ATTNI_NR == 1 ? ATTNI_NR : (left) >= 2 ? 4 : 1)
+#define ATTNI_STEP(left, tall) ((left) >= 5 || (tall) == 1 ? (tall) : (left) >= 2 ? 4 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
 #define ATTNI_CALL2(f, ...) f(__VA_ARGS__)
+// A block of each shape as a function of its own, so that its loop gets all the registers.
+#define ATTNI_SHAPES(ns, f, params, args, tall, tall_nc)                                           \
+    ATTNI_TGT ATTNI_CALLED void ns(f##_1) params { ATTNI_CALL(ns(f), args, 1, ATTNI_NC); }         \
+    ATTNI_TALLER(ns, f, params, args, tall, tall_nc)
+#define ATTNI_FEW_SHAPES(ns, f, params, args, tall, tall_nc)                                       \
+    ATTNI_TALLER(ns, f, params, args, tall, tall_nc)
+// The fitting block, with `at` from where it is to below end, by columns of vectors * unit.
 #if ATTNI_NR > 1
-#define ATTNI_ROWS(f, args, nc)                                                                    \
-    if (left >= 5) ATTNI_CALL(f, args, ATTNI_NR, nc);                                              \
-    else if (left >= 2) ATTNI_CALL(f, args, 4, nc);                                                \
-    else ATTNI_CALL(f, args, 1, nc);
+#define ATTNI_TALLER(ns, f, params, args, tall, tall_nc)                                           \
+    ATTNI_TGT ATTNI_CALLED void ns(f##_4) params { ATTNI_CALL(ns(f), args, 4, ATTNI_NC); }         \
+    ATTNI_TGT ATTNI_CALLED void ns(f##_tall) params { ATTNI_CALL(ns(f), args, tall, tall_nc); }
+#define ATTNI_ROWS(ns, f, args, step, tall_nc, at, end, unit)                                      \
+    for (; at < (end); at += (step > 4 ? tall_nc : ATTNI_NC) * (unit)) {                           \
+        if (step == 1) ns(f##_1) args;                                                             \
+        else if (step == 4) ns(f##_4) args;                                                        \
+        else ns(f##_tall) args;                                                                    \
+    }
+#define ATTNI_FEW_ROWS(ns, f, args, step, tall_nc, at, end, unit)                                  \
+    for (; at < (end); at += (step > 4 ? tall_nc : ATTNI_NC) * (unit)) {                           \
+        if (step <= 4) ns(f##_4) args;                                                             \
+        else ns(f##_tall) args;                                                                    \
+    }
 #else
-#define ATTNI_ROWS(f, args, nc)                                                                    \
-    (void)left;                                                                                    \
-    ATTNI_CALL(f, args, 1, nc);
+#define ATTNI_TALLER(ns, f, params, args, tall, tall_nc)
+#define ATTNI_ROWS(ns, f, args, step, tall_nc, at, end, unit)                                       \
+    for (; at < (end); at += ATTNI_NC * (unit)) ns(f##_1) args;
 #endif
+
+#define ATTNI_QK_PARAMS(type)                                                                      \
+    (const type *q, int64_t ldq, const uint32_t *const *kt, const uint8_t *const *ahead,           \
+     int64_t look, const uint8_t *col, int units, float *s)
+#define ATTNI_QK_ARGS (q, ldq, kt, ahead, look, col, units, s, )
 
 #if ATTNI_KERNEL_PASS == 1 // ---- moves: no rounding arithmetic, so one copy per ISA
 
+#define ATTNI_VIA(name, type, call)                                                                \
+    ATTNI_HELPER ATTNI_TGT V ATTNI_I(name)type { return call; }
+#if ATTNI_OWN < 1 // what some ISAs do better
+ATTNI_VIA(load_f16, (const uint8_t *p), ATTNI_I(uhalf)(ATTNI_I(uload16)(p)))
+ATTNI_VIA(load_i8, (const uint8_t *p), ATTNI_I(utop)(ATTNI_I(ushl)(ATTNI_I(uload8)(p), 24), 8))
+#endif
+#if ATTNI_OWN < 2
 // Codes in the low byte of each lane -> values.
-ATTNI_INLINE ATTNI_TGT V ATTNI_I(e5m2)(U x) { return ATTNI_I(uhalf)(ATTNI_I(ushl)(x, 8)); }
-ATTNI_INLINE ATTNI_TGT V ATTNI_I(e4m3)(U x) {
+ATTNI_HELPER ATTNI_TGT V ATTNI_I(e5m2)(U x) { return ATTNI_I(uhalf)(ATTNI_I(ushl)(x, 8)); }
+ATTNI_HELPER ATTNI_TGT V ATTNI_I(e4m3)(U x) {
     // the same fields in an f16 mean 2^-8 times the value; 0x7f is NaN
     U low = ATTNI_I(uand)(x, 127);
     U h = ATTNI_I(uor)(ATTNI_I(ushl)(low, 7), ATTNI_I(ushl)(ATTNI_I(uand)(x, 128), 8));
     V v = ATTNI_I(mul)(ATTNI_I(uhalf)(h), ATTNI_I(set1)(256.0f));
     return ATTNI_I(uequal)(low, ATTNI_I(uset1)(127), ATTNI_I(asv)(ATTNI_I(uset1)(0x7fc00000u)), v);
 }
+ATTNI_VIA(uhalfat, (U x, int i), ATTNI_I(uhalf)(i ? ATTNI_I(ushr)(x, 16) : x))
+ATTNI_VIA(e4m3at, (U x, int i), ATTNI_I(e4m3)(ATTNI_I(ushr)(x, 8 * i)))
+ATTNI_VIA(e5m2at, (U x, int i), ATTNI_I(e5m2)(ATTNI_I(ushr)(x, 8 * i)))
+ATTNI_VIA(nibble, (U x, int n), ATTNI_I(utop)(ATTNI_I(ushl)(x, 28 - n), 4))
+ATTNI_VIA(load_e4m3, (const uint8_t *p), ATTNI_I(e4m3)(ATTNI_I(uload8)(p)))
+ATTNI_VIA(load_e5m2, (const uint8_t *p), ATTNI_I(e5m2)(ATTNI_I(uload8)(p)))
+#endif
+#undef ATTNI_VIA
 
 // Element i of the 32 / bits elements in each lane's 4-byte unit.
 ATTNI_HELPER ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
     switch (t) {
-    case ATTN_F16: return ATTNI_I(uhalf)(i ? ATTNI_I(ushr)(x, 16) : x);
+    case ATTN_F16: return ATTNI_I(uhalfat)(x, i);
     case ATTN_BF16: return ATTNI_I(asv)(i ? ATTNI_I(uand)(x, 0xffff0000u) : ATTNI_I(ushl)(x, 16));
-    case ATTN_F8E4M3: return ATTNI_I(e4m3)(ATTNI_I(ushr)(x, 8 * i));
-    case ATTN_F8E5M2: return ATTNI_I(e5m2)(ATTNI_I(ushr)(x, 8 * i));
+    case ATTN_F8E4M3: return ATTNI_I(e4m3at)(x, i);
+    case ATTN_F8E5M2: return ATTNI_I(e5m2at)(x, i);
     case ATTN_I8: return ATTNI_I(utop)(ATTNI_I(ushl)(x, 24 - 8 * i), 8);
-    case ATTN_I4: return ATTNI_I(utop)(ATTNI_I(ushl)(x, 28 - 4 * i), 4);
+    case ATTN_I4: return ATTNI_I(nibble)(x, 4 * i);
     default: return ATTNI_I(asv)(x);
     }
 }
@@ -171,12 +209,12 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
 // 16 elements of a row.
 ATTNI_HELPER ATTNI_TGT V ATTNI_I(row16)(attn_dtype t, const uint8_t *p) {
     switch (t) {
-    case ATTN_F16: return ATTNI_I(uhalf)(ATTNI_I(uload16)(p));
+    case ATTN_F16: return ATTNI_I(load_f16)(p);
     case ATTN_BF16: return ATTNI_I(asv)(ATTNI_I(ushl)(ATTNI_I(uload16)(p), 16));
-    case ATTN_F8E4M3: return ATTNI_I(e4m3)(ATTNI_I(uload8)(p));
-    case ATTN_F8E5M2: return ATTNI_I(e5m2)(ATTNI_I(uload8)(p));
-    case ATTN_I8: return ATTNI_I(utop)(ATTNI_I(ushl)(ATTNI_I(uload8)(p), 24), 8);
-    case ATTN_I4: return ATTNI_I(utop)(ATTNI_I(ushl)(ATTNI_I(uload4)(p), 28), 4);
+    case ATTN_F8E4M3: return ATTNI_I(load_e4m3)(p);
+    case ATTN_F8E5M2: return ATTNI_I(load_e5m2)(p);
+    case ATTN_I8: return ATTNI_I(load_i8)(p);
+    case ATTN_I4: return ATTNI_I(nibble)(ATTNI_I(uload4)(p), 0);
     default: return ATTNI_I(asv)(ATTNI_I(uload)(p));
     }
 }
@@ -217,8 +255,9 @@ ATTNI_TGT static void ATTNI_I(widen)(attn_dtype t, const void *src, int n, float
     for (; i % 16; i++) out[i] = 0;
 }
 
-// bf16 bits of each lane, round to nearest even, NaN stays NaN.
-ATTNI_INLINE ATTNI_TGT U ATTNI_I(to_bf16)(V x) {
+#if ATTNI_OWN < 2
+// To bf16, round to nearest even, NaN stays NaN.
+ATTNI_HELPER ATTNI_TGT void ATTNI_I(store_bf16)(uint16_t *p, V x) {
     U u = ATTNI_I(asu)(x), odd = ATTNI_I(uand)(ATTNI_I(ushr)(u, 16), 1);
     U r = ATTNI_I(uadd)(u, ATTNI_I(uadd)(odd, ATTNI_I(uset1)(0x7fff)));
     // NaN: not (|x| <= inf), seen as |x| - inf > 0 on the bits
@@ -227,8 +266,9 @@ ATTNI_INLINE ATTNI_TGT U ATTNI_I(to_bf16)(V x) {
     V v =
         ATTNI_I(uequal)(nan, ATTNI_I(uset1)(1),
                         ATTNI_I(asv)(ATTNI_I(uor)(u, ATTNI_I(uset1)(0x400000u))), ATTNI_I(asv)(r));
-    return ATTNI_I(ushr)(ATTNI_I(asu)(v), 16);
+    ATTNI_I(ustore16)(p, ATTNI_I(ushr)(ATTNI_I(asu)(v), 16));
 }
+#endif
 
 ATTNI_TGT static void ATTNI_I(narrow)(attn_dtype t, const float *src, int n, void *dst) {
     uint8_t *p = (uint8_t *)dst;
@@ -237,7 +277,7 @@ ATTNI_TGT static void ATTNI_I(narrow)(attn_dtype t, const float *src, int n, voi
         for (; i + 16 <= n; i += 16) ATTNI_I(store_f16)(p + 2 * i, ATTNI_I(load)(src + i));
     else if (t == ATTN_BF16)
         for (; i + 16 <= n; i += 16)
-            ATTNI_I(ustore16)(p + 2 * i, ATTNI_I(to_bf16)(ATTNI_I(load)(src + i)));
+            ATTNI_I(store_bf16)((uint16_t *)(void *)p + i, ATTNI_I(load)(src + i));
     else {
         memcpy(dst, src, 4 * (size_t)n);
         return;
@@ -263,15 +303,15 @@ ATTNI_TGT static int ATTNI_I(special)(const float *x, int64_t n) {
 // Rows t, t + 1 of 16-bit values side by side: out[t / 2][n] of (even, odd) pairs, for the bf16
 // dot.
 ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *run, int n_runs,
-                                     int n, int ldo, uint32_t *out) {
+                                     int n, int ldo, const void *const *ahead,
+                                     uint32_t *out) {
     int i, t, e;
     for (i = 0; i < n_runs; i++)
         for (t = run[i].t0; t < run[i].t1; t += 2) {
             const uint8_t *a = (const uint8_t *)row[t], *b = (const uint8_t *)row[t + 1];
             uint32_t *o = out + (int64_t)(t / 2) * ldo;
-            ATTNI_PREFETCH((const uint8_t *)row[t + 32]);
-            ATTNI_PREFETCH((const uint8_t *)row[t + 33]);
             for (e = 0; e + 16 <= n; e += 16) {
+                ATTNI_PREFETCH((const uint8_t *)ahead[t + (e >> 4 & 1)] + (e >> 5) * 64);
                 U x = ATTNI_I(uor)(ATTNI_I(uload16)(a + 2 * e),
                                    ATTNI_I(ushl)(ATTNI_I(uload16)(b + 2 * e), 16));
                 ATTNI_I(store)((float *)(void *)(o + e), ATTNI_I(asv)(x));
@@ -309,7 +349,10 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 #undef ATTNI_I
 #undef ATTNI_NR
 #undef ATTNI_NC
-#undef ATTNI_DIRECT16
+#undef ATTNI_DIRECT
+#undef ATTNI_OWN
+#undef ATTNI_WR
+#undef ATTNI_WC
 #undef ATTNI_HELPER
 
 #elif ATTNI_KERNEL_PASS == 2 // ---- math: one copy per ISA and numerics
@@ -321,121 +364,165 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 #endif
 
 // Scores: c[r][j] is one multiply-add chain over d, lanes are the 16 tokens of tile j. Bits depend
-// on nothing else, so any register block gives the same.
-#define ATTNI_QK(name, T, P)                                                                       \
+// on nothing else, so any register block gives the same. Each unit of K is P elements; S units a
+// turn. ahead[j]: what will be read next from memory, as much as tile j, asked for meanwhile when
+// rows are so few that memory is what one waits for.
+#define ATTNI_QK(FEW, name, T, P, S, TALL, TALL_NC)                                                \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
-        const float *q, int64_t ldq, const uint32_t *const *kt, const uint8_t *col, int units,     \
-        float *s, const int nr, const int nc) {                                                    \
-        V c[ATTNI_NR][ATTNI_NC], b[ATTNI_NC], a;                                                   \
+        const float *q, int64_t ldq, const uint32_t *const *kt, const uint8_t *const *ahead,       \
+        int64_t look, const uint8_t *col, int units, float *s, const int nr, const int nc) {       \
+        V c[TALL][ATTNI_NC], b[ATTNI_NC], a;                                                       \
         U raw[ATTNI_NC];                                                                           \
-        int r, j, i, u;                                                                            \
+        const uint32_t *k[ATTNI_NC];                                                               \
+        const uint8_t *next[ATTNI_NC];                                                             \
+        const float *q3 = q + 3 * ldq, *q6 = q3 + 3 * ldq;                                         \
+        int r, j, i, u, v;                                                                         \
+        ATTNI_HIDE(q3);                                                                            \
+        ATTNI_HIDE(q6);                                                                            \
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =      \
             ATTNI_I(set1)(0);                                                                      \
-        for (u = 0; u < units; u++) {                                                              \
-            ATTNI_UNROLL for (j = 0; j < nc; j++) raw[j] = ATTNI_I(uload)(kt[j] + 16 * u);         \
-            if (nr <= 4) /* few rows: memory is what one waits for */                              \
-                ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(kt[j + nc] + 16 * u);         \
-            ATTNI_UNROLL for (i = 0; i < P; i++) {                                                 \
-                ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(element)(T, raw[j], i);       \
-                ATTNI_UNROLL for (r = 0; r < nr; r++) {                                            \
-                    a = ATTNI_I(set1)(q[r * ldq + u * P + i]);                                     \
-                    ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_MADD(a, b[j], c[r][j]);  \
+        ATTNI_UNROLL for (j = 0; j < nc; j++) k[j] = kt[j], next[j] = ahead[j];                    \
+        for (u = 0; u < units; u += S)                                                             \
+            ATTNI_UNROLL for (v = u; v < u + S; v++) {                                             \
+                ATTNI_UNROLL for (j = 0; j < nc; j++) raw[j] = ATTNI_I(uload)(k[j] + 16 * v);      \
+                if (nr <= 4 || T != ATTN_F32)                                                      \
+                    ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(next[j] + look * v);      \
+                ATTNI_UNROLL for (i = 0; i < P; i++) {                                             \
+                    ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(element)(T, raw[j], i);   \
+                    ATTNI_UNROLL for (r = 0; r < nr; r++) {                                        \
+                        const float *x = r < 3 ? q + r * ldq                                       \
+                                         : r < 6 ? q3 + (r - 3) * ldq : q6 + (r - 6) * ldq;        \
+                        a = ATTNI_I(set1)(x[v * P + i]);                                           \
+                        ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =                            \
+                            ATTNI_MADD(a, b[j], c[r][j]);                                          \
+                    }                                                                              \
                 }                                                                                  \
             }                                                                                      \
-        }                                                                                          \
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++)                \
             ATTNI_I(store)(s + r * ATTN_SPAN + 16 * col[j], c[r][j]);                              \
     }                                                                                              \
+    ATTNI_##FEW##SHAPES(ATTNI_K, name##_block, ATTNI_QK_PARAMS(float), ATTNI_QK_ARGS, TALL, TALL_NC)      \
     ATTNI_TGT static void ATTNI_K(name)(const void *qv, int64_t ldq, int nr,                       \
-                                        const uint32_t *const *kt, const uint8_t *col, int nt,     \
-                                        int units, float *s) {                                     \
+                                        const uint32_t *const *kt, const uint8_t *const *ahead,    \
+                                        int look, const uint8_t *col, int nt, int units,           \
+                                        float *s) {                                                \
         const float *q = (const float *)qv;                                                        \
-        int r, j;                                                                                  \
-        for (r = 0; r < nr;) {                                                                     \
+        int r, j, step;                                                                            \
+        for (r = 0; r < nr; r += step) {                                                           \
             const float *qr = q + r * ldq;                                                         \
             float *sr = s + r * ATTN_SPAN;                                                         \
-            int left = nr - r;                                                                     \
-            for (j = 0; j < nt; j += ATTNI_NC) {                                                   \
-                ATTNI_ROWS(ATTNI_K(name##_block), (qr, ldq, kt + j, col + j, units, sr, ),         \
-                           ATTNI_NC)                                                               \
-            }                                                                                      \
-            r += ATTNI_STEP(left);                                                                 \
+            step = ATTNI_STEP(nr - r, TALL);                                                       \
+            j = 0;                                                                                 \
+            ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                                      \
+                       (qr, ldq, kt + j, ahead + j, look, col + j, units, sr), step, TALL_NC, j, nt, \
+                       1)                                                                          \
         }                                                                                          \
     }
 
-ATTNI_QK(qk_f32, ATTN_F32, 1)
-#if ATTNI_DIRECT16 && !ATTNI_PORTABLE
-ATTNI_QK(qk_f16, ATTN_F16, 2)
+ATTNI_QK(, qk_f32, ATTN_F32, 1, 4, ATTNI_NR, ATTNI_NC)
+#if ATTNI_DIRECT && !ATTNI_PORTABLE
+ATTNI_QK(FEW_, qk_f16, ATTN_F16, 2, 2, ATTNI_WR, ATTNI_WC)
+ATTNI_QK(FEW_, qk_bf16, ATTN_BF16, 2, 2, ATTNI_WR, ATTNI_WC)
+ATTNI_QK(FEW_, qk_i8, ATTN_I8, 4, 1, ATTNI_WR, ATTNI_WC)
+#if ATTNI_DIRECT > 1
+ATTNI_QK(FEW_, qk_e4m3, ATTN_F8E4M3, 4, 1, ATTNI_WR, ATTNI_WC)
+ATTNI_QK(FEW_, qk_e5m2, ATTN_F8E5M2, 4, 1, ATTNI_WR, ATTNI_WC)
+ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
+#endif
 #endif
 
 // Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of
 // columns overlaps the one before (the same bits again); fewer than a block go one vector at a
-// time.
-#define ATTNI_PV(name, T, BYTES)                                                                   \
+// time. ahead[t]: as above.
+#define ATTNI_PV(FEW, name, T, BITS, TALL, TALL_NC)                                                \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
-        const float *p, const void *const *row, const attni_run *run, int n, int e, float *o,      \
-        int64_t ldo, const int nr, const int nc) {                                                 \
-        V c[ATTNI_NR][ATTNI_NC], b[ATTNI_NC], a;                                                   \
-        int r, j, t, i;                                                                            \
+        const float *p, const void *const *row, const void *const *ahead, const attni_run *run,    \
+        int n, int e, float *o, int64_t ldo, const int nr, const int nc) {                         \
+        V c[TALL][ATTNI_NC], b[ATTNI_NC], a;                                                       \
+        int r, j, i;                                                                               \
+        int64_t at = (int64_t)e * (BITS) / 8;                                                      \
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =      \
             ATTNI_I(set1)(0);                                                                      \
-        for (i = 0; i < n; i++)                                                                    \
-            for (t = run[i].t0; t < run[i].t1; t++) {                                              \
-                const uint8_t *v = (const uint8_t *)row[t] + BYTES * e;                            \
-                ATTNI_PREFETCH((const uint8_t *)row[t + 32] + BYTES * e);                          \
+        for (i = 0; i < n; i++) {                                                                  \
+            const void *const *rows = row + run[i].t0, *const *end = row + run[i].t1;              \
+            const void *const *next = ahead + run[i].t0;                                           \
+            const float *x = p + run[i].t0;                                                        \
+            for (; rows != end; rows++, next++, x++) {                                             \
+                const uint8_t *v = (const uint8_t *)*rows + at;                                    \
+                const uint8_t *look = (const uint8_t *)*next + at;                                 \
+                ATTNI_HIDE(v);                                                                     \
+                ATTNI_HIDE(look);                                                                  \
+                if (nr <= 4 || T != ATTN_F32)                                                      \
+                    ATTNI_UNROLL for (j = 0; j < (nc * (BITS) + 31) / 32; j++)                     \
+                        ATTNI_PREFETCH(look + 64 * j);                                             \
                 ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] =                                       \
-                    ATTNI_I(row16)(T, v + 16 * BYTES * j);                                         \
+                    ATTNI_I(row16)(T, v + 2 * (BITS) * j);                                         \
                 ATTNI_UNROLL for (r = 0; r < nr; r++) {                                            \
-                    a = ATTNI_I(set1)(p[r * ATTN_SPAN + t]);                                       \
+                    a = ATTNI_I(set1)(x[r * ATTN_SPAN]);                                           \
                     ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_MADD(a, b[j], c[r][j]);  \
                 }                                                                                  \
             }                                                                                      \
+        }                                                                                          \
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++)                \
             ATTNI_I(store)(o + r * ldo + e + 16 * j, c[r][j]);                                     \
     }                                                                                              \
+    ATTNI_##FEW##SHAPES(ATTNI_K, name##_block,                                                            \
+                 (const float *p, const void *const *row, const void *const *ahead,                \
+                  const attni_run *run, int n, int e, float *o, int64_t ldo),                      \
+                 (p, row, ahead, run, n, e, o, ldo, ), TALL, TALL_NC)                              \
     ATTNI_TGT static void ATTNI_K(name)(const void *pv, int nr, const void *const *row,            \
-                                        const attni_run *run, int n, int vd, float *o,             \
-                                        int64_t ldo) {                                             \
+                                        const void *const *ahead, const attni_run *run, int n,     \
+                                        int vd, float *o, int64_t ldo) {                           \
         const float *p = (const float *)pv;                                                        \
-        int r, e;                                                                                  \
-        for (r = 0; r < nr;) {                                                                     \
+        int r, e, i, step, nc;                                                                     \
+        for (r = 0; r < nr; r += step) {                                                           \
             const float *pr = p + r * ATTN_SPAN;                                                   \
             float *or_ = o + r * ldo;                                                              \
-            int left = nr - r, step = ATTNI_STEP(left), i;                                         \
-            for (e = 0; e < vd && vd >= 16 * ATTNI_NC; e += 16 * ATTNI_NC) {                       \
-                int at = e <= vd - 16 * ATTNI_NC ? e : vd - 16 * ATTNI_NC;                         \
-                ATTNI_ROWS(ATTNI_K(name##_block), (pr, row, run, n, at, or_, ldo, ), ATTNI_NC)     \
+            step = ATTNI_STEP(nr - r, TALL);                                                       \
+            nc = 16 * (step > 4 ? TALL_NC : ATTNI_NC);                                             \
+            e = 0;                                                                                 \
+            if (vd >= nc) {                                                                        \
+                ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                                  \
+                           (pr, row, ahead, run, n, e <= vd - nc ? e : vd - nc, or_, ldo), step,   \
+                           TALL_NC, e, vd, 16)                                                     \
             }                                                                                      \
-            for (; e < vd; e += 16)                                                                \
-                for (i = 0; i < attni_min32(step, left); i++)                                      \
+            for (; e < vd && T == ATTN_F32; e += 16)                                               \
+                for (i = 0; i < attni_min32(step, nr - r); i++)                                    \
                     ATTNI_K(name##_block)                                                          \
-                    (pr + i * ATTN_SPAN, row, run, n, e, or_ + i * ldo, ldo, 1, 1);                \
-            r += step;                                                                             \
+                    (pr + i * ATTN_SPAN, row, ahead, run, n, e, or_ + i * ldo, ldo, 1, 1);         \
         }                                                                                          \
     }
 
-ATTNI_PV(pv_f32, ATTN_F32, 4)
-#if ATTNI_DIRECT16 && !ATTNI_PORTABLE
-ATTNI_PV(pv_f16, ATTN_F16, 2)
+ATTNI_PV(, pv_f32, ATTN_F32, 32, ATTNI_NR, ATTNI_NC)
+#if ATTNI_DIRECT && !ATTNI_PORTABLE
+ATTNI_PV(FEW_, pv_f16, ATTN_F16, 16, ATTNI_WR, ATTNI_WC)
+ATTNI_PV(FEW_, pv_bf16, ATTN_BF16, 16, ATTNI_WR, ATTNI_WC)
+ATTNI_PV(FEW_, pv_i8, ATTN_I8, 8, ATTNI_WR, ATTNI_WC)
+#if ATTNI_DIRECT > 1
+ATTNI_PV(FEW_, pv_e4m3, ATTN_F8E4M3, 8, ATTNI_WR, ATTNI_WC)
+ATTNI_PV(FEW_, pv_e5m2, ATTN_F8E5M2, 8, ATTNI_WR, ATTNI_WC)
+ATTNI_PV(FEW_, pv_i4, ATTN_I4, 4, ATTNI_WR, ATTNI_WC)
+#endif
 #endif
 
-// exp(x) for x <= 0; below 2^-100: 0; NaN stays NaN. 2^f on [-1/2, 1/2] by a degree-6 polynomial
-// (relative error 2e-9), times 2^r built in the exponent: a product, so that NaN survives.
-ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp)(V x) {
+// 2^y for y <= 0; below 2^-100: 0; NaN stays NaN. 2^f on [-1/2, 1/2] by a degree-6 polynomial
+// (relative error 2e-9), times a power of two.
+ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp2)(V y) {
     const V magic = ATTNI_I(set1)(12582912.0f); // 1.5 * 2^23: the sum's low bits are round(y)
-    V y = ATTNI_I(barrier)(ATTNI_I(mul)(x, ATTNI_I(set1)(1.44269504f)));
     V t = ATTNI_I(barrier)(ATTNI_I(add)(y, magic));
     V f = ATTNI_I(sub)(y, ATTNI_I(barrier)(ATTNI_I(sub)(t, magic)));
-    V p = ATTNI_I(set1)(1.5345775e-4f), two_r;
+    V p = ATTNI_I(set1)(1.5345775e-4f);
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(1.3399931e-3f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(9.6184891e-3f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(5.5503286e-2f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(2.4022646e-1f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(6.9314718e-1f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(1.0f));
-    two_r = ATTNI_I(asv)(
-        ATTNI_I(uadd)(ATTNI_I(ushl)(ATTNI_I(asu)(t), 23), ATTNI_I(uset1)(0x3f800000u)));
-    return ATTNI_I(less)(y, ATTNI_I(set1)(-100.0f), ATTNI_I(set1)(0), ATTNI_I(mul)(p, two_r));
+    return ATTNI_I(pow2)(p, y, t);
+}
+
+ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp)(V x) { // x <= 0
+    return ATTNI_K(exp2)(ATTNI_I(barrier)(ATTNI_I(mul)(x, ATTNI_I(set1)(1.44269504f))));
 }
 
 // tanh: x + x^3 P(x^2) below 0.625, else 1 - 2 / (e^2|x| + 1) with the sign put back.
@@ -458,6 +545,60 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
     return ATTNI_I(asv)(ATTNI_I(uor)(ATTNI_I(asu)(p), sign));
 }
 
+#if !ATTNI_PORTABLE
+// The common case of soft below: nothing but a positive scale. 2^((x - max) * scale * log2 e): the
+// difference is taken first, so that huge scores lose nothing.
+ATTNI_HELPER ATTNI_TGT float ATTNI_K(soft_plain)(const attni_soft *a, float *s,
+                                                 const uint64_t bits[4], float *l) {
+    const V ninf = ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)), zero = ATTNI_I(set1)(0);
+    const V c = ATTNI_I(set1)(a->scale * 1.44269504f);
+    const int all = (bits[0] & bits[1] & bits[2] & bits[3]) == ~(uint64_t)0;
+    V top[2], sum[2], x[2], m;
+    uint32_t seen[2];
+    float max;
+    int i, j;
+#define ATTNI_BOTH ATTNI_UNROLL for (j = 0; j < 2; j++)
+#define ATTNI_SEEN (all ? 0xffffu : (uint32_t)(bits[(i + j) / 4] >> (16 * ((i + j) % 4))) & 0xffffu)
+    ATTNI_BOTH top[j] = ninf, sum[j] = zero;
+    for (i = 0; i < 16; i += 2)
+        ATTNI_BOTH {
+            seen[j] = ATTNI_SEEN;
+            if (!seen[j]) continue;
+            x[j] = ATTNI_I(load)(s + 16 * (i + j));
+            if (a->k_scale) {
+                x[j] = ATTNI_I(mul)(x[j], ATTNI_I(load)(a->k_scale + 16 * (i + j)));
+                ATTNI_I(store)(s + 16 * (i + j), x[j]);
+            }
+            if (seen[j] != 0xffffu) x[j] = ATTNI_I(pick)(seen[j], x[j], ninf);
+            top[j] = ATTNI_I(max)(x[j], top[j]); // NaN is passed over here and shows in the sum
+        }
+    max = ATTNI_I(hmax)(ATTNI_I(max)(top[0], top[1]));
+    if (max == attni_float(0xff800000u)) max = 0; // nothing but -inf and NaN: weights 0 and NaN
+    m = ATTNI_I(set1)(max);
+    for (i = 0; i < 16; i += 2) {
+        if (!((a->tiles >> i) & 3)) continue;
+        ATTNI_BOTH {
+            seen[j] = ATTNI_SEEN;
+            x[j] = ATTNI_I(sub)(ATTNI_I(load)(s + 16 * (i + j)), m);
+            x[j] = ATTNI_K(exp2)(ATTNI_I(mul)(x[j], c));
+            if (seen[j] != 0xffffu) x[j] = ATTNI_I(pick)(seen[j], x[j], zero);
+            sum[j] = ATTNI_I(add)(sum[j], x[j]);
+        }
+        if (a->v_scale) // that of an unseen token may be anything
+            ATTNI_BOTH {
+                x[j] = ATTNI_I(mul)(x[j], ATTNI_I(load)(a->v_scale + 16 * (i + j)));
+                if (seen[j] != 0xffffu) x[j] = ATTNI_I(pick)(seen[j], x[j], zero);
+            }
+        if (a->p16) ATTNI_BOTH ATTNI_I(store_bf16)(a->p16 + 16 * (i + j), x[j]);
+        else ATTNI_BOTH ATTNI_I(store)(s + 16 * (i + j), x[j]);
+    }
+#undef ATTNI_BOTH
+#undef ATTNI_SEEN
+    *l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
+    return *l == 0 ? attni_float(0xff800000u) : max * a->scale;
+}
+#endif
+
 // Raw scores of one row to weights. Two passes: scores and their maximum; exponentials and their
 // sum in 2 x 16 virtual lanes (even and odd tiles), so that skipped tiles change nothing.
 ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64_t bits[4],
@@ -467,6 +608,10 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
     V top = ninf, sum[2], x, m;
     float max;
     int i;
+#if !ATTNI_PORTABLE
+    if (!(a->softcap > 0) && a->alibi == 0 && !a->add && a->scale > 0)
+        return ATTNI_K(soft_plain)(a, s, bits, l);
+#endif
     for (i = 0; i < 16; i++) {
         uint32_t seen = (uint32_t)(bits[i / 4] >> (16 * (i % 4))) & 0xffffu;
         if (!seen) continue;
@@ -502,7 +647,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
                 if (seen != 0xffffu) x = ATTNI_I(pick)(seen, x, zero);
             }
         }
-        if (a->p16) ATTNI_I(ustore16)(a->p16 + 16 * i, ATTNI_I(to_bf16)(x));
+        if (a->p16) ATTNI_I(store_bf16)(a->p16 + 16 * i, x);
         else ATTNI_I(store)(s + 16 * i, x);
     }
     *l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
@@ -563,16 +708,22 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
 
 #endif // ATTNI_PORTABLE
 
-static const attni_math ATTNI_K(math) = {
-#if ATTNI_DIRECT16 && !ATTNI_PORTABLE
-    {0, ATTNI_K(qk_f32), ATTNI_K(qk_f16), 0},
-    {0, ATTNI_K(pv_f32), ATTNI_K(pv_f16), 0},
+#if ATTNI_PORTABLE || !ATTNI_DIRECT
+#define ATTNI_ALL(f) {0, ATTNI_K(f##_f32), 0, 0, 0, 0, 0, 0}
+#elif ATTNI_DIRECT == 1
+#define ATTNI_ALL(f)                                                                               \
+    {0, ATTNI_K(f##_f32), ATTNI_K(f##_f16), ATTNI_K(f##_bf16), 0, 0, ATTNI_K(f##_i8), 0}
 #else
-    {0, ATTNI_K(qk_f32), 0, 0},
-    {0, ATTNI_K(pv_f32), 0, 0},
+#define ATTNI_ALL(f)                                                                               \
+    {                                                                                              \
+        0, ATTNI_K(f##_f32), ATTNI_K(f##_f16), ATTNI_K(f##_bf16), ATTNI_K(f##_e4m3),               \
+            ATTNI_K(f##_e5m2), ATTNI_K(f##_i8), ATTNI_K(f##_i4)                                    \
+    }
 #endif
-    ATTNI_K(soft), ATTNI_I(fold_portable), ATTNI_I(finish_portable)};
+static const attni_math ATTNI_K(math) = {ATTNI_ALL(qk), ATTNI_ALL(pv), ATTNI_K(soft),
+                                         ATTNI_I(fold_portable), ATTNI_I(finish_portable)};
 
+#undef ATTNI_ALL
 #undef ATTNI_MADD
 #undef ATTNI_QK
 #undef ATTNI_PV
@@ -581,9 +732,10 @@ static const attni_math ATTNI_K(math) = {
 
 // As qk and pv above, but a step takes two bf16 elements (four int8 ones) at once.
 ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_bdot_block)(const uint32_t *q, int64_t ldq,
-                                                   const uint32_t *const *kt, const uint8_t *col,
-                                                   int units, float *s, const int nr,
-                                                   const int nc) {
+                                                   const uint32_t *const *kt,
+                                                   const uint8_t *const *ahead, int64_t look,
+                                                   const uint8_t *col, int units, float *s,
+                                                   const int nr, const int nc) {
     V c[ATTNI_NR][ATTNI_NC];
     U b[ATTNI_NC], a;
     int r, j, u;
@@ -591,6 +743,8 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_bdot_block)(const uint32_t *q, int64_t ld
         ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_I(set1)(0);
     for (u = 0; u < units; u++) {
         ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(uload)(kt[j] + 16 * u);
+        if (nr <= 4)
+            ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(ahead[j] + look * u);
         ATTNI_UNROLL for (r = 0; r < nr; r++) {
             a = ATTNI_I(uset1)(q[r * ldq + u]);
             ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_I(bdot)(c[r][j], a, b[j]);
@@ -602,9 +756,10 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_bdot_block)(const uint32_t *q, int64_t ld
 }
 
 ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq,
-                                                   const uint32_t *const *kt, const uint8_t *col,
-                                                   int units, float *s, const int nr,
-                                                   const int nc) {
+                                                   const uint32_t *const *kt,
+                                                   const uint8_t *const *ahead, int64_t look,
+                                                   const uint8_t *col, int units, float *s,
+                                                   const int nr, const int nc) {
     U c[ATTNI_NR][ATTNI_NC], b[ATTNI_NC], a;
     uint32_t x;
     float scale;
@@ -615,6 +770,8 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq
     }
     for (u = 0; u < units; u++) {
         ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(uload)(kt[j] + 16 * u);
+        if (nr <= 4)
+            ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(ahead[j] + look * u);
         ATTNI_UNROLL for (r = 0; r < nr; r++) {
             memcpy(&x, q + r * ldq + 8 + 4 * u, 4);
             a = ATTNI_I(uset1)(x);
@@ -630,20 +787,21 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq
 }
 
 #define ATTNI_QK_OVER(name, type)                                                                  \
+    ATTNI_SHAPES(ATTNI_I, name##_block, ATTNI_QK_PARAMS(type), ATTNI_QK_ARGS, ATTNI_NR, ATTNI_NC)  \
     ATTNI_TGT static void ATTNI_I(name)(const void *qv, int64_t ldq, int nr,                       \
-                                        const uint32_t *const *kt, const uint8_t *col, int nt,     \
-                                        int units, float *s) {                                     \
+                                        const uint32_t *const *kt, const uint8_t *const *ahead,    \
+                                        int look, const uint8_t *col, int nt, int units,           \
+                                        float *s) {                                                \
         const type *q = (const type *)qv;                                                          \
-        int r, j;                                                                                  \
-        for (r = 0; r < nr;) {                                                                     \
+        int r, j, step;                                                                            \
+        for (r = 0; r < nr; r += step) {                                                           \
             const type *qr = q + r * ldq;                                                          \
             float *sr = s + r * ATTN_SPAN;                                                         \
-            int left = nr - r;                                                                     \
-            for (j = 0; j < nt; j += ATTNI_NC) {                                                   \
-                ATTNI_ROWS(ATTNI_I(name##_block), (qr, ldq, kt + j, col + j, units, sr, ),         \
-                           ATTNI_NC)                                                               \
-            }                                                                                      \
-            r += ATTNI_STEP(left);                                                                 \
+            step = ATTNI_STEP(nr - r, ATTNI_NR);                                                   \
+            j = 0;                                                                                 \
+            ATTNI_ROWS(ATTNI_I, name##_block,                                                      \
+                       (qr, ldq, kt + j, ahead + j, look, col + j, units, sr), step, ATTNI_NC, j,  \
+                       nt, 1)                                                                      \
         }                                                                                          \
     }
 ATTNI_QK_OVER(qk_bdot, uint32_t)
@@ -674,24 +832,32 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(pv_bdot_block)(const uint16_t *p, const uint
         ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_I(store)(o + r * ldo + e + 16 * j, c[r][j]);
 }
 
+ATTNI_SHAPES(ATTNI_I, pv_bdot_block,
+             (const uint16_t *p, const uint32_t *v, const attni_run *run, int n, int vd, int e,
+              float *o, int64_t ldo),
+             (p, v, run, n, vd, e, o, ldo, ), ATTNI_NR, ATTNI_NC)
 ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const *row,
-                                       const attni_run *run, int n, int vd, float *o, int64_t ldo) {
+                                       const void *const *ahead, const attni_run *run, int n,
+                                       int vd, float *o, int64_t ldo) {
     const uint16_t *p = (const uint16_t *)pv;
     const uint32_t *v = (const uint32_t *)row[0];
-    int r, e;
-    for (r = 0; r < nr;) {
+    const int nc = 16 * ATTNI_NC;
+    int r, e, i, step;
+    (void)ahead; // the panel is in the cache
+    for (r = 0; r < nr; r += step) {
         const uint16_t *pr = p + r * ATTN_SPAN;
         float *or_ = o + r * ldo;
-        int left = nr - r, step = ATTNI_STEP(left), i;
-        for (e = 0; e < vd && vd >= 16 * ATTNI_NC; e += 16 * ATTNI_NC) {
-            int at = e <= vd - 16 * ATTNI_NC ? e : vd - 16 * ATTNI_NC;
-            ATTNI_ROWS(ATTNI_I(pv_bdot_block), (pr, v, run, n, vd, at, or_, ldo, ), ATTNI_NC)
+        step = ATTNI_STEP(nr - r, ATTNI_NR);
+        e = 0;
+        if (vd >= nc) {
+            ATTNI_ROWS(ATTNI_I, pv_bdot_block,
+                       (pr, v, run, n, vd, e <= vd - nc ? e : vd - nc, or_, ldo), step, ATTNI_NC, e,
+                       vd, 16)
         }
         for (; e < vd; e += 16)
-            for (i = 0; i < attni_min32(step, left); i++)
+            for (i = 0; i < attni_min32(step, nr - r); i++)
                 ATTNI_I(pv_bdot_block)
                 (pr + i * ATTN_SPAN, v, run, n, vd, e, or_ + i * ldo, ldo, 1, 1);
-        r += step;
     }
 }
 #undef ATTNI_KERNEL_PASS
@@ -706,6 +872,12 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #undef ATTNI_CALL
 #undef ATTNI_CALL2
 #undef ATTNI_ROWS
+#undef ATTNI_QK_PARAMS
+#undef ATTNI_QK_ARGS
+#undef ATTNI_FEW_ROWS
+#undef ATTNI_FEW_SHAPES
+#undef ATTNI_SHAPES
+#undef ATTNI_TALLER
 #undef V
 #undef U
 #undef ATTNI_BY_DTYPE
@@ -753,10 +925,13 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_INLINE static inline __attribute__((always_inline, unused))
 #define ATTNI_CALLED static __attribute__((noinline, unused))
 #define ATTNI_PREFETCH(p) __builtin_prefetch(p)
+// p is a pointer the compiler knows nothing of: it addresses from p, not from parts of it
+#define ATTNI_HIDE(p) __asm__("" : "+r"(p))
 #else
 #define ATTNI_INLINE static inline
 #define ATTNI_CALLED static
 #define ATTNI_PREFETCH(p) ((void)(p))
+#define ATTNI_HIDE(p) ((void)0)
 #endif
 #if defined(__clang__)
 #define ATTNI_UNROLL _Pragma("clang loop unroll(full)")
@@ -766,7 +941,8 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_UNROLL
 #endif
 
-enum { ATTNI_TILE = 16, ATTNI_TILES = ATTN_SPAN / 16, ATTNI_RB_MAX = 16 };
+// FEW: rows few enough that a kernel reads K and V in their own dtype; more share one conversion.
+enum { ATTNI_TILE = 16, ATTNI_TILES = ATTN_SPAN / 16, ATTNI_RB_MAX = 32, ATTNI_FEW = 8 };
 
 // How a row's raw scores become weights. All pointers are for the 256 tokens of one span.
 typedef struct attni_soft {
@@ -785,29 +961,33 @@ typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
 // repeat the last, so that kernels take 4 at a time and look 4 ahead. q: f32 rows, or pairs of
 // bf16, or bytes.
 typedef void (*attni_qk_fn)(const void *q, int64_t ldq, int nr, const uint32_t *const *kt,
-                            const uint8_t *col, int nt, int units, float *s);
+                            const uint8_t *const *ahead, int step, const uint8_t *col, int nt,
+                            int units, float *s);
 // Weighted sums of nr rows over n runs of tokens: o[r * ldo + e], e < vd (multiple of 16).
 // row[t]: values of token t, f32 / f16 / bf16; for the bf16 dot row[0] is a panel of token pairs
 // [128][vd] and p holds bf16.
-typedef void (*attni_pv_fn)(const void *p, int nr, const void *const *row, const attni_run *run,
-                            int n, int vd, float *o, int64_t ldo);
+typedef void (*attni_pv_fn)(const void *p, int nr, const void *const *row,
+                            const void *const *ahead, const attni_run *run, int n, int vd, float *o,
+                            int64_t ldo);
 
 // Kernels of one ISA that do no rounding arithmetic, so that numerics do not matter.
 typedef struct attni_moves {
     // 16 tokens (their first units at row[t], gap bytes apart) to a K16 tile of n 4-byte units
-    void (*pack)(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile);
+    // (ahead: 16 rows to ask for from memory meanwhile)
+    void (*pack)(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile,
+                 const uint8_t *const *ahead);
     void (*widen_tile)(attn_dtype t, const uint32_t *tile, int units,
                        float *out);                                  // K16 -> [d][16] f32
     void (*widen)(attn_dtype t, const void *src, int n, float *out); // n % 8 == 0; pads to 16
     void (*narrow)(attn_dtype t, const float *src, int n, void *dst); // f32 -> f32, f16, bf16
     int (*special)(const float *x, int64_t n); // any Inf or NaN among n (multiple of 16)?
     void (*pairs)(const void *const *row, const attni_run *run, int n_runs, int n, int ldo,
-                  uint32_t *out);
+                  const void *const *ahead, uint32_t *out);
 } attni_moves;
 
 typedef struct attni_math {
-    attni_qk_fn qk[4]; // by dtype: F32, and F16 or NULL: convert first
-    attni_pv_fn pv[4];
+    attni_qk_fn qk[8]; // by dtype; NULL: convert to F32 first
+    attni_pv_fn pv[8];
     // scores -> weights in place; returns the row's maximum (-inf: nothing seen), *l the sum
     float (*soft)(const attni_soft *a, float *s, const uint64_t bits[4], float *l);
     void (*fold)(float *o, float *m, float *l, const float *os, float ms, float ls, int n);
@@ -1002,9 +1182,20 @@ ATTNI_CALLED float attni_hsum_scalar(attni_V_scalar a) {
         for (i = 0; i < n; i++) a.f[i] = a.f[i] + a.f[i + n];
     return a.f[0];
 }
+// p * 2^round(y), where t = y + 1.5 * 2^23; 0 where y < -100
+ATTNI_CALLED attni_V_scalar attni_pow2_scalar(attni_V_scalar p, attni_V_scalar y,
+                                              attni_V_scalar t) {
+    int i;
+    ATTNI_EACH p.f[i] =
+        y.f[i] < -100.0f ? 0.0f
+                         : p.f[i] * attni_float((attni_bits32(t.f[i]) << 23) + 0x3f800000u);
+    return p;
+}
 ATTNI_CALLED float attni_first_scalar(attni_V_scalar a) { return a.f[0]; }
-static void attni_pack_scalar(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
+static void attni_pack_scalar(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile,
+                              const uint8_t *const *ahead) {
     int u, t;
+    (void)ahead;
     for (u = 0; u < n; u++)
         for (t = 0; t < 16; t++) memcpy(tile + 16 * u + t, row[t] + u * gap, 4);
 }
@@ -1159,11 +1350,29 @@ ATTNI_F2 float attni_hsum_avx2(attni_V_avx2 x) {
     z = _mm_add_ps(z, _mm_movehl_ps(z, z));
     return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
 }
+ATTNI_F2 __m256 attni_pow2h(__m256 p, __m256 y, __m256 t) {
+    __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23),
+                                 _mm256_set1_epi32(0x3f800000));
+    __m256 keep = _mm256_cmp_ps(y, _mm256_set1_ps(-100.0f), _CMP_NLT_UQ);
+    return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
+}
+ATTNI_F2 attni_V_avx2 attni_pow2_avx2(attni_V_avx2 p, attni_V_avx2 y, attni_V_avx2 t) {
+    return attni_v2(attni_pow2h(p.a, y.a, t.a), attni_pow2h(p.b, y.b, t.b));
+}
+ATTNI_F2 attni_V_avx2 attni_load_f16_avx2(const uint8_t *p) {
+    const __m128i *q = (const __m128i *)(const void *)p;
+    return attni_v2(_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1)));
+}
+ATTNI_F2 attni_V_avx2 attni_load_i8_avx2(const uint8_t *p) {
+    const __m128i x = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return attni_v2(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8))));
+}
 ATTNI_F2 float attni_first_avx2(attni_V_avx2 x) { return _mm256_cvtss_f32(x.a); }
 
 // 8 x 8 transposes of 4-byte units; the rest one by one
-ATTNI_T2 static void attni_pack_avx2(const uint8_t *const *row, int64_t gap, int n,
-                                     uint32_t *tile) {
+ATTNI_T2 static void attni_pack_avx2(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile,
+                                     const uint8_t *const *ahead) {
     int u = 0, h, i;
     for (; gap == 4 && u + 8 <= n; u += 8)
         for (h = 0; h < 2; h++) {
@@ -1171,6 +1380,8 @@ ATTNI_T2 static void attni_pack_avx2(const uint8_t *const *row, int64_t gap, int
             ATTNI_UNROLL
             for (i = 0; i < 8; i++)
                 r[i] = _mm256_loadu_ps((const float *)(const void *)(row[8 * h + i] + 4 * u));
+            if (u % 16 == 0)
+                ATTNI_UNROLL for (i = 0; i < 8; i++) ATTNI_PREFETCH(ahead[8 * h + i] + 4 * u);
             ATTNI_UNROLL
             for (i = 0; i < 8; i += 2) {
                 t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
@@ -1273,15 +1484,77 @@ ATTNI_F5 attni_V_avx2 attni_halves(__m512 x) {
 }
 ATTNI_F5 float attni_hmax_avx512(__m512 x) { return attni_hmax_avx2(attni_halves(x)); }
 ATTNI_F5 float attni_hsum_avx512(__m512 x) { return attni_hsum_avx2(attni_halves(x)); }
+ATTNI_F5 __m512 attni_pow2_avx512(__m512 p, __m512 y, __m512 t) {
+    __mmask16 keep = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(keep, p, _mm512_sub_ps(t, _mm512_set1_ps(12582912.0f)));
+}
+ATTNI_F5 __m512 attni_load_f16_avx512(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+ATTNI_F5 __m512 attni_load_i8_avx512(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
+}
+// half i of each lane, from f16: even and odd halves of all lanes are gathered, one part converted
+ATTNI_F5 __m512 attni_uhalfat_avx512(__m512i x, int i) {
+    const __m512i order = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3,
+                                           1, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4,
+                                           2, 0);
+    __m512i y = _mm512_permutexvar_epi16(order, x);
+    return _mm512_cvtph_ps(i ? _mm512_extracti64x4_epi64(y, 1) : _mm512_castsi512_si256(y));
+}
+// e4m3 codes in the high bytes of 16-bit halves -> f16 of 2^-8 times the value; 0x7f is NaN
+ATTNI_F5 __m512i attni_e4m3_halves(__m512i x) {
+    __m512i h = _mm512_and_si512(_mm512_srai_epi16(x, 1), _mm512_set1_epi16((short)0xbf80));
+    __m512i low = _mm512_and_si512(h, _mm512_set1_epi16(0x3f80));
+    return _mm512_mask_blend_epi16(
+        _mm512_cmpeq_epi16_mask(low, _mm512_set1_epi16(0x3f80)), h, _mm512_set1_epi16(0x7e00));
+}
+ATTNI_F5 __m512i attni_byte_pairs(__m512i x, int odd) { // bytes 0, 2 or 1, 3 as high bytes
+    return odd ? _mm512_and_si512(x, _mm512_set1_epi16((short)0xff00)) : _mm512_slli_epi16(x, 8);
+}
+ATTNI_F5 __m512 attni_e4m3at_avx512(__m512i x, int i) {
+    __m512i h = attni_e4m3_halves(attni_byte_pairs(x, i & 1));
+    return _mm512_mul_ps(attni_uhalfat_avx512(h, i >> 1), _mm512_set1_ps(256.0f));
+}
+ATTNI_F5 __m512 attni_e5m2at_avx512(__m512i x, int i) {
+    return attni_uhalfat_avx512(attni_byte_pairs(x, i & 1), i >> 1);
+}
+ATTNI_F5 __m512i attni_high_bytes(const uint8_t *p) { // 16 bytes, the low 256 bits count
+    __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm512_castsi256_si512(_mm256_slli_epi16(x, 8));
+}
+ATTNI_F5 __m512 attni_load_e4m3_avx512(const uint8_t *p) {
+    __m512i h = attni_e4m3_halves(attni_high_bytes(p));
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(h)), _mm512_set1_ps(256.0f));
+}
+ATTNI_F5 __m512 attni_load_e5m2_avx512(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm512_castsi512_si256(attni_high_bytes(p)));
+}
+ATTNI_F5 void attni_store_bf16_avx512(uint16_t *p, __m512 x) { // nearest even, NaN stays NaN
+    __m512i u = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u,
+                             _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+// the signed nibble at bit n of each lane
+ATTNI_F5 __m512 attni_nibble_avx512(__m512i x, int n) {
+    const __m512 value =
+        _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return _mm512_permutexvar_ps(_mm512_srlv_epi32(x, _mm512_set1_epi32(n)), value);
+}
 ATTNI_F5 float attni_first_avx512(__m512 x) { return _mm512_cvtss_f32(x); }
 
 // 16 x 16 transposes of 4-byte units; the rest one by one
 ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, int n,
-                                       uint32_t *tile) {
+                                       uint32_t *tile, const uint8_t *const *ahead) {
     int u = 0, i;
     for (; gap == 4 && u + 16 <= n; u += 16) {
         __m512i r[16], t[16];
         ATTNI_UNROLL for (i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(row[i] + 4 * u);
+        ATTNI_UNROLL for (i = 0; i < 16; i++) ATTNI_PREFETCH(ahead[i] + 4 * u);
         ATTNI_UNROLL for (i = 0; i < 16; i += 2) {
             t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
             t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -1317,7 +1590,10 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_I(f) attni_##f##_scalar
 #define ATTNI_NR 1
 #define ATTNI_NC 1
-#define ATTNI_DIRECT16 0
+#define ATTNI_WR 1
+#define ATTNI_WC 1
+#define ATTNI_DIRECT 0
+#define ATTNI_OWN 0
 #define ATTNI_HELPER ATTNI_CALLED
 #if defined(ATTNI_X86) || defined(ATTNI_ARM) // only asked for by name there: PORTABLE will do
 #define ATTNI_FAST_TOO 0
@@ -1330,7 +1606,10 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT ATTNI_T2
 #define ATTNI_I(f) attni_##f##_avx2
-#define ATTNI_DIRECT16 0
+#define ATTNI_DIRECT 1
+#define ATTNI_OWN 1
+#define ATTNI_WR 6
+#define ATTNI_WC 1
 #define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
@@ -1339,11 +1618,14 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT ATTNI_T5
 #define ATTNI_I(f) attni_##f##_avx512
-#define ATTNI_DIRECT16 1
+#define ATTNI_DIRECT 2
+#define ATTNI_OWN 2
 #define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
 #define ATTNI_NC 4
+#define ATTNI_WR 8
+#define ATTNI_WC 2
 #include "attn_cpu.h"
 #endif // ATTNI_X86
 
@@ -1394,11 +1676,12 @@ ATTNI_TA static void attni_amx_config(int on) {
 // q: rows of bf16 pairs padded with zeros to 16 units; a tile with a units count off 16 is copied
 // out.
 ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uint32_t *const *kt,
-                                  const uint8_t *col, int nt, int units, float *s) {
+                                  const uint8_t *const *ahead, int look, const uint8_t *col,
+                                  int nt, int units, float *s) {
     const uint32_t *q = (const uint32_t *)qv;
     uint32_t pad[16 * 16];
     int j, u;
-    (void)nr; // rows past nr are zero queries, their scores land in spare rows
+    (void)nr, (void)ahead, (void)look; // rows past nr are zero queries, their scores land in spare rows
     for (j = 0; j < nt; j++) {
         _tile_zero(0);
         for (u = 0; u < units; u += 16) {
@@ -1419,11 +1702,12 @@ ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uin
 
 // Runs are widened to whole 32-token steps: weights there are zero, and so must V be.
 ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row,
-                                  const attni_run *run, int n, int vd, float *o, int64_t ldo) {
+                                  const void *const *ahead, const attni_run *run, int n, int vd,
+                                  float *o, int64_t ldo) {
     const uint16_t *p = (const uint16_t *)pv;
     const uint32_t *v = (const uint32_t *)row[0];
     int e, i, t;
-    (void)nr;
+    (void)nr, (void)ahead;
     ATTNI_TILE_FENCE;
     for (e = 0; e < vd; e += 16) {
         int done = -1;
@@ -1613,15 +1897,44 @@ ATTNI_INLINE float attni_hsum_neon(attni_V_neon x) {
     float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
     return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
 }
+ATTNI_INLINE attni_V_neon attni_pow2_neon(attni_V_neon p, attni_V_neon y, attni_V_neon t) {
+    int i;
+    ATTNI_Q {
+        uint32x4_t e = vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t.v[i]), 23),
+                                 vdupq_n_u32(0x3f800000u));
+        uint32x4_t drop = vcltq_f32(y.v[i], vdupq_n_f32(-100.0f));
+        p.v[i] = vreinterpretq_f32_u32(vbicq_u32(
+            vreinterpretq_u32_f32(vmulq_f32(p.v[i], vreinterpretq_f32_u32(e))), drop));
+    }
+    return p;
+}
+ATTNI_INLINE attni_V_neon attni_load_f16_neon(const uint8_t *p) {
+    attni_V_neon r;
+    int i;
+    ATTNI_Q r.v[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i)));
+    return r;
+}
+ATTNI_INLINE attni_V_neon attni_load_i8_neon(const uint8_t *p) {
+    const int8x16_t x = vreinterpretq_s8_u8(vld1q_u8(p));
+    const int16x8_t a = vmovl_s8(vget_low_s8(x)), b = vmovl_s8(vget_high_s8(x));
+    attni_V_neon r;
+    r.v[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(a)));
+    r.v[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(a)));
+    r.v[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(b)));
+    r.v[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(b)));
+    return r;
+}
 ATTNI_INLINE float attni_first_neon(attni_V_neon x) { return vgetq_lane_f32(x.v[0], 0); }
 
 // 4 x 4 transposes of 4-byte units; the rest one by one
-static void attni_pack_neon(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
+static void attni_pack_neon(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile,
+                            const uint8_t *const *ahead) {
     int u = 0, h, i;
     for (; gap == 4 && u + 4 <= n; u += 4)
         for (h = 0; h < 16; h += 4) {
             uint32x4_t r[4], a, b, c, d;
             ATTNI_Q r[i] = vreinterpretq_u32_u8(vld1q_u8(row[h + i] + 4 * u));
+            if (u % 16 == 0) ATTNI_Q ATTNI_PREFETCH(ahead[h + i] + 4 * u);
             a = vtrn1q_u32(r[0], r[1]);
             b = vtrn2q_u32(r[0], r[1]);
             c = vtrn1q_u32(r[2], r[3]);
@@ -1654,7 +1967,10 @@ static int attni_arm_features(void) {
 #define ATTNI_KERNEL_PASS 1
 #define ATTNI_TGT
 #define ATTNI_I(f) attni_##f##_neon
-#define ATTNI_DIRECT16 1
+#define ATTNI_DIRECT 1
+#define ATTNI_OWN 1
+#define ATTNI_WR 6
+#define ATTNI_WC 1
 #define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
@@ -2033,6 +2349,24 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
 
 // ==== >>impl-tasks  ==============================================================================
 
+// Where the tokens of a span are. What is not held stands on a neighbour (K, where it is masked) or
+// on zeros (V).
+typedef struct attni_rows {
+    int32_t span;
+    uint32_t tiles;            // the 16-token tiles that are filled in
+    const uint8_t **k;         // (256) first units
+    const void **v;            // (256)
+    float *ks, *vs;            // (256) scales
+    const void **ahead;        // (256) the K rows again, as memory is asked for them
+    const uint32_t *kt[ATTNI_TILES]; // K16: aligned tiles, else NULL
+} attni_rows;
+
+// Memory is fastest read from a few places at once: the order of tiles, and a token's place in the
+// order of tokens, that walks through the four quarters of a span in turn.
+ATTNI_INLINE int attni_tile_turn(int i) { return (i & 3) * 4 + (i >> 2); }
+ATTNI_INLINE int attni_token_place(int t) { return (t & 63) * 4 + (t >> 6); }
+
+
 // One thread's state while it runs tasks; the arrays lie in its scratch.
 typedef struct attni_work {
     const attn_desc *d;
@@ -2044,27 +2378,30 @@ typedef struct attni_work {
     int32_t k_units;           // 4-byte units of a K row
     int64_t ldq;               // elements of a packed query row, in the kernel's type
     float scale;
+    int v_dense;               // the V rows of a tile are one piece of memory
     int per_head;              // masks differ between the heads of a group
     // the task
-    int32_t kv_head, n_tokens, n_rows; // row = head in group * n_tokens + token
+    int32_t segment, kv_head, n_tokens, n_rows; // row = head in group * n_tokens + token
+    int32_t rb;                // rows a kernel takes together
+    int32_t r0, r1;            // the rows at work, whose scores stay in the first-level cache
     int32_t *tok, *seq;        // (n_tokens) global query token, sequence
     int32_t *pos;              // (n_tokens) position
-    void *q;                   // (n_rows + 16, ldq)
+    void *q;                   // (n_rows + 32, ldq)
     float *o, *m, *l;          // (n_rows, vdp), (n_rows)
     // the span
     uint64_t (*bits)[4];       // (n_tokens or n_rows) visible keys
     uint16_t *tiles;           // per row block: 16-token tiles any of its rows sees
-    float *s;                  // (n_rows + 16, 256) scores, then weights
+    float *s;                  // (32 + 32, 256) scores of rows r0 .. r1, then weights
     uint16_t *p16;             // the same for bf16 weights
-    float *sm, *sl;            // (n_rows) maximum and sum of the span
-    float *os;                 // (16, vdp) weighted sums of a row block, and as much to spare
-    const uint8_t **krow;      // (256)
-    const void **vrow;         // (256 + 40): kernels prefetch ahead
+    float *sm, *sl;            // (64) maximum and sum of the span
+    float *os;                 // (32, vdp) weighted sums of a row block, and as much to spare
+    attni_rows rows[2];        // this span and, when rows are few, the next
+    int next;                  // rows[1] holds the next span
     const uint32_t **kt;       // (16) K16 tiles
     uint32_t *kraw;            // (16, k_units, 16)
     float *kf;                 // (16, head_dim, 16) f32
     float *vf;                 // (256, vdp) f32, or pairs
-    float *ks, *vs, *add;      // (256)
+    float *add;                // (256)
 } attni_work;
 
 static const uint32_t attni_zeros[ATTN_MAX_HEAD_DIM + 16] = {0};
@@ -2074,6 +2411,7 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
                                      int32_t n_rows) {
     size_t at = 0, r = (size_t)n_rows + ATTNI_RB_MAX, t = (size_t)n_tokens, vdp = (size_t)w->vdp;
     size_t dim = ((size_t)w->d->head_dim + 31) & ~(size_t)31;
+    int i;
 #define ATTNI_CARVE(field, type, count)                                                            \
     if (base) w->field = (type)(void *)(base + at);                                                \
     at += (sizeof *w->field * (size_t)(count) + 63) & ~(size_t)63;
@@ -2087,19 +2425,22 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
     ATTNI_CARVE(l, float *, r)
     ATTNI_CARVE(bits, uint64_t(*)[4], r)
     ATTNI_CARVE(tiles, uint16_t *, r)
-    ATTNI_CARVE(s, float *, r * ATTN_SPAN)
-    ATTNI_CARVE(p16, uint16_t *, r * ATTN_SPAN)
-    ATTNI_CARVE(sm, float *, r)
-    ATTNI_CARVE(sl, float *, r)
+    ATTNI_CARVE(s, float *, 2 * ATTNI_RB_MAX * ATTN_SPAN)
+    ATTNI_CARVE(p16, uint16_t *, 2 * ATTNI_RB_MAX * ATTN_SPAN)
+    ATTNI_CARVE(sm, float *, 2 * ATTNI_RB_MAX)
+    ATTNI_CARVE(sl, float *, 2 * ATTNI_RB_MAX)
     ATTNI_CARVE(os, float *, 2 * ATTNI_RB_MAX * vdp)
-    ATTNI_CARVE(krow, const uint8_t **, ATTN_SPAN)
-    ATTNI_CARVE(vrow, const void **, ATTN_SPAN + 40)
+    for (i = 0; i < 2; i++) {
+        ATTNI_CARVE(rows[i].k, const uint8_t **, ATTN_SPAN)
+        ATTNI_CARVE(rows[i].v, const void **, ATTN_SPAN)
+        ATTNI_CARVE(rows[i].ahead, const void **, ATTN_SPAN)
+        ATTNI_CARVE(rows[i].ks, float *, ATTN_SPAN)
+        ATTNI_CARVE(rows[i].vs, float *, ATTN_SPAN)
+    }
     ATTNI_CARVE(kt, const uint32_t **, ATTNI_TILES)
     ATTNI_CARVE(kraw, uint32_t *, ATTN_SPAN * dim)
     ATTNI_CARVE(kf, float *, ATTN_SPAN * dim)
     ATTNI_CARVE(vf, float *, ATTN_SPAN * vdp)
-    ATTNI_CARVE(ks, float *, ATTN_SPAN)
-    ATTNI_CARVE(vs, float *, ATTN_SPAN)
     ATTNI_CARVE(add, float *, ATTN_SPAN)
 #undef ATTNI_CARVE
     return at;
@@ -2140,6 +2481,8 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
     if (w->group == 1) w->per_head = 0;
     w->vdp = (p->v_head_dim + 15) & ~15;
     w->k_units = d->head_dim * attni_bits_of(d->kv.k.dtype) / 32;
+    w->v_dense = w->v.token_bytes * 8 == (int64_t)w->v.dim * attni_bits_of(w->v.dtype) &&
+                 d->kv.page_tokens % 16 == 0;
     w->scale = attni_scale(d);
     return ATTN_OK;
 }
@@ -2189,7 +2532,7 @@ ATTNI_CALLED void attni_load_q(attni_work *w) {
                 memcpy((float *)w->q + row * w->ldq, x, 4 * (size_t)n);
             }
         }
-    // kernels may take whole blocks of 16 rows
+    // kernels may take whole blocks of 32 rows
     memset((uint8_t *)w->q + w->n_rows * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4), 0,
            (size_t)(ATTNI_RB_MAX * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4)));
 }
@@ -2198,9 +2541,12 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
     const attn_plan *p = w->p;
     const attn_segment *g = &p->segment[t->segment];
     int32_t i = 0, place, skip = t->first_token;
+    w->segment = t->segment;
     w->kv_head = t->kv_head;
+    w->next = 0;
     w->n_tokens = t->n_tokens;
     w->n_rows = t->n_tokens * w->group;
+    w->rb = w->n_rows <= ATTNI_FEW ? attni_max32(ATTNI_FEW, w->x.rb) : w->x.rb;
     for (place = g->seq0; place < g->seq0 + g->n_seq && i < w->n_tokens; place++) {
         int32_t s = p->order[place], j;
         const attn_plan_seq *q = &p->seq[s];
@@ -2244,7 +2590,7 @@ static const uint64_t *attni_row_bits(const attni_work *w, int32_t row) {
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
 ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
     uint32_t all = 0;
-    int32_t g, i, r, rb = w->x.rb, n = w->per_head ? w->group : 1;
+    int32_t g, i, r, rb = w->rb, n = w->per_head ? w->group : 1;
     for (g = 0; g < n; g++)
         for (i = 0; i < w->n_tokens; i++) {
             const attn_plan_seq *q = &w->p->seq[w->seq[i]];
@@ -2266,35 +2612,69 @@ ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
     return (uint16_t)all;
 }
 
-// Row pointers and scales of one 16-token tile; tokens that are not held stand on a neighbour (K,
-// where they are masked) or on zeros (V). Returns the page when the whole tile is one aligned K16
-// tile.
-ATTNI_CALLED attn_result attni_tile_rows(attni_work *w, int32_t s, int32_t span, int i,
-                                   int32_t *k16_place, int64_t *k16_page) {
+ATTNI_INLINE void attni_token_scales(const attni_side *s, int64_t page, int32_t place,
+                                     int32_t head, int32_t n, float *out) {
+    const uint8_t *p = s->data + page * s->page_bytes + s->scale_offset + head * s->scale_head +
+                       place * s->scale_token;
+    int32_t i;
+    if (s->head_scale)
+        for (i = 0; i < n; i++) out[i] = s->head_scale[head];
+    else if (s->scale_token == 4) memcpy(out, p, 4 * (size_t)n);
+    else
+        for (i = 0; i < n; i++) memcpy(out + i, p + i * s->scale_token, 4);
+}
+
+// Fills in the rows of tiles of a span. Bad pages are errors, or zeros when one only looks ahead.
+ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t tiles, int looking,
+                                         attni_rows *x) {
+    const int32_t s = w->seq[0], pt = w->d->kv.page_tokens, head = w->kv_head;
     const attn_plan_seq *q = &w->p->seq[s];
-    int64_t j0 = (int64_t)span * ATTN_SPAN + 16 * i - q->kv_pos0;
-    int32_t lo = (int32_t)attni_max64(0, -j0), hi = (int32_t)attni_min64(16, q->kv_len - j0), t, u;
-    int32_t pt = w->d->kv.page_tokens, place = 0, page = -1, head = w->kv_head;
-    *k16_page = -1;
-    for (t = lo; t < hi; t++, place++) {
-        int at = 16 * i + t;
-        if (t == lo || place == pt) {
-            place = (int32_t)((j0 + t) % pt);
-            page = attni_page_of(w->d, s, (int32_t)(j0 + t));
-            if (page < 0) return ATTN_ERR_PAGE;
-            if (t == 0 && place % 16 == 0 && pt % 16 == 0) *k16_page = page, *k16_place = place;
+    const int64_t j0 = (int64_t)span * ATTN_SPAN - q->kv_pos0;
+    const int32_t lo = (int32_t)attni_max64(0, attni_min64(ATTN_SPAN, -j0)),
+                  hi = (int32_t)attni_max64(0, attni_min64(ATTN_SPAN, q->kv_len - j0));
+    const int kscale = attni_is_scaled(w->k.dtype), vscale = attni_is_scaled(w->v.dtype);
+    const int64_t k_step = w->k.k16 ? 4 : w->k.token_bytes;
+    int i, t;
+    x->span = span;
+    x->tiles = tiles;
+    for (i = 0; i < ATTNI_TILES; i++) {
+        int32_t t0 = attni_max32(16 * i, lo), t1 = attni_min32(16 * i + 16, hi), end;
+        x->kt[i] = NULL;
+        if (!((tiles >> i) & 1u)) t1 = t0;
+        if (t1 - t0 < 16)
+            for (t = 16 * i; t < 16 * i + 16; t++) {
+                x->k[t] = NULL;
+                x->v[t] = x->ahead[attni_token_place(t)] = attni_zeros;
+                x->ks[t] = x->vs[t] = 0;
+            }
+        for (t = t0; t < t1; t = end) { // up to the end of the tile or page
+            int32_t place = (int32_t)((j0 + t) % pt), page = attni_page_of(w->d, s, (int32_t)(j0 + t));
+            const uint8_t *k, *v, *look;
+            int64_t look_step = w->k.token_bytes;
+            end = attni_min32(t1, t + (pt - place));
+            if (page < 0) {
+                if (!looking) return ATTN_ERR_PAGE;
+                for (; t < end; t++)
+                    x->k[t] = (const uint8_t *)(x->v[t] = x->ahead[attni_token_place(t)] = attni_zeros);
+                continue;
+            }
+            if (w->k.k16) end = attni_min32(end, t + (16 - place % 16));
+            k = look = w->k.data + page * w->k.page_bytes + attni_token_offset(&w->k, place, head);
+            v = w->v.data + page * w->v.page_bytes + attni_token_offset(&w->v, place, head);
+            if (w->k.k16) look_step = 4 * w->k_units;
+            if (w->k.k16 && t == 16 * i && place % 16 == 0)
+                x->kt[i] = (const uint32_t *)(const void *)k;
+            if (kscale) attni_token_scales(&w->k, page, place, head, end - t, x->ks + t);
+            if (vscale) attni_token_scales(&w->v, page, place, head, end - t, x->vs + t);
+            for (; t < end; t++, k += k_step, v += w->v.token_bytes, look += look_step) {
+                x->k[t] = k;
+                x->v[t] = v;
+                x->ahead[attni_token_place(t)] = look;
+            }
         }
-        w->krow[at] = w->k.data + page * w->k.page_bytes + attni_token_offset(&w->k, place, head);
-        w->vrow[at] = w->v.data + page * w->v.page_bytes + attni_token_offset(&w->v, place, head);
-        if (attni_is_scaled(w->k.dtype)) w->ks[at] = attni_token_scale(&w->k, page, place, head);
-        if (attni_is_scaled(w->v.dtype)) w->vs[at] = attni_token_scale(&w->v, page, place, head);
+        for (t = 16 * i; t < 16 * i + 16 && t0 < t1 && t1 - t0 < 16; t++)
+            if (!x->k[t]) x->k[t] = x->k[t0];
     }
-    for (u = 0; u < 16; u++)
-        if (u < lo || u >= hi) {
-            w->krow[16 * i + u] = lo < hi ? w->krow[16 * i + lo] : NULL;
-            w->vrow[16 * i + u] = attni_zeros;
-            w->ks[16 * i + u] = w->vs[16 * i + u] = 0;
-        }
     return ATTN_OK;
 }
 
@@ -2311,93 +2691,127 @@ ATTNI_CALLED int attni_runs_of(uint32_t tiles, attni_run run[ATTNI_TILES]) {
     return n;
 }
 
+// What a pass over one operand asks for from memory meanwhile: the span after this.
+ATTNI_INLINE const void *const *attni_ahead(const attni_work *w) {
+    return w->next ? w->rows[1].ahead : w->rows[0].v;
+}
+
 // Makes rows of V what the kernel reads: f32 rows for the types without a kernel of their own or
 // when many rows share the work, pairs for the bf16 dot. row: 256 pointers, replaced.
 ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
     attn_dtype t = w->v.dtype;
     attni_run run[ATTNI_TILES];
-    int n = attni_runs_of(tiles, run), i, j, vd = w->p->v_head_dim;
+    const void *const *ahead = attni_ahead(w);
+    int n = attni_runs_of(tiles, run), i, j, b, vd = w->p->v_head_dim;
+    int look = w->next ? 4 * w->k_units : 0;
     if (w->x.pv_kind == ATTNI_BDOT) {
-        w->x.mv->pairs(row, run, n, vd, w->vdp, (uint32_t *)(void *)w->vf);
+        w->x.mv->pairs(row, run, n, vd, w->vdp, ahead, (uint32_t *)(void *)w->vf);
+        row[0] = w->vf;
         return w->x.pv;
     }
-    if (vd == w->vdp && (t == ATTN_F32 || (attni_is_float(t) && w->n_rows <= 12 && w->x.ma->pv[t])))
+    if (t == ATTN_F32 ? vd == w->vdp
+                      : vd % 16 == 0 && vd >= 64 && w->n_rows <= ATTNI_FEW && w->x.ma->pv[t])
         return w->x.ma->pv[t];
     for (i = 0; i < n; i++)
         for (j = run[i].t0; j < run[i].t1; j++) {
             float *out = w->vf + (int64_t)j * w->vdp;
-            ATTNI_PREFETCH((const uint8_t *)row[j + 16]);
+            for (b = 0; b < look; b += 64) ATTNI_PREFETCH((const uint8_t *)ahead[j] + b);
             w->x.mv->widen(row[j] == (const void *)attni_zeros ? ATTN_F32 : t, row[j], vd, out);
             row[j] = out;
         }
     return w->x.ma->pv[ATTN_F32];
 }
 
+// Rows and K tiles of a span. K is packed where it does not lie in tiles already; V of the same
+// tokens is asked for meanwhile.
 ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) {
-    int row_bytes = 4 * w->k_units, i, t, b;
-    for (i = 0; i < ATTNI_TILES; i++) {
-        int32_t place = 0;
-        int64_t page = -1;
-        attn_result r;
-        w->kt[i] = NULL;
-        if (!((tiles >> i) & 1u)) {
-            for (t = 16 * i; t < 16 * i + 16; t++) w->vrow[t] = attni_zeros;
-            continue;
-        }
-        if ((r = attni_tile_rows(w, w->seq[0], span, i, &place, &page)) != ATTN_OK) return r;
-        if (w->k.k16 && page >= 0)
-            w->kt[i] =
-                (const uint32_t *)(const void *)(w->k.data + page * w->k.page_bytes +
-                                                 attni_token_offset(&w->k, place, w->kv_head));
+    attni_rows *x = &w->rows[0];
+    int look = w->v_dense && w->n_rows <= ATTNI_FEW;
+    int i, t, turn;
+    if (w->next && w->rows[1].span == span) {
+        attni_rows swap = w->rows[0];
+        w->rows[0] = w->rows[1];
+        w->rows[1] = swap;
+    } else x->span = -1;
+    w->next = 0;
+    if (x->span != span || (tiles & ~x->tiles)) {
+        attn_result r = attni_find_rows(w, span, tiles, 0, x);
+        if (r != ATTN_OK) return r;
     }
-    for (i = 0; i < ATTNI_TILES; i++) {
-        uint32_t *raw = w->kraw + (int64_t)i * 16 * w->k_units;
+    if (w->n_rows <= 64 && span + 1 < w->p->segment[w->segment].span1) {
+        attni_find_rows(w, span + 1, 0xffffu, 1, &w->rows[1]);
+        w->next = 1;
+    }
+    for (turn = 0; turn < ATTNI_TILES; turn++) {
+        uint32_t *raw;
+        const uint8_t *ahead[16];
+        i = attni_tile_turn(turn);
+        raw = w->kraw + (int64_t)i * 16 * w->k_units;
+        w->kt[i] = x->kt[i];
         if (!((tiles >> i) & 1u) || w->kt[i]) continue;
-        if (!w->k.k16 && i + 1 < ATTNI_TILES && ((tiles >> (i + 1)) & 1u) && w->krow[16 * i + 16])
-            for (t = 16; t < 32; t++)
-                for (b = 0; b < row_bytes; b += 64) ATTNI_PREFETCH(w->krow[16 * i + t] + b);
-        if (!w->krow[16 * i]) memset(raw, 0, 64 * (size_t)w->k_units); // nothing held
-        else w->x.mv->pack(w->krow + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw);
+        if (!x->k[16 * i]) memset(raw, 0, 64 * (size_t)w->k_units); // nothing held
+        else {
+            for (t = 0; t < 16; t++) // half of the V rows when the scores ask for the other half
+                ahead[t] = (const uint8_t *)x->v[16 * (turn / 4 + 4 * (t % 4)) +
+                                                 (look
+                                                      ? 2 * (turn % 4) + t / 4 % 2
+                                                             : 4 * (turn % 4) + t / 4)];
+            w->x.mv->pack(x->k + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw, ahead);
+        }
         w->kt[i] = raw;
     }
-    for (i = ATTN_SPAN; i < ATTN_SPAN + 40; i++) w->vrow[i] = attni_zeros;
     return ATTN_OK;
 }
 
 // ---- scores, weights, sums
 
-ATTNI_CALLED void attni_scores(attni_work *w, uint32_t tiles) {
+// K tiles as the kernel reads them: f32 ones for the types without a kernel of their own or when
+// many rows share the work. Returns the kernel.
+ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *units) {
     attn_dtype t = w->k.dtype;
-    int few = w->n_rows <= 12, units = w->k_units, panel, i, r, rb = w->x.rb;
-    int direct = w->x.qk_kind != ATTNI_F32 || t == ATTN_F32 ||
-                 (few && attni_is_float(t) && w->x.ma->qk[t]);
-    attni_qk_fn qk = w->x.qk_kind != ATTNI_F32 ? w->x.qk
-                     : direct                  ? w->x.ma->qk[t]
-                                               : w->x.ma->qk[ATTN_F32];
+    int i;
+    *units = w->k_units;
+    if (w->x.qk_kind != ATTNI_F32) return w->x.qk;
+    if (t == ATTN_F32 || (w->n_rows <= ATTNI_FEW && w->x.ma->qk[t])) return w->x.ma->qk[t];
+    for (i = 0; i < ATTNI_TILES; i++) {
+        float *out = w->kf + (int64_t)i * 16 * w->d->head_dim;
+        if (!((tiles >> i) & 1u)) continue;
+        w->x.mv->widen_tile(t, w->kt[i], w->k_units, out);
+        w->kt[i] = (const uint32_t *)(const void *)out;
+    }
+    *units = w->d->head_dim;
+    return w->x.ma->qk[ATTN_F32];
+}
+
+ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_t tiles) {
+    const attni_rows *x = &w->rows[0];
+    const int few = w->n_rows <= ATTNI_FEW;
+    const int look = !w->v_dense ? 0 : w->k.k16 ? 64 : 32; // bytes of V per unit of K
     int64_t q_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
+    int panel, i, r, turn;
     // 64 tokens at a time when there are many rows: their K stays in the first-level cache
     for (panel = 0; panel < ATTNI_TILES; panel += few ? ATTNI_TILES : 4) {
         uint32_t in = tiles & ((few ? 0xffffu : 15u) << panel);
-        const uint32_t *kt[ATTNI_TILES + 7];
-        uint8_t col[ATTNI_TILES + 7];
         if (!in) continue;
-        if (!direct) {
-            for (i = 0; i < ATTNI_TILES; i++) {
-                float *out = w->kf + (int64_t)i * 16 * w->d->head_dim;
-                if (!((in >> i) & 1u)) continue;
-                w->x.mv->widen_tile(t, w->kt[i], units, out);
-                w->kt[i] = (const uint32_t *)(const void *)out;
-            }
-        }
-        for (r = 0; r < w->n_rows; r += rb) {
-            uint32_t mine = in & w->tiles[r / rb];
+        for (r = w->r0; r < w->r1; r += w->rb) {
+            const uint32_t *kt[ATTNI_TILES + 3];
+            const uint8_t *ahead[ATTNI_TILES + 3];
+            uint8_t col[ATTNI_TILES + 3];
+            uint32_t mine = in & w->tiles[r / w->rb];
             int n = 0;
-            for (i = 0; i < ATTNI_TILES; i++)
-                if ((mine >> i) & 1u) kt[n] = w->kt[i], col[n++] = (uint8_t)i;
-            for (i = n; n && i < n + 7; i++) kt[i] = kt[n - 1], col[i] = col[n - 1];
+            for (turn = 0; turn < (few ? ATTNI_TILES : 4); turn++) {
+                i = few ? attni_tile_turn(turn) : panel + turn;
+                if (!((mine >> i) & 1u)) continue;
+                // V of the same tokens is asked for, as far as packing has not done so
+                ahead[n] = (const uint8_t *)x->v[16 * i + (w->k.k16 ? 0 : 8)];
+                kt[n] = w->kt[i];
+                col[n++] = (uint8_t)i;
+            }
+            for (i = n; n && i < n + 3; i++)
+                kt[i] = kt[n - 1], ahead[i] = ahead[n - 1], col[i] = col[n - 1];
             if (n)
-                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(rb, w->n_rows - r), kt,
-                   col, n, direct ? units : w->d->head_dim, w->s + (int64_t)r * ATTN_SPAN);
+                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(w->rb, w->r1 - r), kt,
+                   ahead, look, col, n, units, w->s + (int64_t)(r - w->r0) * ATTN_SPAN);
         }
     }
 }
@@ -2434,44 +2848,47 @@ ATTNI_CALLED void attni_weights(attni_work *w, int32_t span) {
     attni_soft a;
     int32_t r;
     memset(&a, 0, sizeof a);
-    a.k_scale = attni_is_scaled(w->k.dtype) ? w->ks : NULL;
-    a.v_scale = attni_is_scaled(w->v.dtype) ? w->vs : NULL;
+    a.k_scale = attni_is_scaled(w->k.dtype) ? w->rows[0].ks : NULL;
+    a.v_scale = attni_is_scaled(w->v.dtype) ? w->rows[0].vs : NULL;
     a.scale = w->scale;
     a.softcap = w->d->logits.softcap;
-    for (r = 0; r < w->n_rows; r++) {
-        int32_t i = r % w->n_tokens, head = w->kv_head * w->group + r / w->n_tokens;
+    for (r = w->r0; r < w->r1; r++) {
+        int32_t i = r % w->n_tokens, k = r - w->r0, head = w->kv_head * w->group + r / w->n_tokens;
         const attn_plan_seq *q = &w->p->seq[w->seq[i]];
         int tree = w->d->logits.alibi && w->d->mask.kind == ATTN_MASK_TREE && !q->is_chain &&
                    (int64_t)(span + 1) * ATTN_SPAN > q->q_pos0;
-        a.tiles = w->tiles[r / w->x.rb];
+        a.tiles = w->tiles[r / w->rb];
         if (!a.tiles) {
-            w->sm[r] = attni_float(0xff800000u);
-            w->sl[r] = 0;
+            w->sm[k] = attni_float(0xff800000u);
+            w->sl[k] = 0;
             continue;
         }
         a.alibi = w->d->logits.alibi && !tree ? w->d->logits.alibi[head] : 0;
         a.alibi_first = (float)((int64_t)span * ATTN_SPAN - w->pos[i]);
         a.add = attni_row_add(w, i, head, span, tree);
-        a.p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + (int64_t)r * ATTN_SPAN : NULL;
-        w->sm[r] =
-            w->x.ma->soft(&a, w->s + (int64_t)r * ATTN_SPAN, attni_row_bits(w, r), &w->sl[r]);
+        a.p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + k * ATTN_SPAN : NULL;
+        w->sm[k] = w->x.ma->soft(&a, w->s + k * ATTN_SPAN, attni_row_bits(w, r), &w->sl[k]);
     }
+}
+
+static const void *attni_row_weights(const attni_work *w, int32_t r) {
+    int32_t at = (r - w->r0) * ATTN_SPAN;
+    return w->x.pv_kind == ATTNI_BDOT ? (const void *)(w->p16 + at) : (const void *)(w->s + at);
 }
 
 // A row whose sum holds Inf or NaN: again, with zeros for the V rows its own mask hides, since 0 *
 // NaN of another row's token must not reach it.
 ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32_t tiles,
                                   float *out) {
-    const void *row[ATTN_SPAN + 40];
+    const void *row[ATTN_SPAN];
     const uint64_t *b = attni_row_bits(w, r);
     attni_run run[ATTNI_TILES];
     attni_pv_fn pv;
-    const void *p = w->x.pv_kind == ATTNI_BDOT ? (const void *)(w->p16 + (int64_t)r * ATTN_SPAN)
-                                               : (const void *)(w->s + (int64_t)r * ATTN_SPAN);
+    const void *p = attni_row_weights(w, r);
     int t, n = attni_runs_of(tiles, run);
-    for (t = 0; t < ATTN_SPAN + 40; t++) {
+    for (t = 0; t < ATTN_SPAN; t++) {
         row[t] = attni_zeros;
-        if (t < ATTN_SPAN && ((b[t / 64] >> (t % 64)) & 1u)) {
+        if ((b[t / 64] >> (t % 64)) & 1u) {
             const attn_plan_seq *q = &w->p->seq[w->seq[0]];
             int64_t j = (int64_t)span * ATTN_SPAN + t - q->kv_pos0;
             int32_t page = attni_page_of(w->d, w->seq[0], (int32_t)j);
@@ -2480,8 +2897,7 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
         }
     }
     pv = attni_prepare_v(w, row, tiles);
-    if (w->x.pv_kind == ATTNI_BDOT) row[0] = w->vf;
-    pv(p, 1, row, run, n, w->vdp, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, w->vdp);
+    pv(p, 1, row, attni_ahead(w), run, n, w->vdp, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, w->vdp);
     memcpy(out, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, 4 * (size_t)w->vdp);
 }
 
@@ -2499,33 +2915,29 @@ static void attni_put_partial(const attni_work *w, float *dst, const float *o, f
     dst[w->p->v_head_dim + 1] = l;
 }
 
-ATTNI_CALLED void attni_sums(attni_work *w, const attn_task *t, int32_t span, uint32_t tiles,
-                       float *partials) {
+// Folds the weighted sums of rows r0 .. r1 into their O, or stores them as partials of the span.
+ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, int32_t span,
+                             uint32_t tiles, float *partials) {
     const attn_segment *g = &w->p->segment[t->segment];
-    int per_span = g->n_slots > 1, rb = w->x.rb, n, i, spoiled = 0;
+    int n, i;
     int32_t r;
     attni_run run[ATTNI_TILES];
-    attni_pv_fn pv = attni_prepare_v(w, w->vrow, tiles);
-    if (w->x.pv_kind == ATTNI_BDOT) w->vrow[0] = w->vf;
-    for (r = 0; r < w->n_rows; r += rb) {
-        int nr = attni_min32(rb, w->n_rows - r);
-        n = attni_runs_of(w->tiles[r / rb], run);
-        if (spoiled) { // an earlier row's second try used the shared V buffer
-            attni_load_span(w, span, tiles);
-            pv = attni_prepare_v(w, w->vrow, tiles);
-            if (w->x.pv_kind == ATTNI_BDOT) w->vrow[0] = w->vf;
-            spoiled = 0;
-        }
+    for (r = w->r0; r < w->r1; r += w->rb) {
+        int nr = attni_min32(w->rb, w->r1 - r);
+        n = attni_runs_of(w->tiles[r / w->rb], run);
         if (n)
-            pv(w->x.pv_kind == ATTNI_BDOT ? (const void *)(w->p16 + (int64_t)r * ATTN_SPAN)
-                                          : (const void *)(w->s + (int64_t)r * ATTN_SPAN),
-               nr, w->vrow, run, n, w->vdp, w->os, w->vdp);
-        if (n && w->x.mv->special(w->os, (int64_t)nr * w->vdp))
-            for (i = 0, spoiled = 1; i < nr; i++)
-                attni_row_again(w, span, r + i, w->tiles[r / rb], w->os + (int64_t)i * w->vdp);
+            pv(attni_row_weights(w, r), nr, w->rows[0].v, attni_ahead(w), run, n, w->vdp, w->os,
+               w->vdp);
+        if (n && w->x.mv->special(w->os, (int64_t)nr * w->vdp)) {
+            for (i = 0; i < nr; i++)
+                attni_row_again(w, span, r + i, w->tiles[r / w->rb], w->os + (int64_t)i * w->vdp);
+            attni_find_rows(w, span, tiles, 0, &w->rows[0]); // it used the buffer of V
+            attni_prepare_v(w, w->rows[0].v, tiles);
+        }
         for (i = 0; i < nr; i++) {
-            float *os = w->os + (int64_t)i * w->vdp, m = w->sm[r + i], l = w->sl[r + i];
-            if (per_span)
+            float *os = w->os + (int64_t)i * w->vdp;
+            float m = w->sm[r - w->r0 + i], l = w->sl[r - w->r0 + i];
+            if (g->n_slots > 1)
                 attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r + i), os,
                                   m, l);
             else
@@ -2574,10 +2986,18 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
             !(m->window_left && b0 + ATTN_SPAN <= p0 - (m->window_left - 1) && b0 >= m->n_sink))
             tiles = attni_span_masks(w, span);
         if (tiles) {
+            int units, block = w->n_rows <= 48 ? w->n_rows : w->rb < 24 ? 24 / w->rb * w->rb : w->rb;
+            attni_qk_fn qk;
+            attni_pv_fn pv = NULL;
             if ((r = attni_load_span(w, span, tiles)) != ATTN_OK) return r;
-            attni_scores(w, tiles);
-            attni_weights(w, span);
-            attni_sums(w, t, span, tiles, partials);
+            qk = attni_prepare_k(w, tiles, &units);
+            for (w->r0 = 0; w->r0 < w->n_rows; w->r0 += block) {
+                w->r1 = attni_min32(w->n_rows, w->r0 + block);
+                attni_scores(w, qk, units, tiles);
+                attni_weights(w, span);
+                if (!pv) pv = attni_prepare_v(w, w->rows[0].v, tiles);
+                attni_sums(w, pv, t, span, tiles, partials);
+            }
         } else if (g->n_slots > 1) {
             for (i = 0; i < w->n_rows; i++)
                 attni_partial(w, g, t, partials, span - g->span0, i)[w->p->v_head_dim] =
@@ -2745,6 +3165,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_F2
 #undef ATTNI_F5
 #undef ATTNI_GET
+#undef ATTNI_HIDE
 #undef ATTNI_INLINE
 #undef ATTNI_NAMES
 #undef ATTNI_PIN
