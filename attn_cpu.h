@@ -43,7 +43,7 @@
     X(SCALAR, 1, "scalar")                                                                         \
     X(AVX2, 2, "avx2")             /* + FMA, F16C */                                               \
     X(AVX512, 3, "avx512")         /* F, BW, VL, DQ; VNNI under APPROX when present */             \
-    X(AVX512_BF16, 4, "avx512bf16")                                                                \
+    X(AVX512_BF16, 4, "avx512bf16") /* AUTO: where the bf16 dot is faster than FMA (AMD) */        \
     X(AMX, 5, "amx")               /* + attn_cpu_open */                                           \
     X(NEON, 6, "neon")                                                                             \
     X(NEON_BF16, 7, "neonbf16")    /* + BF16 and DotProd */
@@ -267,6 +267,10 @@ ATTNI_HELPER ATTNI_TGT void ATTNI_I(store_bf16)(uint16_t *p, V x) {
         ATTNI_I(uequal)(nan, ATTNI_I(uset1)(1),
                         ATTNI_I(asv)(ATTNI_I(uor)(u, ATTNI_I(uset1)(0x400000u))), ATTNI_I(asv)(r));
     ATTNI_I(ustore16)(p, ATTNI_I(ushr)(ATTNI_I(asu)(v), 16));
+}
+ATTNI_HELPER ATTNI_TGT void ATTNI_I(store_bf16_two)(uint16_t *p, V x, V y) {
+    ATTNI_I(store_bf16)(p, x);
+    ATTNI_I(store_bf16)(p + 16, y);
 }
 #endif
 
@@ -589,7 +593,7 @@ ATTNI_HELPER ATTNI_TGT float ATTNI_K(soft_plain)(const attni_soft *a, float *s,
                 x[j] = ATTNI_I(mul)(x[j], ATTNI_I(load)(a->v_scale + 16 * (i + j)));
                 if (seen[j] != 0xffffu) x[j] = ATTNI_I(pick)(seen[j], x[j], zero);
             }
-        if (a->p16) ATTNI_BOTH ATTNI_I(store_bf16)(a->p16 + 16 * (i + j), x[j]);
+        if (a->p16) ATTNI_I(store_bf16_two)(a->p16 + 16 * i, x[0], x[1]);
         else ATTNI_BOTH ATTNI_I(store)(s + 16 * (i + j), x[j]);
     }
 #undef ATTNI_BOTH
@@ -659,8 +663,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
 ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms,
                                     float ls, int n) {
     const float none = attni_float(0xff800000u);
-    float mn = *m > ms ? *m : ms;
-    V a, b;
+    V e;
     int i;
     if (ms == none) return;
     if (*m == none) {
@@ -669,15 +672,18 @@ ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *o
         *l = ls;
         return;
     }
-    a = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(*m), ATTNI_I(set1)(mn)));
-    b = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(ms), ATTNI_I(set1)(mn)));
-    for (i = 0; i < n; i += 16) {
-        V x = ATTNI_I(barrier)(ATTNI_I(mul)(ATTNI_I(load)(o + i), a));
-        ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(os + i), b, x));
+    // the larger one's factor is 1
+    e = ATTNI_K(exp)(ATTNI_I(set1)(*m > ms ? ms - *m : *m - ms));
+    if (*m > ms) {
+        for (i = 0; i < n; i += 16)
+            ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(os + i), e, ATTNI_I(load)(o + i)));
+        *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(ls), e, ATTNI_I(set1)(*l)));
+        return;
     }
-    *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(ls), b,
-                                   ATTNI_I(barrier)(ATTNI_I(mul)(ATTNI_I(set1)(*l), a))));
-    *m = mn;
+    for (i = 0; i < n; i += 16)
+        ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(o + i), e, ATTNI_I(load)(os + i)));
+    *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(*l), e, ATTNI_I(set1)(ls)));
+    *m = ms;
 }
 
 // o / l, after the sink's logit (-inf: none) joined the sum. On return *m is finite unless the row
@@ -1531,13 +1537,23 @@ ATTNI_F5 __m512 attni_load_e4m3_avx512(const uint8_t *p) {
 ATTNI_F5 __m512 attni_load_e5m2_avx512(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm512_castsi512_si256(attni_high_bytes(p)));
 }
-ATTNI_F5 void attni_store_bf16_avx512(uint16_t *p, __m512 x) { // nearest even, NaN stays NaN
+ATTNI_F5 __m512i attni_round_bf16(__m512 x) { // in the high halves; nearest even, NaN stays NaN
     __m512i u = _mm512_castps_si512(x);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-    r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u,
-                             _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+    return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u,
+                                _mm512_set1_epi32(0x400000));
+}
+ATTNI_F5 void attni_store_bf16_avx512(uint16_t *p, __m512 x) {
+    _mm256_storeu_si256((__m256i *)(void *)p,
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(attni_round_bf16(x), 16)));
+}
+ATTNI_F5 void attni_store_bf16_two_avx512(uint16_t *p, __m512 x, __m512 y) {
+    const __m512i high = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37,
+                                          35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7,
+                                          5, 3, 1);
+    _mm512_storeu_si512(
+        p, _mm512_permutex2var_epi16(attni_round_bf16(x), high, attni_round_bf16(y)));
 }
 // the signed nibble at bit n of each lane
 ATTNI_F5 __m512 attni_nibble_avx512(__m512i x, int n) {
@@ -1655,8 +1671,9 @@ ATTNI_INLINE ATTNI_T6 __m512i attni_idot_avx512(__m512i acc, __m512i k, __m512i 
 
 #define ATTNI_TA                                                                                   \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-// Tile 0..1 sums, 4 A (16 rows x 32 bf16), 6..7 B (16 pairs x 16 columns): a K16 tile of a 16-bit
-// type is a B tile as it stands, and so is a panel of V pairs. All tiles are 16 rows of 64 bytes.
+// Tiles 0..3 sums, 4..5 A (16 rows x 32 bf16), 6..7 B (16 pairs x 16 columns): a K16 tile of a
+// 16-bit type is a B tile as it stands, and so is a panel of V pairs. All are 16 rows of 64 bytes.
+// A product takes long to finish, so four sums go at once: 2 x 2 tiles, or 1 x 4 of up to 16 rows.
 // gcc's tile intrinsics do not tell that they read memory.
 #define ATTNI_TILE_FENCE __asm__ volatile("" ::: "memory")
 ATTNI_TA static void attni_amx_config(int on) {
@@ -1673,56 +1690,105 @@ ATTNI_TA static void attni_amx_config(int on) {
     else _tile_release();
 }
 
+#define ATTNI_AMX_ZERO                                                                             \
+    do {                                                                                           \
+        _tile_zero(0);                                                                             \
+        _tile_zero(1);                                                                             \
+        _tile_zero(2);                                                                             \
+        _tile_zero(3);                                                                             \
+    } while (0)
+
 // q: rows of bf16 pairs padded with zeros to 16 units; a tile with a units count off 16 is copied
-// out.
+// out. Rows past nr are zero queries, their scores land in spare rows.
 ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uint32_t *const *kt,
                                   const uint8_t *const *ahead, int look, const uint8_t *col,
                                   int nt, int units, float *s) {
     const uint32_t *q = (const uint32_t *)qv;
-    uint32_t pad[16 * 16];
-    int j, u;
-    (void)nr, (void)ahead, (void)look; // rows past nr are zero queries, their scores land in spare rows
-    for (j = 0; j < nt; j++) {
-        _tile_zero(0);
+    const size_t lda = (size_t)ldq * 4, ldc = ATTN_SPAN * 4;
+    uint32_t pad[4][16 * 16];
+    const int n = nr > 16 ? 2 : 4;
+    int i, j, u;
+    (void)ahead, (void)look;
+    for (j = 0; j < nt; j += n) {
+        ATTNI_AMX_ZERO;
         for (u = 0; u < units; u += 16) {
-            const uint32_t *b = kt[j] + 16 * u;
-            if (units - u < 16) {
-                memset(pad, 0, sizeof pad);
-                memcpy(pad, b, 64 * (size_t)(units - u));
-                b = pad;
+            const uint32_t *b[4];
+            for (i = 0; i < n; i++) {
+                b[i] = kt[j + i] + 16 * u;
+                if (units - u < 16) {
+                    memset(pad[i], 0, sizeof pad[i]);
+                    memcpy(pad[i], b[i], 64 * (size_t)(units - u));
+                    b[i] = pad[i];
+                }
             }
             ATTNI_TILE_FENCE;
-            _tile_loadd(4, q + u, (size_t)ldq * 4);
-            _tile_loadd(6, b, 64);
+            _tile_loadd(4, q + u, lda);
+            _tile_loadd(6, b[0], 64);
+            _tile_loadd(7, b[1], 64);
             _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (n == 2) {
+                _tile_loadd(5, q + 16 * ldq + u, lda);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            } else {
+                _tile_loadd(6, b[2], 64);
+                _tile_loadd(7, b[3], 64);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_dpbf16ps(3, 4, 7);
+            }
         }
-        _tile_stored(0, s + 16 * col[j], ATTN_SPAN * 4);
+        _tile_stored(0, s + 16 * col[j], ldc);
+        _tile_stored(1, s + 16 * col[j + 1], ldc);
+        _tile_stored(2, n == 2 ? s + 16 * ATTN_SPAN + 16 * col[j] : s + 16 * col[j + 2], ldc);
+        _tile_stored(3, n == 2 ? s + 16 * ATTN_SPAN + 16 * col[j + 1] : s + 16 * col[j + 3], ldc);
     }
 }
 
-// Runs are widened to whole 32-token steps: weights there are zero, and so must V be.
+// Runs are widened to whole 32-token steps: weights there are zero, and so must V be. Columns past
+// vd are those of the last tile again.
 ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row,
                                   const void *const *ahead, const attni_run *run, int n, int vd,
                                   float *o, int64_t ldo) {
     const uint16_t *p = (const uint16_t *)pv;
     const uint32_t *v = (const uint32_t *)row[0];
-    int e, i, t;
-    (void)nr, (void)ahead;
+    const size_t lda = ATTN_SPAN * 2, ldb = (size_t)vd * 4, ldc = (size_t)ldo * 4;
+    const int wide = nr > 16 ? 2 : 4;
+    int e, i, t, k, at[4];
+    (void)ahead;
     ATTNI_TILE_FENCE;
-    for (e = 0; e < vd; e += 16) {
+    for (e = 0; e < vd; e += 16 * wide) {
         int done = -1;
-        _tile_zero(0);
+        for (k = 0; k < 4; k++) at[k] = attni_min32(e + 16 * k, vd - 16);
+        ATTNI_AMX_ZERO;
         for (i = 0; i < n; i++)
             for (t = run[i].t0 & ~31; t < run[i].t1; t += 32) {
+                const uint32_t *b = v + (int64_t)(t / 2) * vd;
                 if (t <= done) continue;
                 done = t;
-                _tile_loadd(4, p + t, ATTN_SPAN * 2);
-                _tile_loadd(6, v + (int64_t)(t / 2) * vd + e, (size_t)vd * 4);
+                _tile_loadd(4, p + t, lda);
+                _tile_loadd(6, b + at[0], ldb);
+                _tile_loadd(7, b + at[1], ldb);
                 _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                if (wide == 2) {
+                    _tile_loadd(5, p + 16 * ATTN_SPAN + t, lda);
+                    _tile_dpbf16ps(2, 5, 6);
+                    _tile_dpbf16ps(3, 5, 7);
+                } else {
+                    _tile_loadd(6, b + at[2], ldb);
+                    _tile_loadd(7, b + at[3], ldb);
+                    _tile_dpbf16ps(2, 4, 6);
+                    _tile_dpbf16ps(3, 4, 7);
+                }
             }
-        _tile_stored(0, o + e, (size_t)ldo * 4);
+        _tile_stored(0, o + at[0], ldc);
+        _tile_stored(1, o + at[1], ldc);
+        _tile_stored(2, wide == 2 ? o + 16 * ldo + at[0] : o + at[2], ldc);
+        _tile_stored(3, wide == 2 ? o + 16 * ldo + at[1] : o + at[3], ldc);
     }
 }
+#undef ATTNI_AMX_ZERO
 #define ATTNI_AMX_BEGIN(x) ((x)->isa == ATTN_CPU_AMX ? attni_amx_config(1) : (void)0)
 #define ATTNI_AMX_END(x) ((x)->isa == ATTN_CPU_AMX ? attni_amx_config(0) : (void)0)
 #else
@@ -2032,8 +2098,8 @@ static int attni_x86_bits; // cached features, with bit 30 set once known
 #endif
 
 #ifdef ATTNI_X86
-// Bits: 1 AVX2+FMA+F16C, 2 AVX-512 F BW VL DQ, 4 VNNI, 8 BF16, 16 AMX-BF16; the OS saves the
-// registers.
+// Bits: 1 AVX2+FMA+F16C, 2 AVX-512 F BW VL DQ, 4 VNNI, 8 BF16, 16 AMX-BF16, 32 BF16 faster than
+// FMA; the OS saves the registers.
 static int attni_x86_look(void) {
     unsigned a, b, c, d, lo, hi, leaf7b, leaf7c, leaf7d;
     int f = 0;
@@ -2048,7 +2114,10 @@ static int attni_x86_look(void) {
         return f;
     f |= 2;
     if (leaf7c & (1u << 11)) f |= 4;
-    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) f |= 8;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 5))) {
+        f |= 8; // Intel's vdpbf16ps does half the work of its FMA in a cycle, AMD's twice
+        if (__get_cpuid(0, &a, &b, &c, &d) && b == 0x68747541u) f |= 32;
+    }
     if ((lo & (3u << 17)) == 3u << 17 && (leaf7d & (1u << 22)) && (leaf7d & (1u << 24))) f |= 16;
     return f;
 }
@@ -2081,6 +2150,15 @@ ATTN_DEF int attn_cpu_has(attn_cpu_isa isa) {
     return 0;
 }
 
+// Does AUTO take it where it is there?
+ATTNI_CALLED int attni_worth(attn_cpu_isa isa) {
+#ifdef ATTNI_X86
+    if (isa == ATTN_CPU_AVX512_BF16) return (attni_x86_features() & 32) != 0;
+#endif
+    (void)isa;
+    return 1;
+}
+
 ATTN_DEF attn_cpu_isa attn_cpu_get_isa(void) {
     static const attn_cpu_isa best[] = {ATTN_CPU_AMX,  ATTN_CPU_AVX512_BF16, ATTN_CPU_AVX512,
                                         ATTN_CPU_AVX2, ATTN_CPU_NEON_BF16,   ATTN_CPU_NEON};
@@ -2088,7 +2166,7 @@ ATTN_DEF attn_cpu_isa attn_cpu_get_isa(void) {
     if (isa) return (attn_cpu_isa)isa;
     isa = ATTN_CPU_SCALAR;
     for (i = 0; i < (int)(sizeof best / sizeof best[0]) && isa == ATTN_CPU_SCALAR; i++)
-        if (attn_cpu_has(best[i])) isa = (int)best[i];
+        if (attn_cpu_has(best[i]) && attni_worth(best[i])) isa = (int)best[i];
     ATTNI_SET(attni_isa_id, isa);
     return (attn_cpu_isa)isa;
 }
@@ -2151,7 +2229,7 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
         if (iqk && (attni_x86_features() & 4))
             x->qk_kind = ATTNI_IDOT, x->qk = attni_qk_idot_avx512;
         if (x->isa == ATTN_CPU_AMX && (bqk || bpv)) {
-            x->rb = 16;
+            x->rb = 32;
             if (bqk) x->qk = attni_qk_amx;
             if (bpv) x->pv = attni_pv_amx;
         }
@@ -2491,7 +2569,7 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
 
 // Rows of int8 codes for the integer dot: [scale f32][correction i32][codes].
 ATTNI_CALLED void attni_pack_q8(const float *q, int32_t n, uint8_t *out) {
-    float top = 0, scale;
+    float top = 0, scale, inv;
     int32_t e, sum = 0;
     for (e = 0; e < n; e++) {
         float a = attni_float(attni_bits32(q[e]) & 0x7fffffffu);
@@ -2499,10 +2577,11 @@ ATTNI_CALLED void attni_pack_q8(const float *q, int32_t n, uint8_t *out) {
         if (attni_isnan(top)) break;
     }
     scale = top / 127.0f;
-    for (e = 0; e < n; e++) {
-        int c = attni_round_clamp(scale > 0 ? q[e] / scale : 0.0f, 127);
+    inv = scale > 0 ? 1.0f / scale : 0.0f;
+    for (e = 0; e < n; e++) { // the low byte of x + 1.5 * 2^23 is round(x), |x| <= 127.0001
+        int c = (int)(attni_bits32(q[e] * inv + 12582912.0f) & 255u);
         out[8 + e] = (uint8_t)c;
-        sum += c;
+        sum += (c ^ 128) - 128;
     }
     sum *= -128;
     memcpy(out, &scale, 4);
