@@ -33,6 +33,7 @@ FOREIGN = $(filter selftest test_cpu,$(TESTS))
 ARGS_test_cpu ?= 1 200
 ARGS_sparse_mask = build/sparse_mask.png
 ARGS_slow_test_cpu ?= 2 25
+ARGS_slow_test_frame ?= 1 4
 ARGS_slow_test_bits ?= 5 1
 ARGS_slow_test_mask ?= 1 60
 ARGS_slow_test_api ?= 1 1
