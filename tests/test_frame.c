@@ -196,6 +196,29 @@ static void *buffer(size_t bytes) {
 
 static int same_bits(const void *a, const void *b, size_t n) { return !memcmp(a, b, n); }
 
+// A merge writes the rows of its own tokens and no others.
+static void lone_merge(host *h, test_rng *r) {
+    const attn_desc *d = &h->p->d;
+    size_t row = (size_t)d->n_heads * (size_t)d->v_head_dim, bytes;
+    uint8_t *o = (uint8_t *)d->o.data, *before;
+    int32_t i = test_below(r, h->plan->n_merges), t;
+    const attn_merge *u = &h->plan->merge[i];
+    int32_t first = d->q_start[u->seq] + u->first_token, changed = 0, touched = 0;
+    row *= (size_t)attn_dtype_bits(d->o.dtype) / 8;
+    bytes = row * (size_t)h->p->n_tokens;
+    before = (uint8_t *)malloc(bytes + 1);
+    memcpy(before, o, bytes);
+    CHECK_EQ(attn_cpu_merge(d, h->plan, i, 1, h->partials), ATTN_OK);
+    for (t = 0; t < h->p->n_tokens; t++)
+        if (memcmp(o + row * (size_t)t, before + row * (size_t)t, row)) {
+            changed++;
+            touched += t >= first && t < first + u->n_tokens;
+        }
+    CHECK(changed == touched && changed == u->n_tokens);
+    memcpy(o, before, bytes);
+    free(before);
+}
+
 static void host_run(problem *p, attn_plan *plan, test_rng *r, int threads) {
     host h;
     int i;
@@ -207,6 +230,7 @@ static void host_run(problem *p, attn_plan *plan, test_rng *r, int threads) {
     h.partials = (uint8_t *)buffer(h.partial_bytes + GUARD);
     for (i = 0; i < THREADS; i++) h.scratch[i] = (uint8_t *)buffer(h.scratch_bytes);
     frames(&h, r, 0, threads);
+    if (plan->n_merges) lone_merge(&h, r);
     frames(&h, r, 1, threads);
     CHECK(!h.bad);
     for (i = 0; i < GUARD; i++)
@@ -353,6 +377,8 @@ static void growing(void) {
     CHECK_EQ(attn_plan_build(&d, &params, mem, attn_plan_bytes(&d, &params), &plan), ATTN_OK);
     kv_len[0] = kv_len[1] = 3900;
     CHECK_EQ(attn_plan_update(plan, &d, NULL), ATTN_ERR_BUFFER);
+    free(mem);
+    mem = buffer(1 << 20);
     params.max_task_cost = -1;
     CHECK_EQ(attn_plan_build(&d, &params, mem, 1 << 20, &plan), ATTN_ERR_ARGUMENT);
     CHECK_EQ(attn_plan_bytes(&d, &params), 0);
@@ -367,6 +393,38 @@ static void growing(void) {
     free(mem);
 }
 
+// Longer KV means fewer tokens in each merge: more merges than there is room for are refused.
+static void many_merges(void) {
+    static const int32_t q_start[2] = {0, 900};
+    int32_t kv_len = 1000;
+    attn_plan_params params;
+    attn_plan *plan = NULL;
+    attn_desc d;
+    float dummy[1];
+    void *mem;
+    memset(&d, 0, sizeof d);
+    d.n_seq = 1;
+    d.n_heads = 32;
+    d.n_kv_heads = 4;
+    d.head_dim = 16;
+    d.q_start = q_start;
+    d.q.data = d.o.data = d.kv.k.data = d.kv.v.data = dummy; // planning reads none of them
+    d.q.dtype = d.o.dtype = d.kv.k.dtype = d.kv.v.dtype = ATTN_F32;
+    d.kv.kv_len = &kv_len;
+    d.kv.n_pages = 1;
+    d.kv.page_tokens = 4000;
+    attn_cpu_plan_params(&d, 1, &params);
+    params.row_tile = 8;
+    params.max_task_cost = 8 * ATTN_SPAN * (4 + 8); // eight spans of a tile: no cuts, tasks as many
+    mem = buffer(attn_plan_bytes(&d, &params));
+    CHECK_EQ(attn_plan_build(&d, &params, mem, attn_plan_bytes(&d, &params), &plan), ATTN_OK);
+    kv_len = 1020;
+    CHECK_EQ(attn_plan_update(plan, &d, NULL), ATTN_OK);
+    kv_len = 1500;
+    CHECK_EQ(attn_plan_update(plan, &d, NULL), ATTN_ERR_BUFFER);
+    free(mem);
+}
+
 // Sharing and balance do not take the workspace that the bound needs.
 static void frugal(void) {
     test_rng r = {7};
@@ -376,26 +434,31 @@ static void frugal(void) {
     attn_plan *plan = NULL;
     void *mem;
     size_t need;
+    float bound = 2000;
     random_opts(&r, &o, ATTN_NUMERICS_FAST);
     o.phase = CHUNKED, o.mask = M_CAUSAL, o.n_seq = 4, o.shared = 1024, o.max_kv = 3000;
     o.contiguous = 0, o.page_tokens = 64, o.evicted = 0;
     problem_make(&p, &o, &r);
-    attn_cpu_plan_params(&p.d, 4, &params);
-    params.max_task_cost = 3000;
-    params.share = 1;
-    params.workers = 1;
-    params.partial_bytes = enough(&p.d);
     mem = buffer(1 << 22);
-    CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_OK);
-    need = attn_plan_partial_bytes(plan); // what the bound alone takes
-    CHECK(need > 0);
-    params.share = 2;
-    params.workers = 4;
-    params.partial_bytes = need;
-    CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_OK);
-    CHECK(within(plan, 3000));
-    params.partial_bytes = need - 4;
-    CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_ERR_BUFFER);
+    for (; bound < 40000; bound += 1000) {
+        attn_cpu_plan_params(&p.d, 4, &params);
+        params.max_task_cost = bound;
+        params.share = 1;
+        params.workers = 1;
+        params.partial_bytes = enough(&p.d);
+        CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_OK);
+        need = attn_plan_partial_bytes(plan); // what the bound alone takes
+        if (!need) break;
+        params.share = 0;
+        params.workers = 4;
+        params.partial_bytes = need;
+        CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_OK);
+        CHECK(within(plan, (double)bound));
+        params.share = 1;
+        params.partial_bytes = need - 4;
+        CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_ERR_BUFFER);
+    }
+    CHECK(bound > 4000);
     free(mem);
     problem_free(&p);
 }
@@ -405,6 +468,7 @@ int main(int argc, char **argv) {
     int cut = 0;
     attn_cpu_open();
     growing();
+    many_merges();
     frugal();
     for (i = 0; i < count; i++) {
         one(seed + i, ATTN_NUMERICS_FAST, &cut);
