@@ -454,7 +454,7 @@ static void frugal(void) {
         params.partial_bytes = need;
         CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_OK);
         CHECK(within(plan, (double)bound));
-        params.share = 1;
+        params.share = params.workers = 1;
         params.partial_bytes = need - 4;
         CHECK_EQ(attn_plan_build(&p.d, &params, mem, 1 << 22, &plan), ATTN_ERR_BUFFER);
     }
