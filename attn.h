@@ -417,8 +417,8 @@ typedef struct attn_plan {
 // and machine: keep the largest ratio seen lately). Unit: cost_row_token = 1 is one query row (one
 // head of one token) against one KV token. An estimate from above for sparse masks; closed forms
 // (causal, window) are counted by spans.
-// max_task_cost = (longest wait in seconds) / (seconds per cost). Query rows are cut first, down to
-// 32 rows a task, since that needs no workspace; then KV between spans, then rows again. What
+// max_task_cost = (longest wait in seconds) / (seconds per cost). Query rows are cut first, since
+// that needs no workspace; where 32 rows a task are still too dear, KV is cut between spans. What
 // cannot be cut may exceed it: one span x one query token x the GQA group, and the merge of one
 // token. Cut KV needs partial_bytes: 4 x (v_head_dim + 2) x the sum over sequences of query tokens
 // x n_heads x (kv_len / ATTN_SPAN + 2) always suffices (attn_cpu_plan_params sets that for d, up to
@@ -2011,20 +2011,20 @@ static int32_t attni_held_spans(const attn_desc *d, int32_t s) { // at most
     return d->kv.kv_len[s] / ATTN_SPAN + 2;
 }
 
-// Halves a tile (tokens) for max_task_cost: down to low while the longest KV would have to be cut,
-// then while one span is too dear.
+// The largest tile (tokens) for max_task_cost: from low on while the longest KV needs no cut then;
+// where even low does, the largest whose single spans are cheap enough.
 static int32_t attni_bounded_tile(const attn_desc *d, const attn_plan_params *q, int32_t tile,
                                   int32_t low) {
-    int32_t group = d->n_heads / d->n_kv_heads, s, spans;
+    int32_t group = d->n_heads / d->n_kv_heads, s, t, spans;
     if (!(q->max_task_cost > 0)) return tile;
-    for (; tile > low; tile /= 2) {
+    for (t = tile; t >= low; t /= 2) {
         for (spans = 0, s = 0; s < d->n_seq; s++) // a smaller tile is no help to shorter queries
-            if (d->q_start[s + 1] - d->q_start[s] > tile / 2)
+            if (d->q_start[s + 1] - d->q_start[s] > t / 2)
                 spans = attni_max32(spans, attni_held_spans(d, s));
-        if ((float)spans * attni_span_cost(q, (int64_t)tile * group) <= q->max_task_cost) break;
+        if ((float)spans * attni_span_cost(q, (int64_t)t * group) <= q->max_task_cost) return t;
     }
-    while (tile > 1 && attni_span_cost(q, (int64_t)tile * group) > q->max_task_cost) tile /= 2;
-    return tile;
+    for (t = tile; t > 1 && attni_span_cost(q, (int64_t)t * group) > q->max_task_cost;) t /= 2;
+    return t;
 }
 
 static int32_t attni_most_tile(const attn_desc *d, const attn_plan_params *q) {
