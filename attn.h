@@ -2018,7 +2018,7 @@ static int32_t attni_bounded_tile(const attn_desc *d, const attn_plan_params *q,
     int32_t group = d->n_heads / d->n_kv_heads, s, t, spans;
     if (!(q->max_task_cost > 0)) return tile;
     for (t = tile; t >= low; t /= 2) {
-        for (spans = 0, s = 0; s < d->n_seq; s++) // a smaller tile is no help to shorter queries
+        for (spans = 1, s = 0; s < d->n_seq; s++) // a smaller tile is no help to shorter queries
             if (d->q_start[s + 1] - d->q_start[s] > t / 2)
                 spans = attni_max32(spans, attni_held_spans(d, s));
         if ((float)spans * attni_span_cost(q, (int64_t)t * group) <= q->max_task_cost) return t;

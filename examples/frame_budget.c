@@ -61,10 +61,23 @@ static void need(attn_result r, const char *what) {
     if (r != ATTN_OK) die(what, attn_result_string(r));
 }
 
-static void *get(size_t n, size_t size) { /* zeroed, starts at a multiple of 64 */
-    char *p = size && n > (SIZE_MAX - 64) / size ? NULL : (char *)calloc(n * size + 64, 1);
+/* Zeroed, starts at a multiple of 64, lives until free_all. */
+static void *blocks;
+
+static void *get(size_t n, size_t size) {
+    void *p = size && n > (SIZE_MAX - 128) / size ? NULL : calloc(n * size + 128, 1);
     if (!p) die("memory", "out of it");
-    return p + (64 - (uintptr_t)p % 64) % 64; /* kept until the program ends */
+    *(void **)p = blocks;
+    blocks = p;
+    return (char *)p + 128 - (uintptr_t)p % 64;
+}
+
+static void free_all(void) {
+    while (blocks) {
+        void *next = *(void **)blocks;
+        free(blocks);
+        blocks = next;
+    }
 }
 
 static int64_t clock_ns(clockid_t id) {
@@ -768,20 +781,12 @@ static void print_talk(const mind *c, int32_t turns) {
 
 static char *read_text(const char *path) {
     FILE *f = fopen(path, "rb");
-    char *text = NULL;
-    size_t n = 0, cap = 0, got;
-    if (!f) die(path, "cannot be opened");
-    do {
-        if (n + 4096 > cap) {
-            char *more = (char *)realloc(text, cap = 2 * cap + 8192);
-            if (!more) die("memory", "out of it");
-            text = more;
-        }
-        got = fread(text + n, 1, 4095, f);
-        n += got;
-    } while (got);
+    long n = f && !fseek(f, 0, SEEK_END) ? ftell(f) : -1;
+    char *text;
+    if (n < 0 || fseek(f, 0, SEEK_SET)) die(path, "cannot be read");
+    text = (char *)get((size_t)n + 1, 1);
+    if (fread(text, 1, (size_t)n, f) != (size_t)n) die(path, "cannot be read");
     fclose(f);
-    text[n] = 0;
     return text;
 }
 
@@ -804,23 +809,25 @@ static int32_t load_questions(const llama_model *m, const options *o, question *
         char *next = *end ? end + 1 : end;
         *end = 0;
         if (tab) {
-            size_t ids;
+            size_t n_ids;
             *tab = 0;
             q->text = at;
             q->expected = tab + 1;
             if (strstr(doc, q->expected)) {
                 snprintf(prompt, room, "%s\nQ: %s\nA: ", doc, q->text);
-                q->ids = llama_tokenize(m, prompt, strlen(prompt), LLAMA_ADD_BOS, &ids);
-                if (!q->ids || ids < 2 || ids + (size_t)o->answer > (size_t)m->n_ctx)
+                int32_t *ids = llama_tokenize(m, prompt, strlen(prompt), LLAMA_ADD_BOS, &n_ids);
+                if (!ids || n_ids < 2 || n_ids + (size_t)o->answer > (size_t)m->n_ctx)
                     die(o->document, "does not fit into the model's context");
-                q->n_ids = (int32_t)ids;
+                q->ids = (int32_t *)get(n_ids, sizeof *ids);
+                memcpy(q->ids, ids, n_ids * sizeof *ids);
+                q->n_ids = (int32_t)n_ids;
+                free(ids);
                 n++;
             }
         }
         at = next;
     }
     if (!n) die(o->questions, "no question about this document");
-    free(doc);
     return n;
 }
 
@@ -922,5 +929,6 @@ int main(int argc, char **argv) {
     llama_state_free(c.s);
     llama_free(m);
     llama_pool_free(pool);
+    free_all();
     return bad || !c.n_said;
 }
