@@ -96,10 +96,12 @@ test:
 	    "bash tests/test_naive.sh"
 
 test-asan:
-	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate
+	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate \
+	    build/asan/frame_budget
 	@$(RUNNER) $(foreach t,$(TESTS),"./build/asan/$t $(ARGS_slow_$t)") \
 	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e $(ARGS_$e)") \
-	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'"
+	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'" \
+	    -x "./build/asan/frame_budget --fast --frames 5 --agents 500 --budget 100 --answer 2"
 
 test-clang:
 	@if command -v $(CLANG) >/dev/null; then \

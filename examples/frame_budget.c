@@ -46,7 +46,7 @@ static const char usage[] =
     "  --threads N        1 or 2 that think            (2)\n"
     "  --chunk N          prompt tokens per step       (128)\n"
     "  --answer N         tokens per answer            (48)\n"
-    "  --agents N         size of the game's flock     (11000)\n"
+    "  --agents N         size of the game's flock     (13000)\n"
     "  --show             draw the scene on the terminal\n"
     "  --model FILE       GGUF file                    (examples/models/recall.gguf)\n"
     "  --document FILE    what the character knows     (examples/data/document.txt)\n"
@@ -91,7 +91,7 @@ static int64_t cpu_ns(void) { return clock_ns(CLOCK_THREAD_CPUTIME_ID); }
 /* ==== the game: a flock that keeps together, apart and aligned; every agent glows ==== */
 
 enum { WIDTH = 480, HEIGHT = 270, CELL = 6, GRID_X = WIDTH / CELL, GRID_Y = HEIGHT / CELL,
-       GLOW = 9, NEIGHBOURS = 24 };
+       GLOW = 9, LOOKS = 64 };
 
 typedef struct game {
     int32_t n, *next, *cell;           /* agents of a cell: a list */
@@ -136,13 +136,13 @@ static int cell_of(const game *g, int32_t i) {
     return cy * GRID_X + cx;
 }
 
-/* Steers agent i by those in the cells around it. */
+/* Steers agent i by those in the cells around it; a crowd costs no more than LOOKS of them. */
 static void game_steer(game *g, int32_t i) {
-    int c = cell_of(g, i), cx = c % GRID_X, cy = c / GRID_X, n = 0;
+    int c = cell_of(g, i), cx = c % GRID_X, cy = c / GRID_X, n = 0, looks = 0;
     float sx = 0, sy = 0, svx = 0, svy = 0, ax = 0, ay = 0;
     for (int y = cy > 0 ? cy - 1 : 0; y <= cy + 1 && y < GRID_Y; y++)
         for (int x = cx > 0 ? cx - 1 : 0; x <= cx + 1 && x < GRID_X; x++)
-            for (int32_t j = g->cell[y * GRID_X + x]; j >= 0 && n < NEIGHBOURS; j = g->next[j]) {
+            for (int32_t j = g->cell[y * GRID_X + x]; j >= 0 && looks++ < LOOKS; j = g->next[j]) {
                 float dx = g->x[i] - g->x[j], dy = g->y[i] - g->y[j], d = dx * dx + dy * dy;
                 if (j == i || d > CELL * CELL) continue;
                 sx += g->x[j], sy += g->y[j], svx += g->vx[j], svy += g->vy[j], n++;
@@ -833,7 +833,7 @@ static int32_t load_questions(const llama_model *m, const options *o, question *
 
 static void parse_options(int argc, char **argv, options *o) {
     static const options defaults = {"examples/models/recall.gguf", "examples/data/document.txt",
-                                     "examples/data/questions.txt", 0, 0, 2, 128, 48, 11000, 0,
+                                     "examples/data/questions.txt", 0, 0, 2, 128, 48, 13000, 0,
                                      14};
     *o = defaults;
     for (int i = 1; i < argc; i++) {

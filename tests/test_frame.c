@@ -85,10 +85,11 @@ static int covered(const attn_plan *p) {
     int32_t i, c, t, s, h, ok = 1;
     for (s = 0; s < p->n_seq; s++) {
         const attn_plan_seq *q = &p->seq[s];
-        int32_t at = q->span0, merged = 0;
+        int32_t at = 0, merged = 0;
         for (c = 0; c < q->n_chain; c++) {
             const attn_segment *g = &p->segment[p->chain[q->chain + c]];
-            ok &= c == 0 ? g->span0 <= at : g->span0 == at;
+            // spans before a row's first one may be skipped, or read for others
+            ok &= g->span0 >= at && (g->span0 == at || g->span0 <= q->span0);
             at = g->span1;
         }
         if (q->q_len > 0) ok &= at >= q->span1;
@@ -111,6 +112,15 @@ static int covered(const attn_plan *p) {
             ok &= sum == p->segment[i].n_tokens && top == sum;
         }
     return ok;
+}
+
+// The arrays of a plan lie side by side: nobody else notices one that runs over.
+static int in_capacity(const attn_plan *p) {
+    int64_t chain = 0;
+    int32_t s;
+    for (s = 0; s < p->n_seq; s++) chain += p->seq[s].n_chain;
+    return p->n_tasks <= p->cap_tasks && p->n_segments <= p->cap_segments &&
+           p->n_merges <= p->cap_merges && chain <= p->cap_chain;
 }
 
 // ---- a host that stops and goes on
@@ -300,8 +310,7 @@ static void one(uint64_t seed, attn_numerics numerics, int *cut) {
         CHECK(within(plan, bound));
         CHECK(covered(plan));
         CHECK(attn_plan_partial_bytes(plan) <= params.partial_bytes);
-        CHECK(plan->n_tasks <= plan->cap_tasks && plan->n_segments <= plan->cap_segments &&
-              plan->n_merges <= plan->cap_merges);
+        CHECK(in_capacity(plan));
         *cut += attn_plan_partial_bytes(plan) > 0;
         memset(p.d.o.data, 0xff, bytes);
         memset(p.d.lse, 0xff, 4 * n);
@@ -316,7 +325,7 @@ static void one(uint64_t seed, attn_numerics numerics, int *cut) {
     res = attn_plan_build(&p.d, &params, mem, attn_plan_bytes(&p.d, &params), &plan);
     CHECK(res == ATTN_OK || res == ATTN_ERR_BUFFER);
     if (res == ATTN_OK) {
-        CHECK(within(plan, bound));
+        CHECK(within(plan, bound) && covered(plan) && in_capacity(plan));
         CHECK(attn_plan_partial_bytes(plan) <= params.partial_bytes);
         memset(p.d.o.data, 0xff, bytes);
         host_run(&p, plan, &r, 0);
@@ -364,7 +373,8 @@ static void growing(void) {
         if (!CHECK_EQ(attn_plan_update(plan, &d, &rebuilt), ATTN_OK)) break;
         built += rebuilt;
         if (step % 97 == 0 || rebuilt)
-            CHECK(within(plan, (double)params.max_task_cost) && covered(plan));
+            CHECK(within(plan, (double)params.max_task_cost) && covered(plan) &&
+                  in_capacity(plan));
     }
     CHECK(built > 10 && built < 40);
     kv_len[0] = kv_len[1] = 4000;
@@ -463,6 +473,59 @@ static void frugal(void) {
     problem_free(&p);
 }
 
+// Plans alone, many of them: bounds, capacities and coverage over shapes that would be slow to run.
+static void plans(uint64_t seed) {
+    enum { SEQS = 12 };
+    int32_t q_start[SEQS + 1] = {0}, kv_len[SEQS], table[SEQS * 64], s, j;
+    test_rng r;
+    attn_plan_params params;
+    attn_plan *plan = NULL;
+    attn_desc d;
+    float dummy[1];
+    double bound;
+    int32_t longest = 0, common;
+    size_t bytes;
+    void *mem;
+    r.state = seed;
+    memset(&d, 0, sizeof d);
+    d.n_seq = 1 + test_below(&r, SEQS);
+    d.n_kv_heads = 1 + test_below(&r, 8);
+    d.n_heads = d.n_kv_heads * (1 + test_below(&r, 16));
+    d.head_dim = d.v_head_dim = 64;
+    d.q_start = q_start;
+    d.q.data = d.o.data = d.kv.k.data = d.kv.v.data = dummy; // planning reads none of them
+    d.q.dtype = d.o.dtype = d.kv.k.dtype = d.kv.v.dtype = ATTN_F32;
+    d.kv.kv_len = kv_len;
+    d.kv.page_tokens = 256 << test_below(&r, 3);
+    d.kv.n_pages = SEQS * 64;
+    d.kv.page_table = table;
+    d.kv.page_table_stride = 64;
+    common = test_below(&r, 3) ? test_below(&r, 20) : 0;
+    for (s = 0; s < d.n_seq; s++) {
+        kv_len[s] = 1 + test_below(&r, test_below(&r, 2) ? 300 : 24 * d.kv.page_tokens);
+        q_start[s + 1] = q_start[s] + 1;
+        if (test_below(&r, 3) == 0)
+            q_start[s + 1] += test_below(&r, kv_len[s] < 400 ? kv_len[s] : 400);
+        if (kv_len[s] > longest) longest = kv_len[s];
+        for (j = 0; j < 64; j++) table[s * 64 + j] = j < common ? j : s * 64 + j;
+    }
+    if (test_below(&r, 3) == 0) d.mask.window_left = 1 + test_below(&r, longest);
+    attn_cpu_plan_params(&d, 1 + test_below(&r, 16), &params);
+    bound = ATTN_SPAN * 5 * exp(test_uniform(&r, -1, 7));
+    params.max_task_cost = (float)bound;
+    params.share = test_below(&r, 3);
+    params.row_tile = test_below(&r, 3) ? 256 : 1 + test_below(&r, 2000);
+    params.partial_bytes = enough(&d);
+    bytes = attn_plan_bytes(&d, &params);
+    mem = buffer(bytes);
+    if (CHECK_EQ(attn_plan_build(&d, &params, mem, bytes, &plan), ATTN_OK)) {
+        CHECK(in_capacity(plan) && within(plan, (double)params.max_task_cost));
+        CHECK(plan->n_tasks > 500 || covered(plan)); // quadratic
+        CHECK(attn_plan_partial_bytes(plan) <= params.partial_bytes);
+    }
+    free(mem);
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 40), i;
     int cut = 0;
@@ -475,6 +538,7 @@ int main(int argc, char **argv) {
         one(seed + i, ATTN_NUMERICS_PORTABLE, &cut);
         one(seed + i, ATTN_NUMERICS_APPROX, &cut);
     }
+    for (i = 0; i < 10 * count; i++) plans(seed + i);
     CHECK(cut > (int)count / 2); // plans that cut KV, not rows alone, were among them
     return TEST_END();
 }
