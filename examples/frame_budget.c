@@ -739,6 +739,16 @@ static void run_frames(game *g, mind *c, thinker *t, helper *h, const options *o
 
 /* ==== report ==== */
 
+/* Seconds that the hypervisor kept this machine's cores to itself so far; 0 where nobody says. */
+static double stolen_seconds(void) {
+    double ticks = 0;
+    FILE *f = fopen("/proc/stat", "r");
+    if (!f) return 0;
+    if (fscanf(f, "cpu %*s %*s %*s %*s %*s %*s %*s %lf", &ticks) != 1) ticks = 0;
+    fclose(f);
+    return ticks / (double)sysconf(_SC_CLK_TCK);
+}
+
 static int by_value(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
@@ -898,9 +908,11 @@ int main(int argc, char **argv) {
         die("threads", "cannot be started");
     for (int i = 0; i < 30; i++) game_update(g), game_draw(g); /* a flock, not a crowd */
 
+    double stolen = stolen_seconds();
     int64_t from = now_ns();
     run_frames(g, &c, &t, &h, &o, &ft);
     seconds = 1e-9 * (double)(now_ns() - from);
+    stolen = stolen_seconds() - stolen;
     if (o.threads > 1) {
         helper_tell(&h, 1);
         pthread_join(h.id, NULL);
@@ -923,6 +935,7 @@ int main(int argc, char **argv) {
     double worst = print_times("frame work time", ft.work, ft.n);
     printf("missed deadlines       %d, refreshes without a frame %d; p99.9 %s 16.7 ms\n",
            (int)ft.missed, (int)ft.dropped, worst < 16.7 ? "under" : "OVER");
+    if (stolen > 0) printf("taken by a hypervisor  %.2f s of CPU time\n", stolen);
     int64_t bad = compare(&c, &o, pool, &at_once);
     printf("the same talk at once  %.2f s, %s\n", at_once,
            bad ? "OTHER BITS" : c.n_said ? "the same bits" : "nothing was said");
