@@ -1732,12 +1732,9 @@ static float attni_merge_cost(const attn_plan_params *q, int64_t n_heads, int64_
 
 // How many things of cost `one` stay within bound: at least 1, at most `most`. No bound: most.
 static int32_t attni_fitting(float bound, float one, int32_t most) {
-    int32_t n;
     most = attni_max32(most, 1);
     if (!(bound > 0) || (float)most * one <= bound) return most;
-    n = attni_max32(1, (int32_t)attni_min64((int64_t)(bound / one), most));
-    while (n > 1 && (float)n * one > bound) n--; // the division rounds
-    return n;
+    return attni_max32(1, (int32_t)attni_min64((int64_t)(bound / one), most));
 }
 
 // How many of the spans [span0, span1) the window and causality leave to queries at [p0, p1].
