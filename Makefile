@@ -3,6 +3,7 @@
 #   make run [ARGS='--kv int8']   the main job (needs cc and make only)
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make test-asan test-clang test-compile test-aarch64
+#   make frame [ARGS=--show]      60 frames a second while a character talks
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -33,6 +34,7 @@ FOREIGN = $(filter selftest test_cpu,$(TESTS))
 ARGS_test_cpu ?= 1 200
 ARGS_sparse_mask = build/sparse_mask.png
 ARGS_slow_test_cpu ?= 2 25
+ARGS_slow_test_frame ?= 1 4
 ARGS_slow_test_bits ?= 5 1
 ARGS_slow_test_mask ?= 1 60
 ARGS_slow_test_api ?= 1 1
@@ -44,10 +46,14 @@ all: examples
 run: build/generate
 	@./build/generate $(ARGS)
 
-build/generate: examples/generate.c $(DEPS) | build
+# 60 frames a second while a character talks.
+frame: build/frame_budget
+	@./build/frame_budget $(ARGS)
+
+build/generate build/frame_budget: build/%: examples/%.c $(DEPS) | build
 	$(CC) $(RUN_FLAGS) $(INCLUDES) $< -o $@ $(LIBS)
 
-examples: $(EXAMPLES:%=build/%) $(NAIVE:%=build/%) build/generate
+examples: $(EXAMPLES:%=build/%) $(NAIVE:%=build/%) build/generate build/frame_budget
 
 $(EXAMPLES:%=build/%) $(NAIVE:%=build/%): build/%: examples/%.c $(DEPS) | build
 	$(CC) -O2 -g -Wall -Wextra $(INCLUDES) $< -o $@ $(LIBS)
@@ -82,6 +88,7 @@ programs: $(TESTS:%=build/%) examples
 test:
 	@$(MAKE_J) programs
 	@$(RUNNER) -s -m gguf,numpy "$(PYTHON) tests/test_generate.py ./build/generate --quick" \
+	    -s -x "./build/frame_budget --fast" \
 	    "bash tests/test_compile.sh" \
 	    $(foreach t,$(TESTS),"./build/$t $(ARGS_$t)") \
 	    -m gguf,numpy,tokenizers "$(PYTHON) tests/test_llama_py.py ./build/test_llama" \
@@ -89,10 +96,12 @@ test:
 	    "bash tests/test_naive.sh"
 
 test-asan:
-	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate
+	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate \
+	    build/asan/frame_budget
 	@$(RUNNER) $(foreach t,$(TESTS),"./build/asan/$t $(ARGS_slow_$t)") \
 	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e $(ARGS_$e)") \
-	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'"
+	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'" \
+	    -x "./build/asan/frame_budget --fast --frames 5 --agents 500 --budget 100 --answer 2"
 
 test-clang:
 	@if command -v $(CLANG) >/dev/null; then \
@@ -169,6 +178,6 @@ install:
 clean:
 	rm -rf build
 
-.PHONY: all run examples naive-diff programs test test-asan test-clang test-compile test-aarch64 \
+.PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64 \
     deps bench lint install clean
 .DELETE_ON_ERROR:

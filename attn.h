@@ -343,6 +343,8 @@ typedef struct attn_plan_params {
     int32_t max_kv_len;    // longest sequence, kv_pos0 included
     size_t partial_bytes;  // workspace the caller will hand to run (default 0: no splitting, no
                            // sharing)
+    float max_task_cost;   // no task or merge is dearer, so that a host can stop soon (default 0:
+                           // no bound); see "Frame budgets" below
     float cost_kv_token;   // cost model: reading one token of K and V of one head ...
     float cost_row_token;  // ... one query row against one token ...
     float cost_partial;    // ... and storing plus merging one partial row (defaults 0: CPU figures)
@@ -355,8 +357,16 @@ typedef struct attn_task {
     int32_t kv_head;
     int32_t first_token; // in the segment's flattened query tokens
     int32_t n_tokens;
-    float cost;          // tasks are sorted by it, dearest first
+    float cost;          // estimate; tasks are sorted by it, dearest first
 } attn_task;
+
+// One merge: the partials of n_tokens query tokens of a sequence, all heads.
+typedef struct attn_merge {
+    int32_t seq;
+    int32_t first_token; // in the sequence's queries
+    int32_t n_tokens;
+    float cost;          // as of tasks
+} attn_merge;
 
 // Sequences [seq0, seq0 + n_seq) of the plan's order against the spans [span0, span1), the pages of
 // which they all share. n_slots = 0: the task writes O itself; 1: one folded partial per row; else
@@ -386,7 +396,7 @@ typedef struct attn_plan {
     int32_t n_heads, n_kv_heads, head_dim, v_head_dim;
     int32_t n_tasks, n_merges, n_segments, n_shared; // n_shared: segments of more than one sequence
     int32_t tile_tokens;   // query tokens per task at most
-    int32_t cap_seq, cap_segments, cap_tasks, cap_chain;
+    int32_t cap_seq, cap_segments, cap_tasks, cap_chain, cap_merges;
     size_t partial_rows;   // partial rows used, each (v_head_dim + 2) f32
     int64_t kv_tokens_read; // KV tokens (x heads) visited by a step, shared runs counted once
     int64_t kv_tokens_seen; // ... if every sequence read its own
@@ -396,9 +406,23 @@ typedef struct attn_plan {
     attn_segment *segment;
     attn_task *task;
     int32_t *chain;
-    int32_t *merge;        // (n_merges) sequences whose partials must be merged
+    attn_merge *merge;     // (n_merges)
     int32_t *stack;        // (3 * n_seq + 3) for the builder
 } attn_plan;
+
+// Frame budgets: tasks, then merges, may run in any order on any threads, be interrupted between
+// any two and go on in a later frame; partials and plan have to be kept meanwhile, scratch has not,
+// and the bits are those of one call. task[i].cost and merge[i].cost say whether the next one still
+// fits: time = cost x seconds per cost, which a host measures as it goes (one problem shape, dtype
+// and machine: keep the largest ratio seen lately). Unit: cost_row_token = 1 is one query row (one
+// head of one token) against one KV token. An estimate from above for sparse masks; closed forms
+// (causal, window) are counted by spans.
+// max_task_cost = (longest wait in seconds) / (seconds per cost). Query rows are cut first, since
+// that needs no workspace; where 32 rows a task are still too dear, KV is cut between spans. What
+// cannot be cut may exceed it: one span x one query token x the GQA group, and the merge of one
+// token. Cut KV needs partial_bytes: 4 x (v_head_dim + 2) x the sum over sequences of query tokens
+// x n_heads x (kv_len / ATTN_SPAN + 2) always suffices (attn_cpu_plan_params sets that for d, up to
+// 64 MiB); ERR_BUFFER when it is too small to keep the bound. Updates need max_kv_len then.
 
 // Bytes attn_plan_build needs for d, or for the capacities in p if those are larger; 0 when
 // invalid.
@@ -1589,8 +1613,10 @@ typedef struct attni_planner {
     int32_t *stack;    // (3 * n_seq) pending (lo, hi, span)
     int32_t group;     // GQA heads
     int64_t rows_left; // partial rows in the caller's workspace
-    int64_t tiles_left, chain_left, cuts_left;
-    float max_cost;    // dearer tasks are cut along the KV; 0: never
+    int64_t tiles_left, chain_left, cuts_left; // what max_task_cost forces is not charged here
+    float max_cost;    // dearer tasks are cut along the KV, for balance; 0: never
+    int frugal;        // no sharing and no cuts but those that max_task_cost forces
+    int lacking;       // the workspace was too small for one of those
 } attni_planner;
 
 static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
@@ -1691,9 +1717,24 @@ static int64_t attni_tile_count(const attn_plan *p, int64_t n_tokens) {
     return n_tokens / p->tile_tokens + 2;
 }
 
+static float attni_span_cost(const attn_plan_params *q, int64_t rows) {
+    return ATTN_SPAN * (q->cost_kv_token + (float)rows * q->cost_row_token);
+}
+
 static float attni_task_cost(const attn_plan *p, int64_t spans, int64_t rows) {
-    return (float)spans * ATTN_SPAN *
-           (p->params.cost_kv_token + (float)rows * p->params.cost_row_token);
+    return (float)spans * attni_span_cost(&p->params, rows);
+}
+
+// Of one query token.
+static float attni_merge_cost(const attn_plan_params *q, int64_t n_heads, int64_t slots) {
+    return (float)(n_heads * slots) * q->cost_partial;
+}
+
+// How many things of cost `one` stay within bound: at least 1, at most `most`. No bound: most.
+static int32_t attni_fitting(float bound, float one, int32_t most) {
+    most = attni_max32(most, 1);
+    if (!(bound > 0) || (float)most * one <= bound) return most;
+    return attni_max32(1, (int32_t)attni_min64((int64_t)(bound / one), most));
 }
 
 // How many of the spans [span0, span1) the window and causality leave to queries at [p0, p1].
@@ -1724,25 +1765,28 @@ static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t 
     p->n_shared += hi - lo > 1;
 }
 
-// Spans per piece so that no task is dearer than max_cost, if workspace and capacities allow; n if
-// not. `more`: partial rows that cutting costs, charged.
+// Spans per piece of n so that no task is dearer than max_task_cost, nor than max_cost if workspace
+// and capacities allow. The partial rows that cutting costs are charged.
 static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t tokens, int starts,
                            int direct) {
     attn_plan *p = b->p;
     float one = attni_task_cost(p, 1, (int64_t)attni_min32(tokens, p->tile_tokens) * b->group);
-    int32_t piece = b->max_cost > one ? (int32_t)attni_min64((int64_t)(b->max_cost / one), n) : 1;
-    int64_t extra, more;
-    if (b->max_cost <= 0 || piece >= n) return n;
-    extra = (n + piece - 1) / piece - 1;
-    more = starts ? (int64_t)tokens * p->n_heads * (n - piece + (direct ? 1 : 0)) : 0;
-    if (more > b->rows_left || extra > b->cuts_left || extra * n_seq > b->chain_left ||
-        extra * attni_tile_count(p, tokens) > b->tiles_left)
-        return n;
-    b->rows_left -= more;
-    b->cuts_left -= extra;
-    b->chain_left -= extra * n_seq;
-    b->tiles_left -= extra * attni_tile_count(p, tokens);
-    return piece;
+    int32_t must = attni_fitting(p->params.max_task_cost, one, n);
+    int32_t piece = attni_min32(must, attni_fitting(b->max_cost, one, n));
+    int64_t rows = starts ? (int64_t)tokens * p->n_heads : 0, more = rows * (n - piece + direct);
+    int64_t extra = (n + piece - 1) / piece - (n + must - 1) / must;
+    if (piece < must && more <= b->rows_left && extra <= b->cuts_left &&
+        extra * n_seq <= b->chain_left && extra * attni_tile_count(p, tokens) <= b->tiles_left) {
+        b->rows_left -= more;
+        b->cuts_left -= extra;
+        b->chain_left -= extra * n_seq;
+        b->tiles_left -= extra * attni_tile_count(p, tokens);
+        return piece;
+    }
+    more = must < n ? rows * (n - must + direct) : 0;
+    if (more > b->rows_left) b->lacking = 1;
+    else b->rows_left -= more;
+    return must;
 }
 
 // Emits the spans [span0, span1) of places [lo, hi), cut if need be. The piece where the rows'
@@ -1779,7 +1823,7 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
         starts &= from <= q->span0;
         slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
     }
-    if (p->params.share == 1) return 0;
+    if (p->params.share == 1 || b->frugal) return 0;
     slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
     gain = (float)(n - 1) * (float)(to - from) * ATTN_SPAN * p->params.cost_kv_token *
            (float)p->n_kv_heads;
@@ -1910,6 +1954,23 @@ static void attni_sort_tasks(attn_task *a, int32_t n) {
     }
 }
 
+// The merges of a sequence: as many query tokens in each as max_task_cost allows.
+static void attni_add_merges(attn_plan *p, int32_t s) {
+    const attn_plan_seq *q = &p->seq[s];
+    int32_t t, c, n, slots = 0;
+    float one;
+    for (c = 0; c < q->n_chain; c++) slots += p->segment[p->chain[q->chain + c]].n_slots;
+    one = attni_merge_cost(&p->params, p->n_heads, slots);
+    n = attni_fitting(p->params.max_task_cost, one, q->q_len);
+    for (t = 0; t < q->q_len; t += n) {
+        attn_merge *m = &p->merge[p->n_merges++];
+        m->seq = s;
+        m->first_token = t;
+        m->n_tokens = attni_min32(n, q->q_len - t);
+        m->cost = (float)m->n_tokens * one;
+    }
+}
+
 // Chains, merges and what a run without sharing would read.
 static void attni_plan_chains(attn_plan *p) {
     int32_t i, s, at = 0;
@@ -1934,7 +1995,7 @@ static void attni_plan_chains(attn_plan *p) {
         }
     for (s = 0; s < p->n_seq; s++)
         if (p->seq[s].n_chain > 0 && p->segment[p->chain[p->seq[s].chain]].n_slots > 0)
-            p->merge[p->n_merges++] = s;
+            attni_add_merges(p, s);
 }
 
 static int32_t attni_floor_pow2(int32_t x) {
@@ -1943,22 +2004,59 @@ static int32_t attni_floor_pow2(int32_t x) {
     return p;
 }
 
-// Query tokens per tile: a power of two; smaller tiles when there would be too few tasks.
+static int32_t attni_held_spans(const attn_desc *d, int32_t s) { // at most
+    return d->kv.kv_len[s] / ATTN_SPAN + 2;
+}
+
+// The largest tile (tokens) for max_task_cost: from low on while the longest KV needs no cut then;
+// where even low does, the largest whose single spans are cheap enough.
+static int32_t attni_bounded_tile(const attn_desc *d, const attn_plan_params *q, int32_t tile,
+                                  int32_t low) {
+    int32_t group = d->n_heads / d->n_kv_heads, s, t, spans;
+    if (!(q->max_task_cost > 0)) return tile;
+    for (t = tile; t >= low; t /= 2) {
+        for (spans = 1, s = 0; s < d->n_seq; s++) // a smaller tile is no help to shorter queries
+            if (d->q_start[s + 1] - d->q_start[s] > t / 2)
+                spans = attni_max32(spans, attni_held_spans(d, s));
+        if ((float)spans * attni_span_cost(q, (int64_t)t * group) <= q->max_task_cost) return t;
+    }
+    for (t = tile; t > 1 && attni_span_cost(q, (int64_t)t * group) > q->max_task_cost;) t /= 2;
+    return t;
+}
+
+static int32_t attni_most_tile(const attn_desc *d, const attn_plan_params *q) {
+    int32_t group = d->n_heads / d->n_kv_heads;
+    return attni_floor_pow2(attni_max32(1, (q->row_tile > 0 ? q->row_tile : 256) / group));
+}
+
+// Query tokens per tile: a power of two; smaller tiles when there would be too few tasks, or too
+// dear ones.
 static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, int least) {
-    int32_t group = d->n_heads / d->n_kv_heads, s, tile, low;
-    tile = attni_floor_pow2(attni_max32(1, (q->row_tile > 0 ? q->row_tile : 256) / group));
+    int32_t group = d->n_heads / d->n_kv_heads, s, tile = attni_most_tile(d, q), low;
     low = attni_min32(tile, attni_floor_pow2(attni_max32(1, 32 / group)));
-    if (least) return low;
+    if (least) return attni_bounded_tile(d, q, low, low);
     for (; q->workers > 1 && tile > low; tile /= 2) {
         int64_t n = 0;
         for (s = 0; s < d->n_seq; s++) n += (d->q_start[s + 1] - d->q_start[s] + tile - 1) / tile;
         if (n * d->n_kv_heads >= 3 * (int64_t)q->workers) break;
     }
-    return tile;
+    return attni_bounded_tile(d, q, tile, low);
+}
+
+static attn_plan_params attni_plan_defaults(const attn_plan_params *q) {
+    attn_plan_params p = *q;
+    if (p.workers < 1) p.workers = 1;
+    // in units of one row x token at 128 dims, measured on AVX-512
+    if (!(p.cost_kv_token > 0)) p.cost_kv_token = 4;
+    if (!(p.cost_row_token > 0)) p.cost_row_token = 1;
+    if (!(p.cost_partial > 0)) p.cost_partial = 16;
+    return p;
 }
 
 typedef struct attni_plan_caps {
-    int64_t seq, segments, tiles, tasks, chain;
+    int64_t seq, segments, tiles, tasks, chain, merges;
+    int64_t cut_segments, cut_tiles; // of these, what max_task_cost alone may take; cut_segments is
+                                     // its part of chain as well
     size_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack, bytes;
 } attni_plan_caps;
 
@@ -1968,25 +2066,47 @@ static size_t attni_take(size_t *at, int64_t n, size_t size) {
     return here;
 }
 
+// What cutting for max_task_cost may add. A sequence's segments have no more spans together than
+// the sequence, so pieces of n spans add spans / n to the segments on its path.
+static void attni_cut_caps(const attn_desc *d, const attn_plan_params *q, int64_t tokens,
+                           attni_plan_caps *c) {
+    int32_t group = d->n_heads / d->n_kv_heads, spans = q->max_kv_len / ATTN_SPAN + 2, s, tile;
+    c->cut_segments = c->cut_tiles = 0;
+    c->merges = c->seq;
+    if (!(q->max_task_cost > 0)) return;
+    for (s = 0; s < d->n_seq; s++) spans = attni_max32(spans, attni_held_spans(d, s));
+    for (tile = attni_tile_tokens(d, q, 1); tile <= attni_most_tile(d, q); tile *= 2) {
+        int64_t n = attni_fitting(q->max_task_cost, attni_span_cost(q, (int64_t)tile * group),
+                                  spans);
+        c->cut_segments = attni_max64(c->cut_segments, c->seq * (spans / n));
+        c->cut_tiles = attni_max64(c->cut_tiles, spans / n * (tokens / tile + 2 * c->seq));
+    }
+    c->merges += tokens / attni_fitting(q->max_task_cost,
+                                        attni_merge_cost(q, d->n_heads, spans), INT32_MAX);
+}
+
+// q: with its defaults.
 static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params *q,
                                       attni_plan_caps *c) {
     int64_t tokens = attni_max64(d->q_start[d->n_seq], q->max_tokens);
-    int64_t workers = attni_max32(q->workers, 1);
+    int64_t workers = q->workers;
     size_t at = (sizeof(attn_plan) + 63) & ~(size_t)63;
-    if (workers > 1 << 16) return ATTN_ERR_ARGUMENT;
+    if (workers > 1 << 16 || !(q->max_task_cost >= 0)) return ATTN_ERR_ARGUMENT;
     c->seq = attni_max32(d->n_seq, q->max_seq);
-    c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers;
+    attni_cut_caps(d, q, tokens, c);
+    c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers + c->cut_tiles;
+    c->segments = 2 * c->seq + 8 * workers + c->cut_segments;
+    c->chain = 12 * c->seq + 16 * workers + c->cut_segments;
+    if (c->tiles > INT32_MAX / 64 / d->n_kv_heads || c->segments > INT32_MAX / 64)
+        return ATTN_ERR_OVERFLOW;
     c->tasks = c->tiles * d->n_kv_heads;
-    c->segments = 2 * c->seq + 8 * workers;
-    c->chain = 12 * c->seq + 16 * workers;
-    if (c->tasks > INT32_MAX / 64 || c->seq > INT32_MAX / 64) return ATTN_ERR_OVERFLOW;
     c->at_seq = attni_take(&at, c->seq, sizeof(attn_plan_seq));
     c->at_order = attni_take(&at, c->seq, 4);
     c->at_share = attni_take(&at, c->seq, 4);
     c->at_segment = attni_take(&at, c->segments, sizeof(attn_segment));
     c->at_task = attni_take(&at, c->tasks, sizeof(attn_task));
     c->at_chain = attni_take(&at, c->chain, 4);
-    c->at_merge = attni_take(&at, c->seq, 4);
+    c->at_merge = attni_take(&at, c->merges, sizeof(attn_merge));
     c->at_stack = attni_take(&at, 3 * c->seq + 3, 4);
     c->bytes = at;
     return ATTN_OK;
@@ -1994,12 +2114,15 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
 
 ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *q) {
     attni_plan_caps c;
+    attn_plan_params full;
     if (!d || !q || attni_check_shape(d) != ATTN_OK) return 0;
-    return attni_plan_caps_of(d, q, &c) == ATTN_OK ? c.bytes : 0;
+    full = attni_plan_defaults(q);
+    return attni_plan_caps_of(d, &full, &c) == ATTN_OK ? c.bytes : 0;
 }
 
-// Plans d into p, whose arrays and capacities are set.
-static attn_result attni_plan_fill(attn_plan *p, const attn_desc *d, int32_t *stack) {
+// Plans d into p, whose arrays and capacities are set; c: what d needs of them.
+static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_plan_caps *c,
+                                  int frugal) {
     attni_planner b;
     float total = 0;
     int32_t s, n;
@@ -2012,46 +2135,52 @@ static attn_result attni_plan_fill(attn_plan *p, const attn_desc *d, int32_t *st
     p->kv_tokens_read = p->kv_tokens_seen = 0;
     b.p = p;
     b.d = d;
-    b.stack = stack;
+    b.stack = p->stack;
+    b.frugal = frugal;
+    b.lacking = 0;
     b.group = d->n_heads / d->n_kv_heads;
     b.rows_left = (int64_t)(p->params.partial_bytes / 4 / (size_t)(p->v_head_dim + 2));
-    b.tiles_left = p->cap_tasks / p->n_kv_heads;
-    b.chain_left = p->cap_chain - p->n_seq;
-    b.cuts_left = p->cap_segments - 2 * p->n_seq;
+    b.tiles_left = p->cap_tasks / p->n_kv_heads - c->cut_tiles;
+    b.chain_left = p->cap_chain - p->n_seq - c->cut_segments;
+    b.cuts_left = p->cap_segments - 2 * p->n_seq - c->cut_segments;
     for (s = 0; s < p->n_seq; s++) {
         attn_plan_seq *q = &p->seq[s];
         attni_seq_spans(d, s, q);
         b.tiles_left -= attni_tile_count(p, q->q_len);
         total += attni_task_cost(p, q->span1 - q->span0, (int64_t)q->q_len * b.group);
     }
-    b.max_cost = p->params.workers > 1
+    b.max_cost = p->params.workers > 1 && !frugal
                      ? total * (float)p->n_kv_heads / (3.0f * (float)p->params.workers) : 0;
     if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
     p->n_active = n;
     attni_plan_segments(&b, n);
+    if (b.lacking) return ATTN_ERR_BUFFER;
     attni_plan_tasks(&b);
     attni_sort_tasks(p->task, p->n_tasks);
     attni_plan_chains(p);
     return ATTN_OK;
 }
 
+// What sharing and balance took of the workspace may be what max_task_cost lacks.
+static attn_result attni_plan_fill(attn_plan *p, const attn_desc *d, const attni_plan_caps *c) {
+    attn_result r = attni_plan_try(p, d, c, 0);
+    return r == ATTN_ERR_BUFFER ? attni_plan_try(p, d, c, 1) : r;
+}
+
 ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *q, void *mem,
                                      size_t bytes, attn_plan **plan) {
     attn_result r = attn_validate(d);
     attni_plan_caps c;
+    attn_plan_params full;
     uint8_t *m = (uint8_t *)mem;
     attn_plan *p = (attn_plan *)mem;
     if (r != ATTN_OK) return r;
     if (!q || !mem || !plan || q->row_tile < 0 || q->workers < 0) return ATTN_ERR_ARGUMENT;
-    if ((r = attni_plan_caps_of(d, q, &c)) != ATTN_OK) return r;
+    full = attni_plan_defaults(q);
+    if ((r = attni_plan_caps_of(d, &full, &c)) != ATTN_OK) return r;
     if (bytes < c.bytes || (uintptr_t)mem % 64) return ATTN_ERR_BUFFER;
     memset(p, 0, sizeof *p);
-    p->params = *q;
-    if (p->params.workers < 1) p->params.workers = 1;
-    // defaults in units of one row x token at 128 dims, measured on AVX-512
-    if (!(p->params.cost_kv_token > 0)) p->params.cost_kv_token = 4;
-    if (!(p->params.cost_row_token > 0)) p->params.cost_row_token = 1;
-    if (!(p->params.cost_partial > 0)) p->params.cost_partial = 16;
+    p->params = full;
     p->n_heads = d->n_heads;
     p->n_kv_heads = d->n_kv_heads;
     p->head_dim = d->head_dim;
@@ -2060,15 +2189,16 @@ ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params 
     p->cap_segments = (int32_t)c.segments;
     p->cap_tasks = (int32_t)c.tasks;
     p->cap_chain = (int32_t)c.chain;
+    p->cap_merges = (int32_t)c.merges;
     p->seq = (attn_plan_seq *)(void *)(m + c.at_seq);
     p->order = (int32_t *)(void *)(m + c.at_order);
     p->share = (int32_t *)(void *)(m + c.at_share);
     p->segment = (attn_segment *)(void *)(m + c.at_segment);
     p->task = (attn_task *)(void *)(m + c.at_task);
     p->chain = (int32_t *)(void *)(m + c.at_chain);
-    p->merge = (int32_t *)(void *)(m + c.at_merge);
+    p->merge = (attn_merge *)(void *)(m + c.at_merge);
     p->stack = (int32_t *)(void *)(m + c.at_stack);
-    r = attni_plan_fill(p, d, p->stack);
+    r = attni_plan_fill(p, d, &c);
     if (r == ATTN_OK) *plan = p;
     return r;
 }
@@ -2112,8 +2242,10 @@ ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *
     if (attni_plan_patch(plan, d)) return ATTN_OK;
     if (rebuilt) *rebuilt = 1;
     if ((r = attni_plan_caps_of(d, &plan->params, &c)) != ATTN_OK) return r;
-    if (c.seq > plan->cap_seq || c.tasks > plan->cap_tasks) return ATTN_ERR_BUFFER;
-    return attni_plan_fill(plan, d, plan->stack);
+    if (c.seq > plan->cap_seq || c.tasks > plan->cap_tasks || c.segments > plan->cap_segments ||
+        c.chain > plan->cap_chain || c.merges > plan->cap_merges)
+        return ATTN_ERR_BUFFER;
+    return attni_plan_fill(plan, d, &c);
 }
 
 ATTN_DEF size_t attn_plan_partial_bytes(const attn_plan *plan) {

@@ -13,6 +13,9 @@
        every layer:      attn_cpu_store(&d, &k, &v, NULL, 0, n_tokens);      new K, V into pages
        any threads:      attn_cpu_run(&d, plan, i, 1, partials, scratch[thread]); i < plan->n_tasks
        after a barrier:  attn_cpu_merge(&d, plan, i, 1, partials);           i < plan->n_merges
+   a frame budget:       params.max_task_cost = wait / seconds_per_cost;     no task is longer
+       while (i < plan->n_tasks && now() + plan->task[i].cost * seconds_per_cost < deadline)
+           attn_cpu_run(&d, plan, i++, 1, partials, scratch);                on in a later frame
 
    CONTENTS  >>isa  >>store  >>run   and behind  >>impl-:
              kernels, types, scalar, avx2, avx512, dots, neon, dispatch, store, tasks, run
@@ -101,8 +104,8 @@ ATTN_DEF size_t attn_cpu_scratch_bytes(const attn_desc *d, const attn_plan *p);
 ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_t first,
                                   int32_t count, void *partials, void *scratch);
 
-// Folds the partials of sequences plan->merge[first ..] and writes their O. After all tasks have
-// run.
+// Carries out plan->merge[first ..]: folds partials and writes their rows of O. After all tasks
+// have run.
 ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int32_t first,
                                     int32_t count, const void *partials);
 
@@ -3129,13 +3132,13 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
     return r;
 }
 
-ATTNI_CALLED void attni_merge_sequence(attni_work *w, int32_t s, const float *partials) {
+ATTNI_CALLED void attni_merge_rows(attni_work *w, const attn_merge *u, const float *partials) {
     const attn_plan *p = w->p;
-    const attn_plan_seq *q = &p->seq[s];
+    const attn_plan_seq *q = &p->seq[u->seq];
     int32_t t, h, c, i, slot, vd = p->v_head_dim;
     float o[ATTN_MAX_HEAD_DIM + 16], x[ATTN_MAX_HEAD_DIM + 16], m, l;
     memset(x, 0, sizeof x);
-    for (t = 0; t < q->q_len; t++)
+    for (t = u->first_token; t < u->first_token + u->n_tokens; t++)
         for (h = 0; h < p->n_heads; h++) {
             m = attni_float(0xff800000u);
             l = 0;
@@ -3165,7 +3168,7 @@ ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int3
     if (first < 0 || count < 0 || count > p->n_merges - first) return ATTN_ERR_ARGUMENT;
     if (count && !partials) return ATTN_ERR_BUFFER;
     for (i = first; i < first + count; i++)
-        attni_merge_sequence(&w, p->merge[i], (const float *)partials);
+        attni_merge_rows(&w, &p->merge[i], (const float *)partials);
     return ATTN_OK;
 }
 

@@ -125,6 +125,56 @@ void llama_logits(const llama_model *m, llama_pool *pool, llama_state *s, const 
 /* y (n, n_out) = x (n, n_in) times the transposed weight; the building block of the above. */
 void llama_matmul(llama_pool *pool, const llama_weight *w, const float *x, int32_t n, float *y);
 
+/* ---- layers in slices ----
+ * An operation is a number of short tasks, fn(&op->ctx, 0 .. n_tasks-1, thread), that any threads
+ * run in any order, now or in a later frame; the next operation starts when all of them are done.
+ * llama_embed ... llama_logits are these operations run at once, so the bits are the same. What
+ * they point to (state, ids, pos, rows, logits) must stay until they are done. */
+enum { LLAMA_MAX_OPS = 5, LLAMA_MAX_JOBS = 3 };
+
+typedef struct llama_job { /* private: y = x W^T, + bias, or y += that */
+    const llama_weight *w;
+    const float *bias;     /* or NULL */
+    float *y;              /* (n, n_out) */
+    int add;
+} llama_job;
+
+typedef struct llama_gemm { /* private: jobs that read the same x */
+    llama_job job[LLAMA_MAX_JOBS];
+    int64_t first[LLAMA_MAX_JOBS + 1]; /* first panel of each job */
+    int n_jobs;
+    int32_t n, block;       /* tokens, tokens per task */
+    const float *x;         /* (n, n_in) */
+} llama_gemm;
+
+typedef struct llama_pass { /* private: element-wise over tokens */
+    const llama_model *m;
+    llama_state *s;
+    const float *weight;    /* of a norm */
+    const int32_t *ids, *pos;
+    const float *x;         /* norm: input rows */
+    const int32_t *rows;    /* norm: which of them, NULL for all */
+    int32_t n;
+} llama_pass;
+
+typedef struct llama_op {
+    llama_task fn;
+    int64_t n_tasks;
+    double cost;            /* of one task at most: multiply-adds; elements, where there are none */
+    union {
+        llama_gemm gemm;
+        llama_pass pass;
+    } ctx;
+} llama_op;
+
+/* Each writes up to LLAMA_MAX_OPS operations and returns how many. */
+int llama_embed_ops(const llama_model *m, llama_state *s, const int32_t *ids, const int32_t *pos,
+                    int32_t n, llama_op *ops);
+int llama_qkv_ops(const llama_model *m, llama_state *s, int32_t layer, llama_op *ops);
+int llama_out_ops(const llama_model *m, llama_state *s, int32_t layer, llama_op *ops);
+int llama_logits_ops(const llama_model *m, llama_state *s, const int32_t *rows, int32_t n_rows,
+                     float *logits, llama_op *ops);
+
 /* ---- text ---- */
 enum {
     LLAMA_ADD_BOS = 1,     /* put the begin token first if the vocabulary asks for it */
@@ -762,24 +812,8 @@ void llama_weight_row(const llama_weight *w, int64_t row, float *out) {
  * element is one chain over the inputs whatever the tile height. Partial sums of LLAMA_KB inputs
  * go through memory, which changes no bit. */
 
-typedef struct llama_job { /* y = x W^T, + bias, or y += that */
-    const llama_weight *w;
-    const float *bias; /* or NULL */
-    float *y;          /* (n, n_out) */
-    int add;
-} llama_job;
-
 #define LLAMA_ALIGN 64
-#define LLAMA_MAX_JOBS 3
 #define LLAMA_TOKENS 192 /* tokens per task: what one unpacked weight block serves */
-
-typedef struct llama_gemm {
-    llama_job job[LLAMA_MAX_JOBS];
-    int64_t first[LLAMA_MAX_JOBS + 1]; /* first panel of each job */
-    int n_jobs;
-    int32_t n, block; /* tokens, tokens per task */
-    const float *x;   /* (n, n_in) */
-} llama_gemm;
 
 #ifndef LLAMA_USE_CBLAS
 /* c (mr, NR) += x (mr, kn) W (kn, NR); mr is a constant at each call, so all of c stays in
@@ -864,7 +898,10 @@ static void llama_gemm_task(void *ctx, int64_t task, int32_t thread) {
 
 #else
 /* Weights are always converted then; the library brings its own threads. */
-static void llama_blas(const llama_gemm *g) {
+static void llama_blas_task(void *ctx, int64_t task, int32_t thread) {
+    const llama_gemm *g = (const llama_gemm *)ctx;
+    (void)task;
+    (void)thread;
     for (int j = 0; j < g->n_jobs; j++) {
         const llama_job *job = &g->job[j];
         int n_in = (int)job->w->n_in, n_out = (int)job->w->n_out;
@@ -877,21 +914,28 @@ static void llama_blas(const llama_gemm *g) {
 #endif
 
 /* All jobs read the same x, so their panels form one list of tasks without barriers between. */
-static void llama_gemm_run(llama_pool *pool, llama_gemm *g) {
-    for (int j = 0; j < g->n_jobs; j++)
-        g->first[j + 1] = g->first[j] + (g->job[j].w->n_out + LLAMA_NR - 1) / LLAMA_NR;
+static llama_op llama_gemm_op(llama_gemm g) {
+    llama_op op;
+    memset(&op, 0, sizeof op);
+    for (int j = 0; j < g.n_jobs; j++)
+        g.first[j + 1] = g.first[j] + (g.job[j].w->n_out + LLAMA_NR - 1) / LLAMA_NR;
 #ifdef LLAMA_USE_CBLAS
-    (void)pool;
-    llama_blas(g);
+    op.fn = llama_blas_task;
+    op.n_tasks = 1;
+    op.cost = (double)g.first[g.n_jobs] * LLAMA_NR * (double)g.job[0].w->n_in * g.n;
 #else
     /* many small tasks balance threads; packed weights want many tokens per unpacked block */
-    g->block = g->job[0].w->f32 && g->n > 48 ? 48 : LLAMA_TOKENS;
-    int64_t blocks = (g->n + g->block - 1) / g->block;
-    llama_pool_run(pool, llama_gemm_task, g, g->first[g->n_jobs] * blocks);
+    g.block = g.job[0].w->f32 && g.n > 48 ? 48 : LLAMA_TOKENS;
+    int64_t blocks = (g.n + g.block - 1) / g.block;
+    op.fn = llama_gemm_task;
+    op.n_tasks = g.first[g.n_jobs] * blocks;
+    op.cost = (double)LLAMA_NR * (double)g.job[0].w->n_in * (g.n < g.block ? g.n : g.block);
 #endif
+    op.ctx.gemm = g;
+    return op;
 }
 
-void llama_matmul(llama_pool *pool, const llama_weight *w, const float *x, int32_t n, float *y) {
+static llama_op llama_matmul_op(const llama_weight *w, const float *x, int32_t n, float *y) {
     llama_gemm g;
     memset(&g, 0, sizeof g);
     g.n = n;
@@ -899,7 +943,12 @@ void llama_matmul(llama_pool *pool, const llama_weight *w, const float *x, int32
     g.n_jobs = 1;
     g.job[0].w = w;
     g.job[0].y = y;
-    llama_gemm_run(pool, &g);
+    return llama_gemm_op(g);
+}
+
+void llama_matmul(llama_pool *pool, const llama_weight *w, const float *x, int32_t n, float *y) {
+    llama_op op = llama_matmul_op(w, x, n, y);
+    llama_pool_run(pool, op.fn, &op.ctx, op.n_tasks);
 }
 
 typedef struct llama_convert_ctx {
@@ -1160,18 +1209,18 @@ void llama_free(llama_model *m) {
 
 #define LLAMA_SLICE 16 /* tokens per task of the element-wise passes */
 
-typedef struct llama_pass {
-    const llama_model *m;
-    llama_state *s;
-    const float *weight;        /* of a norm */
-    const int32_t *ids, *pos;
-    const float *x;             /* norm: input rows */
-    const int32_t *rows;        /* norm: which of them, NULL for all */
-    int32_t n;
-} llama_pass;
+static llama_op llama_pass_op(llama_task fn, llama_pass p, int64_t width) {
+    llama_op op;
+    memset(&op, 0, sizeof op);
+    op.fn = fn;
+    op.n_tasks = ((int64_t)p.n + LLAMA_SLICE - 1) / LLAMA_SLICE;
+    op.cost = (double)width * (p.n < LLAMA_SLICE ? p.n : LLAMA_SLICE);
+    op.ctx.pass = p;
+    return op;
+}
 
-static void llama_pass_run(llama_pool *pool, llama_task fn, llama_pass *p) {
-    llama_pool_run(pool, fn, p, ((int64_t)p->n + LLAMA_SLICE - 1) / LLAMA_SLICE);
+static void llama_ops_run(llama_pool *pool, llama_op *ops, int n) {
+    for (int i = 0; i < n; i++) llama_pool_run(pool, ops[i].fn, &ops[i].ctx, ops[i].n_tasks);
 }
 
 static int32_t llama_slice(const llama_pass *p, int64_t task, int32_t *t0) {
@@ -1230,11 +1279,18 @@ static void llama_embed_task(void *ctx, int64_t task, int32_t thread) {
     }
 }
 
-void llama_embed(const llama_model *m, llama_pool *pool, llama_state *s, const int32_t *ids,
-                 const int32_t *pos, int32_t n) {
+int llama_embed_ops(const llama_model *m, llama_state *s, const int32_t *ids, const int32_t *pos,
+                    int32_t n, llama_op *ops) {
     llama_pass p = {m, s, NULL, ids, pos, NULL, NULL, n};
     s->n = n;
-    llama_pass_run(pool, llama_embed_task, &p);
+    ops[0] = llama_pass_op(llama_embed_task, p, m->d_model + m->rope_dim);
+    return 1;
+}
+
+void llama_embed(const llama_model *m, llama_pool *pool, llama_state *s, const int32_t *ids,
+                 const int32_t *pos, int32_t n) {
+    llama_op ops[LLAMA_MAX_OPS];
+    llama_ops_run(pool, ops, llama_embed_ops(m, s, ids, pos, n, ops));
 }
 
 /* xn = x / rms(x) * weight, sums in 16 lanes and a fixed tree */
@@ -1256,10 +1312,10 @@ static void llama_norm_task(void *ctx, int64_t task, int32_t thread) {
     }
 }
 
-static void llama_norm(const llama_model *m, llama_pool *pool, llama_state *s, const float *weight,
-                       const int32_t *rows, int32_t n) {
+static llama_op llama_norm_op(const llama_model *m, llama_state *s, const float *weight,
+                              const int32_t *rows, int32_t n) {
     llama_pass p = {m, s, weight, NULL, NULL, s->x, rows, n};
-    llama_pass_run(pool, llama_norm_task, &p);
+    return llama_pass_op(llama_norm_task, p, m->d_model);
 }
 
 static void llama_rotate(float *head, const float *rope, int32_t rope_dim) {
@@ -1286,14 +1342,21 @@ static void llama_rope_task(void *ctx, int64_t task, int32_t thread) {
     }
 }
 
-void llama_qkv(const llama_model *m, llama_pool *pool, llama_state *s, int32_t layer) {
+int llama_qkv_ops(const llama_model *m, llama_state *s, int32_t layer, llama_op *ops) {
     const llama_layer *l = &m->layers[layer];
     llama_pass p = {m, s, NULL, NULL, NULL, NULL, NULL, s->n};
     llama_gemm g = {{{&l->wq, l->bq, s->q, 0}, {&l->wk, l->bk, s->k, 0}, {&l->wv, l->bv, s->v, 0}},
                     {0}, 3, s->n, 0, s->xn};
-    llama_norm(m, pool, s, l->attn_norm, NULL, s->n);
-    llama_gemm_run(pool, &g);
-    if (m->rope_dim) llama_pass_run(pool, llama_rope_task, &p);
+    ops[0] = llama_norm_op(m, s, l->attn_norm, NULL, s->n);
+    ops[1] = llama_gemm_op(g);
+    if (!m->rope_dim) return 2;
+    ops[2] = llama_pass_op(llama_rope_task, p, (int64_t)(m->n_heads + m->n_kv_heads) * m->rope_dim);
+    return 3;
+}
+
+void llama_qkv(const llama_model *m, llama_pool *pool, llama_state *s, int32_t layer) {
+    llama_op ops[LLAMA_MAX_OPS];
+    llama_ops_run(pool, ops, llama_qkv_ops(m, s, layer, ops));
 }
 
 static void llama_swiglu_task(void *ctx, int64_t task, int32_t thread) {
@@ -1307,24 +1370,37 @@ static void llama_swiglu_task(void *ctx, int64_t task, int32_t thread) {
     }
 }
 
-void llama_out(const llama_model *m, llama_pool *pool, llama_state *s, int32_t layer) {
+int llama_out_ops(const llama_model *m, llama_state *s, int32_t layer, llama_op *ops) {
     const llama_layer *l = &m->layers[layer];
     llama_pass p = {m, s, NULL, NULL, NULL, NULL, NULL, s->n};
     llama_gemm wo = {{{&l->wo, l->bo, s->x, 1}}, {0}, 1, s->n, 0, s->att};
     llama_gemm in = {{{&l->gate, NULL, s->gate, 0}, {&l->up, NULL, s->up, 0}}, {0}, 2, s->n, 0,
                      s->xn};
     llama_gemm down = {{{&l->down, NULL, s->x, 1}}, {0}, 1, s->n, 0, s->gate};
-    llama_gemm_run(pool, &wo);
-    llama_norm(m, pool, s, l->ffn_norm, NULL, s->n);
-    llama_gemm_run(pool, &in);
-    llama_pass_run(pool, llama_swiglu_task, &p);
-    llama_gemm_run(pool, &down);
+    ops[0] = llama_gemm_op(wo);
+    ops[1] = llama_norm_op(m, s, l->ffn_norm, NULL, s->n);
+    ops[2] = llama_gemm_op(in);
+    ops[3] = llama_pass_op(llama_swiglu_task, p, m->d_ff);
+    ops[4] = llama_gemm_op(down);
+    return 5;
+}
+
+void llama_out(const llama_model *m, llama_pool *pool, llama_state *s, int32_t layer) {
+    llama_op ops[LLAMA_MAX_OPS];
+    llama_ops_run(pool, ops, llama_out_ops(m, s, layer, ops));
+}
+
+int llama_logits_ops(const llama_model *m, llama_state *s, const int32_t *rows, int32_t n_rows,
+                     float *logits, llama_op *ops) {
+    ops[0] = llama_norm_op(m, s, m->out_norm, rows, n_rows);
+    ops[1] = llama_matmul_op(&m->output, s->xn, n_rows, logits);
+    return 2;
 }
 
 void llama_logits(const llama_model *m, llama_pool *pool, llama_state *s, const int32_t *rows,
                   int32_t n_rows, float *logits) {
-    llama_norm(m, pool, s, m->out_norm, rows, n_rows);
-    llama_matmul(pool, &m->output, s->xn, n_rows, logits);
+    llama_op ops[LLAMA_MAX_OPS];
+    llama_ops_run(pool, ops, llama_logits_ops(m, s, rows, n_rows, logits, ops));
 }
 
 /* ==== vocabulary ==== */

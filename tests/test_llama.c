@@ -68,24 +68,40 @@ static void attend(const llama_model *m, const cache *c, const float *q, int pos
     free(p);
 }
 
+/* The tasks of each operation in a strange order: every step-th, around and around. */
+static void run_sliced(llama_op *ops, int n) {
+    for (int i = 0; i < n; i++) {
+        int64_t tasks = ops[i].n_tasks, step = 7, at = 0;
+        for (int64_t a = tasks, b = step, t; b; t = a % b, a = b, b = t)
+            if (a % b == 0 && b > 1) step = 1; /* a common factor would miss some */
+        for (int64_t t = 0; t < tasks; t++, at = (at + step) % tasks)
+            ops[i].fn(&ops[i].ctx, at, (int32_t)(t % 3));
+    }
+}
+
 /* Runs n tokens from position pos and writes the logits of the last one. */
 static void forward(const llama_model *m, llama_pool *pool, llama_state *s, cache *c,
-                    const int32_t *ids, int pos, int n, float *logits) {
+                    const int32_t *ids, int pos, int n, int sliced, float *logits) {
+    llama_op ops[LLAMA_MAX_OPS];
     int32_t *where = (int32_t *)need(malloc((size_t)n * sizeof *where)), last = n - 1;
     size_t kw = (size_t)m->n_kv_heads * (size_t)m->head_dim;
     size_t vw = (size_t)m->n_kv_heads * (size_t)m->v_head_dim;
     for (int i = 0; i < n; i++) where[i] = pos + i;
-    llama_embed(m, pool, s, ids, where, n);
+    if (sliced) run_sliced(ops, llama_embed_ops(m, s, ids, where, n, ops));
+    else llama_embed(m, pool, s, ids, where, n);
     for (int l = 0; l < m->n_layers; l++) {
-        llama_qkv(m, pool, s, l);
+        if (sliced) run_sliced(ops, llama_qkv_ops(m, s, l, ops));
+        else llama_qkv(m, pool, s, l);
         memcpy(c[l].k + (size_t)pos * kw, s->k, (size_t)n * kw * sizeof(float));
         memcpy(c[l].v + (size_t)pos * vw, s->v, (size_t)n * vw * sizeof(float));
         for (int i = 0; i < n; i++)
             attend(m, &c[l], s->q + (int64_t)i * m->n_heads * m->head_dim, pos + i,
                    s->att + (int64_t)i * m->n_heads * m->v_head_dim);
-        llama_out(m, pool, s, l);
+        if (sliced) run_sliced(ops, llama_out_ops(m, s, l, ops));
+        else llama_out(m, pool, s, l);
     }
-    llama_logits(m, pool, s, &last, 1, logits);
+    if (sliced) run_sliced(ops, llama_logits_ops(m, s, &last, 1, logits, ops));
+    else llama_logits(m, pool, s, &last, 1, logits);
     free(where);
 }
 
@@ -183,7 +199,7 @@ static void golden_one(const llama_model *m, llama_pool *pool, const char *item)
     llama_state *s = llama_state_create(m, (int32_t)n);
     float *logits = (float *)need(malloc((size_t)m->n_vocab * sizeof *logits));
     llama_sampler pick = {0, 1, 0, 0};
-    forward(m, pool, s, c, ids, 0, (int)n, logits);
+    forward(m, pool, s, c, ids, 0, (int)n, 0, logits);
     for (int i = 0; i < n_top; i++)
         worst = fmax(worst, fabs((double)logits[(int)top[2 * i]] - top[2 * i + 1]));
     for (int i = 0; i < n_first; i++) worst = fmax(worst, fabs((double)logits[i] - first[i]));
@@ -191,7 +207,7 @@ static void golden_one(const llama_model *m, llama_pool *pool, const char *item)
     for (int i = 0; i < n_greedy; i++) {
         next = llama_sample(&pick, logits, m->n_vocab);
         right += next == (int32_t)greedy[i];
-        forward(m, pool, s, c, &next, (int)n + i, 1, logits);
+        forward(m, pool, s, c, &next, (int)n + i, 1, 0, logits);
     }
     CHECK(n_greedy > 0 && right == n_greedy, "%d of %d greedy tokens", right, n_greedy);
     printf("golden: %d tokens, logits within %.1e, %d greedy tokens\n", (int)n, worst, right);
@@ -270,13 +286,16 @@ static void test_state_bits(const llama_model *m, llama_pool *pool) {
     float *a = (float *)need(malloc((size_t)m->n_vocab * 2 * sizeof *a)), *b = a + m->n_vocab;
     llama_state *s = llama_state_create(m, N);
     cache *c = cache_create(m, N);
-    forward(m, pool, s, c, ids, 0, N, a);
+    forward(m, pool, s, c, ids, 0, N, 0, a);
     for (int at = 0, step = 1; at < N; at += step, step = step * 2 + 1) {
         if (step > N - at) step = N - at;
-        forward(m, NULL, s, c, ids + at, at, step, b);
+        forward(m, NULL, s, c, ids + at, at, step, 0, b);
     }
     CHECK(!memcmp(a, b, (size_t)m->n_vocab * sizeof *a) || !SAME_BITS,
           "prefill in chunks gives other bits");
+    forward(m, NULL, s, c, ids, 0, N, 1, b);
+    CHECK(!memcmp(a, b, (size_t)m->n_vocab * sizeof *a) || !SAME_BITS,
+          "operations in slices give other bits");
     free(a);
     llama_state_free(s);
     cache_free(m, c);
@@ -434,7 +453,7 @@ static int command(const llama_model *m, llama_pool *pool, int argc, char **argv
         float *logits = (float *)need(malloc((size_t)m->n_vocab * sizeof *logits));
         llama_state *s = (llama_state *)need(llama_state_create(m, (int32_t)n));
         cache *c = cache_create(m, n);
-        forward(m, pool, s, c, ids, 0, (int)n, logits);
+        forward(m, pool, s, c, ids, 0, (int)n, 0, logits);
         fwrite(logits, sizeof *logits, (size_t)m->n_vocab, stdout);
         cache_free(m, c);
         llama_state_free(s);
