@@ -747,8 +747,8 @@ ATTNI_FAR void attni_put(void *p, attn_dtype t, int64_t i, float x) {
     }
 }
 
-ATTNI_FAR double attni_sqrt(double x) { // x in (0, 1e6]; no libm
-    double y = x > 1 ? x : 1;
+ATTNI_FAR double attni_sqrt(double x) { // x in [1, 1e6]; no libm
+    double y = x;
     int i;
     for (i = 0; i < 40; i++) y = 0.5 * (y + x / y);
     return y;
@@ -1160,17 +1160,19 @@ ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_token
     return per * (size_t)d->n_kv_heads * (size_t)n_tokens;
 }
 
-// Reverses the bytes of each element on a big-endian host, where rows are still little-endian.
-static void attni_copy_le(void *dst, const void *src, size_t n_elements, size_t width) {
-    const uint16_t probe = 1;
+// Reverses the bytes of each element.
+static void attni_copy_swapped(void *dst, const void *src, size_t n_elements, size_t width) {
     size_t i, b;
-    if (*(const uint8_t *)&probe || width == 1) {
-        memcpy(dst, src, n_elements * width);
-        return;
-    }
     for (i = 0; i < n_elements; i++)
         for (b = 0; b < width; b++)
             ((uint8_t *)dst)[i * width + b] = ((const uint8_t *)src)[i * width + width - 1 - b];
+}
+
+// Rows outside a page are little-endian on every host.
+static void attni_copy_le(void *dst, const void *src, size_t n_elements, size_t width) {
+    const uint16_t probe = 1;
+    if (*(const uint8_t *)&probe) memcpy(dst, src, n_elements * width);
+    else attni_copy_swapped(dst, src, n_elements, width);
 }
 
 static attn_result attni_move_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
@@ -1262,6 +1264,13 @@ ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_
 
 // ==== >>impl-validate  ===========================================================================
 
+// Do n_in rows of dim elements s_in apart, repeated n_out times s_out apart, touch each other?
+static int attni_rows_overlap(int64_t n_in, int64_t s_in, int64_t n_out, int64_t s_out,
+                              int64_t dim) {
+    if (n_in > 1 && s_in < dim) return 1;
+    return n_out > 1 && s_out < (n_in - 1) * s_in + dim;
+}
+
 static int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads, int64_t dim,
                           int written) {
     int64_t st = t->stride_token ? t->stride_token : heads * dim;
@@ -1270,8 +1279,8 @@ static int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads,
     if (st > limit / attni_max64(n_tokens, 1) || sh > limit / heads) return 1;
     if (!written || n_tokens == 0) return 0;
     // rows that are written must not overlap, in either order of the two strides
-    return !((heads == 1 || sh >= dim) && (n_tokens == 1 || st >= (heads - 1) * sh + dim)) &&
-           !((n_tokens == 1 || st >= dim) && (heads == 1 || sh >= (n_tokens - 1) * st + dim));
+    return attni_rows_overlap(heads, sh, n_tokens, st, dim) &&
+           attni_rows_overlap(n_tokens, st, heads, sh, dim);
 }
 
 static attn_result attni_check_shape(const attn_desc *d) {
@@ -1433,7 +1442,7 @@ ATTN_DEF attn_result attn_validate(const attn_desc *d) {
 
 // ==== >>impl-ref  fp64, one score at a time, from the definitions ================================
 
-// exp, log and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r.
+// exp and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r. x <= 0.
 static double attni_exp64(double x) {
     double r, s = 1, t = 1;
     int64_t k;
@@ -1441,8 +1450,7 @@ static double attni_exp64(double x) {
     int i;
     if (x != x) return x;
     if (x < -745) return 0;
-    if (x > 709) x = 709;
-    k = (int64_t)(x * 1.4426950408889634 + (x < 0 ? -0.5 : 0.5));
+    k = (int64_t)(x * 1.4426950408889634 - 0.5);
     r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
     for (i = 1; i < 16; i++) s += (t *= r / i);
     if (k < -1000)
@@ -1506,8 +1514,7 @@ static void attni_ref_row(const attn_desc *d, const attni_side *side, int32_t s,
                           int32_t j, double *out) {
     int32_t page = attni_page_of(d, s, j), place = j % d->kv.page_tokens, e;
     const uint8_t *p = side->data + page * side->page_bytes + attni_token_offset(side, place, h);
-    double scale =
-        attni_is_scaled(side->dtype) ? (double)attni_token_scale(side, page, place, h) : 1.0;
+    double scale = (double)attni_token_scale(side, page, place, h);
     int32_t per = 32 / attni_bits_of(side->dtype), gap = side->k16 ? 64 : 4;
     for (e = 0; e < side->dim; e++)
         out[e] = (double)attni_get(p + (int64_t)(e / per) * gap, side->dtype, e % per) * scale;
@@ -1619,18 +1626,17 @@ static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
     q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
 }
 
-// Orders sequences by first position, then by page ids, then by number.
+// Orders sequences with a page table by first position, then by page ids, then by number.
 static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
     const attn_kv *kv = &b->d->kv;
     const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
     int32_t j, n = attni_min32(sx->kv_len, sy->kv_len) / kv->page_tokens;
     if (sx->kv_pos0 != sy->kv_pos0) return sx->kv_pos0 < sy->kv_pos0;
-    if (kv->page_table)
-        for (j = 0; j < n; j++) {
-            int32_t px = kv->page_table[x * kv->page_table_stride + j];
-            int32_t py = kv->page_table[y * kv->page_table_stride + j];
-            if (px != py) return px < py;
-        }
+    for (j = 0; j < n; j++) {
+        int32_t px = kv->page_table[x * kv->page_table_stride + j];
+        int32_t py = kv->page_table[y * kv->page_table_stride + j];
+        if (px != py) return px < py;
+    }
     return x < y;
 }
 
@@ -1804,7 +1810,7 @@ static void attni_plan_segments(attni_planner *b, int32_t n) {
         from = *--top, hi = *--top, lo = *--top;
         if (hi - lo == 1) {
             const attn_plan_seq *q = &p->seq[p->order[lo]];
-            if (from < q->span1 || from < 0)
+            if (from < q->span1)
                 attni_emit(b, lo, hi, attni_max32(from, q->span0), q->span1, q->q_len, from < 0);
             continue;
         }
@@ -2830,9 +2836,9 @@ static int32_t attni_tree_doubled(const attn_tree *t) {
     for (x = 0; x < t->max_nodes; x++) {
         const attni_tree_node *c = t->node + x, *u = t->node + c->parent;
         if (c->start < 1 || c->held == 0 || c->start % t->page_tokens == 0) continue;
-        n += u->held == 1 && u->first_seq < 0 && u->pins == 0 && u->cached == c->cached &&
-             u->priority == c->priority && u->last_page != c->first_page &&
-             t->hold[u->last_page] == 1;
+        // held once: by c, so no sequence or pin sits at u
+        n += u->held == 1 && u->cached == c->cached && u->priority == c->priority &&
+             u->last_page != c->first_page && t->hold[u->last_page] == 1;
     }
     return n;
 }
@@ -2848,7 +2854,7 @@ static attn_result attni_tree_reserve(attn_tree *t, int32_t s, int32_t x, int32_
     if (copy && !can_copy) return ATTN_ERR_BUFFER;
     if (attni_tree_room(t, pages + copy, node)) return ATTN_OK;
     less = copy && attni_node_owns_tail(t, x);
-    if (t->n_heap == 0 || t->n_held_nodes + node > t->max_nodes ||
+    if (t->n_heap == 0 || // else there is a node to evict as well
         pages + copy - less > (int64_t)t->n_pages - t->n_held_pages + attni_tree_doubled(t))
         return ATTN_ERR_FULL;
     while (t->n_heap > 0) attni_tree_shrink(t, t->heap[0], INT32_MAX);
@@ -3085,7 +3091,7 @@ ATTN_DEF attn_result attn_tree_tokens(const attn_tree *t, int32_t seq, int32_t f
         if (pos >= end) continue;
         page = attni_node_page(t, x, pos);
         n = pos - first;
-        for (; pos < end; pos += run, page = t->next[page]) {
+        for (;; pos += run, page = t->next[page]) {
             run = end - pos < pt - pos % pt ? end - pos : pt - pos % pt;
             memcpy(out + (pos - first), attni_page_token(t, page, pos % pt),
                    (size_t)run * sizeof(int32_t));
@@ -3123,8 +3129,8 @@ ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, 
 static int attni_tree_compare(const attn_tree *t, int32_t x, int32_t y) {
     int32_t cx = -1, cy = -1, sx, sy;
     while (x != y) {
-        sx = x < 0 ? -2 : t->node[x].start - (t->node[x].parent < 0); // roots above their children
-        sy = y < 0 ? -2 : t->node[y].start - (t->node[y].parent < 0);
+        sx = t->node[x].start - (t->node[x].parent < 0); // roots above their children,
+        sy = t->node[y].start - (t->node[y].parent < 0); // so both leave theirs together
         if (sx >= sy) {
             cx = x;
             x = t->node[x].parent;
