@@ -3177,15 +3177,37 @@ ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out) {
     out->n_seq = t->n_seq;
 }
 
-// ---- attn_tree_check: every statement of the section's first comment
+// ---- attn_tree_check: every statement of the section's first comment. Whatever the arrays hold, no
+// index read from them is followed before it was compared with its count.
+
+static int attni_check_ids(const int32_t *id, int64_t n, int32_t least, int32_t limit) {
+    int64_t i;
+    for (i = 0; i < n; i++)
+        if (id[i] < least || id[i] >= limit) return 0;
+    return 1;
+}
+
+// The arrays of ids; and the index has an unused place, so that every search in it ends.
+static int attni_check_arrays(const attn_tree *t) {
+    int64_t i, n_index = 0, n_table = (int64_t)t->table_mask + 1;
+    if (t->pool.n_free < 0 || t->pool.n_free > t->n_pages) return 0;
+    if (t->n_heap < 0 || t->n_heap > t->max_nodes) return 0;
+    if (!attni_check_ids(t->pool.free, t->pool.n_free, 0, t->n_pages)) return 0;
+    if (!attni_check_ids(t->heap, t->n_heap, 0, t->max_nodes)) return 0;
+    if (!attni_check_ids(t->copy_src, t->n_pages, -1, t->n_pages)) return 0;
+    if (!attni_check_ids(t->table, n_table, -1, t->max_nodes)) return 0;
+    for (i = 0; i < n_table; i++) n_index += t->table[i] >= 0;
+    return n_index == t->n_nodes && n_index <= t->max_nodes;
+}
 
 // Pages of a node: their number, links, fills and its first token. Counts into ref and held.
 static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_t *held) {
     const attni_tree_node *n = t->node + x, *p = t->node + n->parent;
-    int32_t pt = t->page_tokens, j = n->start / pt, last = (n->end - 1) / pt, page = n->first_page;
+    int32_t pt = t->page_tokens, j, last, page = n->first_page;
     int32_t i, slot = n->start % pt, behind = -1;
     if (n->end <= n->start || n->start != p->end) return 0;
-    for (;; j++) {
+    last = (n->end - 1) / pt;
+    for (j = n->start / pt;; j++) {
         if (page < 0 || page >= t->n_pages || t->pool.ref[page] == 0) return 0;
         if (behind >= 0 && t->prev[page] != behind) return 0;
         if (t->fill[page] < (j == last ? (n->end - 1) % pt + 1 : pt) || t->fill[page] > pt)
@@ -3199,7 +3221,9 @@ static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_
     if (page != n->last_page || (n->n_child == 0 && t->fill[page] != (n->end - 1) % pt + 1))
         return 0;
     if (n->key != (uint32_t)*attni_page_token(t, n->first_page, slot)) return 0;
-    for (i = 0; slot != 0 && p->last_page != n->first_page && i < slot; i++) // a copy has the slots
+    if (slot == 0 || p->last_page == n->first_page) return 1;
+    if (p->last_page < 0 || p->last_page >= t->n_pages) return 0;
+    for (i = 0; i < slot; i++) // a copy has the slots
         if (*attni_page_token(t, n->first_page, i) != *attni_page_token(t, p->last_page, i))
             return 0;
     return 1;
@@ -3226,9 +3250,8 @@ static int attni_check_node(const attn_tree *t, int32_t x, const int32_t *sum) {
 }
 
 // Free lists and totals, after ref and held were counted.
-static int attni_check_totals(const attn_tree *t, const int32_t *ref, const int32_t *held) {
+static int attni_check_totals(const attn_tree *t, int32_t *ref, const int32_t *held) {
     int32_t i, n = 0, n_held = 0;
-    if (t->pool.n_free < 0 || t->pool.n_free > t->n_pages) return 0;
     for (i = 0; i < t->n_pages; i++) {
         if (t->pool.ref[i] != ref[i] || t->hold[i] != held[i]) return 0;
         if (t->n_copying[i] > ref[i] || (t->n_copying[i] > 0) != (t->lock[i] > 0)) return 0;
@@ -3237,8 +3260,7 @@ static int attni_check_totals(const attn_tree *t, const int32_t *ref, const int3
     }
     if (n != t->pool.n_free || n_held != t->n_held_pages) return 0;
     for (i = 0; i < t->pool.n_free; i++)
-        if (t->pool.free[i] < 0 || t->pool.free[i] >= n + t->n_pages || ref[t->pool.free[i]] != 0)
-            return 0;
+        if (ref[t->pool.free[i]]++ != 0) return 0; // in use, or listed twice
     for (n = 0, i = t->free_node; i >= 0 && n <= t->max_nodes; i = t->node[i].parent, n++)
         if (i >= t->max_nodes || t->node[i].start >= 0) return 0;
     if (n + t->n_nodes != t->max_nodes) return 0;
@@ -3248,9 +3270,10 @@ static int attni_check_totals(const attn_tree *t, const int32_t *ref, const int3
 }
 
 ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
-    int32_t *ref, *held, *sum, x, i, n_nodes = 0, n_held = 0, n_heap = 0, n_index = 0;
+    int32_t *ref, *held, *sum, x, i, n_nodes = 0, n_held = 0, n_heap = 0;
     int64_t tokens = 0;
     if (!t) return ATTN_ERR_ARGUMENT;
+    if (!attni_check_arrays(t)) return ATTN_ERR_CORRUPT;
     ref = t->scratch;
     held = ref + t->n_pages;
     sum = held + t->n_pages;
@@ -3261,7 +3284,7 @@ ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
         n_nodes++;
         n_held += n->held > 0;
         n_heap += n->heap_at >= 0;
-        tokens += n->end - n->start;
+        tokens += (int64_t)n->end - n->start;
         if (n->parent < 0) continue;
         if (n->parent >= t->max_nodes || t->node[n->parent].start < 0) return ATTN_ERR_CORRUPT;
         sum[n->parent]++;
@@ -3276,9 +3299,8 @@ ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
         ref[i]++, ref[t->copy_src[i]]++;
         held[i]++, held[t->copy_src[i]]++;
     }
-    for (i = 0; i <= (int32_t)t->table_mask; i++) n_index += t->table[i] >= 0;
     if (n_nodes != t->n_nodes || n_held != t->n_held_nodes || n_heap != t->n_heap ||
-        n_index != n_nodes || tokens != t->count.tokens_cached)
+        tokens != t->count.tokens_cached)
         return ATTN_ERR_CORRUPT;
     return attni_check_totals(t, ref, held) ? ATTN_OK : ATTN_ERR_CORRUPT;
 }
