@@ -1985,7 +1985,7 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
     c->tasks = c->tiles * d->n_kv_heads;
     c->segments = 2 * c->seq + 8 * workers;
     c->chain = 12 * c->seq + 16 * workers;
-    if (c->tasks > INT32_MAX / 64 || c->seq > INT32_MAX / 64) return ATTN_ERR_OVERFLOW;
+    if (c->tasks > INT32_MAX / 64) return ATTN_ERR_OVERFLOW; // more tasks than sequences: both fit
     c->at_seq = attni_take(&at, c->seq, sizeof(attn_plan_seq));
     c->at_order = attni_take(&at, c->seq, 4);
     c->at_share = attni_take(&at, c->seq, 4);
@@ -2087,9 +2087,7 @@ static int attni_plan_patch(attn_plan *p, const attn_desc *d) {
     for (s = 0, i = 0; s < p->n_seq; s++) {
         const attn_plan_seq *o = &p->seq[s];
         attni_seq_spans(d, s, &q);
-        if (q.q_begin != o->q_begin || q.q_len != o->q_len || q.span0 != o->span0 ||
-            q.span1 != o->span1)
-            return 0;
+        if (q.q_len != o->q_len || q.span0 != o->span0 || q.span1 != o->span1) return 0;
         if (d->seq_order && p->seq[d->seq_order[s]].q_len > 0 && p->order[i++] != d->seq_order[s])
             return 0;
     }
@@ -3236,7 +3234,7 @@ static int attni_check_node(const attn_tree *t, int32_t x, const int32_t *sum) {
     for (s = n->first_seq; s >= 0; before = s, s = t->seq[s].next, n_seq++)
         if (s >= t->max_seq || t->seq[s].node != x || t->seq[s].prev != before) return 0;
     if (n->n_child != sum[x] || n->child_xor != sum[t->max_nodes + x]) return 0;
-    if (n->pins < 0 || n->held != n_seq + n->pins + sum[2 * t->max_nodes + x]) return 0;
+    if (n->pins < 0 || n->held != (int64_t)n_seq + n->pins + sum[2 * t->max_nodes + x]) return 0;
     if (attni_index_find(t, n->parent, n->key) != x) return 0;
     if ((n->heap_at >= 0) != (n->parent >= 0 && n->n_child == 0 && n->held == 0)) return 0;
     if (n->heap_at >= t->n_heap || (n->heap_at >= 0 && t->heap[n->heap_at] != x)) return 0;
@@ -3263,10 +3261,10 @@ static int attni_check_totals(const attn_tree *t, int32_t *ref, const int32_t *h
         if (ref[t->pool.free[i]]++ != 0) return 0; // in use, or listed twice
     for (n = 0, i = t->free_node; i >= 0 && n <= t->max_nodes; i = t->node[i].parent, n++)
         if (i >= t->max_nodes || t->node[i].start >= 0) return 0;
-    if (n + t->n_nodes != t->max_nodes) return 0;
+    if (t->max_nodes - n != t->n_nodes) return 0;
     for (n = 0, i = t->free_seq; i >= 0 && n <= t->max_seq; i = t->seq[i].next, n++)
         if (i >= t->max_seq || t->seq[i].node >= 0) return 0;
-    return n + t->n_seq == t->max_seq;
+    return t->max_seq - n == t->n_seq;
 }
 
 ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {

@@ -1,0 +1,179 @@
+"""coverage.py HEADER GAPS EXPORT.json... - adds up llvm-cov exports of several programs and judges them.
+
+Called by tests/coverage.sh, which says what is measured. Every EXPORT.json has an EXPORT.lcov
+beside it. Prints a table by section of HEADER, what is neither covered nor listed in GAPS, entries
+of GAPS that no longer hold, and "N passed, N failed".
+"""
+import collections
+import json
+import os
+import re
+import sys
+
+MOST_EXPLAINED = 0.02  # of all outcomes
+PART = 6  # the export's kind of a branch that is one condition of several
+
+
+class Function:
+    """One function of the header: what every program that compiled it counted, added up."""
+
+    def __init__(self, first, last):
+        self.first, self.last = first, last
+        self.branch = collections.defaultdict(lambda: [0, 0])  # place -> [true, false]
+        self.alone = collections.defaultdict(bool)  # place of a condition -> independence shown
+        self.regions = collections.Counter()  # place -> count
+
+
+def inside(a, b):
+    """Does place b hold place a? Places are (line, column, line, column)."""
+    return b[:2] <= a[:2] and a[2:] <= b[2:]
+
+
+def load(header, exports):
+    functions = {}
+    lines = collections.Counter()
+    for path in exports:
+        with open(path) as f:
+            data = json.load(f)["data"][0]
+        for entry in data["functions"]:
+            if os.path.realpath(entry["filenames"][0]) != os.path.realpath(header):
+                continue
+            name = entry["name"].rsplit(":", 1)[-1]  # static functions: "file.c:name"
+            body = entry["regions"][0]
+            fn = functions.setdefault(name, Function(body[0], body[2]))
+            for r in entry["regions"]:
+                if r[7] == 0:  # code, not an expansion or a gap
+                    fn.regions[tuple(r[:4])] += r[4]
+            own = set()
+            for b in entry["branches"]:
+                count = fn.branch[tuple(b[:4])]
+                count[0] += b[4]
+                count[1] += b[5]
+                if b[8] == PART:
+                    own.add(tuple(b[:4]))
+            # A decision's record lists its conditions in the order of the source. Those of a
+            # decision inside one of them, an argument of a call say, are not its own.
+            decisions = [(tuple(m[:4]), m[-1]) for m in entry["mcdc_records"]]
+            for place, shown in decisions:
+                inner = [p for p, _ in decisions if p != place and inside(p, place)]
+                own_leaves = sorted(p for p in own if inside(p, place)
+                                    and not any(inside(p, i) for i in inner))
+                if len(own_leaves) != len(shown):
+                    sys.exit("%s:%d: %d conditions, %d judged" %
+                             (header, place[0], len(own_leaves), len(shown)))
+                for leaf, alone in zip(own_leaves, shown):
+                    fn.alone[leaf] |= bool(alone)
+        current = None
+        with open(os.path.splitext(path)[0] + ".lcov") as f:
+            for line in f:
+                if line.startswith("SF:"):
+                    current = os.path.realpath(line[3:].strip())
+                elif line.startswith("DA:") and current == os.path.realpath(header):
+                    at, count = line[3:].split(",")[:2]
+                    lines[int(at)] += int(count)
+    return functions, lines
+
+
+def read_gaps(path):
+    """Entries (function, outcome, condition, line of source), each with a reason."""
+    gaps = collections.Counter()
+    with open(path) as f:
+        text = re.sub(r"(?m)^#.*\n", "", f.read())
+    for block in re.split(r"\n\s*\n", text.strip()):
+        part = [p.strip() for p in block.split("\n")]
+        head = part[0].split(None, 2)
+        if not block.strip():
+            continue
+        if len(part) < 3 or len(head) != 3 or head[1] not in ("true", "false", "alone"):
+            sys.exit("%s: not an entry: %s" % (path, part[0]))
+        gaps[(head[0], head[1], head[2], part[1])] += 1
+    return gaps
+
+
+def text_of(source, place):
+    l1, c1, l2, c2 = place
+    if l1 == l2:
+        return source[l1 - 1][c1 - 1:c2 - 1]
+    rows = [source[l1 - 1][c1 - 1:]] + source[l1:l2 - 1] + [source[l2 - 1][:c2 - 1]]
+    return " ".join(r.strip() for r in rows)
+
+
+def sections(source):
+    """Line number -> tag of its section."""
+    tag, out = "-", [""]
+    for line in source:
+        found = re.match(r"// ==== >>(\S+)", line)
+        tag = found.group(1) if found else tag
+        out.append(tag)
+    return out
+
+
+def main():
+    header, gap_file, exports = sys.argv[1], sys.argv[2], sys.argv[3:]
+    with open(header) as f:
+        source = f.read().split("\n")
+    functions, lines = load(header, exports)
+    gaps = read_gaps(gap_file)
+    listed = sum(gaps.values())
+    tag = sections(source)
+    table = collections.OrderedDict()
+    missing = []
+
+    def count(line, column, ok):
+        row = table.setdefault(tag[line], collections.Counter())
+        row[column] += 1
+        row[column + " ok"] += bool(ok)
+
+    def judge(name, place, what, ok, column):
+        """A thing to be shown: covered, explained by an entry of the list, or missing."""
+        key = (name, what, text_of(source, place), source[place[0] - 1].strip())
+        count(place[0], column, ok)
+        if ok:
+            return
+        if gaps[key] > 0:
+            gaps[key] -= 1
+            table[tag[place[0]]][column + " explained"] += 1
+        else:
+            missing.append((place, key))
+
+    for name, fn in sorted(functions.items(), key=lambda item: item[1].first):
+        for place in sorted(fn.regions):
+            count(place[0], "regions", fn.regions[place])
+        for place in sorted(fn.branch):
+            true, false = fn.branch[place]
+            judge(name, place, "true", true, "outcomes")
+            judge(name, place, "false", false, "outcomes")
+            if place in fn.alone:
+                judge(name, place, "alone", fn.alone[place], "conditions")
+    for line in sorted(lines):
+        count(line, "lines", lines[line])
+
+    columns = ("lines", "regions", "outcomes", "conditions")
+    form = "%-14s" + " %13s" * 4 + " %9s"
+    print(form % (("section",) + columns + ("explained",)))
+    total = collections.Counter()
+    for name, row in list(table.items()) + [("all", total)]:
+        cells = ["%d/%d" % (row[c + " ok"], row[c]) for c in columns]
+        print(form % ((name,) + tuple(cells) +
+                      (row["outcomes explained"] + row["conditions explained"],)))
+        total.update(row if row is not total else {})
+    print("lines, regions: executed / all; outcomes: of each condition, true and false;")
+    print("conditions: of decisions with several, whose independent effect was shown (MC/DC)")
+
+    for place, (name, what, condition, _) in sorted(missing):
+        print("%s:%d:%d: %s: not shown %s: %s" %
+              (os.path.basename(header), place[0], place[1], name, what, condition))
+    stale = [key for key in gaps for _ in range(gaps[key])]
+    for name, what, condition, _ in stale:
+        print("%s: covered or gone: %s %s %s" % (gap_file, name, what, condition))
+    judged = total["outcomes"] + total["conditions"]
+    few = listed <= MOST_EXPLAINED * judged
+    if not few:
+        print("%d of %d explained: more than %g %%" % (listed, judged, 100 * MOST_EXPLAINED))
+    failed = len(missing) + len(stale) + (not few) + (judged == 0)
+    print("%d passed, %d failed" % (judged - len(missing), failed))
+    return failed != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
