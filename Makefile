@@ -3,6 +3,7 @@
 #   make run [ARGS='--kv int8']   the main job (needs cc and make only)
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make test-asan test-clang test-compile test-aarch64
+#   make coverage                 every condition of attn.h, MC/DC included (clang >= 18)
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -110,6 +111,10 @@ test-aarch64:
 	    $(RUNNER) $(foreach t,$(FOREIGN),"$(AARCH64_RUN) ./build/aarch64/$t $(ARGS_arm_$t)"); \
 	else echo "skipped: needs $(AARCH64_CC) and $(AARCH64_RUN)"; fi
 
+# Which conditions of attn.h the tests show; fails when one is neither shown nor explained.
+coverage:
+	@PYTHON="$(PYTHON)" bash tests/coverage.sh
+
 # The Python side of the tests, in a place of its own.
 deps:
 	python3 -m venv build/venv
@@ -170,5 +175,5 @@ clean:
 	rm -rf build
 
 .PHONY: all run examples naive-diff programs test test-asan test-clang test-compile test-aarch64 \
-    deps bench lint install clean
+    coverage deps bench lint install clean
 .DELETE_ON_ERROR:

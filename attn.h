@@ -3343,8 +3343,7 @@ static uint64_t attni_blob_sum(const unsigned char *p, size_t n) {
 
 // Bytes of a blob, 0 when they do not fit in size_t (or 63 bits).
 static size_t attni_blob_size(uint64_t n_tokens, uint64_t token_bytes) {
-    uint64_t limit =
-        (uint64_t)INT64_MAX < (uint64_t)SIZE_MAX ? (uint64_t)INT64_MAX : (uint64_t)SIZE_MAX;
+    uint64_t limit = (uint64_t)SIZE_MAX & (uint64_t)INT64_MAX; // both are 2^n - 1: the lesser
     if (token_bytes > limit - 4) return 0;
     if (n_tokens > (limit - ATTNI_BLOB_HEADER) / (token_bytes + 4)) return 0;
     return (size_t)(ATTNI_BLOB_HEADER + n_tokens * (token_bytes + 4));

@@ -1,7 +1,6 @@
-"""coverage.py HEADER GAPS EXPORT.json... - adds up llvm-cov exports of several programs and judges them.
+"""coverage.py HEADER GAPS EXPORT.json... - adds up what several programs covered, and judges it.
 
-Called by tests/coverage.sh, which says what is measured. Every EXPORT.json has an EXPORT.lcov
-beside it. Prints a table by section of HEADER, what is neither covered nor listed in GAPS, entries
+Called by tests/coverage.sh, which says what is measured. Prints a table by section of HEADER, what is neither covered nor listed in GAPS, entries
 of GAPS that no longer hold, and "N passed, N failed".
 """
 import collections
@@ -31,7 +30,6 @@ def inside(a, b):
 
 def load(header, exports):
     functions = {}
-    lines = collections.Counter()
     for path in exports:
         with open(path) as f:
             data = json.load(f)["data"][0]
@@ -41,11 +39,14 @@ def load(header, exports):
             name = entry["name"].rsplit(":", 1)[-1]  # static functions: "file.c:name"
             body = entry["regions"][0]
             fn = functions.setdefault(name, Function(body[0], body[2]))
+            here = [os.path.realpath(f) == os.path.realpath(header) for f in entry["filenames"]]
             for r in entry["regions"]:
-                if r[7] == 0:  # code, not an expansion or a gap
+                if r[5] == 0 and r[7] == 0 and r[:2] != r[2:4]:  # code, not a macro's nor a gap
                     fn.regions[tuple(r[:4])] += r[4]
             own = set()
             for b in entry["branches"]:
+                if not here[b[6]]:
+                    continue
                 count = fn.branch[tuple(b[:4])]
                 count[0] += b[4]
                 count[1] += b[5]
@@ -63,15 +64,21 @@ def load(header, exports):
                              (header, place[0], len(own_leaves), len(shown)))
                 for leaf, alone in zip(own_leaves, shown):
                     fn.alone[leaf] |= bool(alone)
-        current = None
-        with open(os.path.splitext(path)[0] + ".lcov") as f:
-            for line in f:
-                if line.startswith("SF:"):
-                    current = os.path.realpath(line[3:].strip())
-                elif line.startswith("DA:") and current == os.path.realpath(header):
-                    at, count = line[3:].split(",")[:2]
-                    lines[int(at)] += int(count)
-    return functions, lines
+    return functions
+
+
+def executed(fn, source):
+    """(line, count of the innermost region it begins in) of the function's lines of code."""
+    order = sorted(fn.regions, key=lambda p: (p[2] - p[0], p[3] - p[1]))
+    for line in range(fn.first, fn.last + 1):
+        text = source[line - 1]
+        at = (line, len(text) - len(text.lstrip()) + 1)
+        if re.match(r"\s*([{}]*\s*(//.*)?|#.*)$", text):
+            continue
+        for p in order:
+            if p[:2] <= at < p[2:] or (p[0] == line == fn.first):
+                yield line, fn.regions[p]
+                break
 
 
 def read_gaps(path):
@@ -112,15 +119,16 @@ def main():
     header, gap_file, exports = sys.argv[1], sys.argv[2], sys.argv[3:]
     with open(header) as f:
         source = f.read().split("\n")
-    functions, lines = load(header, exports)
+    functions = load(header, exports)
     gaps = read_gaps(gap_file)
     listed = sum(gaps.values())
     tag = sections(source)
-    table = collections.OrderedDict()
+    table = collections.OrderedDict((t, collections.Counter()) for t in tag if t)
     missing = []
+    explained = set()  # lines
 
     def count(line, column, ok):
-        row = table.setdefault(tag[line], collections.Counter())
+        row = table[tag[line]]
         row[column] += 1
         row[column + " ok"] += bool(ok)
 
@@ -132,32 +140,38 @@ def main():
             return
         if gaps[key] > 0:
             gaps[key] -= 1
+            explained.add(place[0])
             table[tag[place[0]]][column + " explained"] += 1
         else:
             missing.append((place, key))
 
     for name, fn in sorted(functions.items(), key=lambda item: item[1].first):
-        for place in sorted(fn.regions):
-            count(place[0], "regions", fn.regions[place])
+        for line, n in executed(fn, source):
+            count(line, "lines", n)
         for place in sorted(fn.branch):
             true, false = fn.branch[place]
             judge(name, place, "true", true, "outcomes")
             judge(name, place, "false", false, "outcomes")
             if place in fn.alone:
                 judge(name, place, "alone", fn.alone[place], "conditions")
-    for line in sorted(lines):
-        count(line, "lines", lines[line])
+        for place in sorted(fn.regions):
+            count(place[0], "regions", fn.regions[place])
+            # code that only a listed outcome leads to stands beside or below its condition
+            if not fn.regions[place] and not {place[0], place[0] - 1} & explained:
+                missing.append((place, (name, "reached", text_of(source, place)[:60], "")))
 
     columns = ("lines", "regions", "outcomes", "conditions")
     form = "%-14s" + " %13s" * 4 + " %9s"
     print(form % (("section",) + columns + ("explained",)))
     total = collections.Counter()
     for name, row in list(table.items()) + [("all", total)]:
+        if not row:
+            continue
         cells = ["%d/%d" % (row[c + " ok"], row[c]) for c in columns]
         print(form % ((name,) + tuple(cells) +
                       (row["outcomes explained"] + row["conditions explained"],)))
         total.update(row if row is not total else {})
-    print("lines, regions: executed / all; outcomes: of each condition, true and false;")
+    print("lines, regions: reached / all; outcomes: of each condition, true and false;")
     print("conditions: of decisions with several, whose independent effect was shown (MC/DC)")
 
     for place, (name, what, condition, _) in sorted(missing):

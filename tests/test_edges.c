@@ -2,6 +2,7 @@
    every call with its neighbour that succeeds, capacities one too small, sizes that overflow, shared
    prefixes inside shared prefixes, NaN and -inf in the reference, a damaged tree. tests/coverage.sh
    says what is still missing. Private functions are called only where no public call reaches.
+
    cc -std=c11 -O2 -I. -Itests tests/test_edges.c -o test_edges -lm && ./test_edges */
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
@@ -61,13 +62,13 @@ static void numbers(void) {
 // ---- a world: sequences over pages of random K and V, 4 query heads over 2 KV heads of 8
 
 enum { SEQS = 48, ROW = 32, PAGES = 64, PAGE = 256, HEADS = 4, KV_HEADS = 2, DIM = 8 };
-enum { QUERIES = 2048, WORK = 32 << 20 };
+enum { QUERIES = 1024, WORK = 32 << 20 };
 
 typedef struct world {
     attn_desc d;
     int32_t q_start[SEQS + 1], q_pos0[SEQS], kv_len[SEQS], kv_pos0[SEQS], order[SEQS];
     int32_t table[SEQS][ROW], parent[QUERIES], seq_row[SEQS];
-    int64_t start[KV_HEADS * 65], col_start[3], diag_start[3];
+    int64_t start[HEADS * 65], col_start[HEADS + 1], diag_start[HEADS + 1];
     int32_t block[1024], col[8], diag[8];
     uint64_t bits[1024];
     float sink[HEADS], alibi[HEADS], scales[KV_HEADS];
@@ -183,6 +184,8 @@ static void shapes(void) {
     VALID(ATTN_ERR_SHAPE, w.d.v_head_dim = 12);
     VALID(ATTN_ERR_SHAPE, w.d.v_head_dim = 584);
     VALID(ATTN_OK, w.q_start[1] = w.q_start[2] = 0; w.d.q.data = w.d.o.data = NULL); // no queries
+    VALID(ATTN_ERR_ARGUMENT, w.d.q.data = NULL);
+    VALID(ATTN_ERR_ARGUMENT, w.d.o.data = NULL);
     VALID(ATTN_ERR_ARGUMENT, w.d.numerics = (attn_numerics)-1);
     VALID(ATTN_ERR_ARGUMENT, w.d.logits.scale = attni_float(0x7f800000u));
     VALID(ATTN_ERR_ARGUMENT, w.d.logits.softcap = attni_float(0x7fc00000u));
@@ -246,8 +249,8 @@ static void blocks_make(world *w) { // row blocks of 16, KV blocks of 16, all of
     b->n_rows = 64;
     b->row_start = w->start;
     b->block = w->block;
-    for (i = 0; i < KV_HEADS * 65; i++) w->start[i] = 2 * i;
-    for (i = 0; i < 512; i++) w->block[i] = i % 2;
+    for (i = 0; i < HEADS * 65; i++) w->start[i] = 2 * i;
+    for (i = 0; i < 1024; i++) w->block[i] = i % 2;
 }
 
 static void vslash_make(world *w) { // columns 0 .. 2, diagonals -1 .. 1, blocks of 16
@@ -266,6 +269,7 @@ static void vslash_make(world *w) { // columns 0 .. 2, diagonals -1 .. 1, blocks
 static void masks(void) {
     VALID(ATTN_OK, blocks_make(&w));
     VALID(ATTN_OK, blocks_make(&w); w.d.mask.blocks.n_lists = KV_HEADS); // a list per KV head
+    VALID(ATTN_OK, blocks_make(&w); w.d.mask.blocks.n_lists = HEADS);
     VALID(ATTN_ERR_MASK, blocks_make(&w); w.d.mask.blocks.n_lists = 3);
     VALID(ATTN_ERR_MASK, blocks_make(&w); w.start[3] = 3); // descends, past the ids that do not
     VALID(ATTN_ERR_MASK, blocks_make(&w); memset(w.start, 0, sizeof w.start); w.start[0] = 1);
@@ -412,6 +416,48 @@ static void visible_edges(void) {
     AGREE(&w);
 }
 
+// Lists that go on behind the span at hand, lists per query head, rows that see nothing of a span.
+static void list_edges(void) {
+    world w;
+    int32_t i;
+    world_make(&w, 1, 300, 600, 32);
+    blocks_make(&w);
+    for (i = 0; i < 1024; i++) {
+        w.block[i] = i % 2 ? 37 - (i / 2) % 19 : (i / 2) % 11; // up to the last of 37 KV blocks
+        w.bits[i] = i % 3 ? 0x1234567u * (uint32_t)i : 0;
+    }
+    AGREE(&w);
+    w.d.mask.blocks.bits = w.bits;
+    w.d.mask.blocks.bits_rows = 4;
+    w.d.mask.blocks.bits_cols = 8;
+    AGREE(&w);
+    w.d.mask.blocks.n_lists = HEADS;
+    AGREE(&w);
+    w.d.mask.blocks.n_lists = 1;
+    vslash_make(&w);
+    w.col[2] = 30; // in the third span
+    w.d.mask.vslash.n_lists = HEADS;
+    for (i = 0; i < HEADS; i++) w.col_start[i + 1] = w.diag_start[i + 1] = 3;
+    AGREE(&w);
+    memset(&w.d.mask.blocks, 0, sizeof w.d.mask.blocks);
+    AGREE(&w);
+    w.d.mask.vslash.n_lists = 1;
+    AGREE(&w);
+    w.d.mask.window_left = 9; // most rows of a tile see nothing of its first span
+    AGREE(&w);
+    memset(&w.d.mask.vslash, 0, sizeof w.d.mask.vslash);
+    w.d.mask.keep_recent = 5;
+    AGREE(&w);
+    world_make(&w, 1, 40, 300, 16);
+    w.d.mask.kind = ATTN_MASK_FULL;
+    w.d.mask.stride.block = 16;
+    w.d.mask.stride.local = 2;
+    w.d.mask.stride.stride = 3;
+    AGREE(&w); // the causal form drops what is to the right of a bidirectional row
+    w.d.mask.stride.bidirectional = 1;
+    AGREE(&w);
+}
+
 static void token_rows(void) {
     world w;
     int64_t slot[QUERIES];
@@ -474,6 +520,8 @@ static void dense_masks(void) {
     attn_block_list b;
     CHECK_EQ(attn_mask_from_dense(m, 2, 3, 1, 2, start, NULL, NULL, 0, &n, &b), ATTN_OK);
     CHECK_EQ(n, 2); // only asked how many
+    CHECK_EQ(attn_mask_from_dense(m, 2, 3, 1, 2, start, NULL, bits, 2, &n, &b), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_mask_from_dense(m, 2, 3, 1, 2, start, block, NULL, 2, &n, &b), ATTN_ERR_ARGUMENT);
     CHECK_EQ(attn_mask_from_dense(m, 2, 3, 1, 2, start, block, bits, 1, &n, &b), ATTN_ERR_FULL);
     CHECK_EQ(n, 2);
     CHECK_EQ(attn_mask_from_dense(m, 2, 3, 1, 2, start, block, bits, 2, &n, &b), ATTN_OK);
@@ -542,6 +590,50 @@ static void nested_sharing(void) {
     CHECK(p && p->n_tasks == 0 && p->n_active == 0 && p->n_merges == 0);
 }
 
+// Equal pages at other positions are not shared; long runs are cut for several workers.
+static void cut_plans(void) {
+    attn_plan_params params;
+    const attn_plan *p;
+    world w;
+    int32_t i;
+    world_make(&w, 3, 2, 600, 32);
+    for (i = 0; i < 3 * ROW; i++) w.table[i / ROW][i % ROW] = i % ROW;
+    w.d.kv.kv_pos0 = w.kv_pos0;
+    w.kv_pos0[1] = 64; // the front of the second was evicted
+    AGREE(&w);
+    world_params(&params);
+    params.share = 2;
+    params.partial_bytes = WORK / 4;
+    p = SAME(&w, &params);
+    CHECK(p && p->n_shared == 1 && p->order[0] == 0 && p->order[1] == 2);
+    params.workers = 4;
+    p = SAME(&w, &params);
+    CHECK(p && p->n_segments > 2);
+    world_make(&w, 2, 1, 24 * PAGE, PAGE); // 8 common spans, 16 apart: both are cut
+    for (i = 0; i < 2 * ROW; i++)
+        w.table[i / ROW][i % ROW] = i % ROW < 8 ? i % ROW : (i * 5) % PAGES;
+    AGREE(&w);
+    p = SAME(&w, &params);
+    CHECK(p && p->n_shared > 1 && longest_chain(p) > 3);
+    world_make(&w, 1, 300, 600, 32); // a chunk that starts inside a tile
+    AGREE(&w);
+    params.row_tile = 128;
+    p = SAME(&w, &params);
+    CHECK(p && p->n_tasks > 2);
+    for (i = 0; p && i < p->n_tasks; i++)
+        CHECK(p->task[i].first_token == 0 ||
+              (w.kv_len[0] - 300 + p->task[i].first_token) % p->tile_tokens == 0);
+    world_make(&w, 2, 100, 300, 16); // two whose queries make more than a tile together
+    for (i = 0; i < 2 * ROW; i++) w.table[i / ROW][i % ROW] = i % ROW;
+    AGREE(&w);
+    p = SAME(&w, &params);
+    CHECK(p && p->n_shared >= 1);
+    world_make(&w, 1, 100, 356, 16); // one that starts where a tile does
+    AGREE(&w);
+    p = SAME(&w, &params);
+    CHECK(p && p->n_tasks > 2);
+}
+
 // More nested runs than the plan has room for: the inner ones are computed apart.
 static void full_plans(void) {
     attn_plan_params params;
@@ -577,7 +669,7 @@ static void full_plans(void) {
     p = SAME(&w, &params);
     CHECK(p && p->n_segments == 1);
     params.partial_bytes = WORK / 4;
-    world_make(&w, 1, 1024, 16 * PAGE, PAGE); // more tiles than tasks
+    world_make(&w, 1, 256, 8 * PAGE, PAGE); // more tiles than tasks
     AGREE(&w);
     params.workers = 2;
     params.row_tile = 1;
@@ -724,6 +816,7 @@ static attn_tree *tree_make(int32_t n_pages, int32_t page_tokens, int32_t max_se
                             int32_t max_nodes) {
     attn_tree *t = NULL;
     attn_tree_desc d = {0, 0, 0, 0};
+    memset(tree_mem, 0, sizeof tree_mem);
     d.n_pages = n_pages;
     d.page_tokens = page_tokens;
     d.max_seq = max_seq;
@@ -943,7 +1036,7 @@ static void blob_edges(void) {
 // A tree with everything in it: two namespaces, forks inside a page with a copy outstanding, a pin,
 // priorities, cached and uncached leaves, unused nodes and slots.
 static attn_tree *tree_rich(void) {
-    attn_tree *t = tree_make(12, 4, 6, 16);
+    attn_tree *t = tree_make(14, 4, 8, 24);
     attn_page_copy c;
     int32_t tok[8], a, b;
     a = put(t, 0, "abcdefghij", NULL);
@@ -955,9 +1048,14 @@ static attn_tree *tree_rich(void) {
     CHECK_EQ(attn_tree_ack(t, &c, 1), ATTN_OK);
     CHECK_EQ(attn_tree_priority(t, a, 2), ATTN_OK);
     CHECK_EQ(attn_tree_pin(t, 0, tok, letters("ab", tok), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, put(t, 3, "uv", NULL), 1), ATTN_OK);
+    (void)put(t, 3, "uvw", NULL); // a border because "uv" is cached
+    a = put(t, 4, "rs", NULL);
+    CHECK_EQ(attn_tree_priority(t, a, 1), ATTN_OK); // a border because "rs" ranks higher
+    CHECK_EQ(attn_tree_append(t, a, tok, 1, NULL, NULL, 0, NULL), ATTN_OK);
     CHECK_EQ(attn_tree_open(t, 77, NULL, 0, &a, NULL), ATTN_OK); // an empty namespace
     CHECK_EQ(attn_tree_check(t), ATTN_OK);
-    CHECK(t->pool.n_free > 0 && t->n_nodes < 16 && t->n_seq < 6 && t->n_heap > 1);
+    CHECK(t->pool.n_free > 0 && t->n_nodes < 24 && t->n_seq < 8 && t->n_heap > 1);
     return t;
 }
 
@@ -1046,6 +1144,28 @@ static void tree_damage(void) {
     CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
     t->count.tokens_cached--;
     CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    for (i = 0; i <= (int32_t)t->table_mask; i++) t->table[i] = 0; // no search would ever end
+    t->n_nodes = (int32_t)t->table_mask + 1;
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    // consistent numbers of a state that no call leaves behind
+    t = tree_rich();
+    x = attni_index_find(t, attni_index_find(t, -1, 9), 'm');
+    CHECK(x >= 0 && t->node[x].end == 2);
+    CHECK(attni_node_split(t, x, 1) >= 0); // a border that nothing needs
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    t = tree_rich();
+    (void)attni_node_new(t, -1, 5, 0); // a namespace that nobody is in
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    t = tree_make(4, 4, 2, 0);
+    CHECK_EQ(attn_tree_release(t, put(t, 0, "abc", NULL), 1), ATTN_OK);
+    {
+        int32_t tok[4], n = letters("abc", tok);
+        CHECK_EQ(attn_tree_pin(t, 0, tok, n, 1), ATTN_OK);
+    }
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    x = attni_index_find(t, attni_index_find(t, -1, 0), 'a');
+    t->node[x].cached = 0; // pinned, but would go with the last sequence
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
     printf("damaged numbers found: %lld, without meaning: %lld\n", damage_seen, damage_missed);
 }
 
@@ -1058,9 +1178,11 @@ int main(void) {
     masks();
     rows();
     visible_edges();
+    list_edges();
     token_rows();
     dense_masks();
     nested_sharing();
+    cut_plans();
     full_plans();
     plan_limits();
     pool_edges();
