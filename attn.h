@@ -3175,8 +3175,8 @@ ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out) {
     out->n_seq = t->n_seq;
 }
 
-// ---- attn_tree_check: every statement of the section's first comment. Whatever the arrays hold, no
-// index read from them is followed before it was compared with its count.
+// ---- attn_tree_check: every statement of the section's first comment. Whatever the arrays hold,
+// no index read from them is followed before it was compared with its count.
 
 static int attni_check_ids(const int32_t *id, int64_t n, int32_t least, int32_t limit) {
     int64_t i;

@@ -1,7 +1,7 @@
 """coverage.py HEADER GAPS EXPORT.json... - adds up what several programs covered, and judges it.
 
-Called by tests/coverage.sh, which says what is measured. Prints a table by section of HEADER, what is neither covered nor listed in GAPS, entries
-of GAPS that no longer hold, and "N passed, N failed".
+Called by tests/coverage.sh, which says what is measured. Prints a table by section of HEADER, what
+is neither covered nor listed in GAPS, entries of GAPS that no longer hold, and the verdict.
 """
 import collections
 import json

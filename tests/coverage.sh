@@ -36,7 +36,7 @@ for suffix in -22 -21 -20 -19 -18 ""; do
         break
     fi
 done
-[ -n "$tools" ] || { echo "needs clang-19, llvm-19 and libclang-rt-19-dev (or 18, or later)"; exit 77; }
+[ -n "$tools" ] || { echo "needs clang-19, llvm-19 and libclang-rt-19-dev"; exit 77; }
 
 failed=0
 # program NAME ARGUMENTS. These reach every condition; the others would only take longer.

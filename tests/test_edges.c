@@ -1,9 +1,8 @@
-/* test_edges.c - the conditions of attn.h that ordinary use leaves on one side: every error code of
-   every call with its neighbour that succeeds, capacities one too small, sizes that overflow, shared
-   prefixes inside shared prefixes, NaN and -inf in the reference, a damaged tree. tests/coverage.sh
-   says what is still missing. Private functions are called only where no public call reaches.
-
-   cc -std=c11 -O2 -I. -Itests tests/test_edges.c -o test_edges -lm && ./test_edges */
+/* test_edges.c - the conditions of attn.h that ordinary use leaves on one side: every error code
+   of every call beside a neighbour that succeeds, capacities one too small, sizes that overflow,
+   shared prefixes inside shared prefixes, NaN and -inf in the reference, a damaged tree.
+   tests/coverage.sh says what is still missing. Private functions are called only where no public
+   call reaches. cc -std=c11 -O2 -I. -Itests tests/test_edges.c -o test_edges -lm */
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
 
