@@ -3,7 +3,7 @@
 #   make run [ARGS='--kv int8']   the main job (needs cc and make only)
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make test-asan test-clang test-compile test-aarch64
-#   make coverage                 every condition of attn.h, MC/DC included (clang >= 18)
+#   make coverage [coverage-cpu]  every condition of attn.h, MC/DC included (clang >= 18)
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -114,6 +114,8 @@ test-aarch64:
 # Which conditions of attn.h the tests show; fails when one is neither shown nor explained.
 coverage:
 	@PYTHON="$(PYTHON)" bash tests/coverage.sh
+coverage-cpu:
+	@PYTHON="$(PYTHON)" bash tests/coverage.sh cpu
 
 # The Python side of the tests, in a place of its own.
 deps:
@@ -175,5 +177,5 @@ clean:
 	rm -rf build
 
 .PHONY: all run examples naive-diff programs test test-asan test-clang test-compile test-aarch64 \
-    coverage deps bench lint install clean
+    coverage coverage-cpu deps bench lint install clean
 .DELETE_ON_ERROR:

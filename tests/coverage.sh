@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# tests/coverage.sh - which branches of attn.h the tests take, condition by condition.
+# tests/coverage.sh [cpu] - which branches of attn.h the tests take, condition by condition.
+# With cpu: the same of what attn_cpu.h does around its kernels, as a report that fails nothing.
 #
 # The programs below are built with clang's source coverage and run; tests/coverage.py adds their
 # counts up. Two things are asked of every condition (a leaf of &&, || and !) in attn.h:
@@ -53,9 +54,8 @@ program() {
         return
     fi
     if grep -E 'attn\.h:.*unsupported MC/DC' "$at.log"; then failed=$((failed + 1)); fi
-    llvm-profdata$suffix merge -o "$at.profdata" "$at.profraw" &&
-        llvm-cov$suffix export "$at" -instr-profile "$at.profdata" attn.h >"$at.json" ||
-        failed=$((failed + 1))
+    llvm-profdata$suffix merge -o "$at.profdata" "$at.profraw" && llvm-cov$suffix export "$at" \
+        -instr-profile "$at.profdata" attn.h attn_cpu.h >"$at.json" || failed=$((failed + 1))
     printf '%-14s %4d s\n' "$name" $((SECONDS - start))
 }
 
@@ -63,6 +63,13 @@ program test_edges
 program test_tree 1 200000
 program test_mask 1 1500
 program test_api 1 1
+if [ "$1" = cpu ]; then
+    program test_cpu 1 60
+    program test_bits 1 2
+    ${PYTHON:-python3} tests/coverage.py attn_cpu.h --report \
+        impl-dispatch,impl-store,impl-tasks,impl-run $out/*.json
+    exit $failed
+fi
 
 ${PYTHON:-python3} tests/coverage.py attn.h tests/coverage_gaps.txt $out/*.json >$out/report.txt
 cat $out/report.txt
