@@ -1168,6 +1168,187 @@ static void tree_damage(void) {
     printf("damaged numbers found: %lld, without meaning: %lld\n", damage_seen, damage_missed);
 }
 
+// ---- what the executor is asked beside running
+
+static void store_edges(void) {
+    static float rows[4 * KV_HEADS * DIM];
+    const int64_t huge = INT64_MAX / 2;
+    int64_t slot[4] = {0, 1, -1, 3};
+    attn_tensor k;
+    attn_page_copy c = {0, 1, 16};
+    world w;
+    int32_t i;
+    memset(&k, 0, sizeof k);
+    k.data = rows;
+    k.dtype = ATTN_F32;
+    world_make(&w, 2, 2, 100, 16);
+    CHECK_EQ(attn_cpu_store(&w.d, NULL, NULL, slot, 0, 4), ATTN_OK); // nothing to write
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, slot, -1, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, slot, 0, -1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, NULL, 1, 4), ATTN_ERR_SHAPE);
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, slot, 1, INT64_MAX), ATTN_ERR_OVERFLOW);
+    slot[3] = PAGES * 16;
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, slot, 0, 4), ATTN_ERR_PAGE);
+#define NO_STORE(code, change, undo)                                                               \
+    change;                                                                                        \
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, slot, 0, 2), code);                                    \
+    undo;
+    NO_STORE(ATTN_ERR_ARGUMENT, k.data = NULL, k.data = rows)
+    NO_STORE(ATTN_ERR_DTYPE, k.dtype = ATTN_I8, k.dtype = ATTN_F32)
+    NO_STORE(ATTN_ERR_LAYOUT, k.stride_token = -1, k.stride_token = 0)
+    NO_STORE(ATTN_ERR_LAYOUT, k.stride_head = -1, k.stride_head = 0)
+    NO_STORE(ATTN_ERR_OVERFLOW, k.stride_token = huge, k.stride_token = 0)
+    NO_STORE(ATTN_ERR_OVERFLOW, k.stride_head = huge, k.stride_head = 0)
+    // of the descriptor they look at what they need
+#define NEITHER(code, change, undo)                                                                \
+    change;                                                                                        \
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, slot, 0, 2), code);                                    \
+    CHECK_EQ(attn_cpu_copy_pages(&w.d, &c, 1), code);                                              \
+    undo;
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.n_seq = 0, w.d.n_seq = 2)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.n_heads = 0, w.d.n_heads = HEADS)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.n_kv_heads = 0, w.d.n_kv_heads = KV_HEADS)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.n_kv_heads = 3, w.d.n_kv_heads = KV_HEADS)
+    NEITHER(ATTN_ERR_SHAPE, w.d.head_dim = 0, w.d.head_dim = DIM)
+    NEITHER(ATTN_ERR_SHAPE, w.d.head_dim = 12, w.d.head_dim = DIM)
+    NEITHER(ATTN_ERR_SHAPE, w.d.head_dim = 584, w.d.head_dim = DIM)
+    NEITHER(ATTN_ERR_SHAPE, w.d.v_head_dim = 4, w.d.v_head_dim = 0)
+    NEITHER(ATTN_ERR_SHAPE, w.d.v_head_dim = 12, w.d.v_head_dim = 0)
+    NEITHER(ATTN_ERR_SHAPE, w.d.v_head_dim = 584, w.d.v_head_dim = 0)
+    NEITHER(ATTN_ERR_DTYPE, w.d.kv.k.dtype = ATTN_DTYPE_NONE, w.d.kv.k.dtype = ATTN_F32)
+    NEITHER(ATTN_ERR_DTYPE, w.d.kv.v.dtype = ATTN_DTYPE_COUNT, w.d.kv.v.dtype = ATTN_F32)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.kv.k.data = NULL, w.d.kv.k.data = data_k)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.kv.v.data = NULL, w.d.kv.v.data = data_v)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.kv.kv_len = NULL, w.d.kv.kv_len = w.kv_len)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.q_start = NULL, w.d.q_start = w.q_start)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.kv.page_tokens = 0, w.d.kv.page_tokens = 16)
+    NEITHER(ATTN_ERR_ARGUMENT, w.d.kv.n_pages = 0, w.d.kv.n_pages = PAGES)
+    NEITHER(ATTN_ERR_LAYOUT, w.d.kv.layout = (attn_layout)-1, w.d.kv.layout = ATTN_TOKEN_MAJOR)
+    NEITHER(ATTN_ERR_LAYOUT, w.d.kv.layout = (attn_layout)3, w.d.kv.layout = ATTN_TOKEN_MAJOR)
+    NEITHER(ATTN_ERR_LAYOUT, w.d.kv.k.page_bytes = 8, w.d.kv.k.page_bytes = 0)
+    NEITHER(ATTN_ERR_LAYOUT, w.d.kv.v.page_bytes = 8, w.d.kv.v.page_bytes = 0)
+    w.d.q_pos0 = w.q_pos0;
+    w.d.kv.kv_pos0 = w.kv_pos0;
+    w.kv_pos0[0] = 99; // its first query lies before what is held
+    CHECK_EQ(attn_cpu_store(&w.d, &k, NULL, NULL, 0, 2), ATTN_ERR_PAGE);
+    CHECK_EQ(attn_cpu_copy_pages(&w.d, &c, -1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_copy_pages(&w.d, NULL, 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_copy_pages(&w.d, NULL, 0), ATTN_OK);
+#define NO_PAGES(code, field, value, right)                                                        \
+    c.field = value;                                                                               \
+    CHECK_EQ(attn_cpu_copy_pages(&w.d, &c, 1), code);                                              \
+    c.field = right;
+    NO_PAGES(ATTN_ERR_PAGE, src, -1, 0)
+    NO_PAGES(ATTN_ERR_PAGE, src, PAGES, 0)
+    NO_PAGES(ATTN_ERR_PAGE, dst, -1, 1)
+    NO_PAGES(ATTN_ERR_PAGE, dst, PAGES, 1)
+    NO_PAGES(ATTN_ERR_ARGUMENT, n_tokens, -1, 16)
+    NO_PAGES(ATTN_ERR_ARGUMENT, n_tokens, 17, 16)
+    { // V in K's memory is copied once, a page onto itself not at all
+        static float page[2][16 * KV_HEADS * DIM];
+        for (i = 0; i < 16 * KV_HEADS * DIM; i++) page[0][i] = (float)i, page[1][i] = -1;
+        w.d.kv.k.data = w.d.kv.v.data = page;
+        w.d.kv.n_pages = 2;
+        c.n_tokens = 5;
+        CHECK_EQ(attn_cpu_copy_pages(&w.d, &c, 1), ATTN_OK);
+        for (i = 0; i < 16 * KV_HEADS * DIM; i++)
+            CHECK(page[1][i] == (i < 5 * KV_HEADS * DIM ? (float)i : -1.0f));
+        c.src = 1;
+        CHECK_EQ(attn_cpu_copy_pages(&w.d, &c, 1), ATTN_OK);
+    }
+}
+
+static void run_edges(void) {
+    attn_plan_params params;
+    attn_plan *p = NULL;
+    world w;
+    size_t bytes;
+    int32_t i, h;
+    // parameters and sizes of problems that are not valid: no partials, no bytes, no division by 0
+    attn_cpu_plan_params(NULL, 3, &params);
+    CHECK(params.workers == 3 && params.partial_bytes == 0);
+#define NO_PARTIALS(change, undo)                                                                  \
+    change;                                                                                        \
+    attn_cpu_plan_params(&w.d, 0, &params);                                                        \
+    CHECK(params.workers == 1 && params.partial_bytes == 0);                                       \
+    undo;
+    world_make(&w, 2, 2, 300, 16);
+    NO_PARTIALS(w.d.n_seq = 0, w.d.n_seq = 2)
+    NO_PARTIALS(w.d.n_seq = -1, w.d.n_seq = 2)
+    NO_PARTIALS(w.d.q_start = NULL, w.d.q_start = w.q_start)
+    NO_PARTIALS(w.d.kv.kv_len = NULL, w.d.kv.kv_len = w.kv_len)
+    NO_PARTIALS(w.d.n_heads = 0, w.d.n_heads = HEADS)
+    NO_PARTIALS(w.q_start[2] = -1, w.q_start[2] = 4)
+    NO_PARTIALS(w.d.v_head_dim = -2, w.d.v_head_dim = 0)
+    w.kv_len[0] = w.kv_len[1] = -5000;
+    attn_cpu_plan_params(&w.d, 1, &params); // anything, but returns
+    w.kv_len[0] = w.kv_len[1] = 300;
+    w.q_start[2] = INT32_MAX; // as much as is allowed
+    attn_cpu_plan_params(&w.d, 1, &params);
+    CHECK_EQ(params.partial_bytes, (size_t)64 << 20);
+    world_make(&w, 2, 2, 300, 16);
+    CHECK_EQ(attn_plan_build(&w.d, (attn_cpu_plan_params(&w.d, 1, &params), &params), work,
+                             WORK / 2, &p), ATTN_OK);
+    CHECK(attn_cpu_scratch_bytes(&w.d, p) > 0 && attn_cpu_scratch_bytes(NULL, p) == 0 &&
+          attn_cpu_scratch_bytes(&w.d, NULL) == 0);
+    w.d.n_kv_heads = 0;
+    CHECK_EQ(attn_cpu_scratch_bytes(&w.d, p), 0);
+    w.d.n_kv_heads = 2 * HEADS;
+    CHECK_EQ(attn_cpu_scratch_bytes(&w.d, p), 0);
+    w.d.n_kv_heads = KV_HEADS;
+#define NO_RUN(code, change, undo)                                                                 \
+    change;                                                                                        \
+    CHECK_EQ(attn_cpu_run(&w.d, p, 0, 0, work + WORK / 2, work + WORK / 2), code);                 \
+    CHECK_EQ(attn_cpu_merge(&w.d, p, 0, 0, work + WORK / 2), code);                                \
+    undo;
+    NO_RUN(ATTN_OK, (void)0, (void)0)
+    NO_RUN(ATTN_ERR_ARGUMENT, w.d.q.dtype = ATTN_I8, w.d.q.dtype = ATTN_F32)
+    NO_RUN(ATTN_ERR_ARGUMENT, w.d.o.dtype = ATTN_DTYPE_NONE, w.d.o.dtype = ATTN_F32)
+    NO_RUN(ATTN_ERR_ARGUMENT, w.d.q.data = NULL, w.d.q.data = data_q)
+    NO_RUN(ATTN_ERR_ARGUMENT, w.d.o.data = NULL, w.d.o.data = data_o)
+    NO_RUN(ATTN_ERR_LAYOUT, w.d.kv.k.page_bytes = 8, w.d.kv.k.page_bytes = 0)
+    NO_RUN(ATTN_ERR_LAYOUT, w.d.kv.v.page_bytes = 8, w.d.kv.v.page_bytes = 0)
+    CHECK_EQ(attn_cpu_merge(&w.d, p, 0, -1, work), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_merge(&w.d, p, 0, 0, NULL), ATTN_OK);
+    w.q_start[1] = 1; // other queries than the plan's
+    CHECK_EQ(attn_cpu_run(&w.d, p, 0, p->n_tasks, work + WORK / 2, work + WORK / 2),
+             ATTN_ERR_STALE);
+    world_make(&w, 2, 2, 300, 16);
+    bytes = attn_cpu_forward_bytes(&w.d, 4096);
+    CHECK(bytes > 0 && attn_cpu_forward_bytes(&w.d, 4097) == 0);
+    CHECK_EQ(attn_cpu_forward(&w.d, work, WORK, 4097), ATTN_ERR_ARGUMENT);
+    w.d.seq_order = w.order;
+    w.order[0] = w.order[1] = 0; // found by planning only
+    CHECK_EQ(attn_cpu_forward(&w.d, work, WORK, 1), ATTN_ERR_ARGUMENT);
+    w.d.seq_order = NULL;
+    w.d.q_pos0 = w.q_pos0; // valid, but more queries than any plan has tasks for
+    w.q_start[1] = w.q_start[2] = 500000000;
+    CHECK_EQ(attn_cpu_forward_bytes(&w.d, 1), 0);
+    CHECK(attn_cpu_forward(&w.d, work, WORK, 1) != ATTN_OK);
+    // a token tree under ALiBi and bias: distances are depths
+    world_make(&w, 2, 6, 530, 32);
+    for (i = 0; i < 12; i++) w.parent[i] = i % 6 < 2 ? -1 : i % 6 - 2;
+    for (h = 0; h < HEADS; h++) w.alibi[h] = 0.05f * (float)(h + 1);
+    w.d.mask.kind = ATTN_MASK_TREE;
+    w.d.mask.tree_parent = w.parent;
+    w.d.logits.alibi = w.alibi;
+    AGREE(&w);
+    w.d.logits.bias.data = data_v;
+    w.d.logits.bias.dtype = ATTN_F32;
+    w.d.logits.bias.stride_token = 600;
+    AGREE(&w);
+    w.d.logits.alibi = NULL;
+    AGREE(&w);
+    world_make(&w, 1, 40, 280, 16); // the same across a span's border, and as a chain
+    for (i = 0; i < 40; i++) w.parent[i] = i < 2 ? -1 : i - 2;
+    w.d.mask.kind = ATTN_MASK_TREE;
+    w.d.mask.tree_parent = w.parent;
+    w.d.logits.alibi = w.alibi;
+    AGREE(&w);
+    for (i = 0; i < 40; i++) w.parent[i] = i - 1;
+    AGREE(&w);
+}
+
 int main(void) {
     data_make();
     names();
@@ -1184,6 +1365,8 @@ int main(void) {
     cut_plans();
     full_plans();
     plan_limits();
+    store_edges();
+    run_edges();
     pool_edges();
     tree_arguments();
     blob_edges();
