@@ -550,6 +550,7 @@ static void nested_sharing(void) {
     const attn_plan *p;
     world w;
     size_t all;
+    int32_t n;
     comb_make(&w, 6, 2);
     AGREE(&w);
     world_params(&params);
@@ -568,6 +569,15 @@ static void nested_sharing(void) {
     params.partial_bytes = 0;
     p = SAME(&w, &params);
     CHECK(p && p->n_shared == 0);
+    params.partial_bytes = WORK / 4; // cut as well: what a plan uses is what it was charged
+    params.workers = 16;
+    p = SAME(&w, &params);
+    n = p ? p->n_segments : 0;
+    CHECK(n > 11); // the uncut one has 5 shared and 6 of their own
+    params.partial_bytes = p ? attn_plan_partial_bytes(p) : 0;
+    p = SAME(&w, &params);
+    CHECK(p && p->n_segments == n);
+    params.workers = 0;
     params.share = 0; // by the cost model: partials too dear, partials for nothing
     params.partial_bytes = WORK / 4;
     params.cost_kv_token = 1e-6f;
