@@ -3230,7 +3230,7 @@ static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_
 // One node but for its pages. sum: (3, max_nodes) children, XOR of children, held children.
 static int attni_check_node(const attn_tree *t, int32_t x, const int32_t *sum) {
     const attni_tree_node *n = t->node + x, *only;
-    int32_t s, n_seq = 0, before = -1, up = (n->heap_at - 1) / 2;
+    int32_t s, n_seq = 0, before = -1;
     for (s = n->first_seq; s >= 0; before = s, s = t->seq[s].next, n_seq++)
         if (s >= t->max_seq || t->seq[s].node != x || t->seq[s].prev != before) return 0;
     if (n->n_child != sum[x] || n->child_xor != sum[t->max_nodes + x]) return 0;
@@ -3238,7 +3238,7 @@ static int attni_check_node(const attn_tree *t, int32_t x, const int32_t *sum) {
     if (attni_index_find(t, n->parent, n->key) != x) return 0;
     if ((n->heap_at >= 0) != (n->parent >= 0 && n->n_child == 0 && n->held == 0)) return 0;
     if (n->heap_at >= t->n_heap || (n->heap_at >= 0 && t->heap[n->heap_at] != x)) return 0;
-    if (n->heap_at > 0 && attni_heap_before(t, x, t->heap[up])) return 0;
+    if (n->heap_at > 0 && attni_heap_before(t, x, t->heap[(n->heap_at - 1) / 2])) return 0;
     if (n->parent < 0) return n->end == 0 && n->first_page < 0 && (n->n_child > 0 || n->held > 0);
     if (n->cached && t->node[n->parent].parent >= 0 && !t->node[n->parent].cached) return 0;
     if (!n->cached && (n->pins > 0 || (n->n_child == 0 && n_seq == 0))) return 0;
