@@ -46,7 +46,7 @@ program() {
     shift
     clang$suffix -O1 -fprofile-instr-generate -fcoverage-mapping -fcoverage-mcdc -I. -Itests \
         -Iexamples "tests/$name.c" -o "$at" -pthread -lm 2>"$at.log" &&
-        LLVM_PROFILE_FILE=$at.profraw timeout 300 "$at" "$@" >>"$at.log" 2>&1
+        LLVM_PROFILE_FILE=$at.profraw timeout "${LIMIT:-500}" "$at" "$@" >>"$at.log" 2>&1
     if [ $? != 0 ]; then
         tail -n 20 "$at.log"
         echo "$name: failed"
@@ -60,8 +60,8 @@ program() {
 }
 
 program test_edges
-program test_tree 1 200000
-program test_mask 1 1500
+program test_tree 1 100000
+program test_mask 1 300
 program test_api 1 1
 if [ "$1" = cpu ]; then
     program test_cpu 1 60

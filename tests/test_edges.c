@@ -218,6 +218,9 @@ static void pages(void) {
     VALID(ATTN_ERR_LAYOUT, w.d.kv.layout = ATTN_K16; w.d.kv.k.stride_token = 8);
     VALID(ATTN_OK, w.d.kv.layout = ATTN_K16);
     VALID(ATTN_OK, w.d.kv.k.dtype = ATTN_I4);
+    VALID(ATTN_OK, w.d.kv.page_tokens = 1; w.kv_len[0] = w.kv_len[1] = 20);
+    VALID(ATTN_OK, w.d.kv.page_tokens = 1; w.kv_len[0] = w.kv_len[1] = 20;
+          w.d.kv.layout = ATTN_HEAD_MAJOR; w.d.kv.k.stride_token = 1); // one token: no next one
     VALID(ATTN_ERR_LAYOUT, w.d.kv.k.dtype = ATTN_I4; w.d.kv.k.stride_token = 17);
     VALID(ATTN_ERR_LAYOUT, w.d.kv.k.dtype = ATTN_I4; w.d.kv.k.stride_head = 9);
     VALID(ATTN_ERR_OVERFLOW, w.d.kv.k.stride_head = (int64_t)1 << 60);
