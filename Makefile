@@ -4,6 +4,7 @@
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make test-asan test-clang test-compile test-aarch64
 #   make frame [ARGS=--show]      60 frames a second while a character talks
+#   make coverage [coverage-cpu]  every condition of attn.h, MC/DC included (clang >= 18)
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -119,6 +120,12 @@ test-aarch64:
 	    $(RUNNER) $(foreach t,$(FOREIGN),"$(AARCH64_RUN) ./build/aarch64/$t $(ARGS_arm_$t)"); \
 	else echo "skipped: needs $(AARCH64_CC) and $(AARCH64_RUN)"; fi
 
+# Which conditions of attn.h the tests show; fails when one is neither shown nor explained.
+coverage:
+	@PYTHON="$(PYTHON)" bash tests/coverage.sh
+coverage-cpu:
+	@PYTHON="$(PYTHON)" bash tests/coverage.sh cpu
+
 # The Python side of the tests, in a place of its own.
 deps:
 	python3 -m venv build/venv
@@ -178,6 +185,6 @@ install:
 clean:
 	rm -rf build
 
-.PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64 \
-    deps bench lint install clean
+.PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64
+.PHONY: coverage coverage-cpu deps bench lint install clean
 .DELETE_ON_ERROR:

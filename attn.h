@@ -771,8 +771,8 @@ ATTNI_FAR void attni_put(void *p, attn_dtype t, int64_t i, float x) {
     }
 }
 
-ATTNI_FAR double attni_sqrt(double x) { // x in (0, 1e6]; no libm
-    double y = x > 1 ? x : 1;
+ATTNI_FAR double attni_sqrt(double x) { // x in [1, 1e6]; no libm
+    double y = x;
     int i;
     for (i = 0; i < 40; i++) y = 0.5 * (y + x / y);
     return y;
@@ -1184,17 +1184,19 @@ ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_token
     return per * (size_t)d->n_kv_heads * (size_t)n_tokens;
 }
 
-// Reverses the bytes of each element on a big-endian host, where rows are still little-endian.
-static void attni_copy_le(void *dst, const void *src, size_t n_elements, size_t width) {
-    const uint16_t probe = 1;
+// Reverses the bytes of each element.
+static void attni_copy_swapped(void *dst, const void *src, size_t n_elements, size_t width) {
     size_t i, b;
-    if (*(const uint8_t *)&probe || width == 1) {
-        memcpy(dst, src, n_elements * width);
-        return;
-    }
     for (i = 0; i < n_elements; i++)
         for (b = 0; b < width; b++)
             ((uint8_t *)dst)[i * width + b] = ((const uint8_t *)src)[i * width + width - 1 - b];
+}
+
+// Rows outside a page are little-endian on every host.
+static void attni_copy_le(void *dst, const void *src, size_t n_elements, size_t width) {
+    const uint16_t probe = 1;
+    if (*(const uint8_t *)&probe) memcpy(dst, src, n_elements * width);
+    else attni_copy_swapped(dst, src, n_elements, width);
 }
 
 static attn_result attni_move_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
@@ -1286,6 +1288,13 @@ ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_
 
 // ==== >>impl-validate  ===========================================================================
 
+// Do n_in rows of dim elements s_in apart, repeated n_out times s_out apart, touch each other?
+static int attni_rows_overlap(int64_t n_in, int64_t s_in, int64_t n_out, int64_t s_out,
+                              int64_t dim) {
+    if (n_in > 1 && s_in < dim) return 1;
+    return n_out > 1 && s_out < (n_in - 1) * s_in + dim;
+}
+
 static int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads, int64_t dim,
                           int written) {
     int64_t st = t->stride_token ? t->stride_token : heads * dim;
@@ -1294,8 +1303,8 @@ static int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads,
     if (st > limit / attni_max64(n_tokens, 1) || sh > limit / heads) return 1;
     if (!written || n_tokens == 0) return 0;
     // rows that are written must not overlap, in either order of the two strides
-    return !((heads == 1 || sh >= dim) && (n_tokens == 1 || st >= (heads - 1) * sh + dim)) &&
-           !((n_tokens == 1 || st >= dim) && (heads == 1 || sh >= (n_tokens - 1) * st + dim));
+    return attni_rows_overlap(heads, sh, n_tokens, st, dim) &&
+           attni_rows_overlap(n_tokens, st, heads, sh, dim);
 }
 
 static attn_result attni_check_shape(const attn_desc *d) {
@@ -1457,7 +1466,7 @@ ATTN_DEF attn_result attn_validate(const attn_desc *d) {
 
 // ==== >>impl-ref  fp64, one score at a time, from the definitions ================================
 
-// exp, log and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r.
+// exp and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r. x <= 0.
 static double attni_exp64(double x) {
     double r, s = 1, t = 1;
     int64_t k;
@@ -1465,8 +1474,7 @@ static double attni_exp64(double x) {
     int i;
     if (x != x) return x;
     if (x < -745) return 0;
-    if (x > 709) x = 709;
-    k = (int64_t)(x * 1.4426950408889634 + (x < 0 ? -0.5 : 0.5));
+    k = (int64_t)(x * 1.4426950408889634 - 0.5);
     r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
     for (i = 1; i < 16; i++) s += (t *= r / i);
     if (k < -1000)
@@ -1530,8 +1538,7 @@ static void attni_ref_row(const attn_desc *d, const attni_side *side, int32_t s,
                           int32_t j, double *out) {
     int32_t page = attni_page_of(d, s, j), place = j % d->kv.page_tokens, e;
     const uint8_t *p = side->data + page * side->page_bytes + attni_token_offset(side, place, h);
-    double scale =
-        attni_is_scaled(side->dtype) ? (double)attni_token_scale(side, page, place, h) : 1.0;
+    double scale = (double)attni_token_scale(side, page, place, h);
     int32_t per = 32 / attni_bits_of(side->dtype), gap = side->k16 ? 64 : 4;
     for (e = 0; e < side->dim; e++)
         out[e] = (double)attni_get(p + (int64_t)(e / per) * gap, side->dtype, e % per) * scale;
@@ -1645,18 +1652,17 @@ static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
     q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
 }
 
-// Orders sequences by first position, then by page ids, then by number.
+// Orders sequences with a page table by first position, then by page ids, then by number.
 static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
     const attn_kv *kv = &b->d->kv;
     const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
     int32_t j, n = attni_min32(sx->kv_len, sy->kv_len) / kv->page_tokens;
     if (sx->kv_pos0 != sy->kv_pos0) return sx->kv_pos0 < sy->kv_pos0;
-    if (kv->page_table)
-        for (j = 0; j < n; j++) {
-            int32_t px = kv->page_table[x * kv->page_table_stride + j];
-            int32_t py = kv->page_table[y * kv->page_table_stride + j];
-            if (px != py) return px < py;
-        }
+    for (j = 0; j < n; j++) {
+        int32_t px = kv->page_table[x * kv->page_table_stride + j];
+        int32_t py = kv->page_table[y * kv->page_table_stride + j];
+        if (px != py) return px < py;
+    }
     return x < y;
 }
 
@@ -1848,7 +1854,7 @@ static void attni_plan_segments(attni_planner *b, int32_t n) {
         from = *--top, hi = *--top, lo = *--top;
         if (hi - lo == 1) {
             const attn_plan_seq *q = &p->seq[p->order[lo]];
-            if (from < q->span1 || from < 0)
+            if (from < q->span1)
                 attni_emit(b, lo, hi, attni_max32(from, q->span0), q->span1, q->q_len, from < 0);
             continue;
         }
@@ -2211,9 +2217,7 @@ static int attni_plan_patch(attn_plan *p, const attn_desc *d) {
     for (s = 0, i = 0; s < p->n_seq; s++) {
         const attn_plan_seq *o = &p->seq[s];
         attni_seq_spans(d, s, &q);
-        if (q.q_begin != o->q_begin || q.q_len != o->q_len || q.span0 != o->span0 ||
-            q.span1 != o->span1)
-            return 0;
+        if (q.q_len != o->q_len || q.span0 != o->span0 || q.span1 != o->span1) return 0;
         if (d->seq_order && p->seq[d->seq_order[s]].q_len > 0 && p->order[i++] != d->seq_order[s])
             return 0;
     }
@@ -2962,9 +2966,9 @@ static int32_t attni_tree_doubled(const attn_tree *t) {
     for (x = 0; x < t->max_nodes; x++) {
         const attni_tree_node *c = t->node + x, *u = t->node + c->parent;
         if (c->start < 1 || c->held == 0 || c->start % t->page_tokens == 0) continue;
-        n += u->held == 1 && u->first_seq < 0 && u->pins == 0 && u->cached == c->cached &&
-             u->priority == c->priority && u->last_page != c->first_page &&
-             t->hold[u->last_page] == 1;
+        // held once: by c, so no sequence or pin sits at u
+        n += u->held == 1 && u->cached == c->cached && u->priority == c->priority &&
+             u->last_page != c->first_page && t->hold[u->last_page] == 1;
     }
     return n;
 }
@@ -2980,7 +2984,7 @@ static attn_result attni_tree_reserve(attn_tree *t, int32_t s, int32_t x, int32_
     if (copy && !can_copy) return ATTN_ERR_BUFFER;
     if (attni_tree_room(t, pages + copy, node)) return ATTN_OK;
     less = copy && attni_node_owns_tail(t, x);
-    if (t->n_heap == 0 || t->n_held_nodes + node > t->max_nodes ||
+    if (t->n_heap == 0 || // else there is a node to evict as well
         pages + copy - less > (int64_t)t->n_pages - t->n_held_pages + attni_tree_doubled(t))
         return ATTN_ERR_FULL;
     while (t->n_heap > 0) attni_tree_shrink(t, t->heap[0], INT32_MAX);
@@ -3217,7 +3221,7 @@ ATTN_DEF attn_result attn_tree_tokens(const attn_tree *t, int32_t seq, int32_t f
         if (pos >= end) continue;
         page = attni_node_page(t, x, pos);
         n = pos - first;
-        for (; pos < end; pos += run, page = t->next[page]) {
+        for (;; pos += run, page = t->next[page]) {
             run = end - pos < pt - pos % pt ? end - pos : pt - pos % pt;
             memcpy(out + (pos - first), attni_page_token(t, page, pos % pt),
                    (size_t)run * sizeof(int32_t));
@@ -3255,8 +3259,8 @@ ATTN_DEF int32_t attn_tree_pages(const attn_tree *t, int32_t seq, int32_t *out, 
 static int attni_tree_compare(const attn_tree *t, int32_t x, int32_t y) {
     int32_t cx = -1, cy = -1, sx, sy;
     while (x != y) {
-        sx = x < 0 ? -2 : t->node[x].start - (t->node[x].parent < 0); // roots above their children
-        sy = y < 0 ? -2 : t->node[y].start - (t->node[y].parent < 0);
+        sx = t->node[x].start - (t->node[x].parent < 0); // roots above their children,
+        sy = t->node[y].start - (t->node[y].parent < 0); // so both leave theirs together
         if (sx >= sy) {
             cx = x;
             x = t->node[x].parent;
@@ -3303,15 +3307,37 @@ ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out) {
     out->n_seq = t->n_seq;
 }
 
-// ---- attn_tree_check: every statement of the section's first comment
+// ---- attn_tree_check: every statement of the section's first comment. Whatever the arrays hold,
+// no index read from them is followed before it was compared with its count.
+
+static int attni_check_ids(const int32_t *id, int64_t n, int32_t least, int32_t limit) {
+    int64_t i;
+    for (i = 0; i < n; i++)
+        if (id[i] < least || id[i] >= limit) return 0;
+    return 1;
+}
+
+// The arrays of ids; and the index has an unused place, so that every search in it ends.
+static int attni_check_arrays(const attn_tree *t) {
+    int64_t i, n_index = 0, n_table = (int64_t)t->table_mask + 1;
+    if (t->pool.n_free < 0 || t->pool.n_free > t->n_pages) return 0;
+    if (t->n_heap < 0 || t->n_heap > t->max_nodes) return 0;
+    if (!attni_check_ids(t->pool.free, t->pool.n_free, 0, t->n_pages)) return 0;
+    if (!attni_check_ids(t->heap, t->n_heap, 0, t->max_nodes)) return 0;
+    if (!attni_check_ids(t->copy_src, t->n_pages, -1, t->n_pages)) return 0;
+    if (!attni_check_ids(t->table, n_table, -1, t->max_nodes)) return 0;
+    for (i = 0; i < n_table; i++) n_index += t->table[i] >= 0;
+    return n_index == t->n_nodes && n_index <= t->max_nodes;
+}
 
 // Pages of a node: their number, links, fills and its first token. Counts into ref and held.
 static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_t *held) {
     const attni_tree_node *n = t->node + x, *p = t->node + n->parent;
-    int32_t pt = t->page_tokens, j = n->start / pt, last = (n->end - 1) / pt, page = n->first_page;
+    int32_t pt = t->page_tokens, j, last, page = n->first_page;
     int32_t i, slot = n->start % pt, behind = -1;
     if (n->end <= n->start || n->start != p->end) return 0;
-    for (;; j++) {
+    last = (n->end - 1) / pt;
+    for (j = n->start / pt;; j++) {
         if (page < 0 || page >= t->n_pages || t->pool.ref[page] == 0) return 0;
         if (behind >= 0 && t->prev[page] != behind) return 0;
         if (t->fill[page] < (j == last ? (n->end - 1) % pt + 1 : pt) || t->fill[page] > pt)
@@ -3325,7 +3351,9 @@ static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_
     if (page != n->last_page || (n->n_child == 0 && t->fill[page] != (n->end - 1) % pt + 1))
         return 0;
     if (n->key != (uint32_t)*attni_page_token(t, n->first_page, slot)) return 0;
-    for (i = 0; slot != 0 && p->last_page != n->first_page && i < slot; i++) // a copy has the slots
+    if (slot == 0 || p->last_page == n->first_page) return 1;
+    if (p->last_page < 0 || p->last_page >= t->n_pages) return 0;
+    for (i = 0; i < slot; i++) // a copy has the slots
         if (*attni_page_token(t, n->first_page, i) != *attni_page_token(t, p->last_page, i))
             return 0;
     return 1;
@@ -3334,15 +3362,15 @@ static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_
 // One node but for its pages. sum: (3, max_nodes) children, XOR of children, held children.
 static int attni_check_node(const attn_tree *t, int32_t x, const int32_t *sum) {
     const attni_tree_node *n = t->node + x, *only;
-    int32_t s, n_seq = 0, before = -1, up = (n->heap_at - 1) / 2;
+    int32_t s, n_seq = 0, before = -1;
     for (s = n->first_seq; s >= 0; before = s, s = t->seq[s].next, n_seq++)
         if (s >= t->max_seq || t->seq[s].node != x || t->seq[s].prev != before) return 0;
     if (n->n_child != sum[x] || n->child_xor != sum[t->max_nodes + x]) return 0;
-    if (n->pins < 0 || n->held != n_seq + n->pins + sum[2 * t->max_nodes + x]) return 0;
+    if (n->pins < 0 || n->held != (int64_t)n_seq + n->pins + sum[2 * t->max_nodes + x]) return 0;
     if (attni_index_find(t, n->parent, n->key) != x) return 0;
     if ((n->heap_at >= 0) != (n->parent >= 0 && n->n_child == 0 && n->held == 0)) return 0;
     if (n->heap_at >= t->n_heap || (n->heap_at >= 0 && t->heap[n->heap_at] != x)) return 0;
-    if (n->heap_at > 0 && attni_heap_before(t, x, t->heap[up])) return 0;
+    if (n->heap_at > 0 && attni_heap_before(t, x, t->heap[(n->heap_at - 1) / 2])) return 0;
     if (n->parent < 0) return n->end == 0 && n->first_page < 0 && (n->n_child > 0 || n->held > 0);
     if (n->cached && t->node[n->parent].parent >= 0 && !t->node[n->parent].cached) return 0;
     if (!n->cached && (n->pins > 0 || (n->n_child == 0 && n_seq == 0))) return 0;
@@ -3352,9 +3380,8 @@ static int attni_check_node(const attn_tree *t, int32_t x, const int32_t *sum) {
 }
 
 // Free lists and totals, after ref and held were counted.
-static int attni_check_totals(const attn_tree *t, const int32_t *ref, const int32_t *held) {
+static int attni_check_totals(const attn_tree *t, int32_t *ref, const int32_t *held) {
     int32_t i, n = 0, n_held = 0;
-    if (t->pool.n_free < 0 || t->pool.n_free > t->n_pages) return 0;
     for (i = 0; i < t->n_pages; i++) {
         if (t->pool.ref[i] != ref[i] || t->hold[i] != held[i]) return 0;
         if (t->n_copying[i] > ref[i] || (t->n_copying[i] > 0) != (t->lock[i] > 0)) return 0;
@@ -3363,20 +3390,20 @@ static int attni_check_totals(const attn_tree *t, const int32_t *ref, const int3
     }
     if (n != t->pool.n_free || n_held != t->n_held_pages) return 0;
     for (i = 0; i < t->pool.n_free; i++)
-        if (t->pool.free[i] < 0 || t->pool.free[i] >= n + t->n_pages || ref[t->pool.free[i]] != 0)
-            return 0;
+        if (ref[t->pool.free[i]]++ != 0) return 0; // in use, or listed twice
     for (n = 0, i = t->free_node; i >= 0 && n <= t->max_nodes; i = t->node[i].parent, n++)
         if (i >= t->max_nodes || t->node[i].start >= 0) return 0;
-    if (n + t->n_nodes != t->max_nodes) return 0;
+    if (t->max_nodes - n != t->n_nodes) return 0;
     for (n = 0, i = t->free_seq; i >= 0 && n <= t->max_seq; i = t->seq[i].next, n++)
         if (i >= t->max_seq || t->seq[i].node >= 0) return 0;
-    return n + t->n_seq == t->max_seq;
+    return t->max_seq - n == t->n_seq;
 }
 
 ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
-    int32_t *ref, *held, *sum, x, i, n_nodes = 0, n_held = 0, n_heap = 0, n_index = 0;
+    int32_t *ref, *held, *sum, x, i, n_nodes = 0, n_held = 0, n_heap = 0;
     int64_t tokens = 0;
     if (!t) return ATTN_ERR_ARGUMENT;
+    if (!attni_check_arrays(t)) return ATTN_ERR_CORRUPT;
     ref = t->scratch;
     held = ref + t->n_pages;
     sum = held + t->n_pages;
@@ -3387,7 +3414,7 @@ ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
         n_nodes++;
         n_held += n->held > 0;
         n_heap += n->heap_at >= 0;
-        tokens += n->end - n->start;
+        tokens += (int64_t)n->end - n->start;
         if (n->parent < 0) continue;
         if (n->parent >= t->max_nodes || t->node[n->parent].start < 0) return ATTN_ERR_CORRUPT;
         sum[n->parent]++;
@@ -3402,9 +3429,8 @@ ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
         ref[i]++, ref[t->copy_src[i]]++;
         held[i]++, held[t->copy_src[i]]++;
     }
-    for (i = 0; i <= (int32_t)t->table_mask; i++) n_index += t->table[i] >= 0;
     if (n_nodes != t->n_nodes || n_held != t->n_held_nodes || n_heap != t->n_heap ||
-        n_index != n_nodes || tokens != t->count.tokens_cached)
+        tokens != t->count.tokens_cached)
         return ATTN_ERR_CORRUPT;
     return attni_check_totals(t, ref, held) ? ATTN_OK : ATTN_ERR_CORRUPT;
 }
@@ -3449,8 +3475,7 @@ static uint64_t attni_blob_sum(const unsigned char *p, size_t n) {
 
 // Bytes of a blob, 0 when they do not fit in size_t (or 63 bits).
 static size_t attni_blob_size(uint64_t n_tokens, uint64_t token_bytes) {
-    uint64_t limit =
-        (uint64_t)INT64_MAX < (uint64_t)SIZE_MAX ? (uint64_t)INT64_MAX : (uint64_t)SIZE_MAX;
+    uint64_t limit = (uint64_t)SIZE_MAX & (uint64_t)INT64_MAX; // both are 2^n - 1: the lesser
     if (token_bytes > limit - 4) return 0;
     if (n_tokens > (limit - ATTNI_BLOB_HEADER) / (token_bytes + 4)) return 0;
     return (size_t)(ATTNI_BLOB_HEADER + n_tokens * (token_bytes + 4));

@@ -2530,7 +2530,7 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
 ATTN_DEF size_t attn_cpu_scratch_bytes(const attn_desc *d, const attn_plan *p) {
     attni_work w;
     int32_t group, tile;
-    if (!d || !p || d->n_kv_heads < 1) return 0;
+    if (!d || !p || d->n_kv_heads < 1 || d->n_heads < d->n_kv_heads) return 0;
     memset(&w, 0, sizeof w);
     w.d = d;
     w.vdp = (attni_v_dim(d) + 15) & ~15;
@@ -3099,13 +3099,14 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
 // ==== >>impl-run  ================================================================================
 
 ATTN_DEF void attn_cpu_plan_params(const attn_desc *d, int32_t workers, attn_plan_params *out) {
-    int64_t rows, spans = 0, bytes, cap = (int64_t)64 << 20;
+    int64_t rows, spans = 1, bytes, cap = (int64_t)64 << 20;
     int32_t s;
     if (!out) return;
     memset(out, 0, sizeof *out);
     out->workers = workers > 0 ? workers : 1;
     out->row_tile = 256;
-    if (!d || !d->q_start || !d->kv.kv_len || d->n_heads < 1) return;
+    if (!d || d->n_seq < 1 || !d->q_start || !d->kv.kv_len || d->n_heads < 1) return;
+    if (d->q_start[d->n_seq] < 0 || attni_v_dim(d) < 1) return; // d need not be valid
     for (s = 0; s < d->n_seq; s++)
         spans = attni_max64(spans, (int64_t)d->kv.kv_len[s] / ATTN_SPAN + 3);
     rows = (int64_t)d->q_start[d->n_seq] * d->n_heads;
