@@ -2476,7 +2476,7 @@ typedef struct attni_work {
     uint16_t *p16;             // the same for bf16 weights
     float *sm, *sl;            // (64) maximum and sum of the span
     float *os;                 // (32, vdp) weighted sums of a row block, and as much to spare
-    attni_rows rows[2];        // this span and, when rows are few, the next
+    attni_rows rows[2];        // this span and the next
     int next;                  // rows[1] holds the next span
     const uint32_t **kt;       // (16) K16 tiles
     uint32_t *kraw;            // (16, k_units, 16)
@@ -2820,7 +2820,7 @@ ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t t
         attn_result r = attni_find_rows(w, span, tiles, 0, x);
         if (r != ATTN_OK) return r;
     }
-    if (w->n_rows <= 64 && span + 1 < w->p->segment[w->segment].span1) {
+    if (span + 1 < w->p->segment[w->segment].span1) {
         attni_find_rows(w, span + 1, 0xffffu, 1, &w->rows[1]);
         w->next = 1;
     }
