@@ -157,6 +157,10 @@ ATTNI_INLINE ATTNI_TGT V ATTNI_I(e4m3)(U x) {
 
 // Element i of the 32 / bits elements in each lane's 4-byte unit.
 ATTNI_HELPER ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    // a unit is loaded whole: its first byte is the highest, a byte's first nibble the low one
+    i ^= t == ATTN_F32 ? 0 : t == ATTN_F16 || t == ATTN_BF16 ? 1 : t == ATTN_I4 ? 6 : 3;
+#endif
     switch (t) {
     case ATTN_F16: return ATTNI_I(uhalf)(i ? ATTNI_I(ushr)(x, 16) : x);
     case ATTN_BF16: return ATTNI_I(asv)(i ? ATTNI_I(uand)(x, 0xffff0000u) : ATTNI_I(ushl)(x, 16));
