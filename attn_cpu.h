@@ -319,7 +319,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 #elif ATTNI_KERNEL_PASS == 2 // ---- math: one copy per ISA and numerics
 
 #if ATTNI_PORTABLE
-#define ATTNI_MADD(a, b, c) ATTNI_I(add)(ATTNI_I(barrier)(ATTNI_I(mul)(a, b)), c)
+#define ATTNI_MADD(a, b, c) ATTNI_I(add)(ATTNI_I(mul)(a, b), c)
 #else
 #define ATTNI_MADD(a, b, c) ATTNI_I(fma)(a, b, c)
 #endif
@@ -466,7 +466,8 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
 // sum in 2 x 16 virtual lanes (even and odd tiles), so that skipped tiles change nothing.
 ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64_t bits[4],
                                      float *l) {
-    const V ninf = ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)), zero = ATTNI_I(set1)(0);
+    const V zero = ATTNI_I(set1)(0); // ninf is hidden from -ffinite-math-only
+    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
     const V scale = ATTNI_I(set1)(a->scale);
     V top = ninf, sum[2], x, m;
     float max;
@@ -482,7 +483,8 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
             x = ATTNI_I(barrier)(ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap));
         }
         if (a->alibi != 0) {
-            V pos = ATTNI_I(add)(ATTNI_I(iota)(), ATTNI_I(set1)(a->alibi_first + 16.0f * (float)i));
+            V pos = ATTNI_I(barrier)(ATTNI_I(set1)(a->alibi_first + 16.0f * (float)i));
+            pos = ATTNI_I(add)(ATTNI_I(iota)(), pos);
             x = ATTNI_MADD(pos, ATTNI_I(set1)(a->alibi), x);
         }
         if (a->add) x = ATTNI_I(add)(x, ATTNI_I(load)(a->add + 16 * i));
@@ -491,7 +493,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
         top = ATTNI_I(max)(x, top); // NaN is passed over here and shows in the sum
     }
     max = ATTNI_I(hmax)(top);
-    if (max == attni_float(0xff800000u)) max = 0; // nothing but -inf and NaN: weights 0 and NaN
+    if (attni_bits32(max) == 0xff800000u) max = 0; // nothing but -inf and NaN: weights 0 and NaN
     m = ATTNI_I(set1)(max);
     sum[0] = sum[1] = zero;
     for (i = 0; i < 16; i++) {
@@ -510,19 +512,19 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
         else ATTNI_I(store)(s + 16 * i, x);
     }
     *l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
-    return *l == 0 ? attni_float(0xff800000u) : max;
+    return attni_float(attni_bits32(*l) << 1 ? attni_bits32(max) : 0xff800000u);
 }
 
 #if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
 // (o, m, l) += (os, ms, ls), n a multiple of 16. m = -inf is the empty partial.
 ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms,
                                     float ls, int n) {
-    const float none = attni_float(0xff800000u);
+    const uint32_t none = 0xff800000u;
     float mn = *m > ms ? *m : ms;
     V a, b;
     int i;
-    if (ms == none) return;
-    if (*m == none) {
+    if (attni_bits32(ms) == none) return;
+    if (attni_bits32(*m) == none) {
         memcpy(o, os, 4 * (size_t)n);
         *m = ms;
         *l = ls;
@@ -543,15 +545,15 @@ ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *o
 // is empty without a sink; *l is the final sum.
 ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, int n) {
     const float none = attni_float(0xff800000u);
-    V den;
+    V den, zero;
     int i;
-    if (*m == none) {
+    if (attni_bits32(*m) == 0xff800000u) {
         for (i = 0; i < n; i++) o[i] = 0;
         *m = sink;
         *l = 1;
         return;
     }
-    if (sink > none) {
+    if (attni_less(none, sink)) {
         float mn = *m > sink ? *m : sink;
         V a = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(*m), ATTNI_I(set1)(mn)));
         V b = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(sink), ATTNI_I(set1)(mn)));
@@ -560,9 +562,10 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
         for (i = 0; i < n; i += 16) ATTNI_I(store)(o + i, ATTNI_I(mul)(ATTNI_I(load)(o + i), a));
     }
     den = ATTNI_I(set1)(*l);
-    for (i = 0; i < n; i += 16) // + 0: a zero has one sign
+    zero = ATTNI_I(barrier)(ATTNI_I(set1)(0)); // + 0: a zero has one sign
+    for (i = 0; i < n; i += 16)
         ATTNI_I(store)
-        (o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), ATTNI_I(set1)(0)));
+        (o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), zero));
 }
 
 #endif // ATTNI_PORTABLE
@@ -823,34 +826,28 @@ typedef struct attni_math {
 //
 // V is 16 floats, U is 16 uint32. Every ISA gives the same functions, suffixed with its name;
 // kernels below are written once against them. Here only what the inner loops use is inlined: 16
-// lanes unrolled everywhere would cost seconds of compile time. barrier stops the compiler from
-// contracting a product and a sum.
+// lanes unrolled everywhere would cost seconds of compile time. add, sub, mul, div and hsum end in
+// an empty instruction per result (barrier), max, less and div do not trust the compiler's idea of
+// comparing and dividing: so PORTABLE has the same bits under any of its flags.
 
 #define ATTNI_EACH for (i = 0; i < 16; i++)
 typedef struct attni_V_scalar { float f[16]; } attni_V_scalar;
 typedef struct attni_U_scalar { uint32_t u[16]; } attni_U_scalar;
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define ATTNI_PIN(x) __asm__("" : "+x"(x))
-#elif defined(__aarch64__) && defined(__GNUC__)
-#define ATTNI_PIN(x) __asm__("" : "+w"(x))
-#elif defined(__GNUC__)
-#define ATTNI_PIN(x) __asm__("" : "+m"(x))
-#else
-#define ATTNI_PIN(x) ((void)(*(volatile float *)&(x) = (x)))
-#endif
-
 #define ATTNI_MAP(name, how, expr)                                                                 \
     how attni_V_scalar attni_##name##_scalar(attni_V_scalar a, attni_V_scalar b) {        \
         int i;                                                                                     \
-        ATTNI_EACH a.f[i] = (expr);                                                                \
+        ATTNI_EACH {                                                                               \
+            a.f[i] = (expr);                                                                       \
+            ATTNI_PIN(a.f[i]);                                                                     \
+        }                                                                                          \
         return a;                                                                                  \
     }
 ATTNI_MAP(add, ATTNI_INLINE, a.f[i] + b.f[i])
 ATTNI_MAP(sub, ATTNI_CALLED, a.f[i] - b.f[i])
 ATTNI_MAP(mul, ATTNI_INLINE, a.f[i] * b.f[i])
-ATTNI_MAP(div, ATTNI_CALLED, a.f[i] / b.f[i])
-ATTNI_MAP(max, ATTNI_CALLED, a.f[i] > b.f[i] ? a.f[i] : b.f[i]) // b when a is NaN
+ATTNI_MAP(div, ATTNI_CALLED, attni_div(a.f[i], b.f[i]))
+ATTNI_MAP(max, ATTNI_CALLED, attni_less(b.f[i], a.f[i]) ? a.f[i] : b.f[i]) // b when a is NaN
 #undef ATTNI_MAP
 ATTNI_INLINE attni_V_scalar attni_barrier_scalar(attni_V_scalar a) {
     int i;
@@ -883,14 +880,14 @@ ATTNI_CALLED attni_V_scalar attni_iota_scalar(void) {
 // lanes of a whose bit is set, else of b
 ATTNI_CALLED attni_V_scalar attni_pick_scalar(uint32_t bits, attni_V_scalar a, attni_V_scalar b) {
     int i;
-    ATTNI_EACH a.f[i] = (bits >> i) & 1u ? a.f[i] : b.f[i];
+    ATTNI_EACH if (!((bits >> i) & 1u)) memcpy(&a.f[i], &b.f[i], 4);
     return a;
 }
 // a where x < y, else b
 ATTNI_CALLED attni_V_scalar attni_less_scalar(attni_V_scalar x, attni_V_scalar y, attni_V_scalar a,
                                               attni_V_scalar b) {
     int i;
-    ATTNI_EACH a.f[i] = x.f[i] < y.f[i] ? a.f[i] : b.f[i];
+    ATTNI_EACH if (!attni_less(x.f[i], y.f[i])) memcpy(&a.f[i], &b.f[i], 4);
     return a;
 }
 ATTNI_INLINE attni_V_scalar attni_asv_scalar(attni_U_scalar a) {
@@ -978,7 +975,7 @@ ATTNI_CALLED attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
 ATTNI_CALLED attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y,
                                                 attni_V_scalar a, attni_V_scalar b) {
     int i;
-    ATTNI_EACH a.f[i] = x.u[i] == y.u[i] ? a.f[i] : b.f[i];
+    ATTNI_EACH if (x.u[i] != y.u[i]) memcpy(&a.f[i], &b.f[i], 4);
     return a;
 }
 ATTNI_CALLED void attni_store_f16_scalar(void *p, attni_V_scalar a) {
@@ -996,14 +993,17 @@ ATTNI_CALLED void attni_ustore16_scalar(void *p, attni_U_scalar a) { // low halv
 ATTNI_CALLED float attni_hmax_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
-        for (i = 0; i < n; i++) a.f[i] = a.f[i] > a.f[i + n] ? a.f[i] : a.f[i + n];
+        for (i = 0; i < n; i++) a.f[i] = attni_less(a.f[i + n], a.f[i]) ? a.f[i] : a.f[i + n];
     return a.f[0];
 }
 // the fixed tree every ISA follows: i + (i + 8), then + 4, + 2, + 1
 ATTNI_CALLED float attni_hsum_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
-        for (i = 0; i < n; i++) a.f[i] = a.f[i] + a.f[i + n];
+        for (i = 0; i < n; i++) {
+            a.f[i] = a.f[i] + a.f[i + n];
+            ATTNI_PIN(a.f[i]);
+        }
     return a.f[0];
 }
 ATTNI_CALLED float attni_first_scalar(attni_V_scalar a) { return a.f[0]; }
@@ -1033,20 +1033,35 @@ ATTNI_F2 attni_U_avx2 attni_u2(__m256i a, __m256i b) {
     v.b = b;
     return v;
 }
-#define ATTNI_MAP(name, op)                                                                        \
-    ATTNI_F2 attni_V_avx2 attni_##name##_avx2(attni_V_avx2 x, attni_V_avx2 y) {                    \
-        return attni_v2(op(x.a, y.a), op(x.b, y.b));                                               \
-    }
-ATTNI_MAP(add, _mm256_add_ps)
-ATTNI_MAP(sub, _mm256_sub_ps)
-ATTNI_MAP(mul, _mm256_mul_ps)
-ATTNI_MAP(div, _mm256_div_ps)
-ATTNI_MAP(max, _mm256_max_ps) // y when either is NaN
-#undef ATTNI_MAP
 ATTNI_F2 attni_V_avx2 attni_barrier_avx2(attni_V_avx2 x) {
     __asm__("" : "+x"(x.a));
     __asm__("" : "+x"(x.b));
     return x;
+}
+#define ATTNI_MAP(name, op)                                                                        \
+    ATTNI_F2 attni_V_avx2 attni_##name##_avx2(attni_V_avx2 x, attni_V_avx2 y) {                    \
+        return attni_barrier_avx2(attni_v2(op(x.a, y.a), op(x.b, y.b)));                           \
+    }
+ATTNI_MAP(add, _mm256_add_ps)
+ATTNI_MAP(sub, _mm256_sub_ps)
+ATTNI_MAP(mul, _mm256_mul_ps)
+#undef ATTNI_MAP
+// Instructions that -ffast-math would replace by estimates, turn round or swap the operands of.
+#define ATTNI_MAP(name, type, text)                                                                \
+    ATTNI_F2 type attni_##name##_256(__m256 x, __m256 y) {                                         \
+        type z;                                                                                    \
+        __asm__(text " %2, %1, %0" : "=x"(z) : "x"(x), "xm"(y));                                   \
+        return z;                                                                                  \
+    }
+ATTNI_MAP(div, __m256, "vdivps")
+ATTNI_MAP(max, __m256, "vmaxps") // y when either is NaN
+ATTNI_MAP(less, __m256, "vcmplt_oqps")
+#undef ATTNI_MAP
+ATTNI_F2 attni_V_avx2 attni_div_avx2(attni_V_avx2 x, attni_V_avx2 y) {
+    return attni_v2(attni_div_256(x.a, y.a), attni_div_256(x.b, y.b));
+}
+ATTNI_F2 attni_V_avx2 attni_max_avx2(attni_V_avx2 x, attni_V_avx2 y) {
+    return attni_v2(attni_max_256(x.a, y.a), attni_max_256(x.b, y.b));
 }
 ATTNI_F2 attni_V_avx2 attni_fma_avx2(attni_V_avx2 x, attni_V_avx2 y, attni_V_avx2 z) {
     return attni_v2(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
@@ -1076,8 +1091,8 @@ ATTNI_F2 attni_V_avx2 attni_pick_avx2(uint32_t bits, attni_V_avx2 x, attni_V_avx
 }
 ATTNI_F2 attni_V_avx2 attni_less_avx2(attni_V_avx2 x, attni_V_avx2 y, attni_V_avx2 p,
                                       attni_V_avx2 q) {
-    return attni_v2(_mm256_blendv_ps(q.a, p.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
-                    _mm256_blendv_ps(q.b, p.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)));
+    return attni_v2(_mm256_blendv_ps(q.a, p.a, attni_less_256(x.a, y.a)),
+                    _mm256_blendv_ps(q.b, p.b, attni_less_256(x.b, y.b)));
 }
 ATTNI_F2 attni_V_avx2 attni_asv_avx2(attni_U_avx2 x) {
     return attni_v2(_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b));
@@ -1159,8 +1174,12 @@ ATTNI_F2 float attni_hmax_avx2(attni_V_avx2 x) {
 }
 ATTNI_F2 float attni_hsum_avx2(attni_V_avx2 x) {
     __m256 y = _mm256_add_ps(x.a, x.b);
-    __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    __m128 z;
+    __asm__("" : "+x"(y)); // each step hidden: the sums could be regrouped
+    z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    __asm__("" : "+x"(z));
     z = _mm_add_ps(z, _mm_movehl_ps(z, z));
+    __asm__("" : "+x"(z));
     return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
 }
 ATTNI_F2 float attni_first_avx2(attni_V_avx2 x) { return _mm256_cvtss_f32(x.a); }
@@ -1204,18 +1223,30 @@ ATTNI_T2 static void attni_pack_avx2(const uint8_t *const *row, int64_t gap, int
 #define ATTNI_F5 ATTNI_INLINE ATTNI_T5
 typedef __m512 attni_V_avx512;
 typedef __m512i attni_U_avx512;
-#define ATTNI_MAP(name, op)                                                                        \
-    ATTNI_F5 __m512 attni_##name##_avx512(__m512 x, __m512 y) { return op(x, y); }
-ATTNI_MAP(add, _mm512_add_ps)
-ATTNI_MAP(sub, _mm512_sub_ps)
-ATTNI_MAP(mul, _mm512_mul_ps)
-ATTNI_MAP(div, _mm512_div_ps)
-ATTNI_MAP(max, _mm512_max_ps)
-#undef ATTNI_MAP
 ATTNI_F5 __m512 attni_barrier_avx512(__m512 x) {
     __asm__("" : "+v"(x));
     return x;
 }
+#define ATTNI_MAP(name, op)                                                                        \
+    ATTNI_F5 __m512 attni_##name##_avx512(__m512 x, __m512 y) {                                    \
+        return attni_barrier_avx512(op(x, y));                                                     \
+    }
+ATTNI_MAP(add, _mm512_add_ps)
+ATTNI_MAP(sub, _mm512_sub_ps)
+ATTNI_MAP(mul, _mm512_mul_ps)
+#undef ATTNI_MAP
+#define ATTNI_MAP(name, type, put, text)                                                           \
+    ATTNI_F5 type attni_##name##_512(__m512 x, __m512 y) {                                         \
+        type z;                                                                                    \
+        __asm__(text " %2, %1, %0" : put(z) : "v"(x), "vm"(y));                                    \
+        return z;                                                                                  \
+    }
+ATTNI_MAP(div, __m512, "=v", "vdivps")
+ATTNI_MAP(max, __m512, "=v", "vmaxps")
+ATTNI_MAP(less, __mmask16, "=k", "vcmplt_oqps")
+#undef ATTNI_MAP
+ATTNI_F5 __m512 attni_div_avx512(__m512 x, __m512 y) { return attni_div_512(x, y); }
+ATTNI_F5 __m512 attni_max_avx512(__m512 x, __m512 y) { return attni_max_512(x, y); }
 ATTNI_F5 __m512 attni_fma_avx512(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
 ATTNI_F5 __m512 attni_set1_avx512(float x) { return _mm512_set1_ps(x); }
 ATTNI_F5 __m512 attni_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
@@ -1227,7 +1258,7 @@ ATTNI_F5 __m512 attni_pick_avx512(uint32_t bits, __m512 x, __m512 y) {
     return _mm512_mask_mov_ps(y, (__mmask16)bits, x);
 }
 ATTNI_F5 __m512 attni_less_avx512(__m512 x, __m512 y, __m512 p, __m512 q) {
-    return _mm512_mask_mov_ps(q, _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), p);
+    return _mm512_mask_mov_ps(q, attni_less_512(x, y), p);
 }
 ATTNI_F5 __m512 attni_asv_avx512(__m512i x) { return _mm512_castsi512_ps(x); }
 ATTNI_F5 __m512i attni_asu_avx512(__m512 x) { return _mm512_castps_si512(x); }
@@ -1459,14 +1490,26 @@ typedef struct attni_U_neon { uint32x4_t v[4]; } attni_U_neon;
 #define ATTNI_MAP(name, expr)                                                                      \
     ATTNI_INLINE attni_V_neon attni_##name##_neon(attni_V_neon x, attni_V_neon y) {                \
         int i;                                                                                     \
-        ATTNI_Q x.v[i] = (expr);                                                                   \
+        ATTNI_Q {                                                                                  \
+            x.v[i] = (expr);                                                                       \
+            __asm__("" : "+w"(x.v[i]));                                                            \
+        }                                                                                          \
         return x;                                                                                  \
     }
+ATTNI_INLINE float32x4_t attni_div_128(float32x4_t x, float32x4_t y) {
+    __asm__("fdiv %0.4s, %0.4s, %1.4s" : "+w"(x) : "w"(y));
+    return x;
+}
+ATTNI_INLINE uint32x4_t attni_less_128(float32x4_t x, float32x4_t y) {
+    uint32x4_t z;
+    __asm__("fcmgt %0.4s, %2.4s, %1.4s" : "=w"(z) : "w"(x), "w"(y));
+    return z;
+}
 ATTNI_MAP(add, vaddq_f32(x.v[i], y.v[i]))
 ATTNI_MAP(sub, vsubq_f32(x.v[i], y.v[i]))
 ATTNI_MAP(mul, vmulq_f32(x.v[i], y.v[i]))
-ATTNI_MAP(div, vdivq_f32(x.v[i], y.v[i]))
-ATTNI_MAP(max, vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])) // y when x is NaN
+ATTNI_MAP(div, attni_div_128(x.v[i], y.v[i]))
+ATTNI_MAP(max, vbslq_f32(attni_less_128(y.v[i], x.v[i]), x.v[i], y.v[i])) // y when x is NaN
 #undef ATTNI_MAP
 ATTNI_INLINE attni_V_neon attni_barrier_neon(attni_V_neon x) {
     int i;
@@ -1508,7 +1551,7 @@ ATTNI_INLINE attni_V_neon attni_pick_neon(uint32_t bits, attni_V_neon x, attni_V
 ATTNI_INLINE attni_V_neon attni_less_neon(attni_V_neon x, attni_V_neon y, attni_V_neon p,
                                           attni_V_neon q) {
     int i;
-    ATTNI_Q p.v[i] = vbslq_f32(vcltq_f32(x.v[i], y.v[i]), p.v[i], q.v[i]);
+    ATTNI_Q p.v[i] = vbslq_f32(attni_less_128(x.v[i], y.v[i]), p.v[i], q.v[i]);
     return p;
 }
 ATTNI_INLINE attni_V_neon attni_asv_neon(attni_U_neon x) {
@@ -1613,8 +1656,13 @@ ATTNI_INLINE float attni_hmax_neon(attni_V_neon x) { // no NaN in here
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
 }
 ATTNI_INLINE float attni_hsum_neon(attni_V_neon x) {
-    float32x4_t s = vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
-    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    float32x4_t s, u = vaddq_f32(x.v[0], x.v[2]), v = vaddq_f32(x.v[1], x.v[3]);
+    float32x2_t t;
+    __asm__("" : "+w"(u), "+w"(v)); // each step hidden: the sums could be regrouped
+    s = vaddq_f32(u, v);
+    __asm__("" : "+w"(s));
+    t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    __asm__("" : "+w"(t));
     return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
 }
 ATTNI_INLINE float attni_first_neon(attni_V_neon x) { return vgetq_lane_f32(x.v[0], 0); }
@@ -1879,12 +1927,63 @@ ATTN_DEF const char *attn_cpu_executor(const attn_desc *d) {
 
 ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) { return attn_validate(d); }
 
+// The host's floating-point mode (programs linked with -ffast-math start with denormals flushed,
+// audio code sets that itself, rounding may be anything): PORTABLE runs and stored rows are computed
+// with denormals and to nearest; the mode is put back behind them. Elsewhere nearest is assumed.
+ATTNI_CALLED uint64_t attni_mode_enter(void) {
+    uint64_t was = 0;
+#if defined(__GNUC__) && defined(__SSE2__)
+    uint32_t old, now;
+    __asm__ volatile("stmxcsr %0" : "=m"(old) : : "memory");
+    now = old & ~0xe040u; // flush to zero, rounding, denormals are zero
+    if (now != old) __asm__ volatile("ldmxcsr %0" : : "m"(now) : "memory");
+    was = old;
+#elif defined(__GNUC__) && defined(__aarch64__)
+    uint64_t now;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(was) : : "memory");
+    now = was & ~(uint64_t)0x01c00003u; // FZ, RMode, AH, FIZ
+    if (now != was) __asm__ volatile("msr fpcr, %0" : : "r"(now) : "memory");
+#elif defined(__GNUC__) && defined(__arm__) && defined(__ARM_FP)
+    uint32_t old, now;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old) : : "memory");
+    now = old & ~0x01c00000u; // FZ, RMode
+    if (now != old) __asm__ volatile("vmsr fpscr, %0" : : "r"(now) : "memory");
+    was = old;
+#elif defined(__GNUC__) && defined(__riscv_flen)
+    unsigned long old;
+    __asm__ volatile("frrm %0" : "=r"(old) : : "memory");
+    if (old) __asm__ volatile("fsrm x0" : : : "memory");
+    was = old;
+#endif
+    return was;
+}
+
+ATTNI_CALLED void attni_mode_leave(uint64_t was) {
+#if defined(__GNUC__) && defined(__SSE2__)
+    uint32_t old = (uint32_t)was;
+    if (old & 0xe040u) __asm__ volatile("ldmxcsr %0" : : "m"(old) : "memory");
+#elif defined(__GNUC__) && defined(__aarch64__)
+    if (was & 0x01c00003u) __asm__ volatile("msr fpcr, %0" : : "r"(was) : "memory");
+#elif defined(__GNUC__) && defined(__arm__) && defined(__ARM_FP)
+    if (was & 0x01c00000u)
+        __asm__ volatile("vmsr fpscr, %0" : : "r"((uint32_t)was) : "memory");
+#elif defined(__GNUC__) && defined(__riscv_flen)
+    if (was) __asm__ volatile("fsrm %0" : : "r"((unsigned long)was) : "memory");
+#else
+    (void)was;
+#endif
+}
+
 // ==== >>impl-store  ==============================================================================
+
+// Machines differ in the NaN they make; stored rows must not.
+static float attni_one_nan(float x) { return attni_isnan(x) ? attni_float(0x7fc00000u) : x; }
 
 // One row of one head into its place: codes gathered in a row, then scattered by 4-byte units.
 ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, const void *src,
                             attn_dtype st, int64_t page, int32_t place, int32_t head) {
-    float x[ATTN_MAX_HEAD_DIM + 16], scale = 1.0f, top = 0;
+    float x[ATTN_MAX_HEAD_DIM + 16], scale = 1.0f, y;
+    uint32_t top = 0, u; // on the bits, where NaN is above everything
     uint8_t code[4 * ATTN_MAX_HEAD_DIM];
     uint8_t *p = s->data + page * s->page_bytes + attni_token_offset(s, place, head);
     int32_t e, n = s->dim, units = n * attni_bits_of(s->dtype) / 32;
@@ -1893,16 +1992,17 @@ ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, co
         if (s->head_scale) scale = s->head_scale[head];
         else {
             for (e = 0; e < n; e++) {
-                float a = attni_float(attni_bits32(x[e]) & 0x7fffffffu);
-                if (a > top || attni_isnan(a)) top = a;
-                if (attni_isnan(top)) break;
+                u = attni_bits32(x[e]) & 0x7fffffffu;
+                if (u > top) top = u;
             }
-            scale = top / attni_code_max(s->dtype);
+            scale = attni_one_nan(attni_div(attni_float(top), attni_code_max(s->dtype)));
             memcpy(s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
                        head * s->scale_head, &scale, 4);
         }
-        for (e = 0; e < n; e++)
-            attni_put(code, s->dtype, e, (attni_bits32(scale) & 0x7fffffffu) ? x[e] / scale : 0.0f);
+        for (e = 0; e < n; e++) {
+            y = attni_bits32(scale) << 1 ? attni_one_nan(attni_div(x[e], scale)) : 0.0f;
+            attni_put(code, s->dtype, e, y);
+        }
     } else {
         mv->narrow(s->dtype, x, n, code);
     }
@@ -1955,6 +2055,7 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     attni_exec x;
     attn_result r = attni_cpu_check(d);
     int64_t t, slot, n_slots;
+    uint64_t mode;
     int32_t s = 0, h, i;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
@@ -1972,6 +2073,7 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
         if (slot >= n_slots || (slot < 0 && !slots)) return ATTN_ERR_PAGE;
     }
     attni_choose(d, &x);
+    mode = attni_mode_enter();
     for (s = 0, t = first; t < first + count; t++) {
         slot = slots ? slots[t] : attni_own_slot(d, &s, t);
         for (i = 0; i < 2 && slot >= 0; i++) {
@@ -1987,6 +2089,7 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
                                 (int32_t)(slot % d->kv.page_tokens), h);
         }
     }
+    attni_mode_leave(mode);
     return ATTN_OK;
 }
 
@@ -2425,6 +2528,7 @@ static const float *attni_row_add(attni_work *w, int32_t i, int32_t head, int32_
             if (kp >= q->q_pos0)
                 kp = q->q_pos0 + attni_tree_depth(d, q->q_begin, (int32_t)(kp - q->q_pos0));
             x = d->logits.alibi[head] * (float)(kp - w->pos[i]);
+            ATTNI_PIN(x);
         }
         if (b->data)
             x += attni_get(b->data, b->dtype,
@@ -2547,13 +2651,15 @@ ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32
     int32_t vd = attni_v_dim(d);
     int64_t st = d->o.stride_token ? d->o.stride_token : (int64_t)d->n_heads * vd;
     int64_t sh = d->o.stride_head ? d->o.stride_head : vd;
-    float sink = d->logits.sink ? d->logits.sink[head] : attni_float(0xff800000u);
+    uint32_t none = 0xff800000u, nan = 0x7fc00000u; // as bits: constants may be assumed finite
+    float sink;
     uint8_t *dst =
         (uint8_t *)d->o.data + (token * st + head * sh) * (attni_bits_of(d->o.dtype) / 8);
+    memcpy(&sink, d->logits.sink ? (const void *)&d->logits.sink[head] : (const void *)&none, 4);
     x->ma->finish(o, &m, &l, sink, (vd + 15) & ~15);
     x->mv->narrow(d->o.dtype, o, vd, dst);
     if (!d->lse) return;
-    if (!attni_finite(l)) m = attni_float(0x7fc00000u);
+    if (!attni_finite(l)) memcpy(&m, &nan, 4);
     else if (attni_finite(m)) m = (float)((double)m + attni_ln((double)l));
     d->lse[(int64_t)token * d->n_heads + head] = m;
 }
@@ -2620,6 +2726,7 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
                                   int32_t count, void *partials, void *scratch) {
     attni_work w;
     attn_result r = attni_work_init(&w, d, p);
+    uint64_t mode = 0;
     int32_t i, tile;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_tasks - first) return ATTN_ERR_ARGUMENT;
@@ -2628,8 +2735,10 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
     tile = attni_max32(1, (p->params.row_tile > 0 ? p->params.row_tile : 256) / w.group);
     attni_work_carve(&w, (uint8_t *)scratch, tile, tile * w.group);
     ATTNI_AMX_BEGIN(&w.x);
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) mode = attni_mode_enter();
     for (i = first; i < first + count && r == ATTN_OK; i++)
         r = attni_run_task(&w, &p->task[i], (float *)partials);
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) attni_mode_leave(mode);
     ATTNI_AMX_END(&w.x);
     return r;
 }
@@ -2652,7 +2761,7 @@ ATTNI_CALLED void attni_merge_sequence(attni_work *w, int32_t s, const float *pa
                     int64_t row =
                         g->partial + ((int64_t)slot * g->n_tokens + before + t) * p->n_heads + h;
                     const float *src = partials + row * (vd + 2);
-                    if (src[vd] == attni_float(0xff800000u)) continue;
+                    if (attni_bits32(src[vd]) == 0xff800000u) continue;
                     memcpy(x, src, 4 * (size_t)vd);
                     w->x.ma->fold(o, &m, &l, x, src[vd], src[vd + 1], w->vdp);
                 }
@@ -2665,12 +2774,15 @@ ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int3
                                     int32_t count, const void *partials) {
     attni_work w;
     attn_result r = attni_work_init(&w, d, p);
+    uint64_t mode = 0;
     int32_t i;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_merges - first) return ATTN_ERR_ARGUMENT;
     if (count && !partials) return ATTN_ERR_BUFFER;
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) mode = attni_mode_enter();
     for (i = first; i < first + count; i++)
         attni_merge_sequence(&w, p->merge[i], (const float *)partials);
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) attni_mode_leave(mode);
     return ATTN_OK;
 }
 
@@ -2751,7 +2863,6 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_GET
 #undef ATTNI_INLINE
 #undef ATTNI_NAMES
-#undef ATTNI_PIN
 #undef ATTNI_PREFETCH
 #undef ATTNI_Q
 #undef ATTNI_SET

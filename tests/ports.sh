@@ -22,7 +22,8 @@ shift $((OPTIND - 1))
 tier=${1:-fast} only=${2:-.}
 case $tier in fast | all) ;; *) echo "tests/ports.sh fast|all [REGEX]" && exit 2 ;; esac
 case $limit in *[!0-9]*) exit 2 ;; esac
-want=$(sed -n 's/^#define EXPECTED 0x\([0-9a-f]*\)u.*/\1/p' tests/selftest.c)
+frozen() { sed -n "s/^#define $1 0x\\([0-9a-f]*\\)u.*/\\1/p" tests/selftest.c; }
+want="$(frozen EXPECTED) $(frozen EXPECTED_EDGES)"
 mkdir -p "$dir" && rm -f "$dir"/*.rows "$dir"/*.blob || exit 2
 wine=$(command -v wine64 || ls /usr/lib/wine/wine64 2>/dev/null)
 export WINEPREFIX=$PWD/$dir/wine WINEDEBUG=-all
@@ -157,10 +158,10 @@ build_and_run() { # INDEX NAME PROGRAMS RUNNER COMPILER FLAGS...
             row "$rows" "$name" "$label" "$shown" "$p" "${line%%,*}" "$why"
             continue
         fi
-        while read -r _ _ n p; do # one row per ISA
+        while read -r _ _ n p _ edges; do # one row per ISA
             line=$why
-            [ "$n" = "$want" ] || line="FAILED: not $want"
-            row "$rows" "$name" "$label" "$shown" "$p" "$n" "$line"
+            [ "$n $edges" = "$want" ] || line="FAILED: not $want"
+            row "$rows" "$name" "$label" "$shown" "$p" "$n $edges" "$line"
         done < <(tr -d '\r' <"$out" | grep '^portable hash')
     done
 }
