@@ -40,8 +40,7 @@
    ZERO     Structs are zero-initialised by the caller; 0 always means the default.
    NUMERICS Partial results are f32. For a given mask a row's bits do not depend on the rest of
             the batch, page size, layout, placement or (CPU) threads, chunking, cache hits.
-   LIMITS   -ffast-math: results stay accurate, PORTABLE's equal bits need it off.
-            head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
+   LIMITS   head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
 
 #ifndef ATTN_H
 #define ATTN_H
@@ -669,12 +668,10 @@ ATTNI_FN float attni_div(float a, float b) {
 }
 
 // a < b on the bits, false with NaN: -ffinite-math-only lets a compiler turn comparisons round.
-ATTNI_FN int64_t attni_order(float x) {
-    int64_t u = attni_bits32(x);
-    return u >> 31 ? 0x80000000 - u : u;
-}
 ATTNI_FN int attni_less(float a, float b) {
-    int64_t x = attni_order(a), y = attni_order(b);
+    int64_t x = attni_bits32(a), y = attni_bits32(b);
+    x = x >> 31 ? 0x80000000 - x : x;
+    y = y >> 31 ? 0x80000000 - y : y;
     return x < y && x >= -0x7f800000 && y <= 0x7f800000;
 }
 
@@ -1516,6 +1513,17 @@ static int attni_isnan64(double x) {
     return (u & ~((uint64_t)1 << 63)) > (uint64_t)0x7ff << 52;
 }
 
+// a < b, as attni_less.
+static int attni_less64(double a, double b) {
+    const int64_t inf = (int64_t)0x7ff << 52;
+    int64_t x, y;
+    memcpy(&x, &a, 8);
+    memcpy(&y, &b, 8);
+    x = x < 0 ? -(x & INT64_MAX) : x;
+    y = y < 0 ? -(y & INT64_MAX) : y;
+    return x < y && x >= -inf && y <= inf;
+}
+
 // exp, log and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r.
 static double attni_exp64(double x) {
     double r, s = 1, t = 1;
@@ -1611,14 +1619,15 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
         if (!attn_ref_visible(d, s, t, h, j)) continue;
         attni_ref_row(d, k, s, kv_head, j, row);
         x = attni_ref_score(d, q, row, s, t, h, j);
-        if (x < -1e300) continue; // a bias of -inf masks
-        if (!seen || x > m) {     // online softmax: rescale to the new maximum
+        if (attni_less64(x, -1e300)) continue; // a bias of -inf masks
+        if (!seen || attni_less64(m, x)) {     // online softmax: rescale to the new maximum
             f = seen ? attni_exp64(m - x) : 0;
             for (e = 0; e < vd; e++) o[e] *= f;
             l *= f;
             m = x;
             seen = 1;
         }
+        ATTNI_PIN64(m); // else -ffinite-math-only makes Inf - Inf a zero
         f = attni_exp64(x - m);
         l += f;
         attni_ref_row(d, v, s, kv_head, j, row);
@@ -1626,18 +1635,19 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
     }
     if (d->logits.sink && d->logits.sink[h] > -3.0e38f) {
         x = (double)d->logits.sink[h];
-        if (!seen || x > m) {
+        if (!seen || attni_less64(m, x)) {
             f = seen ? attni_exp64(m - x) : 0;
             for (e = 0; e < vd; e++) o[e] *= f;
             l = l * f;
             m = x;
         }
+        ATTNI_PIN64(m);
         l += attni_exp64(x - m);
         seen = 1;
     }
-    for (e = 0; e < vd; e++) o[e] = l > 0 || attni_isnan64(l) ? o[e] / l : 0;
+    for (e = 0; e < vd; e++) o[e] = attni_isnan64(l) || l > 0 ? o[e] / l : 0;
     if (!lse) return;
-    if (seen) *lse = m + (attni_isnan64(l) || !(l > 0) ? l : attni_ln(l));
+    if (seen) *lse = m + (!attni_isnan64(l) && l > 0 ? attni_ln(l) : l);
     else memcpy(lse, &none, 8);
 }
 
