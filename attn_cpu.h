@@ -1928,8 +1928,9 @@ ATTN_DEF const char *attn_cpu_executor(const attn_desc *d) {
 ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) { return attn_validate(d); }
 
 // The host's floating-point mode (programs linked with -ffast-math start with denormals flushed,
-// audio code sets that itself, rounding may be anything): PORTABLE runs and stored rows are computed
-// with denormals and to nearest; the mode is put back behind them. Elsewhere nearest is assumed.
+// audio code sets that itself, rounding may be anything): PORTABLE runs and stored rows are
+// computed with denormals and to nearest, and the mode is put back. Where it is not known how, both
+// are assumed.
 ATTNI_CALLED uint64_t attni_mode_enter(void) {
     uint64_t was = 0;
 #if defined(__GNUC__) && defined(__SSE2__)

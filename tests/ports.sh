@@ -53,7 +53,8 @@ list() {
     port gcc-lto all selftest - gcc -Ofast -flto -march=native
     port musl fast "selftest blob" - musl-gcc -O2 -static
     # 32-bit x86: SSE2 arithmetic is the contract
-    port i686 fast "selftest cpu mask tree blob" - i686-linux-gnu-gcc -O2 -msse2 -mfpmath=sse -static
+    port i686 fast "selftest cpu mask tree blob" - \
+        i686-linux-gnu-gcc -O2 -msse2 -mfpmath=sse -static
     port i686-Ofast all selftest - i686-linux-gnu-gcc -Ofast -msse2 -mfpmath=sse -static
     port i686-x87 all selftest - i686-linux-gnu-gcc -O2 -mno-sse -mfpmath=387 -static
     # other machines under qemu
@@ -93,19 +94,15 @@ row() { # FILE PORT COMPILER FLAGS ISA HASH VERDICT
 }
 
 # What stops a port from being built and run here; nothing: it can be.
-missing() { # RUNNER COMPILER FLAGS
+missing() { # RUNNER COMPILER
     command -v "$2" >/dev/null || { echo "no $2" && return; }
     case $1 in
     -) ;;
     "") echo "no wine" && return ;;
     *) command -v "${1%% *}" >/dev/null || { echo "no ${1%% *}" && return; } ;;
     esac
-    case "$2 $3" in
+    case $2 in
     i686-w64*) [ -e /usr/lib/i386-linux-gnu/wine ] || { echo "no 32-bit wine" && return; } ;;
-    esac
-    case "$2 $3" in
-    *-w64-* | *musl*) ;;
-    *) return ;; # cross compilers come with their libraries, clang borrows theirs
     esac
 }
 
@@ -124,8 +121,10 @@ build_and_run() { # INDEX NAME PROGRAMS RUNNER COMPILER FLAGS...
     flags="${*:2}"
     local shown=${flags/-static/}
     shown=$(echo $shown)
-    why=$(missing "$runner" "$cc" "$flags")
-    if [ -z "$why" ] && ! links "$dir/$name.probe" "$@"; then why="$cc cannot link for this target"; fi
+    why=$(missing "$runner" "$cc")
+    if [ -z "$why" ] && ! links "$dir/$name.probe" "$@"; then
+        why="$cc cannot link for this target"
+    fi
     if [ -n "$why" ]; then
         row "$rows" "$name" "$cc" "$shown" - - "skipped: $why"
         return

@@ -1,9 +1,9 @@
 /* A self-test for foreign targets: no framework, files, threads or libm, only stdio. Fixed problems
    over masks, layouts and dtypes on every ISA present, against attn_ref_forward; the PORTABLE bits
    of each as a hash, which must be the same on every machine: compare the last hash with another
-   target's. tests/ports.sh does so. The second hash, of edges: denormals, Inf and NaN, also with the
-   host's floating-point unit in another mode. cc -std=c11 -O2 -I. tests/selftest.c -o selftest      (C++11 as well: c++ -x c++
-   -std=c++11 ...) */
+   target's, as tests/ports.sh does. A second hash is that of edges: denormals, Inf and NaN, also
+   with the host's floating-point unit in another mode.
+   cc -std=c11 -O2 -I. tests/selftest.c -o selftest    (C++11 as well: c++ -x c++ -std=c++11 ...) */
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"
