@@ -831,8 +831,9 @@ typedef struct attni_math {
 // comparing and dividing: so PORTABLE has the same bits under any of its flags.
 
 #define ATTNI_EACH for (i = 0; i < 16; i++)
-typedef struct attni_V_scalar { float f[16]; } attni_V_scalar;
-typedef struct attni_U_scalar { uint32_t u[16]; } attni_U_scalar;
+// One type for both: gcc 12 reorders accesses around copies from one struct to the other (-O3).
+typedef union attni_V_scalar { float f[16]; uint32_t u[16]; } attni_V_scalar;
+typedef attni_V_scalar attni_U_scalar;
 
 #define ATTNI_MAP(name, how, expr)                                                                 \
     how attni_V_scalar attni_##name##_scalar(attni_V_scalar a, attni_V_scalar b) {        \
@@ -890,16 +891,8 @@ ATTNI_CALLED attni_V_scalar attni_less_scalar(attni_V_scalar x, attni_V_scalar y
     ATTNI_EACH if (!attni_less(x.f[i], y.f[i])) memcpy(&a.f[i], &b.f[i], 4);
     return a;
 }
-ATTNI_INLINE attni_V_scalar attni_asv_scalar(attni_U_scalar a) {
-    attni_V_scalar v;
-    memcpy(&v, &a, 64);
-    return v;
-}
-ATTNI_CALLED attni_U_scalar attni_asu_scalar(attni_V_scalar a) {
-    attni_U_scalar v;
-    memcpy(&v, &a, 64);
-    return v;
-}
+ATTNI_INLINE attni_V_scalar attni_asv_scalar(attni_U_scalar a) { return a; }
+ATTNI_INLINE attni_U_scalar attni_asu_scalar(attni_V_scalar a) { return a; }
 ATTNI_CALLED attni_U_scalar attni_uset1_scalar(uint32_t x) {
     attni_U_scalar a;
     int i;

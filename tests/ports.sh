@@ -60,6 +60,7 @@ list() {
     # other machines under qemu
     port aarch64 fast "selftest cpu mask tree blob" qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static
     port aarch64-Ofast all selftest qemu-aarch64 aarch64-linux-gnu-gcc -Ofast -static
+    port aarch64-O3 all selftest qemu-aarch64 aarch64-linux-gnu-gcc -O3 -static
     port aarch64-scalar all selftest qemu-aarch64 \
         aarch64-linux-gnu-gcc -Ofast -static -DATTN_CPU_SCALAR_ONLY
     port aarch64-clang all selftest qemu-aarch64 \
