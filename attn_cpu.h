@@ -1399,6 +1399,7 @@ ATTNI_INLINE ATTNI_T6 __m512i attni_idot_avx512(__m512i acc, __m512i k, __m512i 
 #define ATTNI_IDOT_BIASED 1
 #include "attn_cpu.h"
 
+#ifdef __linux__ // attn_cpu_open knows no other system; gcc's tile loads fail on Windows
 #define ATTNI_TA                                                                                   \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 // Tile 0..1 sums, 4 A (16 rows x 32 bf16), 6..7 B (16 pairs x 16 columns): a K16 tile of a 16-bit
@@ -1469,10 +1470,12 @@ ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row
 }
 #define ATTNI_AMX_BEGIN(x) ((x)->isa == ATTN_CPU_AMX ? attni_amx_config(1) : (void)0)
 #define ATTNI_AMX_END(x) ((x)->isa == ATTN_CPU_AMX ? attni_amx_config(0) : (void)0)
-#else
+#endif
+#endif // ATTNI_X86
+#ifndef ATTNI_AMX_BEGIN
 #define ATTNI_AMX_BEGIN(x) ((void)0)
 #define ATTNI_AMX_END(x) ((void)0)
-#endif // ATTNI_X86
+#endif
 
 #ifdef ATTNI_ARM
 // ==== >>impl-neon  Vocabulary ====================================================================
@@ -1879,11 +1882,13 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
         }
         if (iqk && (attni_x86_features() & 4))
             x->qk_kind = ATTNI_IDOT, x->qk = attni_qk_idot_avx512;
+#ifdef __linux__
         if (x->isa == ATTN_CPU_AMX && (bqk || bpv)) {
             x->rb = 16;
             if (bqk) x->qk = attni_qk_amx;
             if (bpv) x->pv = attni_pv_amx;
         }
+#endif
     }
 #endif
 #ifdef ATTNI_ARM

@@ -85,7 +85,7 @@ list() {
         clang --target=wasm32-wasi -O2 -msimd128
     port wasm-simd128-fast-math all selftest "node --no-warnings tests/wasi.cjs" \
         clang --target=wasm32-wasi -O3 -msimd128 -ffast-math
-    port mingw64 all "selftest cpu mask tree blob" "$wine" x86_64-w64-mingw32-gcc -O2 -static
+    port mingw64 all "selftest tree blob" "$wine" x86_64-w64-mingw32-gcc -O2 -static
     port mingw64-Ofast all selftest "$wine" x86_64-w64-mingw32-gcc -Ofast -static
     port mingw32 all "selftest blob" "$wine" i686-w64-mingw32-gcc -O2 -msse2 -mfpmath=sse -static
 }
