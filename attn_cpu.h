@@ -1,6 +1,7 @@
 /* attn_cpu.h - v0.1 - MIT licence, see the end of attn.h
    CPU executors for attn.h: scalar, AVX2, AVX-512, AVX-512-BF16 (+VNNI), AMX-BF16, NEON, NEON-BF16,
-   chosen at run time in one translation unit that needs no -m flags.
+   chosen at run time in one translation unit that needs no -m flags; WebAssembly SIMD128 where the
+   build has -msimd128.
 
    DO THIS in exactly one C or C++ file (or define ATTN_IMPLEMENTATION, see attn.h):
        #define ATTN_CPU_IMPLEMENTATION
@@ -15,7 +16,7 @@
        after a barrier:  attn_cpu_merge(&d, plan, i, 1, partials);           i < plan->n_merges
 
    CONTENTS  >>isa  >>store  >>run   and behind  >>impl-:
-             kernels, types, scalar, avx2, avx512, dots, neon, dispatch, store, tasks, run
+             kernels, types, scalar, avx2, avx512, dots, neon, wasm, dispatch, store, tasks, run
 
    MACROS    ATTN_CPU_IMPLEMENTATION   implement this header
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
@@ -25,7 +26,8 @@
              scratch, on disjoint tasks. What was learnt about the CPU is the only state, atomic.
    NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16
              the weighted sums, use the bf16 dot product of AVX-512-BF16, AMX or NEON-BF16.
-             PORTABLE: separate multiply and add, the same bits on every ISA.
+             PORTABLE: separate multiply and add, the same bits on every ISA, whatever the compiler's
+             flags (gcc and clang, -Ofast included) and the host's floating-point mode.
              APPROX: as FAST, and int8 keys are scored by integer dot products (VNNI, DotProd). */
 
 #ifndef ATTN_CPU_H
@@ -46,7 +48,8 @@
     X(AVX512_BF16, 4, "avx512bf16")                                                                \
     X(AMX, 5, "amx")               /* + attn_cpu_open */                                           \
     X(NEON, 6, "neon")                                                                             \
-    X(NEON_BF16, 7, "neonbf16")    /* + BF16 and DotProd */
+    X(NEON_BF16, 7, "neonbf16")    /* + BF16 and DotProd */                                        \
+    X(WASM, 8, "wasm")             /* SIMD128; it has no FMA, so FAST is PORTABLE */
 
 typedef enum attn_cpu_isa {
 #define ATTNI_X(name, value, text) ATTN_CPU_##name = value,
@@ -749,6 +752,9 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #else
 #define ATTNI_ARM_DOTS 0
 #endif
+#elif defined(__wasm_simd128__)
+#define ATTNI_WASM 1
+#include <wasm_simd128.h>
 #endif
 #endif
 
@@ -1347,7 +1353,8 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_NC 1
 #define ATTNI_DIRECT16 0
 #define ATTNI_HELPER ATTNI_CALLED
-#if defined(ATTNI_X86) || defined(ATTNI_ARM) // only asked for by name there: PORTABLE will do
+#if defined(ATTNI_X86) || defined(ATTNI_ARM) || defined(ATTNI_WASM)
+// only asked for by name there: PORTABLE will do
 #define ATTNI_FAST_TOO 0
 #define attni_math_fast_scalar attni_math_portable_scalar
 #else
@@ -1736,6 +1743,205 @@ ATTNI_INLINE ATTNI_TD attni_U_neon attni_idot_neon(attni_U_neon acc, attni_U_neo
 #endif
 #endif // ATTNI_ARM
 
+#ifdef ATTNI_WASM
+// ==== >>impl-wasm  Vocabulary ====================================================================
+
+typedef struct attni_V_wasm { v128_t v[4]; } attni_V_wasm;
+typedef attni_V_wasm attni_U_wasm;
+#define ATTNI_Q ATTNI_UNROLL for (i = 0; i < 4; i++)
+// Not the compiler's: it may turn a comparison round and take reciprocals.
+ATTNI_INLINE v128_t attni_less_128(v128_t x, v128_t y) {
+    v128_t z;
+    __asm__("local.get %1\n\tlocal.get %2\n\tf32x4.lt\n\tlocal.set %0" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+ATTNI_INLINE v128_t attni_div_128(v128_t x, v128_t y) {
+    v128_t z;
+    __asm__("local.get %1\n\tlocal.get %2\n\tf32x4.div\n\tlocal.set %0" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+#define ATTNI_MAP(name, expr)                                                                      \
+    ATTNI_INLINE attni_V_wasm attni_##name##_wasm(attni_V_wasm x, attni_V_wasm y) {                \
+        int i;                                                                                     \
+        ATTNI_Q x.v[i] = (expr);                                                                   \
+        ATTNI_Q __asm__("" : "+r"(x.v[i]));                                                        \
+        return x;                                                                                  \
+    }
+ATTNI_MAP(add, wasm_f32x4_add(x.v[i], y.v[i]))
+ATTNI_MAP(sub, wasm_f32x4_sub(x.v[i], y.v[i]))
+ATTNI_MAP(mul, wasm_f32x4_mul(x.v[i], y.v[i]))
+ATTNI_MAP(div, attni_div_128(x.v[i], y.v[i]))
+ATTNI_MAP(max, wasm_v128_bitselect(x.v[i], y.v[i], attni_less_128(y.v[i], x.v[i])))
+ATTNI_MAP(uor, wasm_v128_or(x.v[i], y.v[i]))
+ATTNI_MAP(uadd, wasm_i32x4_add(x.v[i], y.v[i]))
+#undef ATTNI_MAP
+// one argument x and a number n
+#define ATTNI_MAP(name, type, expr)                                                                \
+    ATTNI_INLINE attni_V_wasm attni_##name##_wasm(attni_V_wasm x, type n) {                        \
+        int i;                                                                                     \
+        ATTNI_Q x.v[i] = (expr);                                                                   \
+        return x;                                                                                  \
+    }
+ATTNI_MAP(uand, uint32_t, wasm_v128_and(x.v[i], wasm_i32x4_splat((int32_t)n)))
+ATTNI_MAP(ushl, int, wasm_i32x4_shl(x.v[i], (uint32_t)n))
+ATTNI_MAP(ushr, int, wasm_u32x4_shr(x.v[i], (uint32_t)n))
+ATTNI_MAP(utop, int, wasm_f32x4_convert_i32x4(wasm_i32x4_shr(x.v[i], (uint32_t)(32 - n))))
+#undef ATTNI_MAP
+ATTNI_INLINE attni_V_wasm attni_barrier_wasm(attni_V_wasm x) {
+    int i;
+    ATTNI_Q __asm__("" : "+r"(x.v[i]));
+    return x;
+}
+ATTNI_INLINE attni_V_wasm attni_uset1_wasm(uint32_t n) {
+    attni_V_wasm r;
+    int i;
+    ATTNI_Q r.v[i] = wasm_i32x4_splat((int32_t)n);
+    return r;
+}
+ATTNI_INLINE attni_V_wasm attni_set1_wasm(float n) { return attni_uset1_wasm(attni_bits32(n)); }
+ATTNI_INLINE attni_V_wasm attni_uload_wasm(const void *p) {
+    attni_V_wasm r;
+    int i;
+    ATTNI_Q r.v[i] = wasm_v128_load((const uint8_t *)p + 16 * i);
+    return r;
+}
+ATTNI_INLINE attni_V_wasm attni_load_wasm(const float *p) { return attni_uload_wasm(p); }
+ATTNI_INLINE void attni_store_wasm(float *p, attni_V_wasm x) {
+    int i;
+    ATTNI_Q wasm_v128_store(p + 4 * i, x.v[i]);
+}
+ATTNI_INLINE attni_V_wasm attni_iota_wasm(void) {
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return attni_load_wasm(lanes);
+}
+ATTNI_INLINE attni_V_wasm attni_pick_wasm(uint32_t bits, attni_V_wasm x, attni_V_wasm y) {
+    const v128_t lane = wasm_i32x4_const(1, 2, 4, 8);
+    int i;
+    ATTNI_Q {
+        v128_t b = wasm_v128_and(wasm_i32x4_splat((int32_t)(bits >> (4 * i))), lane);
+        x.v[i] = wasm_v128_bitselect(x.v[i], y.v[i], wasm_i32x4_eq(b, lane));
+    }
+    return x;
+}
+ATTNI_INLINE attni_V_wasm attni_less_wasm(attni_V_wasm x, attni_V_wasm y, attni_V_wasm p,
+                                          attni_V_wasm q) {
+    int i;
+    ATTNI_Q p.v[i] = wasm_v128_bitselect(p.v[i], q.v[i], attni_less_128(x.v[i], y.v[i]));
+    return p;
+}
+ATTNI_INLINE attni_V_wasm attni_uequal_wasm(attni_U_wasm x, attni_U_wasm y, attni_V_wasm p,
+                                            attni_V_wasm q) {
+    int i;
+    ATTNI_Q p.v[i] = wasm_v128_bitselect(p.v[i], q.v[i], wasm_i32x4_eq(x.v[i], y.v[i]));
+    return p;
+}
+ATTNI_INLINE attni_V_wasm attni_asv_wasm(attni_U_wasm x) { return x; }
+ATTNI_INLINE attni_U_wasm attni_asu_wasm(attni_V_wasm x) { return x; }
+ATTNI_INLINE attni_U_wasm attni_uload16_wasm(const void *p) {
+    attni_U_wasm r;
+    int i;
+    ATTNI_Q r.v[i] = wasm_u32x4_load16x4((const uint8_t *)p + 8 * i);
+    return r;
+}
+ATTNI_INLINE attni_U_wasm attni_uwide8(v128_t x) {
+    v128_t a = wasm_u16x8_extend_low_u8x16(x), b = wasm_u16x8_extend_high_u8x16(x);
+    attni_U_wasm r;
+    r.v[0] = wasm_u32x4_extend_low_u16x8(a);
+    r.v[1] = wasm_u32x4_extend_high_u16x8(a);
+    r.v[2] = wasm_u32x4_extend_low_u16x8(b);
+    r.v[3] = wasm_u32x4_extend_high_u16x8(b);
+    return r;
+}
+ATTNI_INLINE attni_U_wasm attni_uload8_wasm(const void *p) {
+    return attni_uwide8(wasm_v128_load(p));
+}
+ATTNI_INLINE attni_U_wasm attni_uload4_wasm(const void *p) {
+    v128_t x = wasm_v128_load64_zero(p), lo = wasm_v128_and(x, wasm_i8x16_splat(15));
+    v128_t hi = wasm_u8x16_shr(x, 4);
+    return attni_uwide8(wasm_i8x16_shuffle(lo, hi, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
+                                           7, 23));
+}
+// Exponents are moved by 112; Inf and NaN get the top one, denormals are a difference of floats.
+ATTNI_INLINE attni_V_wasm attni_uhalf_wasm(attni_U_wasm x) {
+    const v128_t least = wasm_i32x4_splat(113 << 23);
+    int i;
+    ATTNI_Q {
+        v128_t em = wasm_v128_and(x.v[i], wasm_i32x4_splat(0x7fff));
+        v128_t sign = wasm_i32x4_shl(wasm_v128_and(x.v[i], wasm_i32x4_splat(0x8000)), 16);
+        v128_t wide = wasm_i32x4_shl(em, 13), r = wasm_i32x4_add(wide, wasm_i32x4_splat(112 << 23));
+        v128_t tiny = wasm_f32x4_sub(wasm_i32x4_add(wide, least), least);
+        v128_t quiet = wasm_v128_and(wasm_i32x4_gt(em, wasm_i32x4_splat(0x7c00)),
+                                     wasm_i32x4_splat(0x400000));
+        v128_t top = wasm_v128_or(wasm_v128_or(wide, quiet), wasm_i32x4_splat(0x7f800000));
+        r = wasm_v128_bitselect(tiny, r, wasm_i32x4_lt(em, wasm_i32x4_splat(0x400)));
+        r = wasm_v128_bitselect(top, r, wasm_i32x4_gt(em, wasm_i32x4_splat(0x7bff)));
+        x.v[i] = wasm_v128_or(r, sign);
+    }
+    return x;
+}
+ATTNI_CALLED void attni_store_f16_wasm(void *p, attni_V_wasm x) {
+    float f[16];
+    uint16_t h[16];
+    int i;
+    memcpy(f, &x, 64);
+    for (i = 0; i < 16; i++) h[i] = attni_to_f16(f[i]);
+    memcpy(p, h, 32);
+}
+ATTNI_INLINE void attni_ustore16_wasm(void *p, attni_U_wasm x) {
+    int i;
+    for (i = 0; i < 4; i += 2)
+        wasm_v128_store((uint8_t *)p + 8 * i, wasm_i16x8_shuffle(x.v[i], x.v[i + 1], 0, 2, 4, 6, 8,
+                                                                 10, 12, 14));
+}
+ATTNI_INLINE float attni_first_wasm(attni_V_wasm x) { return wasm_f32x4_extract_lane(x.v[0], 0); }
+// both follow the tree i, i + 8; + 4; + 2; + 1
+#define ATTNI_MAP(name, f)                                                                         \
+    ATTNI_INLINE float attni_h##name##_wasm(attni_V_wasm x) {                                      \
+        attni_V_wasm y = x;                                                                        \
+        y.v[0] = x.v[2], y.v[1] = x.v[3];                                                          \
+        x = attni_##f##_wasm(x, y);                                                                \
+        y.v[0] = x.v[1];                                                                           \
+        x = attni_##f##_wasm(x, y);                                                                \
+        y.v[0] = wasm_i32x4_shuffle(x.v[0], x.v[0], 2, 3, 2, 3);                                   \
+        x = attni_##f##_wasm(x, y);                                                                \
+        y.v[0] = wasm_i32x4_shuffle(x.v[0], x.v[0], 1, 1, 1, 1);                                   \
+        return attni_first_wasm(attni_##f##_wasm(x, y));                                           \
+    }
+ATTNI_MAP(sum, add)
+ATTNI_MAP(max, max)
+#undef ATTNI_MAP
+
+// 4 x 4 transposes of 4-byte units; the rest one by one
+static void attni_pack_wasm(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile) {
+    int u = 0, h, i;
+    for (; gap == 4 && u + 4 <= n; u += 4)
+        for (h = 0; h < 16; h += 4) {
+            v128_t r[4], a, b, c, d;
+            ATTNI_Q r[i] = wasm_v128_load(row[h + i] + 4 * u);
+            a = wasm_i32x4_shuffle(r[0], r[1], 0, 4, 1, 5);
+            b = wasm_i32x4_shuffle(r[2], r[3], 0, 4, 1, 5);
+            c = wasm_i32x4_shuffle(r[0], r[1], 2, 6, 3, 7);
+            d = wasm_i32x4_shuffle(r[2], r[3], 2, 6, 3, 7);
+            wasm_v128_store(tile + 16 * u + h, wasm_i64x2_shuffle(a, b, 0, 2));
+            wasm_v128_store(tile + 16 * (u + 1) + h, wasm_i64x2_shuffle(a, b, 1, 3));
+            wasm_v128_store(tile + 16 * (u + 2) + h, wasm_i64x2_shuffle(c, d, 0, 2));
+            wasm_v128_store(tile + 16 * (u + 3) + h, wasm_i64x2_shuffle(c, d, 1, 3));
+        }
+    for (; u < n; u++)
+        for (i = 0; i < 16; i++) memcpy(tile + 16 * u + i, row[i] + u * gap, 4);
+}
+
+#define ATTNI_KERNEL_PASS 1
+#define ATTNI_TGT
+#define ATTNI_I(f) attni_##f##_wasm
+#define ATTNI_DIRECT16 0
+#define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 0
+#define ATTNI_NR 4
+#define ATTNI_NC 1
+#include "attn_cpu.h"
+#endif // ATTNI_WASM
+
 // ==== >>impl-dispatch  Which kernels a problem runs on ===========================================
 
 enum { ATTNI_F32 = 0, ATTNI_BDOT = 1, ATTNI_IDOT = 2 }; // how scores (weighted sums) are computed
@@ -1810,12 +2016,16 @@ ATTN_DEF int attn_cpu_has(attn_cpu_isa isa) {
     if (isa == ATTN_CPU_NEON) return 1;
     if (isa == ATTN_CPU_NEON_BF16) return attni_arm_features();
 #endif
+#ifdef ATTNI_WASM
+    if (isa == ATTN_CPU_WASM) return 1;
+#endif
     return 0;
 }
 
 ATTN_DEF attn_cpu_isa attn_cpu_get_isa(void) {
     static const attn_cpu_isa best[] = {ATTN_CPU_AMX,  ATTN_CPU_AVX512_BF16, ATTN_CPU_AVX512,
-                                        ATTN_CPU_AVX2, ATTN_CPU_NEON_BF16,   ATTN_CPU_NEON};
+                                        ATTN_CPU_AVX2, ATTN_CPU_NEON_BF16,   ATTN_CPU_NEON,
+                                        ATTN_CPU_WASM};
     int isa = ATTNI_GET(attni_isa_id), i;
     if (isa) return (attn_cpu_isa)isa;
     isa = ATTN_CPU_SCALAR;
@@ -1904,6 +2114,13 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
 #endif
     }
 #endif
+#ifdef ATTNI_WASM
+    if (x->isa == ATTN_CPU_WASM) {
+        x->mv = &attni_moves_wasm;
+        x->ma = &attni_math_portable_wasm;
+        x->rb = 4;
+    }
+#endif
 }
 
 #define ATTNI_NAMES(isa)                                                                           \
@@ -1916,7 +2133,7 @@ ATTN_DEF const char *attn_cpu_executor(const attn_desc *d) {
     static const char *const names[ATTN_CPU_ISA_COUNT][6] = {
         ATTNI_NAMES("auto"),   ATTNI_NAMES("scalar"),     ATTNI_NAMES("avx2"),
         ATTNI_NAMES("avx512"), ATTNI_NAMES("avx512bf16"), ATTNI_NAMES("amx"),
-        ATTNI_NAMES("neon"),   ATTNI_NAMES("neonbf16")};
+        ATTNI_NAMES("neon"),   ATTNI_NAMES("neonbf16"),   ATTNI_NAMES("wasm")};
     attni_exec x;
     if (!d) return "none";
     attni_choose(d, &x);
@@ -2872,6 +3089,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_TD
 #undef ATTNI_TILE_FENCE
 #undef ATTNI_UNROLL
+#undef ATTNI_WASM
 #undef ATTNI_X86
 #undef attni_math_fast_scalar
 
