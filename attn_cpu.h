@@ -16,7 +16,8 @@
        after a barrier:  attn_cpu_merge(&d, plan, i, 1, partials);           i < plan->n_merges
 
    CONTENTS  >>isa  >>store  >>run   and behind  >>impl-:
-             kernels, types, scalar, avx2, avx512, dots, neon, wasm, dispatch, store, tasks, run
+             kernels, types, scalar, avx2, avx512, dots, neon, wasm, dispatch, store, tasks,
+             run
 
    MACROS    ATTN_CPU_IMPLEMENTATION   implement this header
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
