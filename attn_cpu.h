@@ -27,8 +27,8 @@
              scratch, on disjoint tasks. What was learnt about the CPU is the only state, atomic.
    NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16
              the weighted sums, use the bf16 dot product of AVX-512-BF16, AMX or NEON-BF16.
-             PORTABLE: separate multiply and add, the same bits on every ISA, whatever the compiler's
-             flags (gcc and clang, -Ofast included) and the host's floating-point mode.
+             PORTABLE: separate multiply and add, the same bits on every ISA, whatever the flags of
+             gcc and clang (-Ofast included) and the host's floating-point mode.
              APPROX: as FAST, and int8 keys are scored by integer dot products (VNNI, DotProd). */
 
 #ifndef ATTN_CPU_H
