@@ -30,7 +30,8 @@ export WINEPREFIX=$PWD/$dir/wine WINEDEBUG=-all
 
 args_test_cpu="1 12" args_test_mask="1 25" args_test_tree="1 4000"
 
-# port NAME TIER PROGRAMS RUNNER COMPILER FLAGS...   PROGRAMS: selftest, cpu, mask, tree, blob
+# port NAME TIER PROGRAMS RUNNER COMPILER FLAGS...   PROGRAMS: selftest, cpu, mask, tree, blob;
+# those behind + under all only
 list() {
     local c
     # this machine, where every x86 executor runs: compilers, levels, and the flags that let a
@@ -53,28 +54,28 @@ list() {
     port gcc-lto all selftest - gcc -Ofast -flto -march=native
     port musl fast "selftest blob" - musl-gcc -O2 -static
     # 32-bit x86: SSE2 arithmetic is the contract
-    port i686 fast "selftest cpu mask tree blob" - \
+    port i686 fast "selftest blob + cpu mask tree" - \
         i686-linux-gnu-gcc -O2 -msse2 -mfpmath=sse -static
     port i686-Ofast all selftest - i686-linux-gnu-gcc -Ofast -msse2 -mfpmath=sse -static
     port i686-x87 all selftest - i686-linux-gnu-gcc -O2 -mno-sse -mfpmath=387 -static
     # other machines under qemu
-    port aarch64 fast "selftest cpu mask tree blob" qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static
+    port aarch64 fast "selftest blob + cpu mask tree" qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static
     port aarch64-Ofast all selftest qemu-aarch64 aarch64-linux-gnu-gcc -Ofast -static
     port aarch64-O3 all selftest qemu-aarch64 aarch64-linux-gnu-gcc -O3 -static
     port aarch64-scalar all selftest qemu-aarch64 \
         aarch64-linux-gnu-gcc -Ofast -static -DATTN_CPU_SCALAR_ONLY
     port aarch64-clang all selftest qemu-aarch64 \
         clang --target=aarch64-linux-gnu -O3 -ffast-math -static
-    port armv7 fast "selftest cpu mask tree blob" qemu-arm arm-linux-gnueabihf-gcc -O2 -static
+    port armv7 fast "selftest blob + cpu mask tree" qemu-arm arm-linux-gnueabihf-gcc -O2 -static
     port armv7-Ofast-neon all selftest qemu-arm \
         arm-linux-gnueabihf-gcc -Ofast -mfpu=neon-vfpv4 -static
     port armv7-clang all selftest qemu-arm \
         clang --target=arm-linux-gnueabihf -O3 -ffast-math -mfpu=neon-vfpv4 -static
-    port riscv64 fast "selftest cpu mask tree blob" qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
+    port riscv64 fast "selftest blob + cpu mask tree" qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
     port riscv64-Ofast all selftest qemu-riscv64 riscv64-linux-gnu-gcc -Ofast -static
     port riscv64-clang all selftest qemu-riscv64 \
         clang --target=riscv64-linux-gnu -march=rv64gc -O3 -ffast-math -static
-    port s390x fast "selftest cpu mask tree blob" qemu-s390x s390x-linux-gnu-gcc -O2 -static
+    port s390x fast "selftest blob + cpu mask tree" qemu-s390x s390x-linux-gnu-gcc -O2 -static
     port s390x-Ofast all selftest qemu-s390x s390x-linux-gnu-gcc -Ofast -march=z13 -static
     port s390x-clang all selftest qemu-s390x \
         clang --target=s390x-linux-gnu -O3 -ffast-math -static
@@ -141,7 +142,7 @@ build_and_run() { # INDEX NAME PROGRAMS RUNNER COMPILER FLAGS...
         esac
         out=$dir/$name.$p.log
         if ! timeout -k 5 "$limit" "$@" -I. -Itests "tests/$p.c" -o "$exe" $libs >"$out" 2>&1; then
-            row "$rows" "$name" "$label" "$shown" "$p" - "FAILED: does not compile, see $out"
+            row "$rows" "$name" "$label" "$shown" "$p" - "FAILED: not built, see $out"
             continue
         fi
         if [ "$p" = test_blob ]; then continue; fi # later: all ports' blobs meet
@@ -168,12 +169,16 @@ build_and_run() { # INDEX NAME PROGRAMS RUNNER COMPILER FLAGS...
 
 names=() programs_of=() runner_of=()
 port() { # NAME TIER PROGRAMS RUNNER COMPILER FLAGS...
-    if [ "$tier" = fast ] && [ "$2" != fast ]; then return; fi
+    local programs=${3/+/}
+    if [ "$tier" = fast ]; then
+        [ "$2" = fast ] || return
+        programs=${3%+*}
+    fi
     # the native build is everyone's partner for blobs
     if [[ ! $1 =~ $only ]] && [ "$1" != x86_64 ]; then return; fi
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
-    build_and_run "$(printf %03d ${#names[@]})" "$1" "$3" "$4" "${@:5}" &
-    names+=("$1") programs_of+=("$3") runner_of+=("$4")
+    build_and_run "$(printf %03d ${#names[@]})" "$1" "$programs" "$4" "${@:5}" &
+    names+=("$1") programs_of+=("$programs") runner_of+=("$4")
 }
 list
 wait
