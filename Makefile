@@ -5,6 +5,8 @@
 #   make test-asan test-clang test-compile test-aarch64
 #   make frame [ARGS=--show]      60 frames a second while a character talks
 #   make coverage [coverage-cpu]  every condition of attn.h, MC/DC included (clang >= 18)
+#   make test-ports-fast | test-ports   one PORTABLE hash over compilers, flags and machines: a table
+#   make test-all                 everything, the slow ones too; `make deps-all` installs its tools
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -125,6 +127,28 @@ coverage:
 	@PYTHON="$(PYTHON)" bash tests/coverage.sh
 coverage-cpu:
 	@PYTHON="$(PYTHON)" bash tests/coverage.sh cpu
+# The same bits over compilers, flags, machines (under qemu), WebAssembly (node) and Windows (wine).
+test-ports-fast test-ports:
+	@bash tests/ports.sh -j $(JOBS) -t $(LIMIT) $(if $(filter %-fast,$@),fast,all) $(PORT)
+
+# ---- everything. A check prints "N passed, N failed" last, or "skipped: why".
+
+ALL_CHECKS = test test-asan test-clang test-compile test-ports
+ALL_PACKAGES = gcc g++ libc6-dev make clang binutils pkg-config python3-venv libstb-dev \
+    qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-i686-linux-gnu \
+    libc6-dev-i386-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu \
+    libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
+    libclang-rt-14-dev-wasm32 nodejs gcc-mingw-w64-x86-64 gcc-mingw-w64-i686 wine64
+
+test-all:
+	@bash tests/run.sh -j 1 -t 5400 -- \
+	    $(foreach c,$(ALL_CHECKS),$(if $(filter test-ports,$c),-v) "$(MAKE) --no-print-directory $c") \
+	    -x "$(MAKE) --no-print-directory lint"
+
+# As root, on Debian. 32-bit Windows programs need wine32 as well, from the i386 architecture.
+deps-all: deps
+	apt-get -q update
+	DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $(ALL_PACKAGES)
 
 # The Python side of the tests, in a place of its own.
 deps:
@@ -139,7 +163,7 @@ build/bench_cpu: tests/bench/bench_cpu.c $(DEPS) | build
 
 # ---- house rules that a compiler does not know
 
-SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*/*.[ch] \
+SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*.cjs tests/*/*.[ch] \
     tests/*/*.cpp) .ci/run
 
 build/lint.o: $(HEADERS) | build
@@ -186,5 +210,6 @@ clean:
 	rm -rf build
 
 .PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64
-.PHONY: coverage coverage-cpu deps bench lint install clean
+.PHONY: coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps bench lint install
+.PHONY: clean
 .DELETE_ON_ERROR:

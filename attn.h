@@ -40,8 +40,7 @@
    ZERO     Structs are zero-initialised by the caller; 0 always means the default.
    NUMERICS Partial results are f32. For a given mask a row's bits do not depend on the rest of
             the batch, page size, layout, placement or (CPU) threads, chunking, cache hits.
-   LIMITS   -ffast-math: results stay accurate, PORTABLE's equal bits need it off.
-            head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
+   LIMITS   head_dim: multiples of 8 up to 576. Positions and token ids: int32. Offsets: 64-bit. */
 
 #ifndef ATTN_H
 #define ATTN_H
@@ -647,6 +646,59 @@ ATTNI_FN float attni_float(uint32_t u) {
     return x;
 }
 
+// ---- arithmetic that the user's flags cannot change
+//
+// PIN and PIN64 hide a float and a double behind an empty instruction, in the register they are in.
+// A compiler cannot contract, reassociate, distribute or simplify through it, whatever -ffast-math,
+// -ffp-contract or x87 registers allow.
+
+#if defined(__GNUC__) && defined(__SSE2__)
+#define ATTNI_PIN(x) __asm__("" : "+x"(x))
+#define ATTNI_PIN64(x) __asm__("" : "+x"(x))
+#elif defined(__GNUC__) && defined(__aarch64__)
+#define ATTNI_PIN(x) __asm__("" : "+w"(x))
+#define ATTNI_PIN64(x) __asm__("" : "+w"(x))
+#elif defined(__GNUC__) && defined(__arm__) && defined(__ARM_FP) && (__ARM_FP & 12) == 12
+#define ATTNI_PIN(x) __asm__("" : "+t"(x)) // not NEON, which has no denormals
+#define ATTNI_PIN64(x) __asm__("" : "+w"(x))
+#elif defined(__GNUC__) && (defined(__s390x__) || (defined(__riscv_flen) && __riscv_flen >= 64))
+#define ATTNI_PIN(x) __asm__("" : "+f"(x))
+#define ATTNI_PIN64(x) __asm__("" : "+f"(x))
+#elif defined(__GNUC__) && defined(__wasm__)
+#define ATTNI_PIN(x) __asm__("" : "+r"(x))
+#define ATTNI_PIN64(x) __asm__("" : "+r"(x))
+#elif defined(__GNUC__)
+#define ATTNI_PIN(x) __asm__("" : "+m"(x))
+#define ATTNI_PIN64(x) __asm__("" : "+m"(x))
+#else
+#define ATTNI_PIN(x) ((void)(*(volatile float *)&(x) = (x)))
+#define ATTNI_PIN64(x) ((void)(*(volatile double *)&(x) = (x)))
+#endif
+
+// a / b, correctly rounded: no reciprocal, no estimate. On x86 -ffast-math turns divisions it
+// vectorises into estimates, so there the instruction is written out.
+ATTNI_FN float attni_div(float a, float b) {
+#if defined(__GNUC__) && defined(__AVX__)
+    __asm__("vdivss %1, %0, %0" : "+x"(a) : "x"(b));
+#elif defined(__GNUC__) && defined(__SSE2__)
+    __asm__("divss %1, %0" : "+x"(a) : "x"(b));
+#else
+    ATTNI_PIN(a);
+    ATTNI_PIN(b);
+    a = a / b;
+    ATTNI_PIN(a);
+#endif
+    return a;
+}
+
+// a < b on the bits, false with NaN: -ffinite-math-only lets a compiler turn comparisons round.
+ATTNI_FN int attni_less(float a, float b) {
+    int64_t x = attni_bits32(a), y = attni_bits32(b);
+    x = x >> 31 ? 0x80000000 - x : x;
+    y = y >> 31 ? 0x80000000 - y : y;
+    return x < y && x >= -0x7f800000 && y <= 0x7f800000;
+}
+
 ATTNI_FN int attni_finite(float x) { return (attni_bits32(x) & 0x7f800000u) != 0x7f800000u; }
 ATTNI_FN int attni_isnan(float x) { return (attni_bits32(x) & 0x7fffffffu) > 0x7f800000u; }
 
@@ -774,14 +826,19 @@ ATTNI_FAR void attni_put(void *p, attn_dtype t, int64_t i, float x) {
 ATTNI_FAR double attni_sqrt(double x) { // x in [1, 1e6]; no libm
     double y = x;
     int i;
-    for (i = 0; i < 40; i++) y = 0.5 * (y + x / y);
+    for (i = 0; i < 40; i++) {
+        double t = x / y;
+        ATTNI_PIN64(t);
+        y = 0.5 * (y + t);
+        ATTNI_PIN64(y);
+    }
     return y;
 }
 
 // ln x by an atanh series, to about 1e-16.
 ATTNI_FAR double attni_ln(double x) { // x > 0, finite and normal
     uint64_t u;
-    double m, s, s2, t, sum = 0;
+    double m, n, s2, t, term, sum = 0;
     int64_t k;
     int i;
     memcpy(&u, &x, 8);
@@ -789,10 +846,27 @@ ATTNI_FAR double attni_ln(double x) { // x > 0, finite and normal
     u = (u & (((uint64_t)1 << 52) - 1)) | (uint64_t)1023 << 52;
     memcpy(&m, &u, 8);
     if (m > 1.4142135623730951) m *= 0.5, k++;
-    s = t = (m - 1) / (m + 1);
-    s2 = s * s;
-    for (i = 1; i < 30; i += 2, t *= s2) sum += t / i;
-    return 2 * sum + (double)k * 0.6931471805599453;
+    n = m + 1;
+    m -= 1;
+    ATTNI_PIN64(m);
+    ATTNI_PIN64(n);
+    t = m / n;
+    ATTNI_PIN64(t);
+    s2 = t * t;
+    ATTNI_PIN64(s2);
+    for (i = 1; i < 30; i += 2) {
+        term = (double)i; // hidden: else t / i is t * (1 / i) under -freciprocal-math
+        ATTNI_PIN64(term);
+        term = t / term;
+        ATTNI_PIN64(term);
+        sum += term;
+        ATTNI_PIN64(sum);
+        t *= s2;
+        ATTNI_PIN64(t);
+    }
+    t = (double)k * 0.6931471805599453;
+    ATTNI_PIN64(t);
+    return 2 * sum + t;
 }
 
 ATTNI_FN int32_t attni_v_dim(const attn_desc *d) {
@@ -1466,13 +1540,30 @@ ATTN_DEF attn_result attn_validate(const attn_desc *d) {
 
 // ==== >>impl-ref  fp64, one score at a time, from the definitions ================================
 
-// exp and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r. x <= 0.
+static int attni_isnan64(double x) {
+    uint64_t u;
+    memcpy(&u, &x, 8);
+    return (u & ~((uint64_t)1 << 63)) > (uint64_t)0x7ff << 52;
+}
+
+// a < b, as attni_less.
+static int attni_less64(double a, double b) {
+    const int64_t inf = (int64_t)0x7ff << 52;
+    int64_t x, y;
+    memcpy(&x, &a, 8);
+    memcpy(&y, &b, 8);
+    x = x < 0 ? -(x & INT64_MAX) : x;
+    y = y < 0 ? -(y & INT64_MAX) : y;
+    return x < y && x >= -inf && y <= inf;
+}
+
+// exp, log and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r.
 static double attni_exp64(double x) {
     double r, s = 1, t = 1;
     int64_t k;
     uint64_t u;
     int i;
-    if (x != x) return x;
+    if (attni_isnan64(x)) return x;
     if (x < -745) return 0;
     k = (int64_t)(x * 1.4426950408889634 - 0.5);
     r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
@@ -1550,6 +1641,7 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
     int32_t kv_head = h / (d->n_heads / d->n_kv_heads), vd = attni_v_dim(d), j, e;
     int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
     int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
+    const uint64_t none = (uint64_t)0xfff << 52; // -inf
     int seen = 0;
     for (e = 0; e < d->head_dim; e++)
         q[e] = (double)attni_get(d->q.data, d->q.dtype, t * st + h * sh + e);
@@ -1558,14 +1650,15 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
         if (!attn_ref_visible(d, s, t, h, j)) continue;
         attni_ref_row(d, k, s, kv_head, j, row);
         x = attni_ref_score(d, q, row, s, t, h, j);
-        if (x < -1e300) continue; // a bias of -inf masks
-        if (!seen || x > m) {     // online softmax: rescale to the new maximum
+        if (attni_less64(x, -1e300)) continue; // a bias of -inf masks
+        if (!seen || attni_less64(m, x)) {     // online softmax: rescale to the new maximum
             f = seen ? attni_exp64(m - x) : 0;
             for (e = 0; e < vd; e++) o[e] *= f;
             l *= f;
             m = x;
             seen = 1;
         }
+        ATTNI_PIN64(m); // else -ffinite-math-only makes Inf - Inf a zero
         f = attni_exp64(x - m);
         l += f;
         attni_ref_row(d, v, s, kv_head, j, row);
@@ -1573,17 +1666,20 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
     }
     if (d->logits.sink && d->logits.sink[h] > -3.0e38f) {
         x = (double)d->logits.sink[h];
-        if (!seen || x > m) {
+        if (!seen || attni_less64(m, x)) {
             f = seen ? attni_exp64(m - x) : 0;
             for (e = 0; e < vd; e++) o[e] *= f;
             l = l * f;
             m = x;
         }
+        ATTNI_PIN64(m);
         l += attni_exp64(x - m);
         seen = 1;
     }
-    for (e = 0; e < vd; e++) o[e] = l > 0 || l != l ? o[e] / l : 0;
-    if (lse) *lse = seen ? m + (l > 0 ? attni_ln(l) : l) : -(double)attni_float(0x7f800000u);
+    for (e = 0; e < vd; e++) o[e] = attni_isnan64(l) || l > 0 ? o[e] / l : 0;
+    if (!lse) return;
+    if (seen) *lse = m + (!attni_isnan64(l) && l > 0 ? attni_ln(l) : l);
+    else memcpy(lse, &none, 8);
 }
 
 ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse) {

@@ -1,6 +1,7 @@
 /* attn_cpu.h - v0.1 - MIT licence, see the end of attn.h
    CPU executors for attn.h: scalar, AVX2, AVX-512, AVX-512-BF16 (+VNNI), AMX-BF16, NEON, NEON-BF16,
-   chosen at run time in one translation unit that needs no -m flags.
+   chosen at run time in one translation unit that needs no -m flags; WebAssembly SIMD128 where the
+   build has -msimd128.
 
    DO THIS in exactly one C or C++ file (or define ATTN_IMPLEMENTATION, see attn.h):
        #define ATTN_CPU_IMPLEMENTATION
@@ -18,7 +19,8 @@
            attn_cpu_run(&d, plan, i++, 1, partials, scratch);                on in a later frame
 
    CONTENTS  >>isa  >>store  >>run   and behind  >>impl-:
-             kernels, types, scalar, avx2, avx512, dots, neon, dispatch, store, tasks, run
+             kernels, types, scalar, avx2, avx512, dots, neon, wasm, dispatch, store, tasks,
+             run
 
    MACROS    ATTN_CPU_IMPLEMENTATION   implement this header
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
@@ -28,7 +30,8 @@
              scratch, on disjoint tasks. What was learnt about the CPU is the only state, atomic.
    NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16
              the weighted sums, use the bf16 dot product of AVX-512-BF16, AMX or NEON-BF16.
-             PORTABLE: separate multiply and add, the same bits on every ISA.
+             PORTABLE: separate multiply and add, the same bits on every ISA, whatever the flags of
+             gcc and clang (-Ofast included) and the host's floating-point mode.
              APPROX: as FAST, and int8 keys are scored by integer dot products (VNNI, DotProd). */
 
 #ifndef ATTN_CPU_H
@@ -49,7 +52,8 @@
     X(AVX512_BF16, 4, "avx512bf16") /* AUTO: where the bf16 dot is faster than FMA (AMD) */        \
     X(AMX, 5, "amx")               /* + attn_cpu_open */                                           \
     X(NEON, 6, "neon")                                                                             \
-    X(NEON_BF16, 7, "neonbf16")    /* + BF16 and DotProd */
+    X(NEON_BF16, 7, "neonbf16")    /* + BF16 and DotProd */                                        \
+    X(WASM, 8, "wasm")             /* SIMD128; it has no FMA, so FAST is PORTABLE */
 
 typedef enum attn_cpu_isa {
 #define ATTNI_X(name, value, text) ATTN_CPU_##name = value,
@@ -198,6 +202,10 @@ ATTNI_VIA(load_e5m2, (const uint8_t *p), ATTNI_I(e5m2)(ATTNI_I(uload8)(p)))
 
 // Element i of the 32 / bits elements in each lane's 4-byte unit.
 ATTNI_HELPER ATTNI_TGT V ATTNI_I(element)(attn_dtype t, U x, int i) {
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    // a unit is loaded whole: its first byte is the highest, a byte's first nibble the low one
+    i ^= t == ATTN_F32 ? 0 : t == ATTN_F16 || t == ATTN_BF16 ? 1 : t == ATTN_I4 ? 6 : 3;
+#endif
     switch (t) {
     case ATTN_F16: return ATTNI_I(uhalfat)(x, i);
     case ATTN_BF16: return ATTNI_I(asv)(i ? ATTNI_I(uand)(x, 0xffff0000u) : ATTNI_I(ushl)(x, 16));
@@ -365,7 +373,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 #elif ATTNI_KERNEL_PASS == 2 // ---- math: one copy per ISA and numerics
 
 #if ATTNI_PORTABLE
-#define ATTNI_MADD(a, b, c) ATTNI_I(add)(ATTNI_I(barrier)(ATTNI_I(mul)(a, b)), c)
+#define ATTNI_MADD(a, b, c) ATTNI_I(add)(ATTNI_I(mul)(a, b), c)
 #else
 #define ATTNI_MADD(a, b, c) ATTNI_I(fma)(a, b, c)
 #endif
@@ -610,7 +618,8 @@ ATTNI_HELPER ATTNI_TGT float ATTNI_K(soft_plain)(const attni_soft *a, float *s,
 // sum in 2 x 16 virtual lanes (even and odd tiles), so that skipped tiles change nothing.
 ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64_t bits[4],
                                      float *l) {
-    const V ninf = ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)), zero = ATTNI_I(set1)(0);
+    const V zero = ATTNI_I(set1)(0); // ninf is hidden from -ffinite-math-only
+    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
     const V scale = ATTNI_I(set1)(a->scale);
     V top = ninf, sum[2], x, m;
     float max;
@@ -630,7 +639,8 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
             x = ATTNI_I(barrier)(ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap));
         }
         if (a->alibi != 0) {
-            V pos = ATTNI_I(add)(ATTNI_I(iota)(), ATTNI_I(set1)(a->alibi_first + 16.0f * (float)i));
+            V pos = ATTNI_I(barrier)(ATTNI_I(set1)(a->alibi_first + 16.0f * (float)i));
+            pos = ATTNI_I(add)(ATTNI_I(iota)(), pos);
             x = ATTNI_MADD(pos, ATTNI_I(set1)(a->alibi), x);
         }
         if (a->add) x = ATTNI_I(add)(x, ATTNI_I(load)(a->add + 16 * i));
@@ -639,7 +649,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
         top = ATTNI_I(max)(x, top); // NaN is passed over here and shows in the sum
     }
     max = ATTNI_I(hmax)(top);
-    if (max == attni_float(0xff800000u)) max = 0; // nothing but -inf and NaN: weights 0 and NaN
+    if (attni_bits32(max) == 0xff800000u) max = 0; // nothing but -inf and NaN: weights 0 and NaN
     m = ATTNI_I(set1)(max);
     sum[0] = sum[1] = zero;
     for (i = 0; i < 16; i++) {
@@ -658,26 +668,27 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
         else ATTNI_I(store)(s + 16 * i, x);
     }
     *l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
-    return *l == 0 ? attni_float(0xff800000u) : max;
+    return attni_float(attni_bits32(*l) << 1 ? attni_bits32(max) : 0xff800000u);
 }
 
 #if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
 // (o, m, l) += (os, ms, ls), n a multiple of 16. m = -inf is the empty partial.
 ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms,
                                     float ls, int n) {
-    const float none = attni_float(0xff800000u);
+    const uint32_t none = 0xff800000u;
     V e;
-    int i;
-    if (ms == none) return;
-    if (*m == none) {
+    int i, up;
+    if (attni_bits32(ms) == none) return;
+    if (attni_bits32(*m) == none) {
         memcpy(o, os, 4 * (size_t)n);
         *m = ms;
         *l = ls;
         return;
     }
     // the larger one's factor is 1
-    e = ATTNI_K(exp)(ATTNI_I(set1)(*m > ms ? ms - *m : *m - ms));
-    if (*m > ms) {
+    up = *m > ms;
+    e = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(up ? ms : *m), ATTNI_I(set1)(up ? *m : ms)));
+    if (up) {
         for (i = 0; i < n; i += 16)
             ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(os + i), e, ATTNI_I(load)(o + i)));
         *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(ls), e, ATTNI_I(set1)(*l)));
@@ -693,15 +704,15 @@ ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *o
 // is empty without a sink; *l is the final sum.
 ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, int n) {
     const float none = attni_float(0xff800000u);
-    V den;
+    V den, zero;
     int i;
-    if (*m == none) {
+    if (attni_bits32(*m) == 0xff800000u) {
         for (i = 0; i < n; i++) o[i] = 0;
         *m = sink;
         *l = 1;
         return;
     }
-    if (sink > none) {
+    if (attni_less(none, sink)) {
         float mn = *m > sink ? *m : sink;
         V a = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(*m), ATTNI_I(set1)(mn)));
         V b = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(sink), ATTNI_I(set1)(mn)));
@@ -710,9 +721,10 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
         for (i = 0; i < n; i += 16) ATTNI_I(store)(o + i, ATTNI_I(mul)(ATTNI_I(load)(o + i), a));
     }
     den = ATTNI_I(set1)(*l);
-    for (i = 0; i < n; i += 16) // + 0: a zero has one sign
+    zero = ATTNI_I(barrier)(ATTNI_I(set1)(0)); // + 0: a zero has one sign
+    for (i = 0; i < n; i += 16)
         ATTNI_I(store)
-        (o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), ATTNI_I(set1)(0)));
+        (o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), zero));
 }
 
 #endif // ATTNI_PORTABLE
@@ -923,6 +935,9 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #else
 #define ATTNI_ARM_DOTS 0
 #endif
+#elif defined(__wasm_simd128__)
+#define ATTNI_WASM 1
+#include <wasm_simd128.h>
 #endif
 #endif
 
@@ -1008,34 +1023,29 @@ typedef struct attni_math {
 //
 // V is 16 floats, U is 16 uint32. Every ISA gives the same functions, suffixed with its name;
 // kernels below are written once against them. Here only what the inner loops use is inlined: 16
-// lanes unrolled everywhere would cost seconds of compile time. barrier stops the compiler from
-// contracting a product and a sum.
+// lanes unrolled everywhere would cost seconds of compile time. add, sub, mul, div and hsum end in
+// an empty instruction per result (barrier), max, less and div do not trust the compiler's idea of
+// comparing and dividing: so PORTABLE has the same bits under any of its flags.
 
 #define ATTNI_EACH for (i = 0; i < 16; i++)
-typedef struct attni_V_scalar { float f[16]; } attni_V_scalar;
-typedef struct attni_U_scalar { uint32_t u[16]; } attni_U_scalar;
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define ATTNI_PIN(x) __asm__("" : "+x"(x))
-#elif defined(__aarch64__) && defined(__GNUC__)
-#define ATTNI_PIN(x) __asm__("" : "+w"(x))
-#elif defined(__GNUC__)
-#define ATTNI_PIN(x) __asm__("" : "+m"(x))
-#else
-#define ATTNI_PIN(x) ((void)(*(volatile float *)&(x) = (x)))
-#endif
+// One type for both: gcc 12 reorders accesses around copies from one struct to the other (-O3).
+typedef union attni_V_scalar { float f[16]; uint32_t u[16]; } attni_V_scalar;
+typedef attni_V_scalar attni_U_scalar;
 
 #define ATTNI_MAP(name, how, expr)                                                                 \
     how attni_V_scalar attni_##name##_scalar(attni_V_scalar a, attni_V_scalar b) {        \
         int i;                                                                                     \
-        ATTNI_EACH a.f[i] = (expr);                                                                \
+        ATTNI_EACH {                                                                               \
+            a.f[i] = (expr);                                                                       \
+            ATTNI_PIN(a.f[i]);                                                                     \
+        }                                                                                          \
         return a;                                                                                  \
     }
 ATTNI_MAP(add, ATTNI_INLINE, a.f[i] + b.f[i])
 ATTNI_MAP(sub, ATTNI_CALLED, a.f[i] - b.f[i])
 ATTNI_MAP(mul, ATTNI_INLINE, a.f[i] * b.f[i])
-ATTNI_MAP(div, ATTNI_CALLED, a.f[i] / b.f[i])
-ATTNI_MAP(max, ATTNI_CALLED, a.f[i] > b.f[i] ? a.f[i] : b.f[i]) // b when a is NaN
+ATTNI_MAP(div, ATTNI_CALLED, attni_div(a.f[i], b.f[i]))
+ATTNI_MAP(max, ATTNI_CALLED, attni_less(b.f[i], a.f[i]) ? a.f[i] : b.f[i]) // b when a is NaN
 #undef ATTNI_MAP
 ATTNI_INLINE attni_V_scalar attni_barrier_scalar(attni_V_scalar a) {
     int i;
@@ -1068,26 +1078,18 @@ ATTNI_CALLED attni_V_scalar attni_iota_scalar(void) {
 // lanes of a whose bit is set, else of b
 ATTNI_CALLED attni_V_scalar attni_pick_scalar(uint32_t bits, attni_V_scalar a, attni_V_scalar b) {
     int i;
-    ATTNI_EACH a.f[i] = (bits >> i) & 1u ? a.f[i] : b.f[i];
+    ATTNI_EACH if (!((bits >> i) & 1u)) memcpy(&a.f[i], &b.f[i], 4);
     return a;
 }
 // a where x < y, else b
 ATTNI_CALLED attni_V_scalar attni_less_scalar(attni_V_scalar x, attni_V_scalar y, attni_V_scalar a,
                                               attni_V_scalar b) {
     int i;
-    ATTNI_EACH a.f[i] = x.f[i] < y.f[i] ? a.f[i] : b.f[i];
+    ATTNI_EACH if (!attni_less(x.f[i], y.f[i])) memcpy(&a.f[i], &b.f[i], 4);
     return a;
 }
-ATTNI_INLINE attni_V_scalar attni_asv_scalar(attni_U_scalar a) {
-    attni_V_scalar v;
-    memcpy(&v, &a, 64);
-    return v;
-}
-ATTNI_CALLED attni_U_scalar attni_asu_scalar(attni_V_scalar a) {
-    attni_U_scalar v;
-    memcpy(&v, &a, 64);
-    return v;
-}
+ATTNI_INLINE attni_V_scalar attni_asv_scalar(attni_U_scalar a) { return a; }
+ATTNI_INLINE attni_U_scalar attni_asu_scalar(attni_V_scalar a) { return a; }
 ATTNI_CALLED attni_U_scalar attni_uset1_scalar(uint32_t x) {
     attni_U_scalar a;
     int i;
@@ -1163,7 +1165,7 @@ ATTNI_CALLED attni_V_scalar attni_uhalf_scalar(attni_U_scalar a) {
 ATTNI_CALLED attni_V_scalar attni_uequal_scalar(attni_U_scalar x, attni_U_scalar y,
                                                 attni_V_scalar a, attni_V_scalar b) {
     int i;
-    ATTNI_EACH a.f[i] = x.u[i] == y.u[i] ? a.f[i] : b.f[i];
+    ATTNI_EACH if (x.u[i] != y.u[i]) memcpy(&a.f[i], &b.f[i], 4);
     return a;
 }
 ATTNI_CALLED void attni_store_f16_scalar(void *p, attni_V_scalar a) {
@@ -1181,23 +1183,28 @@ ATTNI_CALLED void attni_ustore16_scalar(void *p, attni_U_scalar a) { // low halv
 ATTNI_CALLED float attni_hmax_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
-        for (i = 0; i < n; i++) a.f[i] = a.f[i] > a.f[i + n] ? a.f[i] : a.f[i + n];
+        for (i = 0; i < n; i++) a.f[i] = attni_less(a.f[i + n], a.f[i]) ? a.f[i] : a.f[i + n];
     return a.f[0];
 }
 // the fixed tree every ISA follows: i + (i + 8), then + 4, + 2, + 1
 ATTNI_CALLED float attni_hsum_scalar(attni_V_scalar a) {
     int i, n;
     for (n = 8; n; n /= 2)
-        for (i = 0; i < n; i++) a.f[i] = a.f[i] + a.f[i + n];
+        for (i = 0; i < n; i++) {
+            a.f[i] = a.f[i] + a.f[i + n];
+            ATTNI_PIN(a.f[i]);
+        }
     return a.f[0];
 }
 // p * 2^round(y), where t = y + 1.5 * 2^23; 0 where y < -100
 ATTNI_CALLED attni_V_scalar attni_pow2_scalar(attni_V_scalar p, attni_V_scalar y,
                                               attni_V_scalar t) {
     int i;
-    ATTNI_EACH p.f[i] =
-        y.f[i] < -100.0f ? 0.0f
-                         : p.f[i] * attni_float((attni_bits32(t.f[i]) << 23) + 0x3f800000u);
+    ATTNI_EACH {
+        p.f[i] *= attni_float((attni_bits32(t.f[i]) << 23) + 0x3f800000u);
+        if (attni_less(y.f[i], -100.0f)) p.f[i] = 0;
+        ATTNI_PIN(p.f[i]);
+    }
     return p;
 }
 ATTNI_CALLED float attni_first_scalar(attni_V_scalar a) { return a.f[0]; }
@@ -1229,20 +1236,35 @@ ATTNI_F2 attni_U_avx2 attni_u2(__m256i a, __m256i b) {
     v.b = b;
     return v;
 }
-#define ATTNI_MAP(name, op)                                                                        \
-    ATTNI_F2 attni_V_avx2 attni_##name##_avx2(attni_V_avx2 x, attni_V_avx2 y) {                    \
-        return attni_v2(op(x.a, y.a), op(x.b, y.b));                                               \
-    }
-ATTNI_MAP(add, _mm256_add_ps)
-ATTNI_MAP(sub, _mm256_sub_ps)
-ATTNI_MAP(mul, _mm256_mul_ps)
-ATTNI_MAP(div, _mm256_div_ps)
-ATTNI_MAP(max, _mm256_max_ps) // y when either is NaN
-#undef ATTNI_MAP
 ATTNI_F2 attni_V_avx2 attni_barrier_avx2(attni_V_avx2 x) {
     __asm__("" : "+x"(x.a));
     __asm__("" : "+x"(x.b));
     return x;
+}
+#define ATTNI_MAP(name, op)                                                                        \
+    ATTNI_F2 attni_V_avx2 attni_##name##_avx2(attni_V_avx2 x, attni_V_avx2 y) {                    \
+        return attni_barrier_avx2(attni_v2(op(x.a, y.a), op(x.b, y.b)));                           \
+    }
+ATTNI_MAP(add, _mm256_add_ps)
+ATTNI_MAP(sub, _mm256_sub_ps)
+ATTNI_MAP(mul, _mm256_mul_ps)
+#undef ATTNI_MAP
+// Instructions that -ffast-math would replace by estimates, turn round or swap the operands of.
+#define ATTNI_MAP(name, type, text)                                                                \
+    ATTNI_F2 type attni_##name##_256(__m256 x, __m256 y) {                                         \
+        type z;                                                                                    \
+        __asm__(text " %2, %1, %0" : "=x"(z) : "x"(x), "xm"(y));                                   \
+        return z;                                                                                  \
+    }
+ATTNI_MAP(div, __m256, "vdivps")
+ATTNI_MAP(max, __m256, "vmaxps") // y when either is NaN
+ATTNI_MAP(less, __m256, "vcmplt_oqps")
+#undef ATTNI_MAP
+ATTNI_F2 attni_V_avx2 attni_div_avx2(attni_V_avx2 x, attni_V_avx2 y) {
+    return attni_v2(attni_div_256(x.a, y.a), attni_div_256(x.b, y.b));
+}
+ATTNI_F2 attni_V_avx2 attni_max_avx2(attni_V_avx2 x, attni_V_avx2 y) {
+    return attni_v2(attni_max_256(x.a, y.a), attni_max_256(x.b, y.b));
 }
 ATTNI_F2 attni_V_avx2 attni_fma_avx2(attni_V_avx2 x, attni_V_avx2 y, attni_V_avx2 z) {
     return attni_v2(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
@@ -1272,8 +1294,8 @@ ATTNI_F2 attni_V_avx2 attni_pick_avx2(uint32_t bits, attni_V_avx2 x, attni_V_avx
 }
 ATTNI_F2 attni_V_avx2 attni_less_avx2(attni_V_avx2 x, attni_V_avx2 y, attni_V_avx2 p,
                                       attni_V_avx2 q) {
-    return attni_v2(_mm256_blendv_ps(q.a, p.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
-                    _mm256_blendv_ps(q.b, p.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)));
+    return attni_v2(_mm256_blendv_ps(q.a, p.a, attni_less_256(x.a, y.a)),
+                    _mm256_blendv_ps(q.b, p.b, attni_less_256(x.b, y.b)));
 }
 ATTNI_F2 attni_V_avx2 attni_asv_avx2(attni_U_avx2 x) {
     return attni_v2(_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b));
@@ -1355,15 +1377,21 @@ ATTNI_F2 float attni_hmax_avx2(attni_V_avx2 x) {
 }
 ATTNI_F2 float attni_hsum_avx2(attni_V_avx2 x) {
     __m256 y = _mm256_add_ps(x.a, x.b);
-    __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    __m128 z;
+    __asm__("" : "+x"(y)); // each step hidden: the sums could be regrouped
+    z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+    __asm__("" : "+x"(z));
     z = _mm_add_ps(z, _mm_movehl_ps(z, z));
+    __asm__("" : "+x"(z));
     return _mm_cvtss_f32(_mm_add_ss(z, _mm_movehdup_ps(z)));
 }
 ATTNI_F2 __m256 attni_pow2h(__m256 p, __m256 y, __m256 t) {
     __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23),
                                  _mm256_set1_epi32(0x3f800000));
     __m256 keep = _mm256_cmp_ps(y, _mm256_set1_ps(-100.0f), _CMP_NLT_UQ);
-    return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
+    p = _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
+    __asm__("" : "+x"(p));
+    return p;
 }
 ATTNI_F2 attni_V_avx2 attni_pow2_avx2(attni_V_avx2 p, attni_V_avx2 y, attni_V_avx2 t) {
     return attni_v2(attni_pow2h(p.a, y.a, t.a), attni_pow2h(p.b, y.b, t.b));
@@ -1420,18 +1448,30 @@ ATTNI_T2 static void attni_pack_avx2(const uint8_t *const *row, int64_t gap, int
 #define ATTNI_F5 ATTNI_INLINE ATTNI_T5
 typedef __m512 attni_V_avx512;
 typedef __m512i attni_U_avx512;
-#define ATTNI_MAP(name, op)                                                                        \
-    ATTNI_F5 __m512 attni_##name##_avx512(__m512 x, __m512 y) { return op(x, y); }
-ATTNI_MAP(add, _mm512_add_ps)
-ATTNI_MAP(sub, _mm512_sub_ps)
-ATTNI_MAP(mul, _mm512_mul_ps)
-ATTNI_MAP(div, _mm512_div_ps)
-ATTNI_MAP(max, _mm512_max_ps)
-#undef ATTNI_MAP
 ATTNI_F5 __m512 attni_barrier_avx512(__m512 x) {
     __asm__("" : "+v"(x));
     return x;
 }
+#define ATTNI_MAP(name, op)                                                                        \
+    ATTNI_F5 __m512 attni_##name##_avx512(__m512 x, __m512 y) {                                    \
+        return attni_barrier_avx512(op(x, y));                                                     \
+    }
+ATTNI_MAP(add, _mm512_add_ps)
+ATTNI_MAP(sub, _mm512_sub_ps)
+ATTNI_MAP(mul, _mm512_mul_ps)
+#undef ATTNI_MAP
+#define ATTNI_MAP(name, type, put, text)                                                           \
+    ATTNI_F5 type attni_##name##_512(__m512 x, __m512 y) {                                         \
+        type z;                                                                                    \
+        __asm__(text " %2, %1, %0" : put(z) : "v"(x), "vm"(y));                                    \
+        return z;                                                                                  \
+    }
+ATTNI_MAP(div, __m512, "=v", "vdivps")
+ATTNI_MAP(max, __m512, "=v", "vmaxps")
+ATTNI_MAP(less, __mmask16, "=k", "vcmplt_oqps")
+#undef ATTNI_MAP
+ATTNI_F5 __m512 attni_div_avx512(__m512 x, __m512 y) { return attni_div_512(x, y); }
+ATTNI_F5 __m512 attni_max_avx512(__m512 x, __m512 y) { return attni_max_512(x, y); }
 ATTNI_F5 __m512 attni_fma_avx512(__m512 x, __m512 y, __m512 z) { return _mm512_fmadd_ps(x, y, z); }
 ATTNI_F5 __m512 attni_set1_avx512(float x) { return _mm512_set1_ps(x); }
 ATTNI_F5 __m512 attni_load_avx512(const float *p) { return _mm512_loadu_ps(p); }
@@ -1443,7 +1483,7 @@ ATTNI_F5 __m512 attni_pick_avx512(uint32_t bits, __m512 x, __m512 y) {
     return _mm512_mask_mov_ps(y, (__mmask16)bits, x);
 }
 ATTNI_F5 __m512 attni_less_avx512(__m512 x, __m512 y, __m512 p, __m512 q) {
-    return _mm512_mask_mov_ps(q, _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), p);
+    return _mm512_mask_mov_ps(q, attni_less_512(x, y), p);
 }
 ATTNI_F5 __m512 attni_asv_avx512(__m512i x) { return _mm512_castsi512_ps(x); }
 ATTNI_F5 __m512i attni_asu_avx512(__m512 x) { return _mm512_castps_si512(x); }
@@ -1614,7 +1654,8 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_DIRECT 0
 #define ATTNI_OWN 0
 #define ATTNI_HELPER ATTNI_CALLED
-#if defined(ATTNI_X86) || defined(ATTNI_ARM) // only asked for by name there: PORTABLE will do
+#if defined(ATTNI_X86) || defined(ATTNI_ARM) || defined(ATTNI_WASM)
+// only asked for by name there: PORTABLE will do
 #define ATTNI_FAST_TOO 0
 #define attni_math_fast_scalar attni_math_portable_scalar
 #else
@@ -1672,6 +1713,7 @@ ATTNI_INLINE ATTNI_T6 __m512i attni_idot_avx512(__m512i acc, __m512i k, __m512i 
 #define ATTNI_IDOT_BIASED 1
 #include "attn_cpu.h"
 
+#ifdef __linux__ // attn_cpu_open knows no other system; gcc's tile loads fail on Windows
 #define ATTNI_TA                                                                                   \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 // Tiles 0..3 sums, 4..5 A (16 rows x 32 bf16), 6..7 B (16 pairs x 16 columns): a K16 tile of a
@@ -1794,10 +1836,12 @@ ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row
 #undef ATTNI_AMX_ZERO
 #define ATTNI_AMX_BEGIN(x) ((x)->isa == ATTN_CPU_AMX ? attni_amx_config(1) : (void)0)
 #define ATTNI_AMX_END(x) ((x)->isa == ATTN_CPU_AMX ? attni_amx_config(0) : (void)0)
-#else
+#endif
+#endif // ATTNI_X86
+#ifndef ATTNI_AMX_BEGIN
 #define ATTNI_AMX_BEGIN(x) ((void)0)
 #define ATTNI_AMX_END(x) ((void)0)
-#endif // ATTNI_X86
+#endif
 
 #ifdef ATTNI_ARM
 // ==== >>impl-neon  Vocabulary ====================================================================
@@ -1808,14 +1852,26 @@ typedef struct attni_U_neon { uint32x4_t v[4]; } attni_U_neon;
 #define ATTNI_MAP(name, expr)                                                                      \
     ATTNI_INLINE attni_V_neon attni_##name##_neon(attni_V_neon x, attni_V_neon y) {                \
         int i;                                                                                     \
-        ATTNI_Q x.v[i] = (expr);                                                                   \
+        ATTNI_Q {                                                                                  \
+            x.v[i] = (expr);                                                                       \
+            __asm__("" : "+w"(x.v[i]));                                                            \
+        }                                                                                          \
         return x;                                                                                  \
     }
+ATTNI_INLINE float32x4_t attni_div_128(float32x4_t x, float32x4_t y) {
+    __asm__("fdiv %0.4s, %0.4s, %1.4s" : "+w"(x) : "w"(y));
+    return x;
+}
+ATTNI_INLINE uint32x4_t attni_less_128(float32x4_t x, float32x4_t y) {
+    uint32x4_t z;
+    __asm__("fcmgt %0.4s, %2.4s, %1.4s" : "=w"(z) : "w"(x), "w"(y));
+    return z;
+}
 ATTNI_MAP(add, vaddq_f32(x.v[i], y.v[i]))
 ATTNI_MAP(sub, vsubq_f32(x.v[i], y.v[i]))
 ATTNI_MAP(mul, vmulq_f32(x.v[i], y.v[i]))
-ATTNI_MAP(div, vdivq_f32(x.v[i], y.v[i]))
-ATTNI_MAP(max, vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])) // y when x is NaN
+ATTNI_MAP(div, attni_div_128(x.v[i], y.v[i]))
+ATTNI_MAP(max, vbslq_f32(attni_less_128(y.v[i], x.v[i]), x.v[i], y.v[i])) // y when x is NaN
 #undef ATTNI_MAP
 ATTNI_INLINE attni_V_neon attni_barrier_neon(attni_V_neon x) {
     int i;
@@ -1857,7 +1913,7 @@ ATTNI_INLINE attni_V_neon attni_pick_neon(uint32_t bits, attni_V_neon x, attni_V
 ATTNI_INLINE attni_V_neon attni_less_neon(attni_V_neon x, attni_V_neon y, attni_V_neon p,
                                           attni_V_neon q) {
     int i;
-    ATTNI_Q p.v[i] = vbslq_f32(vcltq_f32(x.v[i], y.v[i]), p.v[i], q.v[i]);
+    ATTNI_Q p.v[i] = vbslq_f32(attni_less_128(x.v[i], y.v[i]), p.v[i], q.v[i]);
     return p;
 }
 ATTNI_INLINE attni_V_neon attni_asv_neon(attni_U_neon x) {
@@ -1962,8 +2018,13 @@ ATTNI_INLINE float attni_hmax_neon(attni_V_neon x) { // no NaN in here
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
 }
 ATTNI_INLINE float attni_hsum_neon(attni_V_neon x) {
-    float32x4_t s = vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
-    float32x2_t t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    float32x4_t s, u = vaddq_f32(x.v[0], x.v[2]), v = vaddq_f32(x.v[1], x.v[3]);
+    float32x2_t t;
+    __asm__("" : "+w"(u), "+w"(v)); // each step hidden: the sums could be regrouped
+    s = vaddq_f32(u, v);
+    __asm__("" : "+w"(s));
+    t = vadd_f32(vget_low_f32(s), vget_high_f32(s));
+    __asm__("" : "+w"(t));
     return vget_lane_f32(t, 0) + vget_lane_f32(t, 1);
 }
 ATTNI_INLINE attni_V_neon attni_pow2_neon(attni_V_neon p, attni_V_neon y, attni_V_neon t) {
@@ -1974,6 +2035,7 @@ ATTNI_INLINE attni_V_neon attni_pow2_neon(attni_V_neon p, attni_V_neon y, attni_
         uint32x4_t drop = vcltq_f32(y.v[i], vdupq_n_f32(-100.0f));
         p.v[i] = vreinterpretq_f32_u32(vbicq_u32(
             vreinterpretq_u32_f32(vmulq_f32(p.v[i], vreinterpretq_f32_u32(e))), drop));
+        __asm__("" : "+w"(p.v[i]));
     }
     return p;
 }
@@ -2073,6 +2135,220 @@ ATTNI_INLINE ATTNI_TD attni_U_neon attni_idot_neon(attni_U_neon acc, attni_U_neo
 #endif
 #endif // ATTNI_ARM
 
+#ifdef ATTNI_WASM
+// ==== >>impl-wasm  Vocabulary ====================================================================
+
+typedef struct attni_V_wasm { v128_t v[4]; } attni_V_wasm;
+typedef attni_V_wasm attni_U_wasm;
+#define ATTNI_Q ATTNI_UNROLL for (i = 0; i < 4; i++)
+// Not the compiler's: it may turn a comparison round and take reciprocals.
+ATTNI_INLINE v128_t attni_less_128(v128_t x, v128_t y) {
+    v128_t z;
+    __asm__("local.get %1\n\tlocal.get %2\n\tf32x4.lt\n\tlocal.set %0" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+ATTNI_INLINE v128_t attni_div_128(v128_t x, v128_t y) {
+    v128_t z;
+    __asm__("local.get %1\n\tlocal.get %2\n\tf32x4.div\n\tlocal.set %0" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+#define ATTNI_MAP(name, expr)                                                                      \
+    ATTNI_INLINE attni_V_wasm attni_##name##_wasm(attni_V_wasm x, attni_V_wasm y) {                \
+        int i;                                                                                     \
+        ATTNI_Q x.v[i] = (expr);                                                                   \
+        ATTNI_Q __asm__("" : "+r"(x.v[i]));                                                        \
+        return x;                                                                                  \
+    }
+ATTNI_MAP(add, wasm_f32x4_add(x.v[i], y.v[i]))
+ATTNI_MAP(sub, wasm_f32x4_sub(x.v[i], y.v[i]))
+ATTNI_MAP(mul, wasm_f32x4_mul(x.v[i], y.v[i]))
+ATTNI_MAP(div, attni_div_128(x.v[i], y.v[i]))
+ATTNI_MAP(max, wasm_v128_bitselect(x.v[i], y.v[i], attni_less_128(y.v[i], x.v[i])))
+ATTNI_MAP(uor, wasm_v128_or(x.v[i], y.v[i]))
+ATTNI_MAP(uadd, wasm_i32x4_add(x.v[i], y.v[i]))
+#undef ATTNI_MAP
+// one argument x and a number n
+#define ATTNI_MAP(name, type, expr)                                                                \
+    ATTNI_INLINE attni_V_wasm attni_##name##_wasm(attni_V_wasm x, type n) {                        \
+        int i;                                                                                     \
+        ATTNI_Q x.v[i] = (expr);                                                                   \
+        return x;                                                                                  \
+    }
+ATTNI_MAP(uand, uint32_t, wasm_v128_and(x.v[i], wasm_i32x4_splat((int32_t)n)))
+ATTNI_MAP(ushl, int, wasm_i32x4_shl(x.v[i], (uint32_t)n))
+ATTNI_MAP(ushr, int, wasm_u32x4_shr(x.v[i], (uint32_t)n))
+ATTNI_MAP(utop, int, wasm_f32x4_convert_i32x4(wasm_i32x4_shr(x.v[i], (uint32_t)(32 - n))))
+#undef ATTNI_MAP
+ATTNI_INLINE attni_V_wasm attni_barrier_wasm(attni_V_wasm x) {
+    int i;
+    ATTNI_Q __asm__("" : "+r"(x.v[i]));
+    return x;
+}
+ATTNI_INLINE attni_V_wasm attni_uset1_wasm(uint32_t n) {
+    attni_V_wasm r;
+    int i;
+    ATTNI_Q r.v[i] = wasm_i32x4_splat((int32_t)n);
+    return r;
+}
+ATTNI_INLINE attni_V_wasm attni_set1_wasm(float n) { return attni_uset1_wasm(attni_bits32(n)); }
+ATTNI_INLINE attni_V_wasm attni_uload_wasm(const void *p) {
+    attni_V_wasm r;
+    int i;
+    ATTNI_Q r.v[i] = wasm_v128_load((const uint8_t *)p + 16 * i);
+    return r;
+}
+ATTNI_INLINE attni_V_wasm attni_load_wasm(const float *p) { return attni_uload_wasm(p); }
+ATTNI_INLINE void attni_store_wasm(float *p, attni_V_wasm x) {
+    int i;
+    ATTNI_Q wasm_v128_store(p + 4 * i, x.v[i]);
+}
+ATTNI_INLINE attni_V_wasm attni_iota_wasm(void) {
+    static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return attni_load_wasm(lanes);
+}
+ATTNI_INLINE attni_V_wasm attni_pick_wasm(uint32_t bits, attni_V_wasm x, attni_V_wasm y) {
+    const v128_t lane = wasm_i32x4_const(1, 2, 4, 8);
+    int i;
+    ATTNI_Q {
+        v128_t b = wasm_v128_and(wasm_i32x4_splat((int32_t)(bits >> (4 * i))), lane);
+        x.v[i] = wasm_v128_bitselect(x.v[i], y.v[i], wasm_i32x4_eq(b, lane));
+    }
+    return x;
+}
+ATTNI_INLINE attni_V_wasm attni_less_wasm(attni_V_wasm x, attni_V_wasm y, attni_V_wasm p,
+                                          attni_V_wasm q) {
+    int i;
+    ATTNI_Q p.v[i] = wasm_v128_bitselect(p.v[i], q.v[i], attni_less_128(x.v[i], y.v[i]));
+    return p;
+}
+ATTNI_INLINE attni_V_wasm attni_uequal_wasm(attni_U_wasm x, attni_U_wasm y, attni_V_wasm p,
+                                            attni_V_wasm q) {
+    int i;
+    ATTNI_Q p.v[i] = wasm_v128_bitselect(p.v[i], q.v[i], wasm_i32x4_eq(x.v[i], y.v[i]));
+    return p;
+}
+ATTNI_INLINE attni_V_wasm attni_asv_wasm(attni_U_wasm x) { return x; }
+ATTNI_INLINE attni_U_wasm attni_asu_wasm(attni_V_wasm x) { return x; }
+ATTNI_INLINE attni_U_wasm attni_uload16_wasm(const void *p) {
+    attni_U_wasm r;
+    int i;
+    ATTNI_Q r.v[i] = wasm_u32x4_load16x4((const uint8_t *)p + 8 * i);
+    return r;
+}
+ATTNI_INLINE attni_U_wasm attni_uwide8(v128_t x) {
+    v128_t a = wasm_u16x8_extend_low_u8x16(x), b = wasm_u16x8_extend_high_u8x16(x);
+    attni_U_wasm r;
+    r.v[0] = wasm_u32x4_extend_low_u16x8(a);
+    r.v[1] = wasm_u32x4_extend_high_u16x8(a);
+    r.v[2] = wasm_u32x4_extend_low_u16x8(b);
+    r.v[3] = wasm_u32x4_extend_high_u16x8(b);
+    return r;
+}
+ATTNI_INLINE attni_U_wasm attni_uload8_wasm(const void *p) {
+    return attni_uwide8(wasm_v128_load(p));
+}
+ATTNI_INLINE attni_U_wasm attni_uload4_wasm(const void *p) {
+    v128_t x = wasm_v128_load64_zero(p), lo = wasm_v128_and(x, wasm_i8x16_splat(15));
+    v128_t hi = wasm_u8x16_shr(x, 4);
+    return attni_uwide8(wasm_i8x16_shuffle(lo, hi, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22,
+                                           7, 23));
+}
+// Exponents are moved by 112; Inf and NaN get the top one, denormals are a difference of floats.
+ATTNI_INLINE attni_V_wasm attni_uhalf_wasm(attni_U_wasm x) {
+    const v128_t least = wasm_i32x4_splat(113 << 23);
+    int i;
+    ATTNI_Q {
+        v128_t em = wasm_v128_and(x.v[i], wasm_i32x4_splat(0x7fff));
+        v128_t sign = wasm_i32x4_shl(wasm_v128_and(x.v[i], wasm_i32x4_splat(0x8000)), 16);
+        v128_t wide = wasm_i32x4_shl(em, 13), r = wasm_i32x4_add(wide, wasm_i32x4_splat(112 << 23));
+        v128_t tiny = wasm_f32x4_sub(wasm_i32x4_add(wide, least), least);
+        v128_t quiet = wasm_v128_and(wasm_i32x4_gt(em, wasm_i32x4_splat(0x7c00)),
+                                     wasm_i32x4_splat(0x400000));
+        v128_t top = wasm_v128_or(wasm_v128_or(wide, quiet), wasm_i32x4_splat(0x7f800000));
+        r = wasm_v128_bitselect(tiny, r, wasm_i32x4_lt(em, wasm_i32x4_splat(0x400)));
+        r = wasm_v128_bitselect(top, r, wasm_i32x4_gt(em, wasm_i32x4_splat(0x7bff)));
+        x.v[i] = wasm_v128_or(r, sign);
+    }
+    return x;
+}
+ATTNI_CALLED void attni_store_f16_wasm(void *p, attni_V_wasm x) {
+    float f[16];
+    uint16_t h[16];
+    int i;
+    memcpy(f, &x, 64);
+    for (i = 0; i < 16; i++) h[i] = attni_to_f16(f[i]);
+    memcpy(p, h, 32);
+}
+ATTNI_INLINE void attni_ustore16_wasm(void *p, attni_U_wasm x) {
+    int i;
+    for (i = 0; i < 4; i += 2)
+        wasm_v128_store((uint8_t *)p + 8 * i, wasm_i16x8_shuffle(x.v[i], x.v[i + 1], 0, 2, 4, 6, 8,
+                                                                 10, 12, 14));
+}
+ATTNI_INLINE attni_V_wasm attni_pow2_wasm(attni_V_wasm p, attni_V_wasm y, attni_V_wasm t) {
+    int i;
+    ATTNI_Q {
+        v128_t e = wasm_i32x4_add(wasm_i32x4_shl(t.v[i], 23), wasm_i32x4_splat(0x3f800000));
+        v128_t drop = wasm_f32x4_lt(y.v[i], wasm_f32x4_splat(-100.0f));
+        p.v[i] = wasm_v128_andnot(wasm_f32x4_mul(p.v[i], e), drop);
+        __asm__("" : "+r"(p.v[i]));
+    }
+    return p;
+}
+ATTNI_INLINE float attni_first_wasm(attni_V_wasm x) { return wasm_f32x4_extract_lane(x.v[0], 0); }
+// both follow the tree i, i + 8; + 4; + 2; + 1
+#define ATTNI_MAP(name, f)                                                                         \
+    ATTNI_INLINE float attni_h##name##_wasm(attni_V_wasm x) {                                      \
+        attni_V_wasm y = x;                                                                        \
+        y.v[0] = x.v[2], y.v[1] = x.v[3];                                                          \
+        x = attni_##f##_wasm(x, y);                                                                \
+        y.v[0] = x.v[1];                                                                           \
+        x = attni_##f##_wasm(x, y);                                                                \
+        y.v[0] = wasm_i32x4_shuffle(x.v[0], x.v[0], 2, 3, 2, 3);                                   \
+        x = attni_##f##_wasm(x, y);                                                                \
+        y.v[0] = wasm_i32x4_shuffle(x.v[0], x.v[0], 1, 1, 1, 1);                                   \
+        return attni_first_wasm(attni_##f##_wasm(x, y));                                           \
+    }
+ATTNI_MAP(sum, add)
+ATTNI_MAP(max, max)
+#undef ATTNI_MAP
+
+// 4 x 4 transposes of 4-byte units; the rest one by one
+static void attni_pack_wasm(const uint8_t *const *row, int64_t gap, int n, uint32_t *tile,
+                            const uint8_t *const *ahead) {
+    int u = 0, h, i;
+    (void)ahead;
+    for (; gap == 4 && u + 4 <= n; u += 4)
+        for (h = 0; h < 16; h += 4) {
+            v128_t r[4], a, b, c, d;
+            ATTNI_Q r[i] = wasm_v128_load(row[h + i] + 4 * u);
+            a = wasm_i32x4_shuffle(r[0], r[1], 0, 4, 1, 5);
+            b = wasm_i32x4_shuffle(r[2], r[3], 0, 4, 1, 5);
+            c = wasm_i32x4_shuffle(r[0], r[1], 2, 6, 3, 7);
+            d = wasm_i32x4_shuffle(r[2], r[3], 2, 6, 3, 7);
+            wasm_v128_store(tile + 16 * u + h, wasm_i64x2_shuffle(a, b, 0, 2));
+            wasm_v128_store(tile + 16 * (u + 1) + h, wasm_i64x2_shuffle(a, b, 1, 3));
+            wasm_v128_store(tile + 16 * (u + 2) + h, wasm_i64x2_shuffle(c, d, 0, 2));
+            wasm_v128_store(tile + 16 * (u + 3) + h, wasm_i64x2_shuffle(c, d, 1, 3));
+        }
+    for (; u < n; u++)
+        for (i = 0; i < 16; i++) memcpy(tile + 16 * u + i, row[i] + u * gap, 4);
+}
+
+#define ATTNI_KERNEL_PASS 1
+#define ATTNI_TGT
+#define ATTNI_I(f) attni_##f##_wasm
+#define ATTNI_DIRECT 0
+#define ATTNI_OWN 0
+#define ATTNI_WR 4
+#define ATTNI_WC 1
+#define ATTNI_HELPER ATTNI_INLINE
+#define ATTNI_FAST_TOO 0
+#define ATTNI_NR 4
+#define ATTNI_NC 1
+#include "attn_cpu.h"
+#endif // ATTNI_WASM
+
 // ==== >>impl-dispatch  Which kernels a problem runs on ===========================================
 
 enum { ATTNI_F32 = 0, ATTNI_BDOT = 1, ATTNI_IDOT = 2 }; // how scores (weighted sums) are computed
@@ -2150,6 +2426,9 @@ ATTN_DEF int attn_cpu_has(attn_cpu_isa isa) {
     if (isa == ATTN_CPU_NEON) return 1;
     if (isa == ATTN_CPU_NEON_BF16) return attni_arm_features();
 #endif
+#ifdef ATTNI_WASM
+    if (isa == ATTN_CPU_WASM) return 1;
+#endif
     return 0;
 }
 
@@ -2164,7 +2443,8 @@ ATTNI_CALLED int attni_worth(attn_cpu_isa isa) {
 
 ATTN_DEF attn_cpu_isa attn_cpu_get_isa(void) {
     static const attn_cpu_isa best[] = {ATTN_CPU_AMX,  ATTN_CPU_AVX512_BF16, ATTN_CPU_AVX512,
-                                        ATTN_CPU_AVX2, ATTN_CPU_NEON_BF16,   ATTN_CPU_NEON};
+                                        ATTN_CPU_AVX2, ATTN_CPU_NEON_BF16,   ATTN_CPU_NEON,
+                                        ATTN_CPU_WASM};
     int isa = ATTNI_GET(attni_isa_id), i;
     if (isa) return (attn_cpu_isa)isa;
     isa = ATTN_CPU_SCALAR;
@@ -2231,11 +2511,13 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
         }
         if (iqk && (attni_x86_features() & 4))
             x->qk_kind = ATTNI_IDOT, x->qk = attni_qk_idot_avx512;
+#ifdef __linux__
         if (x->isa == ATTN_CPU_AMX && (bqk || bpv)) {
             x->rb = 32;
             if (bqk) x->qk = attni_qk_amx;
             if (bpv) x->pv = attni_pv_amx;
         }
+#endif
     }
 #endif
 #ifdef ATTNI_ARM
@@ -2251,6 +2533,13 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
 #endif
     }
 #endif
+#ifdef ATTNI_WASM
+    if (x->isa == ATTN_CPU_WASM) {
+        x->mv = &attni_moves_wasm;
+        x->ma = &attni_math_portable_wasm;
+        x->rb = 4;
+    }
+#endif
 }
 
 #define ATTNI_NAMES(isa)                                                                           \
@@ -2263,7 +2552,7 @@ ATTN_DEF const char *attn_cpu_executor(const attn_desc *d) {
     static const char *const names[ATTN_CPU_ISA_COUNT][6] = {
         ATTNI_NAMES("auto"),   ATTNI_NAMES("scalar"),     ATTNI_NAMES("avx2"),
         ATTNI_NAMES("avx512"), ATTNI_NAMES("avx512bf16"), ATTNI_NAMES("amx"),
-        ATTNI_NAMES("neon"),   ATTNI_NAMES("neonbf16")};
+        ATTNI_NAMES("neon"),   ATTNI_NAMES("neonbf16"),   ATTNI_NAMES("wasm")};
     attni_exec x;
     if (!d) return "none";
     attni_choose(d, &x);
@@ -2272,12 +2561,64 @@ ATTN_DEF const char *attn_cpu_executor(const attn_desc *d) {
 
 ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) { return attn_validate(d); }
 
+// The host's floating-point mode (programs linked with -ffast-math start with denormals flushed,
+// audio code sets that itself, rounding may be anything): PORTABLE runs and stored rows are
+// computed with denormals and to nearest, and the mode is put back. Where it is not known how, both
+// are assumed.
+ATTNI_CALLED uint64_t attni_mode_enter(void) {
+    uint64_t was = 0;
+#if defined(__GNUC__) && defined(__SSE2__)
+    uint32_t old, now;
+    __asm__ volatile("stmxcsr %0" : "=m"(old) : : "memory");
+    now = old & ~0xe040u; // flush to zero, rounding, denormals are zero
+    if (now != old) __asm__ volatile("ldmxcsr %0" : : "m"(now) : "memory");
+    was = old;
+#elif defined(__GNUC__) && defined(__aarch64__)
+    uint64_t now;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(was) : : "memory");
+    now = was & ~(uint64_t)0x01c00003u; // FZ, RMode, AH, FIZ
+    if (now != was) __asm__ volatile("msr fpcr, %0" : : "r"(now) : "memory");
+#elif defined(__GNUC__) && defined(__arm__) && defined(__ARM_FP)
+    uint32_t old, now;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(old) : : "memory");
+    now = old & ~0x01c00000u; // FZ, RMode
+    if (now != old) __asm__ volatile("vmsr fpscr, %0" : : "r"(now) : "memory");
+    was = old;
+#elif defined(__GNUC__) && defined(__riscv_flen)
+    unsigned long old;
+    __asm__ volatile("frrm %0" : "=r"(old) : : "memory");
+    if (old) __asm__ volatile("fsrm x0" : : : "memory");
+    was = old;
+#endif
+    return was;
+}
+
+ATTNI_CALLED void attni_mode_leave(uint64_t was) {
+#if defined(__GNUC__) && defined(__SSE2__)
+    uint32_t old = (uint32_t)was;
+    if (old & 0xe040u) __asm__ volatile("ldmxcsr %0" : : "m"(old) : "memory");
+#elif defined(__GNUC__) && defined(__aarch64__)
+    if (was & 0x01c00003u) __asm__ volatile("msr fpcr, %0" : : "r"(was) : "memory");
+#elif defined(__GNUC__) && defined(__arm__) && defined(__ARM_FP)
+    if (was & 0x01c00000u)
+        __asm__ volatile("vmsr fpscr, %0" : : "r"((uint32_t)was) : "memory");
+#elif defined(__GNUC__) && defined(__riscv_flen)
+    if (was) __asm__ volatile("fsrm %0" : : "r"((unsigned long)was) : "memory");
+#else
+    (void)was;
+#endif
+}
+
 // ==== >>impl-store  ==============================================================================
+
+// Machines differ in the NaN they make; stored rows must not.
+static float attni_one_nan(float x) { return attni_isnan(x) ? attni_float(0x7fc00000u) : x; }
 
 // One row of one head into its place: codes gathered in a row, then scattered by 4-byte units.
 ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, const void *src,
                             attn_dtype st, int64_t page, int32_t place, int32_t head) {
-    float x[ATTN_MAX_HEAD_DIM + 16], scale = 1.0f, top = 0;
+    float x[ATTN_MAX_HEAD_DIM + 16], scale = 1.0f, y;
+    uint32_t top = 0, u; // on the bits, where NaN is above everything
     uint8_t code[4 * ATTN_MAX_HEAD_DIM];
     uint8_t *p = s->data + page * s->page_bytes + attni_token_offset(s, place, head);
     int32_t e, n = s->dim, units = n * attni_bits_of(s->dtype) / 32;
@@ -2286,16 +2627,17 @@ ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, co
         if (s->head_scale) scale = s->head_scale[head];
         else {
             for (e = 0; e < n; e++) {
-                float a = attni_float(attni_bits32(x[e]) & 0x7fffffffu);
-                if (a > top || attni_isnan(a)) top = a;
-                if (attni_isnan(top)) break;
+                u = attni_bits32(x[e]) & 0x7fffffffu;
+                if (u > top) top = u;
             }
-            scale = top / attni_code_max(s->dtype);
+            scale = attni_one_nan(attni_div(attni_float(top), attni_code_max(s->dtype)));
             memcpy(s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
                        head * s->scale_head, &scale, 4);
         }
-        for (e = 0; e < n; e++)
-            attni_put(code, s->dtype, e, (attni_bits32(scale) & 0x7fffffffu) ? x[e] / scale : 0.0f);
+        for (e = 0; e < n; e++) {
+            y = attni_bits32(scale) << 1 ? attni_one_nan(attni_div(x[e], scale)) : 0.0f;
+            attni_put(code, s->dtype, e, y);
+        }
     } else {
         mv->narrow(s->dtype, x, n, code);
     }
@@ -2348,6 +2690,7 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     attni_exec x;
     attn_result r = attni_cpu_check(d);
     int64_t t, slot, n_slots;
+    uint64_t mode;
     int32_t s = 0, h, i;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
@@ -2365,6 +2708,7 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
         if (slot >= n_slots || (slot < 0 && !slots)) return ATTN_ERR_PAGE;
     }
     attni_choose(d, &x);
+    mode = attni_mode_enter();
     for (s = 0, t = first; t < first + count; t++) {
         slot = slots ? slots[t] : attni_own_slot(d, &s, t);
         for (i = 0; i < 2 && slot >= 0; i++) {
@@ -2380,6 +2724,7 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
                                 (int32_t)(slot % d->kv.page_tokens), h);
         }
     }
+    attni_mode_leave(mode);
     return ATTN_OK;
 }
 
@@ -2917,6 +3262,7 @@ static const float *attni_row_add(attni_work *w, int32_t i, int32_t head, int32_
             if (kp >= q->q_pos0)
                 kp = q->q_pos0 + attni_tree_depth(d, q->q_begin, (int32_t)(kp - q->q_pos0));
             x = d->logits.alibi[head] * (float)(kp - w->pos[i]);
+            ATTNI_PIN(x);
         }
         if (b->data)
             x += attni_get(b->data, b->dtype,
@@ -3037,13 +3383,15 @@ ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32
     int32_t vd = attni_v_dim(d);
     int64_t st = d->o.stride_token ? d->o.stride_token : (int64_t)d->n_heads * vd;
     int64_t sh = d->o.stride_head ? d->o.stride_head : vd;
-    float sink = d->logits.sink ? d->logits.sink[head] : attni_float(0xff800000u);
+    uint32_t none = 0xff800000u, nan = 0x7fc00000u; // as bits: constants may be assumed finite
+    float sink;
     uint8_t *dst =
         (uint8_t *)d->o.data + (token * st + head * sh) * (attni_bits_of(d->o.dtype) / 8);
+    memcpy(&sink, d->logits.sink ? (const void *)&d->logits.sink[head] : (const void *)&none, 4);
     x->ma->finish(o, &m, &l, sink, (vd + 15) & ~15);
     x->mv->narrow(d->o.dtype, o, vd, dst);
     if (!d->lse) return;
-    if (!attni_finite(l)) m = attni_float(0x7fc00000u);
+    if (!attni_finite(l)) memcpy(&m, &nan, 4);
     else if (attni_finite(m)) m = (float)((double)m + attni_ln((double)l));
     d->lse[(int64_t)token * d->n_heads + head] = m;
 }
@@ -3119,6 +3467,7 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
                                   int32_t count, void *partials, void *scratch) {
     attni_work w;
     attn_result r = attni_work_init(&w, d, p);
+    uint64_t mode = 0;
     int32_t i, tile;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_tasks - first) return ATTN_ERR_ARGUMENT;
@@ -3127,8 +3476,10 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
     tile = attni_max32(1, (p->params.row_tile > 0 ? p->params.row_tile : 256) / w.group);
     attni_work_carve(&w, (uint8_t *)scratch, tile, tile * w.group);
     ATTNI_AMX_BEGIN(&w.x);
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) mode = attni_mode_enter();
     for (i = first; i < first + count && r == ATTN_OK; i++)
         r = attni_run_task(&w, &p->task[i], (float *)partials);
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) attni_mode_leave(mode);
     ATTNI_AMX_END(&w.x);
     return r;
 }
@@ -3151,7 +3502,7 @@ ATTNI_CALLED void attni_merge_rows(attni_work *w, const attn_merge *u, const flo
                     int64_t row =
                         g->partial + ((int64_t)slot * g->n_tokens + before + t) * p->n_heads + h;
                     const float *src = partials + row * (vd + 2);
-                    if (src[vd] == attni_float(0xff800000u)) continue;
+                    if (attni_bits32(src[vd]) == 0xff800000u) continue;
                     memcpy(x, src, 4 * (size_t)vd);
                     w->x.ma->fold(o, &m, &l, x, src[vd], src[vd + 1], w->vdp);
                 }
@@ -3164,12 +3515,15 @@ ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int3
                                     int32_t count, const void *partials) {
     attni_work w;
     attn_result r = attni_work_init(&w, d, p);
+    uint64_t mode = 0;
     int32_t i;
     if (r != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_merges - first) return ATTN_ERR_ARGUMENT;
     if (count && !partials) return ATTN_ERR_BUFFER;
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) mode = attni_mode_enter();
     for (i = first; i < first + count; i++)
         attni_merge_rows(&w, &p->merge[i], (const float *)partials);
+    if (d->numerics == ATTN_NUMERICS_PORTABLE) attni_mode_leave(mode);
     return ATTN_OK;
 }
 
@@ -3251,7 +3605,6 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_HIDE
 #undef ATTNI_INLINE
 #undef ATTNI_NAMES
-#undef ATTNI_PIN
 #undef ATTNI_PREFETCH
 #undef ATTNI_Q
 #undef ATTNI_SET
@@ -3262,6 +3615,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_TD
 #undef ATTNI_TILE_FENCE
 #undef ATTNI_UNROLL
+#undef ATTNI_WASM
 #undef ATTNI_X86
 #undef attni_math_fast_scalar
 

@@ -1,8 +1,9 @@
 /* A self-test for foreign targets: no framework, files, threads or libm, only stdio. Fixed problems
    over masks, layouts and dtypes on every ISA present, against attn_ref_forward; the PORTABLE bits
    of each as a hash, which must be the same on every machine: compare the last hash with another
-   target's. cc -std=c11 -O2 -I. tests/selftest.c -o selftest      (C++11 as well: c++ -x c++
-   -std=c++11 ...) */
+   target's, as tests/ports.sh does. A second hash is that of edges: denormals, Inf and NaN, also
+   with the host's floating-point unit in another mode.
+   cc -std=c11 -O2 -I. tests/selftest.c -o selftest    (C++11 as well: c++ -x c++ -std=c++11 ...) */
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"
@@ -11,7 +12,8 @@
 #define MAX_TOKENS 64  /* query tokens of a problem */
 #define MAX_KV 640     /* tokens of both sequences, rounded up to pages */
 #define MAX_ROW 256    /* heads x head_dim */
-#define EXPECTED 0xda790d20u /* x86-64 and aarch64, gcc and clang; 0: do not check */
+#define EXPECTED_EDGES 0x46f26937u
+#define EXPECTED 0xda790d20u /* the same on every machine and under every compiler and flag */
 
 enum kind { CAUSAL, WINDOW, SINKS, FULL, BLOCKS, BITS, STRIDE, VSLASH, KEEP, TREE };
 
@@ -224,6 +226,7 @@ static int32_t ids[8 * 80 * 8], diags[64];
 static uint64_t bits[8 * 80 * 8];
 
 static int n_passed, n_failed;
+static int edges; // build the problem with denormals, Inf and NaN
 
 static void check(int ok, const char *problem_name, const char *isa, const char *what) {
     if (ok) n_passed++;
@@ -293,6 +296,21 @@ static void set_mask(const problem *p, attn_desc *d) {
     m->tree_parent = parents;
 }
 
+// K of both sequences and V of the first become denormals, made from bits since this program's
+// arithmetic may flush them; the last tokens of the second hold NaN and Inf. The logit scale makes
+// the tiny scores matter.
+static void spoil(const problem *p, attn_desc *d, int32_t n) {
+    int32_t kd = p->n_kv_heads * p->head_dim, vd = p->n_kv_heads * p->v_head_dim, j;
+    for (j = 0; j < n * kd; j++) k_rows[j] = attni_float(next32() & 0x807fffffu);
+    for (j = 0; j < n * kd; j += 3) k_rows[j] = attni_float(next32() & 0x800fffffu);
+    for (j = 0; j < kv_len[0] * vd; j++) v_rows[j] = attni_float(next32() & 0x807fffffu);
+    k_rows[(n - 1) * kd] = attni_float(0x7fc00000u);
+    v_rows[(n - 3) * vd + 1] = attni_float(0x7f800000u);
+    k_rows[(n - 5) * kd + 2] = attni_float(0xff800000u);
+    v_rows[(n - 7) * vd + 3] = attni_float(0xffc00000u);
+    d->logits.scale = attni_float(0x7e000000u); // 2^125
+}
+
 static void *align64(void *p) { return (void *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
 
 static void build(const problem *p, attn_desc *d) {
@@ -330,6 +348,7 @@ static void build(const problem *p, attn_desc *d) {
         for (j = 0; j < kv_len[s]; j++) slots[n++] = (int64_t)table[s][j / pt] * pt + j % pt;
     for (j = 0; j < n * p->n_kv_heads * p->head_dim; j++) k_rows[j] = next_float();
     for (j = 0; j < n * p->n_kv_heads * p->v_head_dim; j++) v_rows[j] = next_float();
+    if (edges) spoil(p, d, n);
     memset(&k, 0, sizeof k);
     k.dtype = ATTN_F32;
     v = k;
@@ -397,11 +416,85 @@ static int run(const problem *p, attn_desc *d, const char *isa, uint32_t *hash) 
     return worst <= limit;
 }
 
+// The host's mode: denormals flushed and rounding up, or as it was. 0: no way to set it here.
+static uint64_t host_mode(int other, uint64_t was) {
+#if defined(__GNUC__) && defined(__SSE2__)
+    uint32_t x;
+    __asm__ volatile("stmxcsr %0" : "=m"(x) : : "memory");
+    was = other ? x : was;
+    x = other ? (x & ~0xe040u) | 0xc040u : (uint32_t)was;
+    __asm__ volatile("ldmxcsr %0" : : "m"(x) : "memory");
+#elif defined(__GNUC__) && defined(__aarch64__)
+    uint64_t x;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(x) : : "memory");
+    was = other ? x : was;
+    x = other ? (x & ~(uint64_t)0x01c00000u) | 0x01400000u : was;
+    __asm__ volatile("msr fpcr, %0" : : "r"(x) : "memory");
+#elif defined(__GNUC__) && defined(__arm__) && defined(__ARM_FP)
+    uint32_t x;
+    __asm__ volatile("vmrs %0, fpscr" : "=r"(x) : : "memory");
+    was = other ? x : was;
+    x = other ? (x & ~0x01c00000u) | 0x01400000u : (uint32_t)was;
+    __asm__ volatile("vmsr fpscr, %0" : : "r"(x) : "memory");
+#else
+    (void)other;
+#endif
+    return was;
+}
+
+// PORTABLE bits of a problem with edges, which must be NaN where the reference is.
+static uint32_t run_edges(const problem *p, attn_desc *d, const char *isa) {
+    size_t bytes = attn_cpu_forward_bytes(d, 1);
+    int32_t n = q_start[2] * p->n_heads, i, differ = 0;
+    memset(o_rows, 0, sizeof o_rows);
+    check(attn_cpu_forward(d, align64(memory), bytes, 1) == ATTN_OK, p->name, isa, "edges run");
+    for (i = n * p->v_head_dim - 1; i >= 0; i--) o_rows[i] = attni_get(o_rows, p->o, i);
+    for (i = 0; i < n * p->v_head_dim; i++) {
+        uint64_t u;
+        memcpy(&u, &ref[i], 8);
+        differ += attni_isnan(o_rows[i]) != ((u << 1) > (uint64_t)0x7ff << 53);
+    }
+    check(differ == 0, p->name, isa, "NaN where the reference is");
+    return hash_floats(hash_floats(2166136261u, o_rows, n * p->v_head_dim), lse, n);
+}
+
+// Problems by number in the table above: f32, bf16, int8, a token tree.
+static void all_edges(uint32_t combined[ATTN_CPU_ISA_COUNT]) {
+    static const int which[4] = {0, 2, 3, 11};
+    int i, j, isa;
+    edges = 1;
+    for (i = 0; i < 4; i++)
+        for (isa = ATTN_CPU_SCALAR; isa < ATTN_CPU_ISA_COUNT; isa++) {
+            const problem *p = &problems[which[i]];
+            const char *name = attn_cpu_isa_name((attn_cpu_isa)isa);
+            attn_desc d;
+            uint64_t mode;
+            uint32_t hash;
+            if (!attn_cpu_has((attn_cpu_isa)isa)) continue;
+            (void)attn_cpu_set_isa((attn_cpu_isa)isa);
+            rng = (uint64_t)i + 77;
+            build(p, &d); // K and V stored by this ISA too
+            d.numerics = ATTN_NUMERICS_PORTABLE;
+            check(attn_ref_forward(&d, ref, ref_lse) == ATTN_OK, p->name, "reference", "ATTN_OK");
+            hash = run_edges(p, &d, name);
+            for (j = 0; j < 4; j++)
+                combined[isa] = (combined[isa] ^ ((hash >> (8 * j)) & 255)) * 16777619u;
+            mode = host_mode(1, 0);
+            rng = (uint64_t)i + 77;
+            build(p, &d);
+            d.numerics = ATTN_NUMERICS_PORTABLE;
+            check(run_edges(p, &d, name) == hash, p->name, name, "bits in the host's mode");
+            host_mode(0, mode);
+        }
+    edges = 0;
+}
+
 int main(void) {
-    uint32_t combined = 2166136261u, hash, want;
-    int i, isa;
+    uint32_t combined[ATTN_CPU_ISA_COUNT], of_edges[ATTN_CPU_ISA_COUNT], hash;
+    int i, isa, j;
+    for (isa = 0; isa < ATTN_CPU_ISA_COUNT; isa++) combined[isa] = of_edges[isa] = 2166136261u;
     (void)attn_cpu_open();
-    printf("%-16s %-10s ISAs\n", "problem", "portable");
+    printf("%-16s PORTABLE bits of every ISA\n", "problem");
     for (i = 0; i < (int)(sizeof problems / sizeof problems[0]); i++) {
         const problem *p = &problems[i];
         attn_desc d;
@@ -411,7 +504,6 @@ int main(void) {
         build(p, &d);
         check(attn_validate(&d) == ATTN_OK, p->name, "validate", "ATTN_OK");
         check(attn_ref_forward(&d, ref, ref_lse) == ATTN_OK, p->name, "reference", "ATTN_OK");
-        want = 0;
         for (isa = ATTN_CPU_SCALAR; isa < ATTN_CPU_ISA_COUNT; isa++) {
             const char *name = attn_cpu_isa_name((attn_cpu_isa)isa);
             if (!attn_cpu_has((attn_cpu_isa)isa)) continue;
@@ -421,16 +513,22 @@ int main(void) {
             check(run(p, &d, name, &hash), p->name, name, "FAST near the reference");
             d.numerics = ATTN_NUMERICS_PORTABLE;
             check(run(p, &d, name, &hash), p->name, name, "PORTABLE near the reference");
-            if (isa == ATTN_CPU_SCALAR) want = hash;
-            check(hash == want, p->name, name, "PORTABLE bits as on scalar");
-            if (strlen(line) + strlen(name) + 2 < sizeof line) strcat(strcat(line, " "), name);
+            if (strlen(line) + 10 < sizeof line)
+                sprintf(line + strlen(line), " %08x", (unsigned)hash);
+            for (j = 0; j < 4; j++)
+                combined[isa] = (combined[isa] ^ ((hash >> (8 * j)) & 255)) * 16777619u;
         }
-        printf("%-16s %08x  %s\n", p->name, (unsigned)want, line);
-        for (isa = 0; isa < 4; isa++)
-            combined = (combined ^ ((want >> (8 * isa)) & 255)) * 16777619u;
+        printf("%-16s%s\n", p->name, line);
     }
-    printf("portable hash: %08x\n", (unsigned)combined);
-    if (EXPECTED) check(combined == EXPECTED, "all", "portable", "the hash of other machines");
+    all_edges(of_edges);
+    for (isa = ATTN_CPU_SCALAR; isa < ATTN_CPU_ISA_COUNT; isa++) {
+        const char *name = attn_cpu_isa_name((attn_cpu_isa)isa);
+        if (!attn_cpu_has((attn_cpu_isa)isa)) continue;
+        printf("portable hash: %08x  %s  edges %08x\n", (unsigned)combined[isa], name,
+               (unsigned)of_edges[isa]);
+        check(combined[isa] == EXPECTED, "all", name, "the PORTABLE bits of other machines");
+        check(of_edges[isa] == EXPECTED_EDGES, "edges", name, "the bits of other machines");
+    }
     printf("%d passed, %d failed\n", n_passed, n_failed);
     return n_failed > 0;
 }
