@@ -101,9 +101,9 @@ static void make_blocks(model *m) {
     if (fuzz_below(&m->in, 2)) return;
     b->bits_rows = mostly(&m->in, 1, 8);
     b->bits_cols = mostly(&m->in, 1, 8);
-    if (b->row_block > 0 && fuzz_below(&m->in, 2))
+    if (b->row_block > 0 && b->bits_rows <= 64 && fuzz_below(&m->in, 2))
         while (b->bits_rows > 1 && b->row_block % b->bits_rows) b->bits_rows--;
-    if (b->kv_block > 0 && fuzz_below(&m->in, 2))
+    if (b->kv_block > 0 && b->bits_cols <= 64 && fuzz_below(&m->in, 2))
         while (b->bits_cols > 1 && b->kv_block % b->bits_cols) b->bits_cols--;
     words = ((int64_t)b->bits_rows * b->bits_cols + 63) / 64;
     if (b->bits_rows < 1 || b->bits_cols < 1 || words > 64) {
