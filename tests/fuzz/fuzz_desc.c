@@ -18,7 +18,7 @@
 
 enum { MAX_SEQ = 3, MAX_HEADS = 12, MAX_TABLE = 4096, MAX_TOKENS = 4096, MAX_KEEP = 64 };
 #define MAX_BYTES ((int64_t)8 << 20)
-#define MAX_WORK 1500000 /* multiply-adds of the reference */
+#define MAX_WORK 200000 /* multiply-adds of the reference */
 
 typedef struct model {
     fuzz_in in;
@@ -29,6 +29,7 @@ typedef struct model {
     int n_keep;
     int32_t *q_start, *q_pos0, *kv_len, *kv_pos0, *order, *parent, *table;
     float *alibi, *sink, *scale;
+    int64_t n_table;
     char *forbidden;
 } model;
 
@@ -136,7 +137,8 @@ static void make_pages(model *m) {
     }
     kv->n_pages = need + 1 + fuzz_below(&m->in, 3);
     kv->page_table_stride = most + fuzz_below(&m->in, 2);
-    m->table = (int32_t *)give(m, 4 * ((int64_t)(n - 1) * kv->page_table_stride + pages_of(m, n - 1)));
+    m->n_table = (n - 1) * kv->page_table_stride + pages_of(m, n - 1);
+    m->table = (int32_t *)give(m, 4 * m->n_table);
     shared = fuzz_below(&m->in, 3) ? 0 : fuzz_below(&m->in, 40);
     for (s = 0; s < n; s++)
         for (j = 0; j < pages_of(m, s); j++, at++) // dealt backwards, so that order means something
@@ -187,7 +189,7 @@ static void make_types(model *m) {
 }
 
 static void make_problem(model *m) {
-    static const int32_t dims[] = {8, 64, 16, 24, 40, 72, 128, 576};
+    static const int32_t dims[] = {8, 16, 24, 8, 40, 64, 128, 576};
     attn_desc *d = &m->d;
     int tree = fuzz_below(&m->in, 6) == 0, s;
     m->rng = fuzz_u8(&m->in);
@@ -230,7 +232,7 @@ static void spoil_shape(model *m) {
     case 11: d->kv.n_pages = x; break;
     case 12: d->kv.layout = (attn_layout)x; break;
     case 13: d->kv.page_table_stride = fuzz_edge(&m->in); break;
-    case 14: if (m->table && pages_of(m, 0)) m->table[0] = x; break;
+    case 14: if (m->n_table > 0) m->table[0] = x; break;
     case 15: d->numerics = (attn_numerics)x; break;
     case 16: if (m->order) m->order[s] = x; break;
     case 17: d->q_start = NULL; break;
@@ -301,6 +303,24 @@ static int64_t tensor_elements(const attn_tensor *t, int64_t tokens, int64_t hea
 
 static int32_t tokens_of(const model *m) { return m->q_start[m->d.n_seq]; }
 
+// An array of one float per head, for another number of heads.
+static float *fit_heads(model *m, const float *old, int64_t was, int64_t n) {
+    float *f = (float *)give(m, 4 * n);
+    int64_t i;
+    for (i = 0; i < n; i++) f[i] = old[i < was ? i : 0];
+    return f;
+}
+
+static void fit_per_head(model *m, int32_t heads, int32_t kv_heads) { // what they were
+    attn_desc *d = &m->d;
+    if (d->n_heads < 1 || d->n_kv_heads < 1 || d->n_heads > 65536 || d->n_kv_heads > 65536) return;
+    if (m->alibi) d->logits.alibi = fit_heads(m, m->alibi, heads, d->n_heads);
+    if (m->sink) d->logits.sink = fit_heads(m, m->sink, heads, d->n_heads);
+    if (!m->scale) return;
+    d->kv.k.head_scale = fit_heads(m, d->kv.k.head_scale, kv_heads, d->n_kv_heads);
+    d->kv.v.head_scale = fit_heads(m, d->kv.v.head_scale, kv_heads, d->n_kv_heads);
+}
+
 // The tables must be there before anyone may look: made anew, as long as the fields now say.
 static void fit_tables(model *m) {
     attn_desc *d = &m->d;
@@ -308,10 +328,10 @@ static void fit_tables(model *m) {
     int32_t s, j, *table;
     const int32_t *old = d->kv.page_table;
     if (d->n_seq > 0 && d->mask.kind == ATTN_MASK_TREE && m->parent && m->spoiled) {
-        int32_t n = tokens_of(m), was = (int32_t)0;
+        int32_t n = tokens_of(m), t;
         if (n < 0 || n > MAX_TOKENS) n = 0;
         table = (int32_t *)give(m, 4 * (int64_t)n);
-        for (was = 0; was < n; was++) table[was] = was ? (int32_t)(fuzz_random(&m->rng) % 2) - 1 : -1;
+        for (t = 0; t < n; t++) table[t] = t ? (int32_t)(fuzz_random(&m->rng) % 2) - 1 : -1;
         d->mask.tree_parent = n ? table : NULL;
     }
     if (!old || d->n_seq < 1 || d->kv.page_tokens < 1 || !m->spoiled) return;
@@ -324,7 +344,7 @@ static void fit_tables(model *m) {
     table = (int32_t *)give(m, 4 * need);
     for (j = 0; j < need; j++)
         table[j] = d->kv.n_pages > 0 ? (int32_t)(fuzz_random(&m->rng) % (uint32_t)d->kv.n_pages) : 0;
-    if (need > 0 && pages_of(m, 0) > 0) table[0] = old[0];
+    if (need > 0 && m->n_table > 0) table[0] = old[0]; // perhaps spoiled
     d->kv.page_table = table;
 }
 
@@ -557,7 +577,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     static char *forbidden;
     model m;
     attn_result r;
-    int n;
+    int32_t n, heads, kv_heads;
     if (!forbidden) {
         forbidden = (char *)mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         FUZZ_CHECK(forbidden != (char *)MAP_FAILED);
@@ -568,6 +588,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     m.in.n = size;
     make_problem(&m);
     choose_isa(&m);
+    heads = m.d.n_heads;
+    kv_heads = m.d.n_kv_heads;
     FUZZ_CHECK(attn_validate(&m.d) == ATTN_OK);
     for (n = fuzz_below(&m.in, 5); n > 0; n--, m.spoiled = 1)
         switch (fuzz_below(&m.in, 3)) {
@@ -575,6 +597,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         case 1: spoil_tensor(&m); break;
         default: spoil_values(&m);
         }
+    fit_per_head(&m, heads, kv_heads);
     fit_tables(&m);
     r = attn_validate(&m.d);
     FUZZ_CHECK(m.spoiled || r == ATTN_OK);
