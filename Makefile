@@ -196,8 +196,8 @@ fuzz: fuzz-build
 fuzz-static:
 	@$(MAKE_J) $(FUZZ:%=build/fuzz-static/%)
 	@mkdir -p build/fuzz-static/lib
-	@cp -L /lib64/$(FUZZ_LOADER) $$(ldd build/fuzz-static/fuzz_tree | \
-	    awk '$$1 ~ /^lib[cm]/ { print $$3 }') build/fuzz-static/lib/
+	@for f in $(FUZZ_LOADER) libc.so.6 libm.so.6; do \
+	    cp -L $$($(CLANG) -print-file-name=$$f) build/fuzz-static/lib/ || exit 1; done
 	@$(call FUZZ_SEEDS,build/fuzz-static)
 	@rm -rf build/fuzz-static/corpus && cp -r $(CORPUS) build/fuzz-static/corpus
 	@cp tests/fuzz/campaign.sh build/fuzz-static/
