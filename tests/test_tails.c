@@ -133,7 +133,8 @@ static void test_round(uint64_t seed) {
         for (i = 1; i < 3; i++) {
             void *again = run(&p, i, workers, &m, isa);
             if (!CHECK(n == m && memcmp(first, again, n) == 0))
-                printf("    seed %llu, executor %d, pattern %d\n", (unsigned long long)seed, isa, i);
+                printf("    seed %llu, executor %d, pattern %d\n", (unsigned long long)seed, isa,
+                       i);
             free(again);
         }
         free(first);

@@ -1,6 +1,6 @@
 /* test_threads.c - what attn.h says about threads, for ThreadSanitizer to watch: the first calls of
-   all race for the CPU's features, tasks and merges of one plan run side by side, stores of disjoint
-   rows too, and the thread pool of the examples hands out every task once.
+   all race for the CPU's features, tasks and merges of one plan run side by side, stores of
+   disjoint rows too, and the thread pool of the examples hands out every task once.
    cc -Itests -I. -Iexamples tests/test_threads.c -o test_threads -pthread -lm
    ./test_threads [SEED [ROUNDS]] */
 #define LLAMA_IMPLEMENTATION

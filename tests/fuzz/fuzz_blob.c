@@ -184,7 +184,7 @@ static uint8_t *write_blob(model *m, size_t *size) {
     }
     for (i = like; i < n; i++) put_le(p + 48 + 4 * i, (uint64_t)fuzz_below(&m->in, 3), 4);
     v = fuzz_u8(&m->in);
-    for (i = 0; i < (int32_t)(*size - 48) - 4 * n; i++) p[48 + 4 * n + i] = (uint8_t)fuzz_random(&v);
+    for (i = 48 + 4 * n; i < (int32_t)*size; i++) p[i] = (uint8_t)fuzz_random(&v);
     put_le(p + 40, attni_blob_sum(p, *size), 8);
     return p;
 }

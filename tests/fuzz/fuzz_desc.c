@@ -3,10 +3,10 @@
    with the reference.
    cc -DFUZZ_MAIN -I. -Itests tests/fuzz/fuzz_desc.c -o fuzz_desc -lm && ./fuzz_desc CORPUS
 
-   The input describes a sound problem, which must be accepted, then spoils up to four of its fields.
-   While attn_validate looks, tensors point at memory that may not be touched at all; what it lets
-   through gets exactly the bytes that its strides and counts ask for (problems that ask for more
-   than a few MiB are planned, not run). Plans come from hostile parameters as well. */
+   The input describes a sound problem, which must be accepted, then spoils up to four of its
+   fields. While attn_validate looks, tensors point at memory that may not be touched at all; what
+   it lets through gets exactly the bytes that its strides and counts ask for (problems that ask for
+   more than a few MiB are planned, not run). Plans come from hostile parameters as well. */
 #include "fuzz.h"
 
 #include <math.h>
@@ -343,7 +343,8 @@ static void fit_tables(model *m) {
     if (need > MAX_TABLE) return;
     table = (int32_t *)give(m, 4 * need);
     for (j = 0; j < need; j++)
-        table[j] = d->kv.n_pages > 0 ? (int32_t)(fuzz_random(&m->rng) % (uint32_t)d->kv.n_pages) : 0;
+        table[j] = (int32_t)(fuzz_random(&m->rng) %
+                             (uint32_t)(d->kv.n_pages > 0 ? d->kv.n_pages : 1));
     if (need > 0 && m->n_table > 0) table[0] = old[0]; // perhaps spoiled
     d->kv.page_table = table;
 }

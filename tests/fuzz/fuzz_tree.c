@@ -1,5 +1,5 @@
-/* fuzz_tree.c - the prefix tree and its pool, one operation per few bytes, against a trie that holds
-   one node per token.
+/* fuzz_tree.c - the prefix tree and its pool, one operation per few bytes, against a trie that
+   holds one node per token.
    cc -DFUZZ_MAIN -I. -Itests tests/fuzz/fuzz_tree.c -o fuzz_tree && ./fuzz_tree CORPUS
 
    The trie knows which prefixes must be cached; only what the tree says it evicted may be missing,
@@ -69,8 +69,9 @@ static int32_t trie_root(const model *m, int32_t x) {
 }
 
 static int32_t trie_path(const model *m, int32_t x, int32_t *token) {
-    int32_t n = m->node[x].depth, y = x;
-    for (; m->node[y].depth > 0; y = m->node[y].parent) token[m->node[y].depth - 1] = m->node[y].token;
+    int32_t n = m->node[x].depth;
+    for (; m->node[x].depth > 0; x = m->node[x].parent)
+        token[m->node[x].depth - 1] = m->node[x].token;
     return n;
 }
 
@@ -79,14 +80,17 @@ static int32_t trie_up(const model *m, int32_t x, int32_t depth) {
     return x;
 }
 
+static void trie_hold(model *m, int32_t x) {
+    for (; m->node[x].depth > 0; x = m->node[x].parent) m->node[x].held++;
+}
+
 // Forgets what nobody holds and nothing keeps cached.
 static void trie_sweep(model *m) {
-    int32_t i, x;
+    int32_t i;
     for (i = 0; i < MAX_NODES; i++) m->node[i].held = 0;
     for (i = 0; i < m->max_seq; i++)
-        for (x = m->seq[i]; x >= 0; x = m->node[x].depth ? m->node[x].parent : -1) m->node[x].held++;
-    for (i = 0; i < m->n_pin; i++)
-        for (x = m->pin[i]; x >= 0; x = m->node[x].depth ? m->node[x].parent : -1) m->node[x].held++;
+        if (m->seq[i] >= 0) trie_hold(m, m->seq[i]);
+    for (i = 0; i < m->n_pin; i++) trie_hold(m, m->pin[i]);
     for (i = N_NS; i < MAX_NODES; i++)
         if (!m->node[i].cached && !m->node[i].held) m->node[i].used = 0;
 }
@@ -340,7 +344,8 @@ static void op_fork(model *m, int32_t s) {
 static void op_truncate(model *m, int32_t s) {
     int32_t n = m->node[m->seq[s]].depth, to;
     attn_result r;
-    to = fuzz_below(&m->in, 2) ? fuzz_below(&m->in, n + 1) : n - fuzz_below(&m->in, n < 4 ? n + 1 : 4);
+    if (fuzz_below(&m->in, 2)) to = fuzz_below(&m->in, n + 1);
+    else to = n - fuzz_below(&m->in, n < 4 ? n + 1 : 4);
     r = attn_tree_truncate(m->t, s, to);
     if (r != ATTN_OK) {
         FUZZ_CHECK(r == ATTN_ERR_FULL && m->tight);
@@ -396,8 +401,13 @@ static void op_evict(model *m) {
     attn_tree_get_stats(m->t, &now);
     FUZZ_CHECK(now.n_free - m->was.n_free == freed && freed >= 0);
     settle(m, 0);
-    for (i = N_NS; i < MAX_NODES && (want < 0 || freed < want); i++) // everything that could go went
+    // fewer than asked for: then everything that could go went
+    for (i = N_NS; i < MAX_NODES && (want < 0 || freed < want); i++)
         FUZZ_CHECK(!m->node[i].used || m->node[i].held > 0);
+}
+
+static void op_priority(model *m, int32_t s) {
+    FUZZ_CHECK(attn_tree_priority(m->t, s, fuzz_below(&m->in, 3) - 1) == ATTN_OK);
 }
 
 // Calls that must be refused without a trace.
@@ -411,7 +421,9 @@ static void op_hostile(model *m) {
     c.n_tokens = 1;
     switch (fuzz_below(&m->in, 12)) {
     case 0: FUZZ_CHECK(live || attn_tree_append(m->t, s, token, 2, out, &c, 1, &copies) < 0); break;
-    case 1: FUZZ_CHECK(n >= 0 || attn_tree_append(m->t, 0, token, n, out, &c, 1, &copies) < 0); break;
+    case 1:
+        FUZZ_CHECK(n >= 0 || attn_tree_append(m->t, 0, token, n, out, &c, 1, &copies) < 0);
+        break;
     case 2: FUZZ_CHECK(live || attn_tree_truncate(m->t, s, 0) == ATTN_ERR_NOT_FOUND); break;
     case 3:
         if (live && n >= 0 && n <= m->node[m->seq[s]].depth) break;
@@ -448,7 +460,7 @@ static void step(model *m) {
     else if (what < 15) op_fork(m, s);
     else if (what < 18) op_truncate(m, s);
     else if (what < 22) op_release(m, s);
-    else if (what < 24) FUZZ_CHECK(attn_tree_priority(m->t, s, fuzz_below(&m->in, 3) - 1) == ATTN_OK);
+    else if (what < 24) op_priority(m, s);
     else if (what < 26) op_pin(m, root);
     else if (what < 27) op_evict(m);
     else if (what < 28) op_hostile(m);
@@ -469,8 +481,9 @@ static void drain(model *m) {
     for (i = 0; i < m->max_seq; i++)
         if (m->seq[i] >= 0) FUZZ_CHECK(attn_tree_release(m->t, i, i & 1) == ATTN_OK);
     for (i = 0; i < m->n_pin; i++) {
+        uint64_t ns = name_space(trie_root(m, m->pin[i]));
         n = trie_path(m, m->pin[i], token);
-        FUZZ_CHECK(attn_tree_pin(m->t, name_space(trie_root(m, m->pin[i])), token, n, -1) == ATTN_OK);
+        FUZZ_CHECK(attn_tree_pin(m->t, ns, token, n, -1) == ATTN_OK);
     }
     FUZZ_CHECK(attn_tree_check(m->t) == ATTN_OK);
     FUZZ_CHECK(attn_tree_evict(m->t, -1, NULL) == ATTN_OK);

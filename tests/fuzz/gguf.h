@@ -1,5 +1,5 @@
-/* gguf.h - writes small llama-architecture GGUF files from a few bytes, sound or spoiled on purpose,
-   for the fuzz targets that read models. */
+/* gguf.h - writes small llama-architecture GGUF files from a few bytes, sound or spoiled on
+   purpose, for the fuzz targets that read models. */
 #ifndef FUZZ_GGUF_H
 #define FUZZ_GGUF_H
 
@@ -164,7 +164,7 @@ FUZZ_FN uint64_t gguf_pairs(gguf_out *o, const gguf_spec *s) {
     gguf_pair(o, s, &at, "tokenizer.ggml.add_bos_token", G_BOOL, 1, "");
     gguf_pair(o, s, &at, "tokenizer.ggml.add_space_prefix", G_BOOL, 0, "");
     gguf_array(o, s, &at, "tokenizer.ggml.tokens", G_STR, (uint64_t)n);
-    for (i = 0; i < n; i++) gguf_int(o, strlen(v[i].text), 8), gguf_put(o, v[i].text, strlen(v[i].text));
+    for (i = 0; i < n; i++) gguf_str(o, v[i].text);
     gguf_array(o, s, &at, "tokenizer.ggml.scores", G_F32, (uint64_t)n);
     for (i = 0; i < n; i++) gguf_put(o, &v[i].score, 4);
     gguf_array(o, s, &at, "tokenizer.ggml.token_type", G_I32, (uint64_t)n);
