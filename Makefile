@@ -40,6 +40,8 @@ ARGS_slow_test_bits ?= 5 1
 ARGS_slow_test_mask ?= 1 60
 ARGS_slow_test_api ?= 1 1
 ARGS_slow_test_tree ?= 1 20000
+ARGS_slow_test_tails ?= 1 3
+ARGS_slow_test_threads ?= 1 4
 ARGS_arm_test_cpu ?= 2 4
 
 all: examples
@@ -123,8 +125,8 @@ ARGS_msan_test_tree ?= 1 20000
 ARGS_msan_test_tails ?= 1 25
 ARGS_memcheck_test_tree ?= 1 1500
 ARGS_memcheck_test_tails ?= 1 2
-ARGS_memcheck_test_cpu ?= 1 4
-ARGS_memcheck_test_threads ?= 1 3
+ARGS_memcheck_test_cpu ?= 1 2
+ARGS_memcheck_test_threads ?= 1 2
 
 build/tsan/%: tests/%.c $(DEPS) | build/tsan
 	$(CLANG) -O1 -g -fsanitize=thread -fno-omit-frame-pointer $(INCLUDES) $< -o $@ $(LIBS)
