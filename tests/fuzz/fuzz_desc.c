@@ -18,13 +18,14 @@
 
 enum { MAX_SEQ = 3, MAX_HEADS = 12, MAX_TABLE = 4096, MAX_TOKENS = 4096, MAX_KEEP = 64 };
 #define MAX_BYTES ((int64_t)8 << 20)
-#define MAX_WORK 200000 /* multiply-adds of the reference */
+#define MAX_WORK 400000 /* multiply-adds of the reference */
 
 typedef struct model {
     fuzz_in in;
     attn_desc d;
     uint64_t rng;
     int spoiled, alias, wild; // wild: values, not only shapes, are out of the ordinary
+    int deep; // the sequences share a whole span
     void *keep[MAX_KEEP];
     int n_keep;
     int32_t *q_start, *q_pos0, *kv_len, *kv_pos0, *order, *parent, *table;
@@ -46,7 +47,8 @@ static int32_t pick(fuzz_in *in, const int32_t *from, int32_t n) { return from[f
 
 static void make_lengths(model *m, int tree) {
     attn_desc *d = &m->d;
-    int32_t n = d->n_seq, s, len, q, how = fuzz_below(&m->in, 8);
+    int32_t n = d->n_seq, s, len, q, how = (int32_t)fuzz_u8(&m->in);
+    m->deep = how >= 192;
     m->q_start = (int32_t *)give(m, 4 * (n + 1));
     m->kv_len = (int32_t *)give(m, 4 * n);
     m->q_pos0 = (int32_t *)give(m, 4 * n);
@@ -54,9 +56,11 @@ static void make_lengths(model *m, int tree) {
     for (m->q_start[0] = s = 0; s < n; s++) {
         len = fuzz_below(&m->in, 6) ? fuzz_below(&m->in, 40) : fuzz_below(&m->in, 600);
         q = fuzz_below(&m->in, 7);
+        if (m->deep) len = ATTN_SPAN + len % 90, q /= 2;
         if (q > len) q = len;
         m->kv_len[s] = len;
         m->kv_pos0[s] = how & 1 ? fuzz_below(&m->in, 700) : 0;
+        if (m->deep) m->kv_pos0[s] = m->kv_pos0[0] / 256 * 256;
         m->q_pos0[s] = m->kv_pos0[s] + len - q;
         if ((how & 6) == 2 && !tree) m->q_pos0[s] = fuzz_below(&m->in, 60); // queries anywhere
         m->q_start[s + 1] = m->q_start[s] + q;
@@ -124,7 +128,7 @@ static void make_pages(model *m) {
     kv->layout = (attn_layout)fuzz_below(&m->in, 3);
     kv->page_tokens = pick(&m->in, sizes, 8);
     if (kv->layout == ATTN_K16) kv->page_tokens = (kv->page_tokens + 15) / 16 * 16;
-    if (fuzz_below(&m->in, 4) == 0) { // contiguous
+    if (!m->deep && fuzz_below(&m->in, 4) == 0) { // contiguous
         for (s = 0; s < n; s++) most = m->kv_len[s] > most ? m->kv_len[s] : most;
         kv->page_tokens = kv->layout == ATTN_K16 ? (most + 16) / 16 * 16 : most + 1;
         kv->n_pages = n;
@@ -140,6 +144,7 @@ static void make_pages(model *m) {
     m->n_table = (n - 1) * kv->page_table_stride + pages_of(m, n - 1);
     m->table = (int32_t *)give(m, 4 * m->n_table);
     shared = fuzz_below(&m->in, 3) ? 0 : fuzz_below(&m->in, 40);
+    if (m->deep) shared += ATTN_SPAN / kv->page_tokens;
     for (s = 0; s < n; s++)
         for (j = 0; j < pages_of(m, s); j++, at++) // dealt backwards, so that order means something
             m->table[s * kv->page_table_stride + j] =
