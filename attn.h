@@ -1730,7 +1730,8 @@ static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t t
                            int direct) {
     attn_plan *p = b->p;
     float one = attni_task_cost(p, 1, (int64_t)attni_min32(tokens, p->tile_tokens) * b->group);
-    int32_t piece = b->max_cost > one ? (int32_t)attni_min64((int64_t)(b->max_cost / one), n) : 1;
+    float most = b->max_cost / one; // any float when the caller's costs are absurd
+    int32_t piece = most < 1 ? 1 : most < (float)n ? (int32_t)most : n;
     int64_t extra, more;
     if (b->max_cost <= 0 || piece >= n) return n;
     extra = (n + piece - 1) / piece - 1;
