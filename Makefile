@@ -2,11 +2,12 @@
 #
 #   make run [ARGS='--kv int8']   the main job (needs cc and make only)
 #   make test                     everything that is fast; ends with "N passed, N failed"
-#   make test-asan test-clang test-compile test-aarch64
 #   make frame [ARGS=--show]      60 frames a second while a character talks
 #   make coverage [coverage-cpu]  every condition of attn.h, MC/DC included (clang >= 18)
 #   make test-ports-fast | test-ports   one PORTABLE hash over compilers, flags and machines: a table
 #   make test-all                 everything, the slow ones too; `make deps-all` installs its tools
+#   make test-asan test-clang test-compile test-aarch64 test-tsan test-msan test-valgrind
+#   make fuzz-short | fuzz [SECONDS= JOBS= SEEDS=] | fuzz-static     (clang; see "fuzzing" below)
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -31,6 +32,8 @@ DEPS = $(HEADERS) $(wildcard examples/*.h tests/*.h)
 EXAMPLES = decode_contiguous chunked_prefill prefix_tree sparse_mask
 NAIVE = naive_llama naive_llama_attn
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c tests/selftest.c))
+FUZZ = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+CORPUS = tests/fuzz/corpus
 FOREIGN = $(filter selftest test_cpu,$(TESTS))
 
 # Arguments of test programs whose defaults take longer than a routine run should.
@@ -42,6 +45,8 @@ ARGS_slow_test_bits ?= 5 1
 ARGS_slow_test_mask ?= 1 60
 ARGS_slow_test_api ?= 1 1
 ARGS_slow_test_tree ?= 1 20000
+ARGS_slow_test_tails ?= 1 3
+ARGS_slow_test_threads ?= 1 4
 ARGS_arm_test_cpu ?= 2 4
 
 all: examples
@@ -86,7 +91,7 @@ build build/asan build/clang build/aarch64:
 MAKE_J = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
 RUNNER = bash tests/run.sh -j $(JOBS) -t $(LIMIT) --
 
-programs: $(TESTS:%=build/%) examples
+programs: $(TESTS:%=build/%) $(FUZZ:%=build/replay/%) examples
 
 test:
 	@$(MAKE_J) programs
@@ -96,7 +101,7 @@ test:
 	    $(foreach t,$(TESTS),"./build/$t $(ARGS_$t)") \
 	    -m gguf,numpy,tokenizers "$(PYTHON) tests/test_llama_py.py ./build/test_llama" \
 	    $(foreach e,$(EXAMPLES),-x "./build/$e $(ARGS_$e)") \
-	    "bash tests/test_naive.sh"
+	    "bash tests/test_naive.sh" $(foreach t,$(FUZZ),"./build/replay/$t $(CORPUS)/$t")
 
 test-asan:
 	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate \
@@ -133,9 +138,10 @@ test-ports-fast test-ports:
 
 # ---- everything. A check prints "N passed, N failed" last, or "skipped: why".
 
-ALL_CHECKS = test test-asan test-clang test-compile test-ports
-ALL_PACKAGES = gcc g++ libc6-dev make clang binutils pkg-config python3-venv libstb-dev \
-    qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-i686-linux-gnu \
+ALL_CHECKS = test test-asan test-clang test-compile test-ports test-tsan test-msan test-valgrind \
+    fuzz-short coverage
+ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
+    binutils pkg-config python3-venv libstb-dev valgrind qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-i686-linux-gnu \
     libc6-dev-i386-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu \
     libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
     libclang-rt-14-dev-wasm32 nodejs gcc-mingw-w64-x86-64 gcc-mingw-w64-i686 wine64
@@ -149,6 +155,95 @@ test-all:
 deps-all: deps
 	apt-get -q update
 	DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $(ALL_PACKAGES)
+# ---- more sanitizers, at small doses: each takes minutes on one core
+
+TSAN = test_threads
+MSAN = selftest test_tree test_tails
+MEMCHECK = selftest test_tree test_tails test_cpu test_threads
+ARGS_tsan_test_threads ?= 1 40
+ARGS_msan_test_tree ?= 1 20000
+ARGS_msan_test_tails ?= 1 25
+ARGS_memcheck_test_tree ?= 1 1500
+ARGS_memcheck_test_tails ?= 1 2
+ARGS_memcheck_test_cpu ?= 1 2
+ARGS_memcheck_test_threads ?= 1 2
+
+build/tsan/%: tests/%.c $(DEPS) | build/tsan
+	$(CLANG) -O1 -g -fsanitize=thread -fno-omit-frame-pointer $(INCLUDES) $< -o $@ $(LIBS)
+build/msan/%: tests/%.c $(DEPS) | build/msan
+	$(CLANG) -O1 -g -fsanitize=memory -fno-omit-frame-pointer $(INCLUDES) $< -o $@ $(LIBS)
+build/tsan build/msan build/replay build/fuzz build/fuzz-static:
+	@mkdir -p $@
+
+test-tsan:
+	@if command -v $(CLANG) >/dev/null; then \
+	    $(MAKE_J) $(TSAN:%=build/tsan/%) && \
+	    TSAN_OPTIONS=halt_on_error=1 \
+	    $(RUNNER) $(foreach t,$(TSAN),"./build/tsan/$t $(ARGS_tsan_$t)"); \
+	else echo "skipped: no $(CLANG)"; fi
+
+test-msan:
+	@if command -v $(CLANG) >/dev/null; then \
+	    $(MAKE_J) $(MSAN:%=build/msan/%) && \
+	    $(RUNNER) $(foreach t,$(MSAN),"./build/msan/$t $(ARGS_msan_$t)"); \
+	else echo "skipped: no $(CLANG)"; fi
+
+# Memcheck's processor has no AVX-512; what the programs find there is scalar and AVX2.
+test-valgrind:
+	@if command -v valgrind >/dev/null; then \
+	    $(MAKE_J) $(MEMCHECK:%=build/%) && \
+	    $(RUNNER) $(foreach t,$(MEMCHECK),"valgrind -q --error-exitcode=9 --exit-on-first-error=yes \
+	        --leak-check=full ./build/$t $(ARGS_memcheck_$t)"); \
+	else echo "skipped: no valgrind"; fi
+
+# ---- fuzzing
+#
+# tests/fuzz/fuzz_*.c are libFuzzer targets; any compiler builds them to replay tests/fuzz/corpus,
+# which make test does. fuzz-static makes build/fuzz-static, a folder that runs on any x86-64 Linux
+# with bash: cd there, ./campaign.sh -s 500 -j 16 -r "1 2 3" -o /tmp/out.
+
+SECONDS ?= 60
+SEEDS ?= 1
+FUZZ_DEPS = $(DEPS) $(wildcard tests/fuzz/*.h examples/generate.c)
+FUZZ_FLAGS = -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined \
+    -fno-sanitize-recover=all $(INCLUDES)
+FUZZ_LOADER = ld-linux-x86-64.so.2
+MODEL = examples/models/recall.gguf
+
+build/replay/%: tests/fuzz/%.c $(FUZZ_DEPS) | build/replay
+	$(CC) -O1 -g -Wall -Wextra -DFUZZ_MAIN $(INCLUDES) $< -o $@ $(LIBS)
+build/fuzz/%: tests/fuzz/%.c $(FUZZ_DEPS) | build/fuzz
+	$(CLANG) $(FUZZ_FLAGS) $< -o $@ $(LIBS)
+build/fuzz-static/%: tests/fuzz/%.c $(FUZZ_DEPS) | build/fuzz-static
+	$(CLANG) $(FUZZ_FLAGS) $< -o $@ $(LIBS) -static-libstdc++ -static-libgcc -gz \
+	    -Wl,--dynamic-linker=lib/$(FUZZ_LOADER) -Wl,-rpath,'$$ORIGIN/lib'
+
+# Seeds too large for the tree: the head of a real model as a file of its own.
+FUZZ_SEEDS = mkdir -p $(1)/seeds/fuzz_gguf && { printf '\0'; head -c 12000 $(MODEL); } \
+    >$(1)/seeds/fuzz_gguf/header
+
+fuzz-build:
+	@$(MAKE_J) $(FUZZ:%=build/fuzz/%)
+	@$(call FUZZ_SEEDS,build/fuzz)
+
+fuzz-short:
+	@if command -v $(CLANG) >/dev/null; then $(MAKE_J) fuzz-build && \
+	    bash tests/fuzz/campaign.sh -s 20 -j $(JOBS) -b build/fuzz -o build/fuzz-out $(FUZZ); \
+	else echo "skipped: no $(CLANG)"; fi
+
+fuzz: fuzz-build
+	bash tests/fuzz/campaign.sh -s $(SECONDS) -j $(JOBS) -r "$(SEEDS)" -b build/fuzz \
+	    -o build/fuzz-out $(FUZZ)
+
+fuzz-static:
+	@$(MAKE_J) $(FUZZ:%=build/fuzz-static/%)
+	@mkdir -p build/fuzz-static/lib
+	@for f in $(FUZZ_LOADER) libc.so.6 libm.so.6; do \
+	    cp -L $$($(CLANG) -print-file-name=$$f) build/fuzz-static/lib/ || exit 1; done
+	@$(call FUZZ_SEEDS,build/fuzz-static)
+	@rm -rf build/fuzz-static/corpus && cp -r $(CORPUS) build/fuzz-static/corpus
+	@cp tests/fuzz/campaign.sh build/fuzz-static/
+	@du -sh build/fuzz-static
 
 # The Python side of the tests, in a place of its own.
 deps:
@@ -211,5 +306,5 @@ clean:
 
 .PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64
 .PHONY: coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps bench lint install
-.PHONY: clean
+.PHONY: test-tsan test-msan test-valgrind fuzz fuzz-build fuzz-short fuzz-static clean
 .DELETE_ON_ERROR:

@@ -1834,9 +1834,11 @@ static float attni_merge_cost(const attn_plan_params *q, int64_t n_heads, int64_
 
 // How many things of cost `one` stay within bound: at least 1, at most `most`. No bound: most.
 static int32_t attni_fitting(float bound, float one, int32_t most) {
+    float fits;
     most = attni_max32(most, 1);
     if (!(bound > 0) || (float)most * one <= bound) return most;
-    return attni_max32(1, (int32_t)attni_min64((int64_t)(bound / one), most));
+    fits = bound / one; // any float, NaN too, when the caller's costs are absurd
+    return fits >= (float)most ? most : fits >= 1 ? (int32_t)fits : 1;
 }
 
 // How many of the spans [span0, span1) the window and causality leave to queries at [p0, p1].

@@ -219,8 +219,11 @@ int32_t llama_sample(llama_sampler *s, const float *logits, int32_t n); /* -1: o
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#define LLAMA_MMAP 1
+#ifndef LLAMA_MMAP
+#define LLAMA_MMAP 1 /* define it as 0 to read files instead of mapping them */
+#endif
 #else
+#undef LLAMA_MMAP
 #define LLAMA_MMAP 0
 #endif
 #ifdef LLAMA_USE_CBLAS

@@ -833,6 +833,13 @@ static void missing_partials(void) {
     p.partial_bytes = attn_plan_partial_bytes(plan) - 1;
     CHECK_EQ(attn_plan_build(&f.d, &p, work, sizeof work, &plan), ATTN_OK);
     CHECK(attn_plan_partial_bytes(plan) <= p.partial_bytes && plan->n_shared == 0);
+    // costs beyond any sense plan something all the same
+    for (i = 0; i < 140; i++) { // past the point where a sum of finite costs is infinite
+        attn_cpu_plan_params(&f.d, 4, &p);
+        p.cost_row_token = p.cost_kv_token = (float)ldexp(1, i);
+        CHECK_EQ(attn_plan_build(&f.d, &p, work, sizeof work, &plan), ATTN_OK);
+        CHECK(plan->n_tasks > 0);
+    }
     free(scratch);
     fixture_free(&f);
 }
