@@ -3599,6 +3599,7 @@ static double attni_check_score(attni_checked *c, int32_t j, double *off) {
         *off += scale * q_top * k1 / 250;
     // 16-bit O allows kernels that round Q to it
     if (d->o.dtype != ATTN_F32 && d->q.dtype != d->o.dtype) *off += scale * dot / 256;
+    if (dot > 1e38) *off = 1e300; // f32 may overflow on the way
     return x;
 }
 
@@ -3629,7 +3630,7 @@ static void attni_check_keys(attni_checked *c, int64_t from, int64_t to, int onl
             a = c->row[e] < 0 ? -c->row[e] : c->row[e];
             c->o[e] += w * c->row[e];
             c->abs[e] += w * a;
-            c->off[e] += off * a;
+            c->off[e] += a > 1e36 ? 1e300 : off * a; // as above
         }
     }
 }
