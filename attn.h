@@ -2419,6 +2419,9 @@ static uint32_t attni_tree_hash(int32_t parent, uint64_t key) {
 #ifndef ATTNI_HASH /* a test makes every hash collide */
 #define ATTNI_HASH(parent, key) attni_tree_hash(parent, key)
 #endif
+#ifndef ATTNI_FAULT /* a test refuses a request for pages, a node or a sequence slot */
+#define ATTNI_FAULT() 0
+#endif
 
 static int32_t attni_index_find(const attn_tree *t, int32_t parent, uint64_t key) {
     uint32_t i = ATTNI_HASH(parent, key) & t->table_mask;
@@ -2655,7 +2658,7 @@ static void attni_tree_shrink(attn_tree *t, int32_t x, int32_t n_free) {
 // Evicts until that many pages and nodes are unused; 0, and nothing done, when that cannot be.
 static int attni_tree_room(attn_tree *t, int64_t pages, int32_t nodes) {
     if (pages > (int64_t)t->n_pages - t->n_held_pages) return 0;
-    if (nodes > t->max_nodes - t->n_held_nodes) return 0;
+    if (nodes > t->max_nodes - t->n_held_nodes || ATTNI_FAULT()) return 0;
     while (t->pool.n_free < pages) attni_tree_shrink(t, t->heap[0], (int32_t)pages);
     while (t->max_nodes - t->n_nodes < nodes) attni_tree_shrink(t, t->heap[0], INT32_MAX);
     return 1;
@@ -2670,7 +2673,7 @@ static void attni_node_pin(attn_tree *t, int32_t x, int32_t delta) {
 static int32_t attni_tree_cut(attn_tree *t, int32_t x, int32_t pos) {
     int32_t u = -1;
     if (pos == t->node[x].end) return x;
-    if (t->n_nodes < t->max_nodes) return attni_node_split(t, x, pos);
+    if (t->n_nodes < t->max_nodes) return ATTNI_FAULT() ? -1 : attni_node_split(t, x, pos);
     attni_node_pin(t, x, 1); // or eviction might take x, or merge it away
     if (attni_tree_room(t, 0, 1)) u = attni_node_split(t, x, pos);
     attni_node_pin(t, x, -1);
@@ -2834,7 +2837,7 @@ ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *to
                                     int32_t *seq, int32_t *n_cached) {
     int32_t x, hit = 0;
     if (!t || !seq || n < 0 || (!tokens && n > 0)) return ATTN_ERR_ARGUMENT;
-    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
     x = attni_index_find(t, -1, ns);
     if (x >= 0) {
         hit = attni_tree_walk(t, &x, tokens, n);
@@ -3039,7 +3042,7 @@ ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, i
 ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out) {
     if (!t || !out) return ATTN_ERR_ARGUMENT;
     if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
-    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
     *out = attni_seq_new(t, t->seq[seq].node);
     return ATTN_OK;
 }
@@ -3704,6 +3707,7 @@ ATTN_DEF attn_result attn_check_row(const attn_desc *d, int32_t t, int32_t h, in
 #endif // ATTN_CHECK
 
 #undef ATTNI_ALIGN
+#undef ATTNI_FAULT
 #undef ATTNI_HASH
 #undef ATTNI_BLOB_HEADER
 #undef ATTNI_BLOB_VERSION
