@@ -28,7 +28,7 @@ enum {
     MAX_LEN = 640,
     MAX_PAGES = 64,
     MAX_PIN = 4,
-    MAX_COPIES = 64,
+    MAX_COPIES = 128,
     MAX_EVENTS = 4096,
     MAX_Q = 512,
     KV_HEADS = 2,
@@ -59,14 +59,14 @@ typedef struct sim {
     test_rng rng;
     attn_tree *t;
     int32_t pt, n_pages, max_seq, max_len, n_ns, alphabet, n_layers, fault_rate, step_rate;
-    int tight; // few nodes
+    int tight, lazy; // few nodes; copies and stores that wait for long
     int used[MAX_SEQ], n_live;
     run live[MAX_SEQ];
     int32_t n_flat[MAX_SEQ]; // tokens whose K and V lie in flat
     run prompt[PROMPTS], pin[MAX_PIN], saved;
     int32_t n_pin, has_saved;
     event queue[MAX_EVENTS];
-    int32_t n_queue;
+    int32_t n_queue, n_copies; // n_copies: of them
     attn_page_copy done[MAX_COPIES]; // to acknowledge
     int32_t n_done;
     int clean[MAX_PAGES];       // free and poisoned
@@ -225,21 +225,23 @@ static void store_rows(const attn_desc *d, int l, const uint64_t *hash, const in
 
 // ---- the engine's side: stores and copies, carried out late and in any order the contract allows
 
-static void do_copy(const attn_page_copy *c) {
+static void do_copies(const attn_page_copy *c, int32_t n) {
     int l;
     int32_t i;
     for (l = 0; l < m.n_layers; l++) {
         attn_desc d = layer_desc(l);
-        CHECK_EQ(attn_cpu_copy_pages(&d, c, 1), ATTN_OK);
+        CHECK_EQ(attn_cpu_copy_pages(&d, c, n), ATTN_OK);
     }
-    for (i = 0; i < c->n_tokens; i++) m.tag[c->dst * m.pt + i] = m.tag[c->src * m.pt + i];
-    sum.copies++;
+    for (sum.copies += n; n > 0; n--, c++)
+        for (i = 0; i < c->n_tokens; i++) m.tag[c->dst * m.pt + i] = m.tag[c->src * m.pt + i];
 }
 
-// Stores told before a copy come before it; those told later before or after.
+// Stores told before a copy come before it; those told later before or after. All stores may come
+// before all copies.
 static void flush(void) {
     static uint64_t hash[MAX_EVENTS];
     static int64_t slot[MAX_EVENTS];
+    attn_page_copy copy[MAX_COPIES];
     int32_t i, j, n, at = 0, next;
     int l;
     while (at < m.n_queue) {
@@ -259,13 +261,34 @@ static void flush(void) {
             attn_desc d = layer_desc(l);
             store_rows(&d, l, hash, slot, n);
         }
-        if (next < m.n_queue) {
-            do_copy(&m.queue[next].copy);
-            m.done[m.n_done++] = m.queue[next].copy;
+        // this copy, and those behind it whose earlier stores are done
+        for (n = 0; next < m.n_queue && (m.queue[next].is_copy || m.queue[next].done); next++) {
+            if (!m.queue[next].is_copy) continue;
+            if (n > 0 && one_in(4)) break;
+            copy[n++] = m.done[m.n_done++] = m.queue[next].copy;
         }
-        at = next + 1;
+        do_copies(copy, n);
+        at = next;
     }
-    m.n_queue = 0;
+    m.n_queue = m.n_copies = 0;
+}
+
+static void flush_stores(void) {
+    int32_t i, n = 0;
+    int l;
+    for (i = 0; i < m.n_queue; i++) {
+        event *e = m.queue + i;
+        if (e->is_copy) {
+            m.queue[n++] = *e;
+            continue;
+        }
+        m.tag[e->slot] = e->hash;
+        for (l = 0; l < m.n_layers; l++) {
+            attn_desc d = layer_desc(l);
+            store_rows(&d, l, &e->hash, &e->slot, 1);
+        }
+    }
+    m.n_queue = n;
 }
 
 static void ack(int32_t n) {
@@ -426,6 +449,7 @@ static int append(int32_t s, const run *want) {
         memset(e, 0, sizeof *e);
         e->is_copy = 1;
         e->copy = copy[i];
+        m.n_copies++;
         note("copy", copy[i].src, copy[i].dst, copy[i].n_tokens);
     }
     queue_stores(s, old + hit);
@@ -484,6 +508,7 @@ static void op_fork(int32_t s) {
 static void op_truncate(int32_t s) {
     int32_t n = m.live[s].n, to = one_in(2) ? below(n + 1) : n - below(n < 4 ? n + 1 : 4);
     attn_result r;
+    if (n > ATTN_SPAN && one_in(3)) to = ATTN_SPAN - below(5); // soon to cross a span's border
     faults_on = 1;
     r = attn_tree_truncate(m.t, s, to);
     faults_on = 0;
@@ -575,7 +600,7 @@ static int write_rows(void *user, int32_t page, int32_t place, int32_t n, void *
 
 static int copy_rows(void *user, const attn_page_copy *c) {
     (void)user;
-    do_copy(c);
+    do_copies(c, 1);
     return --m.fail_at == 0;
 }
 
@@ -620,7 +645,7 @@ static void op_load(void) {
 
 typedef struct batch {
     attn_desc d;
-    int32_t seq[MAX_SEQ], q_start[MAX_SEQ + 1], q_pos0[MAX_SEQ], kv_len[MAX_SEQ], order[MAX_SEQ];
+    int32_t n, seq[MAX_SEQ], q_start[MAX_SEQ + 1], q_pos0[MAX_SEQ], kv_len[MAX_SEQ], order[MAX_SEQ];
     int32_t table[MAX_SEQ * MAX_LEN], parent[MAX_Q];
     int layer;
 } batch;
@@ -636,18 +661,34 @@ static void fill_query(const run *r, int32_t pos, void *q, int64_t row) {
     for (i = 0; i < n; i++) attni_put(q, m.d.q.dtype, row * n + i, x[i]);
 }
 
-// Which sequences take part, and with how many of their last tokens.
-static int make_batch(batch *b) {
-    int32_t i, j, k, s, n = 0, q, total = 0, wide = one_in(4), stride;
-    int tree = one_in(3), prefill = one_in(6);
-    int32_t scratch[MAX_SEQ];
+// Which sequences take part.
+static int choose_batch(batch *b) {
+    int32_t i, j, s, n = 0;
     for (s = 0; s < m.max_seq; s++)
         if (m.used[s] && m.live[s].n > 0 && !one_in(3)) b->seq[n++] = s;
     for (i = n - 1; i > 0; i--) {
         j = below(i + 1);
         s = b->seq[i], b->seq[i] = b->seq[j], b->seq[j] = s;
     }
-    if (n == 0) return 0;
+    b->n = n;
+    return n > 0;
+}
+
+// The next step of a decode loop: a token more for each, and sometimes another sequence.
+static void next_batch(batch *b) {
+    int32_t i, s = pick(), at = below(b->n);
+    for (i = 0; i < b->n; i++)
+        if (b->seq[i] == s) s = -1;
+    if (s >= 0 && m.live[s].n > 0 && one_in(3)) b->seq[at] = s;
+    for (i = 0; i < b->n; i++)
+        if (m.live[b->seq[i]].n < m.max_len) op_grow(b->seq[i], 1);
+}
+
+// With how many of their last tokens, and where those lie.
+static void make_batch(batch *b, int loop) {
+    int32_t i, k, n = b->n, q, total = 0, wide = !loop && one_in(4), stride;
+    int tree = !loop && one_in(3), prefill = !loop && one_in(6);
+    int32_t scratch[MAX_SEQ];
     b->layer = below(m.n_layers);
     b->d = layer_desc(b->layer);
     if (tree) b->d.mask.kind = ATTN_MASK_TREE;
@@ -656,7 +697,7 @@ static int make_batch(batch *b) {
         const run *r = m.live + b->seq[i];
         q = tree || wide ? 1 + below(8) : 1;
         if (prefill && !tree && r->n <= 96) q = r->n;
-        if (one_in(12) && !tree) q = 0;
+        if (one_in(12) && !tree && !loop) q = 0;
         if (q > r->n) q = r->n;
         if (q > MAX_Q - total) q = MAX_Q - total;
         b->q_start[i] = total;
@@ -684,7 +725,6 @@ static int make_batch(batch *b) {
     b->d.q.data = q_rows;
     b->d.o.data = o_rows;
     b->d.lse = lse_rows;
-    return 1;
 }
 
 // A new plan, or the last one brought up to date.
@@ -752,6 +792,23 @@ static void flat_store(int32_t s) {
         store_rows(&d, l, r->hash + m.n_flat[s], slot, n);
     }
     m.n_flat[s] = r->n;
+}
+
+// The rows in the pages are those that the model stored, byte for byte.
+static void verify_rows(int32_t s) {
+    static unsigned char a[ROW * 4 + 64], b[ROW * 4 + 64];
+    int32_t page[MAX_LEN], j, k, n = m.live[s].n, l = below(m.n_layers), v;
+    attn_desc d = layer_desc(l), f = flat_desc(s, l);
+    if (n == 0 || m.n_queue > 0) return;
+    flat_store(s);
+    CHECK_EQ(attn_tree_pages(m.t, s, page, MAX_LEN), (n + m.pt - 1) / m.pt);
+    for (k = 0; k < 8; k++)
+        for (v = 0; v < 2; v++) {
+            j = below(n);
+            CHECK_EQ(attn_kv_read_rows(&d, v, page[j / m.pt], j % m.pt, 1, a), ATTN_OK);
+            CHECK_EQ(attn_kv_read_rows(&f, v, 0, j, 1, b), ATTN_OK);
+            CHECK(memcmp(a, b, attn_kv_rows_bytes(&d, v, 1)) == 0);
+        }
 }
 
 // Sequence i of the batch alone, over contiguous memory and with more of its tokens as queries: the
@@ -916,27 +973,18 @@ static void judge_accuracy(void) {
         }
 }
 
-static void op_step(void) {
-    static batch b;
+static void attend(batch *b) {
     attn_desc d;
-    int32_t i, q, q_start[2], left = 2, s;
-    size_t bytes, k;
-    memset(&b, 0, sizeof b);
-    for (i = 0; i < 3 && (s = pick()) >= 0; i++) // decode, or the next chunks of prompts
-        if (m.live[s].n < m.max_len) op_grow(s, one_in(3) ? 1 + below(12) : 1);
-    flush();
-    sweep();
-    if (one_in(2)) ack(1 + below(4));
-    if (!make_batch(&b)) return;
-    bytes = (size_t)b.q_start[b.d.n_seq] * (size_t)(m.d.n_heads * m.d.v_head_dim) *
-            (size_t)(attni_bits_of(m.d.o.dtype) / 8);
+    int32_t i, q, q_start[2], left = 2;
+    size_t k, bytes = (size_t)b->q_start[b->n] * (size_t)(m.d.n_heads * m.d.v_head_dim) *
+                      (size_t)(attni_bits_of(m.d.o.dtype) / 8);
     memset(o_rows, 0xff, bytes);
-    if (!make_plan(&b.d)) return;
-    run_plan(&b.d);
+    if (!make_plan(&b->d)) return;
+    run_plan(&b->d);
     for (k = 0; k < bytes; k += 7) m.log = mix(m.log, o_rows[k]);
-    for (i = 0; i < b.d.n_seq && test_failed == 0; i++) {
-        if ((q = b.q_start[i + 1] - b.q_start[i]) == 0) continue;
-        compare_flat(&b, i, &d, q_start);
+    for (i = 0; i < b->n && test_failed == 0; i++) {
+        if ((q = b->q_start[i + 1] - b->q_start[i]) == 0) continue;
+        compare_flat(b, i, &d, q_start);
         if (left > 0 && one_in(2)) {
             oracle(&d, below(q_start[1]), below(m.d.n_heads));
             left--;
@@ -945,17 +993,35 @@ static void op_step(void) {
     sum.steps++;
 }
 
+static void op_step(void) {
+    static batch b;
+    int32_t i, s, n_steps = one_in(3) ? 2 + below(6) : 1;
+    for (i = 0; i < 3 && (s = pick()) >= 0; i++) // decode, or the next chunks of prompts
+        if (m.live[s].n < m.max_len) op_grow(s, one_in(3) ? 1 + below(12) : 1);
+    memset(&b, 0, sizeof b);
+    if (!choose_batch(&b)) return;
+    for (i = 0; i < n_steps && test_failed == 0; i++) {
+        if (i > 0) next_batch(&b);
+        flush();
+        sweep();
+        if (one_in(2)) ack(1 + below(4));
+        make_batch(&b, n_steps > 1);
+        attend(&b);
+    }
+}
+
 // ---- epochs
 
 static void op(void) {
     static run r;
     int32_t s = pick(), what = below(100);
-    if (m.n_queue > MAX_EVENTS - 2 * MAX_LEN || m.n_done > MAX_COPIES / 2) what = 99;
-    if (m.n_queue > 0 && m.n_done + m.n_queue > MAX_COPIES && one_in(8)) what = 99;
+    if (m.n_queue > MAX_EVENTS - 5 * MAX_LEN || m.n_done + m.n_copies > MAX_COPIES - 8) what = 99;
     if (s < 0 && what >= 18) what %= 18;
+    if (m.lazy && (what >= 66 || what == 99) && m.n_copies < 40 && one_in(2)) what = 18 + below(34);
     // tokens are stored before their sequence may shorten or end, as the contract says
-    if (what >= 52 && what < 80) flush();
-    if (one_in(m.step_rate)) {
+    if (what >= 52 && what < 76 && one_in(2)) flush_stores();
+    else if (what >= 52 && what < 80) flush();
+    if (what < 99 && one_in(m.step_rate)) {
         op_step();
         return;
     }
@@ -1009,11 +1075,12 @@ static void draw_sizes(attn_tree_desc *td) {
     int is_long = one_in(6), i; // sequences of several spans
     memset(td, 0, sizeof *td);
     m.max_len = is_long ? MAX_LEN : 40 + below(60);
-    m.step_rate = is_long ? 60 : 24;
+    m.step_rate = is_long ? 40 : 24;
     m.pt = is_long ? large[below(3)] : small[below(6)];
     m.n_pages = is_long ? 24 + below(40) : 4 + below(m.pt < 3 ? 60 : 28);
     m.max_seq = 2 + below(MAX_SEQ - 1);
     m.tight = one_in(4);
+    m.lazy = one_in(3);
     if (m.tight) td->max_nodes = 6 + below(16);
     m.n_ns = 1 + below(3);
     m.alphabet = 2 + below(4);
@@ -1092,6 +1159,7 @@ static uint64_t epoch(uint64_t seed, uint64_t number, int32_t n) {
         sweep();
         if (one_in(12)) verify_all();
         else if ((s = pick()) >= 0) verify_seq(s);
+        if (one_in(20) && (s = pick()) >= 0) verify_rows(s);
     }
     if (test_failed == 0) epoch_end();
     if (test_failed > 0) {
