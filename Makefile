@@ -3,6 +3,7 @@
 #   make run [ARGS='--kv int8']   the main job (needs cc and make only)
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make test-asan test-clang test-compile test-aarch64
+#   make sim [OPS=10000000 SIM_SEED=1000]   the simulator, in shards of their own seeds
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -27,6 +28,7 @@ DEPS = $(HEADERS) $(wildcard examples/*.h tests/*.h)
 EXAMPLES = decode_contiguous chunked_prefill prefix_tree sparse_mask
 NAIVE = naive_llama naive_llama_attn
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c tests/selftest.c))
+SIM = build/attn_sim build/attn_sim_check
 FOREIGN = $(filter selftest test_cpu,$(TESTS))
 
 # Arguments of test programs whose defaults take longer than a routine run should.
@@ -37,6 +39,9 @@ ARGS_slow_test_bits ?= 5 1
 ARGS_slow_test_mask ?= 1 60
 ARGS_slow_test_api ?= 1 1
 ARGS_slow_test_tree ?= 1 20000
+ARGS_slow_test_check ?= 1 12
+ARGS_slow_test_faults ?= 1 10
+ARGS_slow_test_noalloc ?= 1 3
 ARGS_arm_test_cpu ?= 2 4
 
 all: examples
@@ -77,20 +82,23 @@ build build/asan build/clang build/aarch64:
 MAKE_J = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
 RUNNER = bash tests/run.sh -j $(JOBS) -t $(LIMIT) --
 
-programs: $(TESTS:%=build/%) examples
+programs: $(TESTS:%=build/%) $(SIM) examples
 
 test:
 	@$(MAKE_J) programs
 	@$(RUNNER) -s -m gguf,numpy "$(PYTHON) tests/test_generate.py ./build/generate --quick" \
 	    "bash tests/test_compile.sh" \
 	    $(foreach t,$(TESTS),"./build/$t $(ARGS_$t)") \
+	    "./build/attn_sim 1 200000" "./build/attn_sim_check 2 60000" \
 	    -m gguf,numpy,tokenizers "$(PYTHON) tests/test_llama_py.py ./build/test_llama" \
 	    $(foreach e,$(EXAMPLES),-x "./build/$e $(ARGS_$e)") \
 	    "bash tests/test_naive.sh"
 
 test-asan:
-	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate
+	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate \
+	    build/asan/attn_sim
 	@$(RUNNER) $(foreach t,$(TESTS),"./build/asan/$t $(ARGS_slow_$t)") \
+	    "./build/asan/attn_sim 1 8000" \
 	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e $(ARGS_$e)") \
 	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'"
 
@@ -109,6 +117,20 @@ test-aarch64:
 	    $(MAKE_J) $(FOREIGN:%=build/aarch64/%) && \
 	    $(RUNNER) $(foreach t,$(FOREIGN),"$(AARCH64_RUN) ./build/aarch64/$t $(ARGS_arm_$t)"); \
 	else echo "skipped: needs $(AARCH64_CC) and $(AARCH64_RUN)"; fi
+
+# The simulator, plain and in the checked build: a dose in make test, all of it here.
+OPS ?= 10000000
+SIM_SEED ?= 1000
+SIM_SHARDS = $(shell n=$$(( $(OPS) / 250000 )); seq $(SIM_SEED) $$(( $(SIM_SEED) + (n ? n : 1) - 1 )))
+SIM_OPS = $(shell n=$$(( $(OPS) / 250000 )); echo $$(( $(OPS) / (n ? n : 1) )))
+
+build/attn_sim_check: tests/attn_sim.c $(DEPS) | build
+	$(CC) $(TEST_FLAGS) -DATTN_CHECK $(INCLUDES) $< -o $@ $(LIBS)
+
+sim:
+	@$(MAKE_J) $(SIM)
+	@$(RUNNER) "./build/attn_sim_check $(SIM_SEED) 250000" \
+	    $(foreach s,$(SIM_SHARDS),"./build/attn_sim $s $(SIM_OPS)")
 
 # The Python side of the tests, in a place of its own.
 deps:
@@ -170,5 +192,5 @@ clean:
 	rm -rf build
 
 .PHONY: all run examples naive-diff programs test test-asan test-clang test-compile test-aarch64 \
-    deps bench lint install clean
+    sim deps bench lint install clean
 .DELETE_ON_ERROR:

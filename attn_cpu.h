@@ -21,6 +21,7 @@
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
 
    MEMORY    Plans, scratch and partials: 64-byte aligned, the caller's. Nothing is allocated.
+             Optimised builds take at most 16 KiB of stack (48 with ATTN_CHECK).
    THREADS   attn_cpu_run and attn_cpu_merge may run on any threads at once, each with its own
              scratch, on disjoint tasks. What was learnt about the CPU is the only state, atomic.
    NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16
