@@ -679,7 +679,7 @@ static void next_batch(batch *b) {
     int32_t i, s = pick(), at = below(b->n);
     for (i = 0; i < b->n; i++)
         if (b->seq[i] == s) s = -1;
-    if (s >= 0 && m.live[s].n > 0 && one_in(3)) b->seq[at] = s;
+    if (s >= 0 && m.live[s].n > 0 && one_in(2)) b->seq[at] = s; // shares less, perhaps
     for (i = 0; i < b->n; i++)
         if (m.live[b->seq[i]].n < m.max_len) op_grow(b->seq[i], 1);
 }
@@ -931,7 +931,8 @@ static void oracle(const attn_desc *d, int32_t i, int32_t h) {
     o_id = d->o.dtype == ATTN_F32 ? 0 : d->o.dtype == ATTN_F16 ? 1 : 2;
     for (e = 0; e < vd; e++) {
         int64_t at = ((int64_t)i * d->n_heads + h) * vd + e;
-        double got = (double)attni_get(d->o.data, d->o.dtype, at), ref = l > 0 ? o[e] / l : 0, ef, ep;
+        double got = (double)attni_get(d->o.data, d->o.dtype, at), ef, ep;
+        double ref = l > 0 ? o[e] / l : 0;
         float plain = lf > 0 ? of[e] / lf : 0;
         uint8_t b[4];
         attni_put(b, d->o.dtype, 0, plain);
@@ -1077,12 +1078,12 @@ static void draw_sizes(attn_tree_desc *td) {
     m.max_len = is_long ? MAX_LEN : 40 + below(60);
     m.step_rate = is_long ? 40 : 24;
     m.pt = is_long ? large[below(3)] : small[below(6)];
-    m.n_pages = is_long ? 24 + below(40) : 4 + below(m.pt < 3 ? 60 : 28);
+    m.n_pages = is_long ? 36 + below(28) : 4 + below(m.pt < 3 ? 60 : 28);
     m.max_seq = 2 + below(MAX_SEQ - 1);
     m.tight = one_in(4);
     m.lazy = one_in(3);
     if (m.tight) td->max_nodes = 6 + below(16);
-    m.n_ns = 1 + below(3);
+    m.n_ns = 1 + below(is_long && one_in(2) ? 1 : 3);
     m.alphabet = 2 + below(4);
     m.fault_rate = one_in(2) ? 20 + below(100) : 0;
     hash_mask = one_in(3) ? 0 : one_in(2) ? 7 : 0xffffffffu;
@@ -1092,7 +1093,7 @@ static void draw_sizes(attn_tree_desc *td) {
     td->page_tokens = m.d.kv.page_tokens = m.pt;
     td->max_seq = m.max_seq;
     for (i = 0; i < PROMPTS; i++) {
-        int32_t n = m.max_len / 4 + below(m.max_len / 2);
+        int32_t n = is_long ? ATTN_SPAN + below(200) : m.max_len / 4 + below(m.max_len / 2);
         m.prompt[i].ns = 1;
         while (m.prompt[i].n < n) run_push(m.prompt + i, below(m.alphabet));
     }
