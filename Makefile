@@ -98,7 +98,7 @@ test-asan:
 	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate \
 	    build/asan/attn_sim
 	@$(RUNNER) $(foreach t,$(TESTS),"./build/asan/$t $(ARGS_slow_$t)") \
-	    "./build/asan/attn_sim 1 8000" \
+	    "./build/asan/attn_sim 1 2000" \
 	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e $(ARGS_$e)") \
 	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'"
 

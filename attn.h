@@ -477,7 +477,8 @@ typedef struct attn_tree_desc {
     int32_t page_tokens;
     int32_t max_seq;     // live sequences (default 0: 256)
     int32_t max_nodes; // (default 0: 2 * n_pages + max_seq + 64: never runs out while fewer than 63
-                       // prefixes are pinned or end where the priority changes)
+                       // prefixes are pinned or end where the priority changes; with fewer, a
+                       // call that fails for want of a node may have evicted cached tokens)
 } attn_tree_desc;
 
 ATTN_DEF size_t attn_tree_bytes(const attn_tree_desc *desc); // 0 when invalid
