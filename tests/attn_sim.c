@@ -873,20 +873,18 @@ static int sees(const attn_desc *d, int32_t n, int32_t q, int32_t i, int32_t j) 
     return 1;
 }
 
-static void oracle(const attn_desc *d, int32_t i, int32_t h) {
-    static double x[MAX_LEN];
-    static float xf[MAX_LEN];
-    int32_t n = d->kv.kv_len[0], q = d->q_start[1], kh = h / (d->n_heads / d->n_kv_heads), j, e;
-    int32_t dim = d->head_dim, vd = d->v_head_dim;
-    double o[MAX_DIM] = {0}, abs[MAX_DIM] = {0}, top = -1e300, l = 0, slack = 0, ulp;
-    float of[MAX_DIM] = {0}, topf = -3e38f, lf = 0, scale = (float)(1 / sqrt((double)dim));
-    int dot = strstr(attn_cpu_executor(d), "bdot") != NULL;
-    int approx = d->numerics == ATTN_NUMERICS_APPROX && d->kv.k.dtype == ATTN_I8, o_id;
+// Scores of the keys that query i sees, in fp64 (-1e300: not seen) and in plain f32; gives by how
+// much APPROX may miss them, as documented.
+static double oracle_scores(const attn_desc *d, int32_t i, int32_t h, double *x, float *xf) {
+    int32_t n = d->kv.kv_len[0], kh = h / (d->n_heads / d->n_kv_heads), dim = d->head_dim, j, e;
+    float scale = (float)(1 / sqrt((double)dim)), cap = d->logits.softcap;
+    int approx = d->numerics == ATTN_NUMERICS_APPROX && d->kv.k.dtype == ATTN_I8;
+    double slack = 0;
     for (j = 0; j < n; j++) {
         double sum64 = 0, k1 = 0, q_top = 0;
         float sum32 = 0;
         x[j] = -1e300;
-        if (!sees(d, n, q, i, j)) continue;
+        if (!sees(d, n, d->q_start[1], i, j)) continue;
         for (e = 0; e < dim; e++) {
             double kv = flat_value(d->kv.k.data, d->kv.k.dtype, j, kh, dim, e);
             double qv = (double)attni_get(d->q.data, d->q.dtype,
@@ -898,14 +896,28 @@ static void oracle(const attn_desc *d, int32_t i, int32_t h) {
         }
         x[j] = sum64 * (double)scale;
         xf[j] = sum32 * scale;
-        if (d->logits.softcap > 0) {
-            x[j] = (double)d->logits.softcap * tanh(x[j] / (double)d->logits.softcap);
-            xf[j] = d->logits.softcap * tanhf(xf[j] / d->logits.softcap);
+        if (cap > 0) {
+            x[j] = (double)cap * tanh(x[j] / (double)cap);
+            xf[j] = cap * tanhf(xf[j] / cap);
         }
         if (approx && q_top * k1 / 254 * (double)scale > slack)
-            slack = q_top * k1 / 254 * (double)scale; // as documented
+            slack = q_top * k1 / 254 * (double)scale;
+    }
+    return slack;
+}
+
+static void oracle(const attn_desc *d, int32_t i, int32_t h) {
+    static double x[MAX_LEN];
+    static float xf[MAX_LEN];
+    int32_t n = d->kv.kv_len[0], kh = h / (d->n_heads / d->n_kv_heads), vd = d->v_head_dim, j, e;
+    double o[MAX_DIM] = {0}, abs[MAX_DIM] = {0}, top = -1e300, l = 0, slack, ulp;
+    float of[MAX_DIM] = {0}, topf = -3e38f, lf = 0;
+    int dot = strstr(attn_cpu_executor(d), "bdot") != NULL, o_id;
+    int approx = d->numerics == ATTN_NUMERICS_APPROX && d->kv.k.dtype == ATTN_I8;
+    slack = oracle_scores(d, i, h, x, xf);
+    for (j = 0; j < n; j++) {
         if (x[j] > top) top = x[j];
-        if (xf[j] > topf) topf = xf[j];
+        if (x[j] > -1e299 && xf[j] > topf) topf = xf[j];
     }
     if (d->logits.sink) {
         if ((double)d->logits.sink[h] > top) top = (double)d->logits.sink[h];

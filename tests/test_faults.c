@@ -275,7 +275,7 @@ static void finish(engine *e) {
                     if (pos > e->t->node[y].start && pos % e->pt == 0) page = e->t->next[page];
                     token[pos] = *attni_page_token(e->t, page, pos % e->pt);
                 }
-            CHECK_EQ(attn_tree_pin(e->t, e->t->node[y].key, token, n, -1), ATTN_OK);
+            if (!CHECK_EQ(attn_tree_pin(e->t, e->t->node[y].key, token, n, -1), ATTN_OK)) return;
             x = 0;
         }
     CHECK_EQ(attn_tree_evict(e->t, -1, NULL), ATTN_OK);
