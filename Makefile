@@ -121,8 +121,9 @@ test-aarch64:
 # The simulator, plain and in the checked build: a dose in make test, all of it here.
 OPS ?= 10000000
 SIM_SEED ?= 1000
-SIM_SHARDS = $(shell n=$$(( $(OPS) / 250000 )); seq $(SIM_SEED) $$(( $(SIM_SEED) + (n ? n : 1) - 1 )))
-SIM_OPS = $(shell n=$$(( $(OPS) / 250000 )); echo $$(( $(OPS) / (n ? n : 1) )))
+SIM_N = $(shell n=$$(( $(OPS) / 250000 )); echo $$(( n ? n : 1 )))
+SIM_SHARDS = $(shell seq $(SIM_SEED) $$(( $(SIM_SEED) + $(SIM_N) - 1 )))
+SIM_OPS = $(shell echo $$(( $(OPS) / $(SIM_N) )))
 
 build/attn_sim_check: tests/attn_sim.c $(DEPS) | build
 	$(CC) $(TEST_FLAGS) -DATTN_CHECK $(INCLUDES) $< -o $@ $(LIBS)
