@@ -92,7 +92,8 @@ enum {
     SCRATCH_BYTES = 4 << 20,
     FORWARD_BYTES = 24 << 20,
     BLOB_BYTES = 2 << 20,
-    KV_BYTES = MAX_LEN * 2 * ROW * 4 + 65536
+    FLAT_BYTES = MAX_LEN * (ROW + KV_HEADS) * 4 + 64,
+    KV_BYTES = MAX_PAGES * 32 * (ROW + KV_HEADS) * 4 + 64
 };
 
 static struct {
@@ -1165,8 +1166,8 @@ static void epoch_end(void) {
 
 // Runs n operations of an epoch; gives the hash of its log.
 static uint64_t epoch(uint64_t seed, uint64_t number, int32_t n) {
-    if (!epoch_begin(mix(mix(1, seed), number))) return 0;
-    for (m.n_ops = 0; m.n_ops < n && test_failed == 0; m.n_ops++) {
+    int begun = epoch_begin(mix(mix(1, seed), number));
+    for (m.n_ops = 0; begun && m.n_ops < n && test_failed == 0; m.n_ops++) {
         int32_t s;
         op();
         sweep();
@@ -1203,8 +1204,8 @@ static void allocate(void) {
     mem_blob = block(BLOB_BYTES);
     for (v = 0; v < 2; v++)
         for (l = 0; l < LAYERS; l++) {
-            mem_kv[l][v] = block(KV_BYTES * 4);
-            for (s = 0; s < MAX_SEQ; s++) mem_flat[s][l][v] = block(KV_BYTES);
+            mem_kv[l][v] = block(KV_BYTES);
+            for (s = 0; s < MAX_SEQ; s++) mem_flat[s][l][v] = block(FLAT_BYTES);
         }
 }
 
