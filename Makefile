@@ -41,7 +41,7 @@ ARGS_slow_test_api ?= 1 1
 ARGS_slow_test_tree ?= 1 20000
 ARGS_slow_test_check ?= 1 12
 ARGS_slow_test_faults ?= 1 10
-ARGS_slow_test_noalloc ?= 1 3
+ARGS_slow_test_noalloc ?= 1 2
 ARGS_arm_test_cpu ?= 2 4
 
 all: examples
