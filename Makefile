@@ -8,6 +8,7 @@
 #   make test-all                 everything, the slow ones too; `make deps-all` installs its tools
 #   make test-asan test-clang test-compile test-aarch64 test-tsan test-msan test-valgrind
 #   make fuzz-short | fuzz [SECONDS= JOBS= SEEDS=] | fuzz-static     (clang; see "fuzzing" below)
+#   make sim [OPS=10000000 SIM_SEED=1000]   the simulator, in shards of their own seeds
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -34,6 +35,7 @@ NAIVE = naive_llama naive_llama_attn
 TESTS = $(patsubst tests/%.c,%,$(wildcard tests/test_*.c tests/selftest.c))
 FUZZ = $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
 CORPUS = tests/fuzz/corpus
+SIM = build/attn_sim build/attn_sim_check
 FOREIGN = $(filter selftest test_cpu,$(TESTS))
 
 # Arguments of test programs whose defaults take longer than a routine run should.
@@ -47,6 +49,9 @@ ARGS_slow_test_api ?= 1 1
 ARGS_slow_test_tree ?= 1 20000
 ARGS_slow_test_tails ?= 1 3
 ARGS_slow_test_threads ?= 1 4
+ARGS_slow_test_check ?= 1 12
+ARGS_slow_test_faults ?= 1 10
+ARGS_slow_test_noalloc ?= 1 2
 ARGS_arm_test_cpu ?= 2 4
 
 all: examples
@@ -91,7 +96,7 @@ build build/asan build/clang build/aarch64:
 MAKE_J = $(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(JOBS))
 RUNNER = bash tests/run.sh -j $(JOBS) -t $(LIMIT) --
 
-programs: $(TESTS:%=build/%) $(FUZZ:%=build/replay/%) examples
+programs: $(TESTS:%=build/%) $(SIM) $(FUZZ:%=build/replay/%) examples
 
 test:
 	@$(MAKE_J) programs
@@ -99,14 +104,16 @@ test:
 	    -s -x "./build/frame_budget --fast" \
 	    "bash tests/test_compile.sh" \
 	    $(foreach t,$(TESTS),"./build/$t $(ARGS_$t)") \
+	    "./build/attn_sim 1 200000" "./build/attn_sim_check 2 60000" \
 	    -m gguf,numpy,tokenizers "$(PYTHON) tests/test_llama_py.py ./build/test_llama" \
 	    $(foreach e,$(EXAMPLES),-x "./build/$e $(ARGS_$e)") \
 	    "bash tests/test_naive.sh" $(foreach t,$(FUZZ),"./build/replay/$t $(CORPUS)/$t")
 
 test-asan:
 	@$(MAKE_J) $(TESTS:%=build/asan/%) $(EXAMPLES:%=build/asan/%) build/asan/generate \
-	    build/asan/frame_budget
+	    build/asan/frame_budget build/asan/attn_sim
 	@$(RUNNER) $(foreach t,$(TESTS),"./build/asan/$t $(ARGS_slow_$t)") \
+	    "./build/asan/attn_sim 1 2000" \
 	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e $(ARGS_$e)") \
 	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'" \
 	    -x "./build/asan/frame_budget --fast --frames 5 --agents 500 --budget 100 --answer 2"
@@ -139,10 +146,10 @@ test-ports-fast test-ports:
 # ---- everything. A check prints "N passed, N failed" last, or "skipped: why".
 
 ALL_CHECKS = test test-asan test-clang test-compile test-ports test-tsan test-msan test-valgrind \
-    fuzz-short coverage
+    fuzz-short sim coverage
 ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
-    binutils pkg-config python3-venv libstb-dev valgrind qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-i686-linux-gnu \
-    libc6-dev-i386-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu \
+    binutils pkg-config python3-venv libstb-dev valgrind qemu-user gcc-aarch64-linux-gnu \
+    libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu \
     libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
     libclang-rt-14-dev-wasm32 nodejs gcc-mingw-w64-x86-64 gcc-mingw-w64-i686 wine64
 
@@ -244,6 +251,20 @@ fuzz-static:
 	@rm -rf build/fuzz-static/corpus && cp -r $(CORPUS) build/fuzz-static/corpus
 	@cp tests/fuzz/campaign.sh build/fuzz-static/
 	@du -sh build/fuzz-static
+# The simulator, plain and in the checked build: a dose in make test, all of it here.
+OPS ?= 10000000
+SIM_SEED ?= 1000
+SIM_N = $(shell n=$$(( $(OPS) / 250000 )); echo $$(( n ? n : 1 )))
+SIM_SHARDS = $(shell seq $(SIM_SEED) $$(( $(SIM_SEED) + $(SIM_N) - 1 )))
+SIM_OPS = $(shell echo $$(( $(OPS) / $(SIM_N) )))
+
+build/attn_sim_check: tests/attn_sim.c $(DEPS) | build
+	$(CC) $(TEST_FLAGS) -DATTN_CHECK $(INCLUDES) $< -o $@ $(LIBS)
+
+sim:
+	@$(MAKE_J) $(SIM)
+	@$(RUNNER) "./build/attn_sim_check $(SIM_SEED) 250000" \
+	    $(foreach s,$(SIM_SHARDS),"./build/attn_sim $s $(SIM_OPS)")
 
 # The Python side of the tests, in a place of its own.
 deps:
@@ -306,5 +327,5 @@ clean:
 
 .PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64
 .PHONY: coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps bench lint install
-.PHONY: test-tsan test-msan test-valgrind fuzz fuzz-build fuzz-short fuzz-static clean
+.PHONY: sim test-tsan test-msan test-valgrind fuzz fuzz-build fuzz-short fuzz-static clean
 .DELETE_ON_ERROR:

@@ -23,13 +23,15 @@
 
    CONTENTS (search for the tag)
        >>config   >>result   >>dtype   >>tensor   >>kv   >>mask   >>desc   >>validate   >>plan
-       >>ref   >>pool   >>tree   >>blob   and the implementation of each behind  >>impl
+       >>ref   >>pool   >>tree   >>blob   >>check   and the implementation of each behind  >>impl
 
    MACROS
        ATTN_IMPLEMENTATION        implement every attn header this file includes
        ATTN_CORE_IMPLEMENTATION   implement attn.h only
        ATTN_STATIC                make every function static (a private copy per file)
        ATTN_DEF                   or define the linkage of public functions yourself
+       ATTN_CHECK                 checked build, see >>check; for every file that includes a header
+                                  (n > 1: recompute a row in every n-th call only)
 
    MEMORY   The caller owns everything. ..._bytes() functions say how large a buffer must be;
             nothing is allocated, ever. Plans, partials and scratch are 64-byte aligned.
@@ -89,7 +91,8 @@
     X(ERR_BUSY, -13, "still in use (pinned, referenced or not acknowledged)")                      \
     X(ERR_CORRUPT, -14, "a blob is damaged or was not written by this library")                    \
     X(ERR_VERSION, -15, "a blob or header of another version")                                     \
-    X(ERR_CALLBACK, -16, "a caller's callback reported failure")
+    X(ERR_CALLBACK, -16, "a caller's callback reported failure")                                   \
+    X(ERR_CHECK, -17, "checked build: a free page in use, or a result that the reference denies")
 
 typedef enum attn_result {
 #define ATTNI_X(name, value, text) ATTN_##name = value,
@@ -161,6 +164,8 @@ typedef struct attn_kv_array {
     int64_t stride_head;     // elements (default 0: by layout); K16 keys: must be 0
 } attn_kv_array;
 
+typedef struct attn_pool attn_pool;
+
 typedef struct attn_kv {
     attn_kv_array k, v;
     attn_layout layout;
@@ -173,6 +178,7 @@ typedef struct attn_kv {
     const int32_t *kv_len;      // (n_seq) tokens held, the new ones included
     const int32_t *kv_pos0; // (n_seq) absolute position of the first held token (default NULL: 0);
                             // > 0 after the front of a sequence was evicted
+    const attn_pool *pool;  // checked builds: the pages' owner, see >>check (default NULL)
 } attn_kv;
 
 // ==== >>mask  Which keys a query sees ============================================================
@@ -458,11 +464,13 @@ ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t 
 
 // Pages 0 .. n_pages - 1; a page is free while its count is 0. No page memory here: page ids index
 // the caller's arrays, in every layer alike.
-typedef struct attn_pool {
+struct attn_pool {
     int32_t n_pages, n_free;
     int32_t *ref;  // (n_pages)
     int32_t *free; // (n_pages) stack of free ids
-} attn_pool;
+    void (*freed)(void *user, int32_t page); // checked builds: called when a count falls to 0
+    void *freed_user;                        // (both set by the caller after init; default NULL)
+};
 
 ATTN_DEF size_t attn_pool_bytes(int32_t n_pages); // 0 when n_pages < 1
 ATTN_DEF attn_result attn_pool_init(attn_pool *pool, int32_t n_pages, void *mem, size_t bytes);
@@ -492,7 +500,8 @@ typedef struct attn_tree_desc {
     int32_t page_tokens;
     int32_t max_seq;     // live sequences (default 0: 256)
     int32_t max_nodes; // (default 0: 2 * n_pages + max_seq + 64: never runs out while fewer than 63
-                       // prefixes are pinned or end where the priority changes)
+                       // prefixes are pinned or end where the priority changes; with fewer, a
+                       // call that fails for want of a node may have evicted cached tokens)
 } attn_tree_desc;
 
 ATTN_DEF size_t attn_tree_bytes(const attn_tree_desc *desc); // 0 when invalid
@@ -577,6 +586,9 @@ typedef struct attn_tree_stats {
 } attn_tree_stats;
 ATTN_DEF void attn_tree_get_stats(const attn_tree *t, attn_tree_stats *out);
 
+// The tree's own pool, for attn_kv.pool and the freed callback: pages are the tree's to count.
+ATTN_DEF attn_pool *attn_tree_pool(attn_tree *t);
+
 // Checks every invariant (reference counts, links, fills, hash index); ATTN_OK or ERR_CORRUPT.
 // O(nodes + pages + tokens). For tests and debugging. Uses scratch in the tree, as save does: both
 // need the lock of a writer.
@@ -603,6 +615,38 @@ typedef int (*attn_copy_fn)(void *user, const attn_page_copy *copy);
 ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_bytes,
                                     attn_rows_fn write, attn_copy_fn copy, void *user,
                                     const void *mem, size_t bytes, int32_t *seq);
+
+// ==== >>check  Checked builds ====================================================================
+//
+// With ATTN_CHECK every run, merge and forward of a backend validates its tables again and then
+// recomputes one row of what it wrote (another one in each call) by the definitions of >>ref; a
+// deviation beyond the rounding that the backend may do is ERR_CHECK. With d.kv.pool set, a page in
+// a table, slot or copy that is free there is ERR_CHECK as well, before memory is touched. Pages
+// are the caller's memory, so the pool says when one falls free and the caller poisons it, in every
+// layer; a run then also looks whether a free page was written to:
+//     static void freed(void *user, int32_t page) {
+//         for (int i = 0; i < n_layers; i++) attn_check_poison(&layer[i].desc, page);
+//     }
+//     pool = attn_tree_pool(tree);  pool->freed = freed;  freed(NULL, -1);
+//     layer[i].desc.kv.pool = pool;
+// The pool must not change while a run is under way. Costs O(tables) and one row in fp64 per call;
+// 32 KiB of stack. Without the macro nothing of this is compiled, and kv.pool and freed are unused.
+#ifdef ATTN_CHECK
+
+// Fills the rows of a page of d's K and V, scales included, with bytes of 0xff: NaN in every float
+// type, through the stored scale else. page -1: all. Nothing when d's layout or page is invalid.
+ATTN_DEF void attn_check_poison(const attn_desc *d, int32_t page);
+
+// attn_validate, then what kv.pool and freed promise; turn picks the free page that is looked at.
+ATTN_DEF attn_result attn_check_tables(const attn_desc *d, uint32_t turn);
+
+// Compares o (v_head_dim values as the backend wrote them) and *lse (may be NULL) with the
+// definitions: query token t, head h, keys at positions [from, to); the sink logit counts only when
+// to is INT64_MAX. ATTN_OK also where rounding could explain anything (scores of 1e9, say) or NaN
+// comes from the inputs; else ERR_CHECK. d must be valid.
+ATTN_DEF attn_result attn_check_row(const attn_desc *d, int32_t t, int32_t h, int64_t from,
+                                    int64_t to, const float *o, const float *lse);
+#endif
 
 #endif // ATTN_H
 
@@ -2401,6 +2445,7 @@ ATTN_DEF attn_result attn_pool_init(attn_pool *pool, int32_t n_pages, void *mem,
     if (!pool || !mem || n_pages < 1) return ATTN_ERR_ARGUMENT;
     if (attn_pool_bytes(n_pages) == 0) return ATTN_ERR_OVERFLOW;
     if (bytes < attn_pool_bytes(n_pages)) return ATTN_ERR_BUFFER;
+    memset(pool, 0, sizeof *pool);
     (void)attni_pool_layout(pool, n_pages, attni_align(mem));
     attni_pool_reset(pool, n_pages);
     return ATTN_OK;
@@ -2425,7 +2470,12 @@ ATTN_DEF attn_result attn_pool_retain(attn_pool *pool, int32_t page) {
 ATTN_DEF attn_result attn_pool_release(attn_pool *pool, int32_t page) {
     if (!pool) return ATTN_ERR_ARGUMENT;
     if (page < 0 || page >= pool->n_pages || pool->ref[page] == 0) return ATTN_ERR_PAGE;
-    if (--pool->ref[page] == 0) pool->free[pool->n_free++] = page;
+    if (--pool->ref[page] == 0) {
+        pool->free[pool->n_free++] = page;
+#ifdef ATTN_CHECK
+        if (pool->freed) pool->freed(pool->freed_user, page);
+#endif
+    }
     return ATTN_OK;
 }
 
@@ -2603,6 +2653,9 @@ static uint32_t attni_tree_hash(int32_t parent, uint64_t key) {
 }
 #ifndef ATTNI_HASH /* a test makes every hash collide */
 #define ATTNI_HASH(parent, key) attni_tree_hash(parent, key)
+#endif
+#ifndef ATTNI_FAULT /* a test refuses a request for pages, a node or a sequence slot */
+#define ATTNI_FAULT() 0
 #endif
 
 static int32_t attni_index_find(const attn_tree *t, int32_t parent, uint64_t key) {
@@ -2840,7 +2893,7 @@ static void attni_tree_shrink(attn_tree *t, int32_t x, int32_t n_free) {
 // Evicts until that many pages and nodes are unused; 0, and nothing done, when that cannot be.
 static int attni_tree_room(attn_tree *t, int64_t pages, int32_t nodes) {
     if (pages > (int64_t)t->n_pages - t->n_held_pages) return 0;
-    if (nodes > t->max_nodes - t->n_held_nodes) return 0;
+    if (nodes > t->max_nodes - t->n_held_nodes || ATTNI_FAULT()) return 0;
     while (t->pool.n_free < pages) attni_tree_shrink(t, t->heap[0], (int32_t)pages);
     while (t->max_nodes - t->n_nodes < nodes) attni_tree_shrink(t, t->heap[0], INT32_MAX);
     return 1;
@@ -2855,7 +2908,7 @@ static void attni_node_pin(attn_tree *t, int32_t x, int32_t delta) {
 static int32_t attni_tree_cut(attn_tree *t, int32_t x, int32_t pos) {
     int32_t u = -1;
     if (pos == t->node[x].end) return x;
-    if (t->n_nodes < t->max_nodes) return attni_node_split(t, x, pos);
+    if (t->n_nodes < t->max_nodes) return ATTNI_FAULT() ? -1 : attni_node_split(t, x, pos);
     attni_node_pin(t, x, 1); // or eviction might take x, or merge it away
     if (attni_tree_room(t, 0, 1)) u = attni_node_split(t, x, pos);
     attni_node_pin(t, x, -1);
@@ -3019,7 +3072,7 @@ ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *to
                                     int32_t *seq, int32_t *n_cached) {
     int32_t x, hit = 0;
     if (!t || !seq || n < 0 || (!tokens && n > 0)) return ATTN_ERR_ARGUMENT;
-    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
     x = attni_index_find(t, -1, ns);
     if (x >= 0) {
         hit = attni_tree_walk(t, &x, tokens, n);
@@ -3224,7 +3277,7 @@ ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, i
 ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out) {
     if (!t || !out) return ATTN_ERR_ARGUMENT;
     if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
-    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
     *out = attni_seq_new(t, t->seq[seq].node);
     return ATTN_OK;
 }
@@ -3427,6 +3480,9 @@ static int attni_check_arrays(const attn_tree *t) {
     for (i = 0; i < n_table; i++) n_index += t->table[i] >= 0;
     return n_index == t->n_nodes && n_index <= t->max_nodes;
 }
+ATTN_DEF attn_pool *attn_tree_pool(attn_tree *t) { return t ? &t->pool : (attn_pool *)0; }
+
+// ---- attn_tree_check: every statement of the section's first comment
 
 // Pages of a node: their number, links, fills and its first token. Counts into ref and held.
 static int attni_check_pages(const attn_tree *t, int32_t x, int32_t *ref, int32_t *held) {
@@ -3696,7 +3752,219 @@ ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_byte
     return r;
 }
 
+// ==== >>impl-check  Checked builds ===============================================================
+
+#ifdef ATTN_CHECK
+
+// Sets the bytes of a page's rows and scales to 0xff, or only looks whether they are: 1. Never what
+// lies between the rows, which may be another array's.
+static int attni_check_bytes(uint8_t *p, int64_t n, int set) {
+    int64_t i;
+    if (set) memset(p, 0xff, (size_t)n);
+    for (i = 0; !set && i < n; i++)
+        if (p[i] != 0xff) return 0;
+    return 1;
+}
+
+static int attni_check_poisoned(const attn_desc *d, int32_t page, int set) {
+    attni_side s;
+    int32_t h, t, u, is_v, ok = 1;
+    for (is_v = 0; is_v < 2; is_v++) {
+        int64_t row, step;
+        if (attni_side_init(d, is_v, &s) != ATTN_OK) return 0;
+        row = (int64_t)s.dim * attni_bits_of(s.dtype) / 8;
+        step = s.k16 ? 4 : row;
+        for (h = 0; h < d->n_kv_heads; h++)
+            for (t = 0; t < s.page_tokens && ok; t++) {
+                uint8_t *p = s.data + page * s.page_bytes;
+                for (u = 0; u < row / step; u++)
+                    ok &= attni_check_bytes(p + attni_token_offset(&s, t, h) + 64 * u, step, set);
+                p += s.scale_offset + t * s.scale_token + h * s.scale_head;
+                if (s.scale_offset >= 0) ok &= attni_check_bytes(p, 4, set);
+            }
+    }
+    return ok;
+}
+
+ATTN_DEF void attn_check_poison(const attn_desc *d, int32_t page) {
+    int32_t i, first = page < 0 ? 0 : page;
+    if (!d || page >= d->kv.n_pages || !d->kv.k.data || !d->kv.v.data) return;
+    if (attn_kv_page_bytes(d, 0) == 0 || attn_kv_page_bytes(d, 1) == 0) return;
+    for (i = first; i < (page < 0 ? d->kv.n_pages : page + 1); i++)
+        (void)attni_check_poisoned(d, i, 1);
+}
+
+ATTN_DEF attn_result attn_check_tables(const attn_desc *d, uint32_t turn) {
+    attn_result r = attn_validate(d);
+    const attn_pool *pool;
+    int32_t s, j, pt, page;
+    if (r != ATTN_OK || !d->kv.pool) return r;
+    pool = d->kv.pool;
+    pt = d->kv.page_tokens;
+    if (pool->n_pages > d->kv.n_pages) return ATTN_ERR_CHECK;
+    for (s = 0; s < d->n_seq; s++)
+        for (j = 0; j < d->kv.kv_len[s]; j += attni_min32(pt, INT32_MAX - j)) {
+            page = attni_page_of(d, s, j);
+            if (page >= pool->n_pages || pool->ref[page] == 0) return ATTN_ERR_CHECK;
+        }
+    if (!pool->freed || pool->n_free == 0) return ATTN_OK;
+    page = pool->free[turn % (uint32_t)pool->n_free];
+    return attni_check_poisoned(d, page, 0) ? ATTN_OK : ATTN_ERR_CHECK;
+}
+
+static int attni_finite64(double x) { // on the bits, as attni_finite
+    uint64_t u;
+    memcpy(&u, &x, 8);
+    return (u >> 52 & 2047) != 2047;
+}
+
+// What is known of a row while it is recomputed. Weights are relative to the largest score m.
+typedef struct attni_checked {
+    const attn_desc *d;
+    attni_side k, v;
+    int32_t s, t, h, kv_head, n_seen;
+    double m, sum, slack; // slack: the most by which the weights' sum may be off
+    double q[ATTN_MAX_HEAD_DIM], row[ATTN_MAX_HEAD_DIM];
+    double o[ATTN_MAX_HEAD_DIM];   // weighted sum of V
+    double abs[ATTN_MAX_HEAD_DIM]; // ... of |V|
+    double off[ATTN_MAX_HEAD_DIM]; // the most by which it may be off through the weights
+} attni_checked;
+
+// Score of the visible key j, and how far a backend's f32 arithmetic may take it from there: every
+// operation rounds by 2^-24 of its result, so the chain of a dot product by at most head_dim times
+// the sum of its terms' magnitudes.
+static double attni_check_score(attni_checked *c, int32_t j, double *off) {
+    const attn_desc *d = c->d;
+    const attn_logits *g = &d->logits;
+    double x, plain, dot = 0, k1 = 0, q_top = 0, a, rest, scale = (double)attni_scale(d);
+    int32_t e;
+    attni_ref_row(d, &c->k, c->s, c->kv_head, j, c->row);
+    x = attni_ref_score(d, c->q, c->row, c->s, c->t, c->h, j);
+    for (e = 0, plain = 0; e < d->head_dim; e++) {
+        a = c->q[e] * c->row[e];
+        plain += a;
+        dot += a < 0 ? -a : a;
+        k1 += c->row[e] < 0 ? -c->row[e] : c->row[e];
+        a = c->q[e] < 0 ? -c->q[e] : c->q[e];
+        if (a > q_top) q_top = a;
+    }
+    if (scale < 0) scale = -scale;
+    plain *= (double)attni_scale(d);
+    if (g->softcap > 0) plain = (double)g->softcap * attni_tanh64(plain / (double)g->softcap);
+    rest = x - plain; // ALiBi and bias
+    a = (d->head_dim + 8) * scale * dot + 8 * (double)g->softcap;
+    a += 16 * ((rest < 0 ? -rest : rest) + (x < 0 ? -x : x) + (c->m < 0 ? -c->m : c->m)) + 32;
+    *off = a / 16777216;
+    if (d->numerics == ATTN_NUMERICS_APPROX && d->kv.k.dtype == ATTN_I8)
+        *off += scale * q_top * k1 / 250;
+    // 16-bit O allows kernels that round Q to it
+    if (d->o.dtype != ATTN_F32 && d->q.dtype != d->o.dtype) *off += scale * dot / 256;
+    if (dot > 1e38) *off = 1e300; // f32 may overflow on the way
+    return x;
+}
+
+// Runs over the visible keys at positions [from, to): the largest score, or everything else.
+static void attni_check_keys(attni_checked *c, int64_t from, int64_t to, int only_max) {
+    const attn_desc *d = c->d;
+    int64_t pos0 = attni_kv_pos0(d, c->s);
+    int32_t vd = attni_v_dim(d), j, e;
+    double x, w, off, a;
+    for (j = 0; j < d->kv.kv_len[c->s]; j++) {
+        if (pos0 + j < from || pos0 + j >= to || !attn_ref_visible(d, c->s, c->t, c->h, j))
+            continue;
+        x = attni_check_score(c, j, &off);
+        if (x < -1e300) continue; // a bias of -inf masks
+        if (only_max) {
+            c->n_seen++;
+            if (c->n_seen == 1 || x > c->m || !attni_finite64(x)) c->m = x;
+            if (!attni_finite64(x)) return;
+            continue;
+        }
+        w = attni_exp64(x - c->m);
+        off = off < 1e-4 ? w * off * 1.0001 : attni_exp64(x - c->m + off) - w;
+        if (w < 8e-31) off += 8e-31; // weights below 2^-100 may be dropped
+        c->sum += w;
+        c->slack += off;
+        attni_ref_row(d, &c->v, c->s, c->kv_head, j, c->row);
+        for (e = 0; e < vd; e++) {
+            a = c->row[e] < 0 ? -c->row[e] : c->row[e];
+            c->o[e] += w * c->row[e];
+            c->abs[e] += w * a;
+            c->off[e] += a > 1e36 ? 1e300 : off * a; // as above
+        }
+    }
+}
+
+// May NaN have come from a value that other rows of the sequence see?
+static int attni_check_spoilt(attni_checked *c) {
+    int32_t j, e, vd = attni_v_dim(c->d);
+    for (j = 0; j < c->d->kv.kv_len[c->s]; j++) {
+        attni_ref_row(c->d, &c->v, c->s, c->kv_head, j, c->row);
+        for (e = 0; e < vd; e++)
+            if (!attni_finite64(c->row[e])) return 1;
+    }
+    return 0;
+}
+
+ATTN_DEF attn_result attn_check_row(const attn_desc *d, int32_t t, int32_t h, int64_t from,
+                                    int64_t to, const float *o, const float *lse) {
+    attni_checked c;
+    int32_t e, vd;
+    int64_t st, sh;
+    double adds, ulp, tiny, x, bound, got;
+    if (!d || !o) return ATTN_ERR_ARGUMENT;
+    memset(&c, 0, sizeof c);
+    c.d = d;
+    c.t = t;
+    c.h = h;
+    while (t >= d->q_start[c.s + 1]) c.s++;
+    c.kv_head = h / (d->n_heads / d->n_kv_heads);
+    vd = attni_v_dim(d);
+    attni_side_init(d, 0, &c.k);
+    attni_side_init(d, 1, &c.v);
+    st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
+    sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
+    for (e = 0; e < d->head_dim; e++)
+        c.q[e] = (double)attni_get(d->q.data, d->q.dtype, t * st + h * sh + e);
+    attni_check_keys(&c, from, to, 1);
+    x = to == INT64_MAX && d->logits.sink ? (double)d->logits.sink[h] : -1e300;
+    if (x > -3.0e38 && (c.n_seen == 0 || x > c.m)) c.m = x;
+    if (!attni_finite64(c.m)) return ATTN_OK;
+    if (c.n_seen > 0) attni_check_keys(&c, from, to, 0);
+    if (x > -3.0e38) c.sum += attni_exp64(x - c.m);
+    if (c.sum == 0) { // nothing seen: zeros, and a log-sum-exp of -inf
+        for (e = 0; e < vd; e++)
+            if (attni_bits32(o[e]) & 0x7fffffffu) return ATTN_ERR_CHECK;
+        return lse && attni_bits32(*lse) != 0xff800000u ? ATTN_ERR_CHECK : ATTN_OK;
+    }
+    c.slack /= c.sum;
+    if (!(c.slack < 0.25)) return ATTN_OK;
+    // The sum over the tokens: a chain per span, then a fold; bf16 weights where O allows them.
+    adds = (attni_min32(c.n_seen, ATTN_SPAN) + 16.0 * (c.n_seen / ATTN_SPAN) + 64) / 16777216;
+    if (d->o.dtype != ATTN_F32 && d->numerics != ATTN_NUMERICS_PORTABLE) adds += 1.0 / 256;
+    ulp = d->o.dtype == ATTN_F32 ? 4.0 / 16777216 : d->o.dtype == ATTN_F16 ? 1.0 / 1024 : 1.0 / 128;
+    tiny = d->o.dtype == ATTN_F16 ? 1.0 / 8388608 : 1e-36;
+    for (e = 0; e < vd; e++) {
+        x = c.o[e] / c.sum;
+        bound = (c.off[e] / c.sum + (x < 0 ? -x : x) * c.slack) / (1 - c.slack);
+        bound += adds * c.abs[e] / c.sum + ulp * (x < 0 ? -x : x) + tiny;
+        if (!attni_finite64(x) || !attni_finite64(bound)) continue;
+        if ((x < 0 ? -x : x) + bound > (d->o.dtype == ATTN_F16 ? 65000.0 : 3.3e38)) continue;
+        got = (double)o[e] - x;
+        if (got <= bound && got >= -bound) continue;
+        return !attni_finite(o[e]) && attni_check_spoilt(&c) ? ATTN_OK : ATTN_ERR_CHECK;
+    }
+    if (!lse) return ATTN_OK;
+    x = c.m + attni_ln(c.sum);
+    bound = c.slack / (1 - c.slack) + adds + 8.0 / 16777216 * ((x < 0 ? -x : x) + 4);
+    got = (double)*lse - x;
+    return got <= bound && got >= -bound ? ATTN_OK : ATTN_ERR_CHECK;
+}
+
+#endif // ATTN_CHECK
+
 #undef ATTNI_ALIGN
+#undef ATTNI_FAULT
 #undef ATTNI_HASH
 #undef ATTNI_BLOB_HEADER
 #undef ATTNI_BLOB_VERSION

@@ -26,6 +26,7 @@
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
 
    MEMORY    Plans, scratch and partials: 64-byte aligned, the caller's. Nothing is allocated.
+             Optimised builds take at most 16 KiB of stack (48 with ATTN_CHECK).
    THREADS   attn_cpu_run and attn_cpu_merge may run on any threads at once, each with its own
              scratch, on disjoint tasks. What was learnt about the CPU is the only state, atomic.
    NUMERICS  FAST: FMA in f32; where Q, K and O are bf16 the scores, and where V and O are bf16
@@ -2609,6 +2610,57 @@ ATTNI_CALLED void attni_mode_leave(uint64_t was) {
 #endif
 }
 
+// ==== >>impl-check  Checked builds: what store, run and merge look at besides ====================
+
+#ifdef ATTN_CHECK
+
+static int attni_check_turn; // calls so far: which row is recomputed next. Atomic.
+#if defined(__GNUC__) || defined(__clang__)
+#define ATTNI_CHECK_NEXT() __atomic_fetch_add(&attni_check_turn, 1, __ATOMIC_RELAXED)
+#else
+#define ATTNI_CHECK_NEXT() (attni_check_turn++)
+#endif
+#if ATTN_CHECK + 0 > 1
+#define ATTNI_CHECK_EVERY (ATTN_CHECK)
+#else
+#define ATTNI_CHECK_EVERY 1
+#endif
+#ifndef ATTNI_CHECK_SPOIL /* a test spoils what the tasks wrote */
+#define ATTNI_CHECK_SPOIL(d, partials) ((void)0)
+#endif
+
+static attn_result attni_check_page(const attn_desc *d, int64_t page) {
+    const attn_pool *pool = d->kv.pool;
+    if (!pool || page < 0 || page >= d->kv.n_pages) return ATTN_OK; // else store says ERR_PAGE
+    return page < pool->n_pages && pool->ref[page] > 0 ? ATTN_OK : ATTN_ERR_CHECK;
+}
+
+static attn_result attni_check_slots(const attn_desc *d, const int64_t *slots, int64_t n) {
+    attn_result r = ATTN_OK;
+    for (; n > 0 && r == ATTN_OK; n--, slots++)
+        if (*slots >= 0) r = attni_check_page(d, *slots / d->kv.page_tokens);
+    return r;
+}
+
+static attn_result attni_check_copy(const attn_desc *d, const attn_page_copy *c) {
+    attn_result r = attni_check_page(d, c->src);
+    return r == ATTN_OK ? attni_check_page(d, c->dst) : r;
+}
+
+#define ATTNI_CHECK_SLOTS(d, slots, n) attni_check_slots(d, slots, n)
+#define ATTNI_CHECK_COPY(d, copy) attni_check_copy(d, copy)
+#define ATTNI_CHECK_TABLES(d) attn_check_tables(d, (uint32_t)ATTNI_GET(attni_check_turn))
+#define ATTNI_CHECK_RUN(w, first, count, partials)                                                 \
+    attni_check_run(w, first, count, (float *)(partials))
+#define ATTNI_CHECK_MERGE(w, first, count) attni_check_merge(w, first, count)
+#else
+#define ATTNI_CHECK_SLOTS(d, slots, n) ATTN_OK
+#define ATTNI_CHECK_COPY(d, copy) ATTN_OK
+#define ATTNI_CHECK_TABLES(d) ATTN_OK
+#define ATTNI_CHECK_RUN(w, first, count, partials) ATTN_OK
+#define ATTNI_CHECK_MERGE(w, first, count) ATTN_OK
+#endif
+
 // ==== >>impl-store  ==============================================================================
 
 // Machines differ in the NaN they make; stored rows must not.
@@ -2700,6 +2752,7 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     if ((r = attni_check_rows(d, v, first + count)) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
+    if (slots && (r = ATTNI_CHECK_SLOTS(d, slots + first, count)) != ATTN_OK) return r;
     src[0] = k;
     src[1] = v;
     n_slots = (int64_t)d->kv.n_pages * d->kv.page_tokens;
@@ -2763,6 +2816,7 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
             return ATTN_ERR_PAGE;
         if (copies[i].n_tokens < 0 || copies[i].n_tokens > d->kv.page_tokens)
             return ATTN_ERR_ARGUMENT;
+        if ((r = ATTNI_CHECK_COPY(d, copies + i)) != ATTN_OK) return r;
     }
     for (is_v = 0; is_v < 2; is_v++) {
         if (is_v && d->kv.v.data == d->kv.k.data) break; // V aliases K
@@ -3463,13 +3517,74 @@ ATTN_DEF void attn_cpu_plan_params(const attn_desc *d, int32_t workers, attn_pla
     out->partial_bytes = (size_t)bytes;
 }
 
+#ifdef ATTN_CHECK
+
+// A row of O as it was written.
+static attn_result attni_check_written(const attn_desc *d, int32_t token, int32_t head) {
+    float o[ATTN_MAX_HEAD_DIM];
+    int32_t vd = attni_v_dim(d), e;
+    int64_t st = d->o.stride_token ? d->o.stride_token : (int64_t)d->n_heads * vd;
+    int64_t sh = d->o.stride_head ? d->o.stride_head : vd;
+    for (e = 0; e < vd; e++) o[e] = attni_get(d->o.data, d->o.dtype, token * st + head * sh + e);
+    return attn_check_row(d, token, head, 0, INT64_MAX, o,
+                          d->lse ? d->lse + (int64_t)token * d->n_heads + head : NULL);
+}
+
+// A partial row: keys [span0, span1).
+static attn_result attni_check_partial(const attn_desc *d, int32_t token, int32_t head,
+                                       int32_t span0, int32_t span1, const float *x) {
+    float o[ATTN_MAX_HEAD_DIM], m, l, lse;
+    int32_t vd = attni_v_dim(d), e, seen;
+    m = x[vd];
+    l = x[vd + 1];
+    seen = attni_bits32(m) != 0xff800000u && l > 0;
+    for (e = 0; e < vd; e++) o[e] = seen ? x[e] / l : 0;
+    lse = seen && attni_finite(l) ? (float)((double)m + attni_ln((double)l)) : m;
+    return attn_check_row(d, token, head, (int64_t)span0 * ATTN_SPAN, (int64_t)span1 * ATTN_SPAN,
+                          o, &lse);
+}
+
+static attn_result attni_check_run(attni_work *w, int32_t first, int32_t count, float *partials) {
+    uint32_t turn = (uint32_t)ATTNI_CHECK_NEXT(), pick = turn * 2654435761u;
+    const attn_segment *g;
+    const attn_task *t;
+    attn_result r;
+    int32_t row, token, head, slot;
+    ATTNI_CHECK_SPOIL(w->d, partials);
+    if (count == 0 || turn % ATTNI_CHECK_EVERY != 0) return ATTN_OK;
+    t = w->p->task + first + (int32_t)((pick >> 16) % (uint32_t)count);
+    g = w->p->segment + t->segment;
+    if ((r = attni_load_rows(w, t)) != ATTN_OK) return r;
+    row = (int32_t)((pick >> 8) % (uint32_t)w->n_rows);
+    token = w->tok[row % w->n_tokens];
+    head = w->kv_head * w->group + row / w->n_tokens;
+    if (g->n_slots == 0) return attni_check_written(w->d, token, head);
+    slot = (int32_t)(pick % (uint32_t)g->n_slots);
+    return attni_check_partial(w->d, token, head, g->span0 + slot,
+                               g->n_slots == 1 ? g->span1 : g->span0 + slot + 1,
+                               attni_partial(w, g, t, partials, slot, row));
+}
+
+static attn_result attni_check_merge(attni_work *w, int32_t first, int32_t count) {
+    uint32_t turn = (uint32_t)ATTNI_CHECK_NEXT(), pick = turn * 2654435761u;
+    const attn_merge *u;
+    int32_t token;
+    if (count == 0 || turn % ATTNI_CHECK_EVERY != 0) return ATTN_OK;
+    u = w->p->merge + first + (pick >> 16) % (uint32_t)count;
+    token = u->first_token + (int32_t)((pick >> 8) % (uint32_t)u->n_tokens);
+    return attni_check_written(w->d, w->p->seq[u->seq].q_begin + token,
+                               (int32_t)(pick % (uint32_t)w->d->n_heads));
+}
+
+#endif // ATTN_CHECK
+
 ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_t first,
                                   int32_t count, void *partials, void *scratch) {
     attni_work w;
     attn_result r = attni_work_init(&w, d, p);
     uint64_t mode = 0;
     int32_t i, tile;
-    if (r != ATTN_OK) return r;
+    if (r != ATTN_OK || (r = ATTNI_CHECK_TABLES(d)) != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_tasks - first) return ATTN_ERR_ARGUMENT;
     if (!scratch || (uintptr_t)scratch % 64 || (p->partial_rows && !partials))
         return ATTN_ERR_BUFFER;
@@ -3481,7 +3596,7 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
         r = attni_run_task(&w, &p->task[i], (float *)partials);
     if (d->numerics == ATTN_NUMERICS_PORTABLE) attni_mode_leave(mode);
     ATTNI_AMX_END(&w.x);
-    return r;
+    return r == ATTN_OK ? ATTNI_CHECK_RUN(&w, first, count, partials) : r;
 }
 
 ATTNI_CALLED void attni_merge_rows(attni_work *w, const attn_merge *u, const float *partials) {
@@ -3517,14 +3632,14 @@ ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int3
     attn_result r = attni_work_init(&w, d, p);
     uint64_t mode = 0;
     int32_t i;
-    if (r != ATTN_OK) return r;
+    if (r != ATTN_OK || (r = ATTNI_CHECK_TABLES(d)) != ATTN_OK) return r;
     if (first < 0 || count < 0 || count > p->n_merges - first) return ATTN_ERR_ARGUMENT;
     if (count && !partials) return ATTN_ERR_BUFFER;
     if (d->numerics == ATTN_NUMERICS_PORTABLE) mode = attni_mode_enter();
     for (i = first; i < first + count; i++)
         attni_merge_rows(&w, &p->merge[i], (const float *)partials);
     if (d->numerics == ATTN_NUMERICS_PORTABLE) attni_mode_leave(mode);
-    return ATTN_OK;
+    return ATTNI_CHECK_MERGE(&w, first, count);
 }
 
 // One caller's block: [plan][partials][scratch per thread].
@@ -3597,6 +3712,14 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_ARM
 #undef ATTNI_ARM_DOTS
 #undef ATTNI_CALLED
+#undef ATTNI_CHECK_COPY
+#undef ATTNI_CHECK_EVERY
+#undef ATTNI_CHECK_MERGE
+#undef ATTNI_CHECK_NEXT
+#undef ATTNI_CHECK_RUN
+#undef ATTNI_CHECK_SLOTS
+#undef ATTNI_CHECK_SPOIL
+#undef ATTNI_CHECK_TABLES
 #undef ATTNI_CPU_OPEN
 #undef ATTNI_EACH
 #undef ATTNI_F2

@@ -39,9 +39,12 @@ for c in $compilers; do
     for f in core cpu static_a; do
         try "$c -std=c99 $f.c" $c -std=c99 $LIST $INC -fsyntax-only tests/compile/$f.c
     done
-    for d in -DATTN_CPU_SCALAR_ONLY -march=native -ffast-math -fopenmp; do
+    for d in -DATTN_CPU_SCALAR_ONLY -march=native -ffast-math -fopenmp -DATTN_CHECK \
+        -DATTN_CHECK= -DATTN_CHECK=16; do
         try "$c $d" $c -std=c99 $d $LIST $INC -fsyntax-only tests/compile/all.c
     done
+    try "$c -DATTN_CHECK C++" $c -x c++ -std=c++11 -DATTN_CHECK $LIST $INC -fsyntax-only \
+        tests/compile/all.c
     for e in decode_contiguous chunked_prefill prefix_tree sparse_mask naive_llama \
         naive_llama_attn; do
         try "$c $e.c" $c -std=c99 $LIST -I. -fsyntax-only examples/$e.c
