@@ -3863,6 +3863,10 @@ static double attni_check_score(attni_checked *c, int32_t j, double *off) {
     return x;
 }
 
+static double attni_check_exp(double x) { // attni_exp64 is for x <= 0
+    return x > 0 ? 1 / attni_exp64(x < 700 ? -x : -700) : attni_exp64(x);
+}
+
 // Runs over the visible keys at positions [from, to): the largest score, or everything else.
 static void attni_check_keys(attni_checked *c, int64_t from, int64_t to, int only_max) {
     const attn_desc *d = c->d;
@@ -3880,8 +3884,8 @@ static void attni_check_keys(attni_checked *c, int64_t from, int64_t to, int onl
             if (!attni_finite64(x)) return;
             continue;
         }
-        w = attni_exp64(x - c->m);
-        off = off < 1e-4 ? w * off * 1.0001 : attni_exp64(x - c->m + off) - w;
+        w = attni_check_exp(x - c->m);
+        off = off < 1e-4 ? w * off * 1.0001 : attni_check_exp(x - c->m + off) - w;
         if (w < 8e-31) off += 8e-31; // weights below 2^-100 may be dropped
         c->sum += w;
         c->slack += off;
@@ -3931,7 +3935,7 @@ ATTN_DEF attn_result attn_check_row(const attn_desc *d, int32_t t, int32_t h, in
     if (x > -3.0e38 && (c.n_seen == 0 || x > c.m)) c.m = x;
     if (!attni_finite64(c.m)) return ATTN_OK;
     if (c.n_seen > 0) attni_check_keys(&c, from, to, 0);
-    if (x > -3.0e38) c.sum += attni_exp64(x - c.m);
+    if (x > -3.0e38) c.sum += attni_check_exp(x - c.m);
     if (c.sum == 0) { // nothing seen: zeros, and a log-sum-exp of -inf
         for (e = 0; e < vd; e++)
             if (attni_bits32(o[e]) & 0x7fffffffu) return ATTN_ERR_CHECK;
