@@ -3,6 +3,7 @@
 #   make run [ARGS='--kv int8']   the main job (needs cc and make only)
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make test-asan test-clang test-compile test-aarch64
+#   make mutants [MUTANTS=40 SEED=1]   planted and random bugs that the tests must notice
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -110,6 +111,12 @@ test-aarch64:
 	    $(RUNNER) $(foreach t,$(FOREIGN),"$(AARCH64_RUN) ./build/aarch64/$t $(ARGS_arm_$t)"); \
 	else echo "skipped: needs $(AARCH64_CC) and $(AARCH64_RUN)"; fi
 
+# Bugs put into copies of the headers: those of the atlas by name, then random ones.
+MUTANTS ?= 40
+SEED ?= 1
+mutants:
+	@CC="$(CC)" python3 tests/mutate.py --planted --random $(MUTANTS) --seed $(SEED) -j $(JOBS)
+
 # The Python side of the tests, in a place of its own.
 deps:
 	python3 -m venv build/venv
@@ -170,5 +177,5 @@ clean:
 	rm -rf build
 
 .PHONY: all run examples naive-diff programs test test-asan test-clang test-compile test-aarch64 \
-    deps bench lint install clean
+    mutants deps bench lint install clean
 .DELETE_ON_ERROR:
