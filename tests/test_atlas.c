@@ -927,7 +927,7 @@ typedef struct place { // where 300 tokens of one sequence and 20 queries lie
 #define FAR_IDS                                                                                    \
     {0, 8388608, 1, 2097153, 4194305, 8388609, 2, 1048578, 8388610, 4194306,                       \
      3, 4194303, 4194307, 8388607, 8388611, 4, 2097156, 4194308, 8388612, 6291460}
-#define SLOT_IDS {1, 2097153, 4194305, 0}
+#define SLOT_IDS {16777217, 33554433, 1}
 static const place places[] = {
     {"page ids, token-major f32", ATTN_F32, ATTN_TOKEN_MAJOR, 8388616, 16, FAR_IDS, 4, 2, 16, 0, 0,
      0, 0, 0, 0, 0, 0, 0},
@@ -935,7 +935,7 @@ static const place places[] = {
      0, 0, 0, 0, 0, 0, 0},
     {"page ids, k16 i8", ATTN_I8, ATTN_K16, 8388616, 16, FAR_IDS, 4, 2, 16, 0, 0, 0, 0, 0, 0, 0, 0,
      0},
-    {"slots", ATTN_I4, ATTN_TOKEN_MAJOR, 4194312, 1024, SLOT_IDS, 1, 1, 8, 0, 0, 0, 0, 0, 0, 0, 0,
+    {"slots", ATTN_I4, ATTN_TOKEN_MAJOR, 33554440, 128, SLOT_IDS, 1, 1, 8, 0, 0, 0, 0, 0, 0, 0, 0,
      0},
     {"page bytes", ATTN_F16, ATTN_HEAD_MAJOR, 20, 16,
      {7, 3, 19, 0, 11, 5, 13, 1, 17, 2, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18}, 4, 2, 16, 0, 0,
@@ -1281,7 +1281,7 @@ static void window_case(const attn_desc *like, int32_t left, int32_t right, int3
     all = (uint8_t *)memory(row_bytes(&d) * LEN, 0);
     ref = (double *)memory(8 * LEN * HEADS * DIM, 0);
     fresh_at(&d, &l, 0, LEN, LEN, all, NULL, NULL);
-    if (dense && d.kv.k.dtype == ATTN_F32) {
+    if ((dense || right) && d.kv.k.dtype == ATTN_F32) {
         fresh_at(&d, &l, 0, LEN, LEN, NULL, NULL, ref);
         CHECK(near_ref((const float *)(const void *)all, ref, LEN * HEADS * DIM, 4e-6));
     }

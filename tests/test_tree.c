@@ -925,6 +925,148 @@ static void test_index(void) {
     hash_mask = 0xffffffffu;
 }
 
+// ---- attn_tree_check finds every field that is off by one
+
+static void off_by(attn_tree *t, int32_t *field, int32_t delta, const char *what, int32_t i) {
+    int32_t was = *field;
+    *field = was + delta;
+    if (!CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT))
+        printf("    %s[%d] %d -> %d\n", what, i, was, *field);
+    *field = was;
+}
+
+static void off_by_one(attn_tree *t, int32_t *field, const char *what, int32_t i) {
+    off_by(t, field, 1, what, i);
+    off_by(t, field, -1, what, i);
+}
+
+static void corrupt_node(attn_tree *t, int32_t x) {
+    attni_tree_node *n = t->node + x;
+    uint64_t key = n->key;
+    off_by_one(t, &n->start, "start", x);
+    off_by_one(t, &n->end, "end", x);
+    off_by_one(t, &n->n_child, "n_child", x);
+    off_by_one(t, &n->child_xor, "child_xor", x);
+    off_by(t, &n->first_page, 1, "first_page", x);
+    off_by_one(t, &n->pins, "pins", x);
+    off_by_one(t, &n->held, "held", x);
+    off_by(t, &n->heap_at, 1, "heap_at", x);
+    off_by(t, &n->first_seq, 1, "first_seq", x);
+    off_by(t, &n->parent, t->max_nodes, "parent", x);
+    if (n->parent >= 0) {
+        off_by_one(t, &n->last_page, "last_page", x);
+        off_by(t, &n->first_page, -1, "first_page", x);
+        off_by(t, &n->parent, -1 - n->parent, "parent", x);
+        // cached is prefix-closed; what is not cached has a sequence below, a pin caches
+        if (n->n_child == 0 && n->first_seq < 0) off_by(t, &n->cached, -1, "cached", x);
+        if (n->pins > 0) off_by(t, &n->cached, -1, "cached", x);
+    }
+    n->key ^= 1;
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    n->key = key ^ ((uint64_t)1 << 40);
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    n->key = key;
+}
+
+static void corrupt_pages(attn_tree *t) {
+    int32_t i, x;
+    for (i = 0; i < t->n_pages; i++) {
+        off_by_one(t, t->pool.ref + i, "ref", i);
+        off_by_one(t, t->hold + i, "hold", i);
+        off_by(t, t->n_copying + i, 5, "n_copying", i);
+        off_by(t, t->lock + i, t->lock[i] ? -t->lock[i] : 1, "lock", i);
+        if (t->copy_src[i] < 0) off_by(t, t->copy_src + i, 1, "copy_src", i);
+        else off_by(t, t->copy_src + i, -1 - t->copy_src[i], "copy_src", i);
+        if (t->pool.ref[i] == 0) continue;
+        off_by(t, t->fill + i, t->page_tokens + 1, "fill", i);
+    }
+    for (x = 0; x < t->max_nodes; x++) {
+        attni_tree_node *n = t->node + x;
+        if (n->start < 0 || n->parent < 0) continue;
+        if (n->n_child == 0) off_by_one(t, t->fill + n->last_page, "fill", n->last_page);
+        else off_by(t, t->fill + n->last_page, -t->page_tokens, "fill", n->last_page);
+        if (n->first_page == n->last_page) continue;
+        off_by(t, t->next + n->first_page, t->n_pages, "next", n->first_page);
+        off_by(t, t->next + n->first_page, -1 - t->next[n->first_page], "next", n->first_page);
+        off_by_one(t, t->prev + n->last_page, "prev", n->last_page);
+        off_by(t, t->fill + n->first_page, -1, "fill", n->first_page);
+    }
+    for (i = 0; i < t->pool.n_free; i++) {
+        off_by(t, t->pool.free + i, t->n_pages, "free", i);
+        off_by(t, t->pool.free + i, -1 - t->pool.free[i], "free", i);
+    }
+}
+
+static void test_corrupt(void) {
+    attn_tree *t = make(26, 4, 12, 40);
+    attn_page_copy c[2];
+    attni_tree_node *n;
+    int32_t s[12], i, x, n_copies = 0, one = 'z', copied;
+    attn_tree_stats st;
+    s[0] = put(t, "abcdefghijklmnop"); // some held, forked, pinned, cached, of two priorities
+    s[1] = put(t, "abcdefghXY");
+    s[2] = put(t, "abcdefg");
+    s[3] = put(t, "qrs");
+    s[4] = put(t, "tuvwxyz123");
+    s[5] = put(t, "abcdefghijklQ");
+    s[6] = put(t, "MNOPQR");
+    CHECK_EQ(attn_tree_priority(t, s[4], 3), ATTN_OK);
+    CHECK_EQ(attn_tree_fork(t, s[0], &s[7]), ATTN_OK);
+    CHECK_EQ(attn_tree_fork(t, s[0], &s[8]), ATTN_OK);
+    CHECK_EQ(pin(t, "qr", 1), ATTN_OK);
+    for (i = 1; i < 7; i++)
+        if (i != 2) CHECK_EQ(attn_tree_release(t, s[i], 1), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, s[2], &one, 1, NULL, c, 2, &n_copies), ATTN_OK);
+    CHECK_EQ(n_copies, 1); // not acknowledged
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    CHECK(t->n_heap >= 4);
+    for (x = 0; x < t->max_nodes; x++)
+        if (t->node[x].start >= 0) corrupt_node(t, x);
+    corrupt_pages(t);
+    for (i = 0; i < t->max_seq; i++) {
+        if (t->seq[i].node < 0) {
+            off_by(t, &t->seq[i].node, 1, "unused seq", i);
+            continue;
+        }
+        off_by_one(t, &t->seq[i].prev, "seq prev", i);
+        off_by_one(t, &t->seq[i].node, "seq node", i);
+        off_by(t, &t->seq[i].next, t->max_seq + 1, "seq next", i);
+    }
+    for (i = 0; i < t->n_heap; i++) off_by(t, t->heap + i, 1, "heap", i);
+    for (i = 1; i < t->n_heap; i++) { // a victim before its turn
+        n = t->node + t->heap[i];
+        off_by(t, &n->priority, -100, "priority", i);
+    }
+    for (i = 0; i <= (int32_t)t->table_mask; i++)
+        off_by(t, t->table + i, t->table[i] < 0 ? 1 : -1 - t->table[i], "table", i);
+    off_by_one(t, &t->n_nodes, "n_nodes", 0);
+    off_by_one(t, &t->n_held_nodes, "n_held_nodes", 0);
+    off_by_one(t, &t->n_seq, "n_seq", 0);
+    off_by_one(t, &t->n_held_pages, "n_held_pages", 0);
+    off_by_one(t, &t->n_heap, "n_heap", 0);
+    off_by_one(t, &t->pool.n_free, "n_free", 0);
+    off_by(t, &t->pool.n_free, 100, "n_free", 0);
+    off_by(t, &t->pool.n_free, -100, "n_free", 0);
+    off_by(t, &t->free_node, -1 - t->free_node, "free_node", 0);
+    off_by(t, &t->free_node, t->max_nodes, "free_node", 0);
+    off_by(t, &t->free_seq, -1 - t->free_seq, "free_seq", 0);
+    off_by(t, &t->free_seq, t->max_seq, "free_seq", 0);
+    t->count.tokens_cached++;
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    t->count.tokens_cached--;
+    copied = c[0].dst; // a copy has the tokens of what it copies
+    for (i = 0; i < c[0].n_tokens; i++)
+        off_by(t, attni_page_token(t, copied, i), 1, "token", i);
+    // a border without a reason: a cached run cut in two
+    attn_tree_get_stats(t, &st);
+    x = attni_index_find(t, attni_index_find(t, -1, 0), 'M');
+    CHECK(x >= 0 && attni_node_split(t, x, 5) >= 0);
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    t->node[x].priority = 1;
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    CHECK_EQ(attn_tree_check(NULL), ATTN_ERR_ARGUMENT);
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), n_ops = test_arg(argc, argv, 2, 200000), done, i;
     printf("seed %llu, %llu operations\n", (unsigned long long)seed, (unsigned long long)n_ops);
@@ -937,6 +1079,7 @@ int main(int argc, char **argv) {
     test_order();
     test_blob();
     test_index();
+    test_corrupt();
     for (done = 0, i = 0; done < n_ops; done += 500, i++)
         if (!random_round(seed + i, (int32_t)(n_ops - done < 500 ? n_ops - done : 500))) break;
     return TEST_END();
