@@ -45,6 +45,7 @@ MEMORY = 3 << 30  # bytes of private memory a process may have
 PROGRAMS = [
     ("test_atlas", []),
     ("test_tree", ["1", "60000"]),
+    ("test_plan", ["1", "600"]),
     ("test_mask", ["1", "60"]),
     ("test_api", ["1", "1"]),
     ("test_cpu", ["1", "12"]),
