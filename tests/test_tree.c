@@ -271,6 +271,7 @@ static void op_append(model *m, int32_t s, const run *want, int insert) {
     int32_t old = insert ? 0 : m->live[s].n, expect, hit = -1, max = test_below(&m->rng, 8) > 0;
     int32_t n_copies = 0, i, n = want->n - old, page[MAX_LEN];
     attn_page_copy copy[1];
+    attn_tree_stats now;
     attn_result r;
     expect = known(m, want, 1) - old;
     if (insert)
@@ -300,6 +301,12 @@ static void op_append(model *m, int32_t s, const run *want, int insert) {
     }
     if (!CHECK(s >= 0 && s < m->max_seq && (m->used[s] != 0) == !insert)) exit(1);
     CHECK_EQ(hit, expect);
+    now = stats(m->t);
+    CHECK_EQ(now.tokens_hit - m->was.tokens_hit, hit);
+    CHECK_EQ(now.tokens_missed - m->was.tokens_missed, n - hit);
+    CHECK_EQ(now.pages_copied - m->was.pages_copied, n_copies);
+    CHECK_EQ(now.tokens_cached - m->was.tokens_cached,
+             n - hit - (now.tokens_evicted - m->was.tokens_evicted));
     m->used[s] = 1;
     m->live[s] = *want;
     if (insert) m->n_page[s] = 0;
@@ -418,6 +425,9 @@ static void op_evict(model *m) {
     CHECK_EQ(attn_tree_evict(m->t, want, &freed), ATTN_OK);
     now = stats(m->t);
     CHECK_EQ(now.n_free - m->was.n_free, freed);
+    CHECK_EQ(now.pages_evicted - m->was.pages_evicted, freed);
+    CHECK_EQ(now.tokens_evicted - m->was.tokens_evicted,
+             m->was.tokens_cached - now.tokens_cached);
     if (want < 0 || freed < want)
         CHECK(now.n_free >= m->n_pages - held && m->t->n_heap == 0);
     else if (want == 0)
