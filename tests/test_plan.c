@@ -37,7 +37,8 @@ static void world_make(world *w, test_rng *r) {
     d->kv.page_tokens = PAGE;
     for (s = 0; s < d->n_seq; s++) {
         int32_t kind = test_below(r, 6), len = 1 + test_below(r, 1800), mate = s % groups;
-        int32_t q = kind == 0 ? 0 : kind < 4 ? 1 : kind == 4 ? test_below(r, 9) : test_below(r, len);
+        int32_t q = test_below(r, kind == 4 ? 9 : len);
+        if (kind < 4) q = kind > 0;
         if (q > len) q = len;
         w->kv_pos0[s] = groups == 3 ? 48 * mate : 0;
         w->kv_len[s] = len;
