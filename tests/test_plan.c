@@ -11,8 +11,10 @@ enum { MAX_SEQ = 14, STRIDE = 130, PAGE = 16 };
 typedef struct world {
     attn_desc d;
     attn_plan_params params;
-    int32_t q_start[MAX_SEQ + 1], q_pos0[MAX_SEQ], kv_len[MAX_SEQ], kv_pos0[MAX_SEQ];
-    int32_t page[MAX_SEQ * STRIDE], order[MAX_SEQ];
+    // what lies beside an array would be noticed if it were read
+    int32_t guard0, q_start[MAX_SEQ + 1], guard1, q_pos0[MAX_SEQ], guard2, kv_len[MAX_SEQ];
+    int32_t guard3, kv_pos0[MAX_SEQ], guard4, page[MAX_SEQ * STRIDE], guard5, order[MAX_SEQ];
+    int32_t guard6;
 } world;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -24,6 +26,8 @@ static void world_make(world *w, test_rng *r) {
     attn_desc *d = &w->d;
     int32_t s, j, n_pages = 0, common = test_below(r, 90), groups = 1 + test_below(r, 3);
     memset(w, 0, sizeof *w);
+    w->guard0 = w->guard1 = w->guard2 = -1000000;
+    w->guard3 = w->guard4 = w->guard5 = w->guard6 = -1000000;
     d->n_seq = 1 + test_below(r, MAX_SEQ);
     d->n_kv_heads = 1 + test_below(r, 3);
     d->n_heads = d->n_kv_heads * (1 + test_below(r, 8));
