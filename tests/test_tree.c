@@ -935,6 +935,64 @@ static void test_index(void) {
     hash_mask = 0xffffffffu;
 }
 
+// A parent takes over when its last child was used, whatever its number: here it is node 0.
+static void test_use_of_node_0(void) {
+    attn_tree *t = make(8, 2, 8, 0);
+    int32_t q = 'q', other, a, z, k, xy[2] = {'X', 'Y'}, n = 0;
+    attn_page_copy c;
+    CHECK_EQ(attn_tree_insert(t, 7, &q, 1, &other, NULL, &c, 1, &n), ATTN_OK);
+    k = put(t, "k");
+    CHECK_EQ(attn_tree_release(t, other, 0), ATTN_OK); // its root was node 0
+    a = put(t, "ab");
+    CHECK(t->seq[a].node == 0 && t->node[0].parent > 0);
+    CHECK_EQ(attn_tree_priority(t, a, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, a, xy, 2, NULL, &c, 1, &n), ATTN_OK);
+    z = put(t, "zz");
+    CHECK_EQ(attn_tree_priority(t, z, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, z, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, a, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "abXY") == 2 && match(t, "zz") == 2);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "abXY") == 2 && match(t, "zz") == 0);
+    CHECK_EQ(attn_tree_release(t, k, 0), ATTN_OK);
+}
+
+static int no_rows(void *user, int32_t page, int32_t place, int32_t n, void *rows) {
+    (void)user, (void)page, (void)place, (void)n, (void)rows;
+    return 0;
+}
+
+// Header fields that lie under a checksum that fits: each is looked at for itself.
+static void test_blob_header(void) {
+    static const struct {
+        int at, size;
+        uint64_t delta;
+        attn_result want;
+    } wrong[] = {{0, 1, 1, ATTN_ERR_CORRUPT},   {8, 4, 1, ATTN_ERR_VERSION},
+                 {12, 4, 8, ATTN_ERR_CORRUPT},  {16, 8, 1, ATTN_ERR_CORRUPT},
+                 {16, 8, (uint64_t)1 << 40, ATTN_ERR_CORRUPT}, {24, 8, 1, ATTN_ERR_CORRUPT},
+                 {32, 8, 1, ATTN_ERR_CORRUPT},  {32, 8, (uint64_t)0 - 1, ATTN_ERR_CORRUPT},
+                 {40, 8, 1, ATTN_ERR_CORRUPT}};
+    attn_tree *t = make(8, 4, 4, 0);
+    unsigned char blob[256], bad[256];
+    int32_t a = put(t, "abcdef"), s = -1;
+    size_t size = attn_tree_save_bytes(t, a, 8), i;
+    CHECK_EQ(size, 48 + 6 * 12);
+    memset(blob, 0, sizeof blob);
+    CHECK_EQ(attn_tree_save(t, a, 8, no_rows, NULL, blob, sizeof blob), ATTN_OK);
+    for (i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        unsigned char *p = bad + wrong[i].at;
+        memcpy(bad, blob, sizeof bad);
+        attni_put_le(p, attni_get_le(p, (size_t)wrong[i].size) + wrong[i].delta, wrong[i].size);
+        if (wrong[i].at != 40) attni_put_le(bad + 40, attni_blob_sum(bad, size), 8);
+        CHECK_EQ(attn_tree_load(t, 1, 8, no_rows, NULL, NULL, bad, size, &s), wrong[i].want);
+    }
+    CHECK_EQ(attn_tree_load(t, 1, 4, no_rows, NULL, NULL, blob, size, &s), ATTN_ERR_SHAPE);
+    CHECK_EQ(attn_tree_load(t, 1, 8, no_rows, NULL, NULL, blob, size - 1, &s), ATTN_ERR_CORRUPT);
+    CHECK_EQ(attn_tree_load(t, 1, 8, no_rows, NULL, NULL, blob, size, &s), ATTN_OK);
+}
+
 // ---- attn_tree_check finds every field that is off by one
 
 static void off_by(attn_tree *t, int32_t *field, int32_t delta, const char *what, int32_t i) {
@@ -1089,6 +1147,8 @@ int main(int argc, char **argv) {
     test_order();
     test_blob();
     test_index();
+    test_use_of_node_0();
+    test_blob_header();
     test_corrupt();
     for (done = 0, i = 0; done < n_ops; done += 500, i++)
         if (!random_round(seed + i, (int32_t)(n_ops - done < 500 ? n_ops - done : 500))) break;
