@@ -9,6 +9,7 @@
 #   make test-asan test-clang test-compile test-aarch64 test-tsan test-msan test-valgrind
 #   make fuzz-short | fuzz [SECONDS= JOBS= SEEDS=] | fuzz-static     (clang; see "fuzzing" below)
 #   make sim [OPS=10000000 SIM_SEED=1000]   the simulator, in shards of their own seeds
+#   make mutants [MUTANTS=40 SEED=1]   planted and random bugs that the tests must notice
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -146,11 +147,11 @@ test-ports-fast test-ports:
 # ---- everything. A check prints "N passed, N failed" last, or "skipped: why".
 
 ALL_CHECKS = test test-asan test-clang test-compile test-ports test-tsan test-msan test-valgrind \
-    fuzz-short sim coverage
+    fuzz-short sim mutants coverage
 ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
     binutils pkg-config python3-venv libstb-dev valgrind qemu-user gcc-aarch64-linux-gnu \
-    libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu \
-    libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
+    libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross gcc-arm-linux-gnueabihf \
+    libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
     libclang-rt-14-dev-wasm32 nodejs gcc-mingw-w64-x86-64 gcc-mingw-w64-i686 wine64
 
 test-all:
@@ -265,6 +266,11 @@ sim:
 	@$(MAKE_J) $(SIM)
 	@$(RUNNER) "./build/attn_sim_check $(SIM_SEED) 250000" \
 	    $(foreach s,$(SIM_SHARDS),"./build/attn_sim $s $(SIM_OPS)")
+# Bugs put into copies of the headers: those of the atlas by name, then random ones.
+MUTANTS ?= 40
+SEED ?= 1
+mutants:
+	@CC="$(CC)" python3 tests/mutate.py --planted --random $(MUTANTS) --seed $(SEED) -j $(JOBS)
 
 # The Python side of the tests, in a place of its own.
 deps:
@@ -327,5 +333,5 @@ clean:
 
 .PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64
 .PHONY: coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps bench lint install
-.PHONY: sim test-tsan test-msan test-valgrind fuzz fuzz-build fuzz-short fuzz-static clean
+.PHONY: mutants sim test-tsan test-msan test-valgrind fuzz fuzz-build fuzz-short fuzz-static clean
 .DELETE_ON_ERROR:

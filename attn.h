@@ -1792,18 +1792,20 @@ static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
     q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
 }
 
-// Orders sequences with a page table by first position, then by page ids, then by number.
+// Orders sequences with a page table by first position, then by the ids of their whole pages, a beginning before what
+// continues it (or the order would not be transitive), then by number.
 static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
     const attn_kv *kv = &b->d->kv;
     const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
-    int32_t j, n = attni_min32(sx->kv_len, sy->kv_len) / kv->page_tokens;
+    int32_t nx = sx->kv_len / kv->page_tokens, ny = sy->kv_len / kv->page_tokens;
+    int32_t j, n = attni_min32(nx, ny);
     if (sx->kv_pos0 != sy->kv_pos0) return sx->kv_pos0 < sy->kv_pos0;
     for (j = 0; j < n; j++) {
         int32_t px = kv->page_table[x * kv->page_table_stride + j];
         int32_t py = kv->page_table[y * kv->page_table_stride + j];
         if (px != py) return px < py;
     }
-    return x < y;
+    return nx != ny ? nx < ny : x < y;
 }
 
 static void attni_sort_order(const attni_planner *b,
@@ -1893,7 +1895,8 @@ static int32_t attni_span_count(const attn_mask *m, int64_t span0, int64_t span1
     else if (m->window_right) hi = attni_min64(hi, (p1 + m->window_right - 1) / ATTN_SPAN + 1);
     if (m->window_left) {
         lo = attni_max64(lo, (p0 - (m->window_left - 1)) / ATTN_SPAN);
-        sinks = attni_min64(lo, ((int64_t)m->n_sink + ATTN_SPAN - 1) / ATTN_SPAN) - span0;
+        sinks = ((int64_t)m->n_sink + ATTN_SPAN - 1) / ATTN_SPAN;
+        sinks = attni_min64(sinks, attni_min64(lo, span1)) - span0;
     }
     return (int32_t)(attni_max64(hi - lo, 0) + attni_max64(sinks, 0));
 }

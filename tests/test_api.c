@@ -689,6 +689,124 @@ static void bad_masks(void) {
         f.kv_pos0[0] = 39); // more queries than tokens
 }
 
+// The last value that is good and the first that is not; validated only, nothing so large is run.
+#define EDGE(want, field, good, bad)                                                               \
+    do {                                                                                           \
+        fixture f;                                                                                 \
+        fixture_make(&f);                                                                          \
+        edge_setup(&f, edge);                                                                      \
+        f.field = good;                                                                            \
+        if (!CHECK_EQ(attn_validate(&f.d), ATTN_OK)) printf("    " #field " = " #good "\n");       \
+        f.field = bad;                                                                             \
+        if (!CHECK_EQ(attn_validate(&f.d), want)) printf("    " #field " = " #bad "\n");           \
+        fixture_free(&f);                                                                          \
+    } while (0)
+
+enum { E_NONE, E_ONE, E_HEAD_MAJOR_O, E_BIAS, E_BLOCKS, E_STRIDE, E_VSLASH, E_TREE, E_HEAD_MAJOR };
+
+static void edge_setup(fixture *f, int edge) {
+    if (edge == E_ONE) f->d.n_seq = 1;
+    if (edge == E_HEAD_MAJOR_O) f->d.o.stride_token = 16, f->d.o.stride_head = 80;
+    if (edge == E_BIAS) f->d.logits.bias.data = f->bias, f->d.logits.bias.dtype = ATTN_F32;
+    if (edge == E_BLOCKS) fixture_blocks(f), f->d.mask.blocks.n_rows = 7;
+    if (edge == E_STRIDE) fixture_stride(f);
+    if (edge == E_VSLASH) fixture_vslash(f);
+    if (edge == E_TREE) fixture_tree(f);
+    if (edge == E_HEAD_MAJOR) f->d.kv.layout = ATTN_HEAD_MAJOR;
+}
+
+static void edges_of_shapes(void) {
+    const int64_t l56 = (int64_t)1 << 56, l58 = (int64_t)1 << 58;
+    int edge = E_NONE;
+    EDGE(ATTN_ERR_SHAPE, d.n_heads, 65536, 65538);
+    EDGE(ATTN_ERR_SHAPE, d.n_heads, 2, 1);
+    EDGE(ATTN_ERR_SHAPE, d.head_dim, 576, 584);
+    EDGE(ATTN_ERR_SHAPE, d.head_dim, 8, 4);
+    EDGE(ATTN_ERR_SHAPE, d.v_head_dim, 576, 584);
+    EDGE(ATTN_ERR_SHAPE, d.v_head_dim, 8, 7);
+    EDGE(ATTN_ERR_SHAPE, d.v_head_dim, 0, 1);
+    EDGE(ATTN_ERR_SHAPE, q_start[1], 0, -1);
+    EDGE(ATTN_ERR_SHAPE, q_start[1], 5, 6);
+    EDGE(ATTN_ERR_SHAPE, kv_len[0], 0, -1);
+    EDGE(ATTN_ERR_SHAPE, kv_len[1], 128, 129);
+    EDGE(ATTN_ERR_SHAPE, kv_pos0[1], INT32_MAX - 100, INT32_MAX - 99);
+    EDGE(ATTN_ERR_SHAPE, q_pos0[0], 0, -1);
+    EDGE(ATTN_ERR_SHAPE, q_pos0[0], INT32_MAX - 2, INT32_MAX - 1);
+    EDGE(ATTN_ERR_DTYPE, d.q.dtype, ATTN_BF16, ATTN_F8E4M3);
+    EDGE(ATTN_ERR_DTYPE, d.o.dtype, ATTN_F32, ATTN_DTYPE_NONE);
+    EDGE(ATTN_ERR_DTYPE, d.kv.k.dtype, ATTN_I4, ATTN_DTYPE_COUNT);
+    EDGE(ATTN_ERR_ARGUMENT, d.numerics, ATTN_NUMERICS_APPROX, (attn_numerics)-1);
+    EDGE(ATTN_ERR_LAYOUT, d.q.stride_token, l58 / 5, l58 / 5 + 1);
+    EDGE(ATTN_ERR_LAYOUT, d.q.stride_head, l58 / 4, l58 / 4 + 1);
+    EDGE(ATTN_ERR_LAYOUT, d.q.stride_head, 0, -1);
+    EDGE(ATTN_ERR_LAYOUT, d.o.stride_token, 64, 63);
+    EDGE(ATTN_ERR_LAYOUT, d.o.stride_head, 16, 15);
+    EDGE(ATTN_ERR_LAYOUT, d.kv.k.stride_token, 32, 31);
+    EDGE(ATTN_ERR_OVERFLOW, d.kv.k.stride_token, l56 / 64, l56 / 64 + 1);
+    EDGE(ATTN_ERR_OVERFLOW, d.kv.v.page_bytes, l56, l56 + 1);
+    EDGE(ATTN_ERR_LAYOUT, d.kv.v.page_bytes, 2048, 2047);
+    EDGE(ATTN_ERR_PAGE, table[0][1], 0, -1);
+    EDGE(ATTN_ERR_PAGE, table[1][6], 15, 16);
+    EDGE(ATTN_ERR_PAGE, d.kv.n_pages, 15, 14); // ids up to 14 are in use
+    EDGE(ATTN_ERR_SHAPE, d.kv.page_table_stride, 8, 6);
+    edge = E_ONE;
+    EDGE(ATTN_ERR_OVERFLOW, d.kv.page_table_stride, l58, l58 + 1);
+    EDGE(ATTN_ERR_SHAPE, d.kv.page_table_stride, 0, 2); // 0: there is no second row
+    EDGE(ATTN_ERR_SHAPE, d.kv.page_table_stride, 3, 1);
+    edge = E_HEAD_MAJOR_O;
+    EDGE(ATTN_ERR_LAYOUT, d.o.stride_head, 80, 79);
+    EDGE(ATTN_ERR_LAYOUT, d.o.stride_token, 16, 15);
+    edge = E_HEAD_MAJOR;
+    EDGE(ATTN_ERR_LAYOUT, d.kv.v.stride_head, 256, 255);
+    EDGE(ATTN_ERR_OVERFLOW, d.kv.v.stride_head, l56 / 16, l56 / 8 + 1);
+    edge = E_BIAS;
+    EDGE(ATTN_ERR_OVERFLOW, d.logits.bias.stride_head, l58 / 4, l58 / 4 + 1);
+    EDGE(ATTN_ERR_OVERFLOW, d.logits.bias.stride_token, l58 / 5, l58 / 5 + 1);
+    EDGE(ATTN_ERR_LAYOUT, d.logits.bias.stride_token, 0, -1);
+    EDGE(ATTN_ERR_DTYPE, d.logits.bias.dtype, ATTN_F16, ATTN_I8);
+}
+
+static void edges_of_masks(void) {
+    int edge = E_NONE;
+    EDGE(ATTN_ERR_MASK, d.mask.window_left, INT32_MAX, INT32_MIN);
+    EDGE(ATTN_ERR_MASK, d.mask.window_right, INT32_MAX, INT32_MIN);
+    EDGE(ATTN_ERR_MASK, d.mask.kind, ATTN_MASK_FULL, (attn_mask_kind)3);
+    edge = E_BLOCKS;
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.n_lists, 1, 0);
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.n_lists, 2, 3); // KV heads
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.n_lists, 4, 5); // query heads
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.bits_rows, 1, 0);
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.bits_rows, 16, 32);
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.bits_cols, 16, 12);
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.kv_block, 4, 0);
+    EDGE(ATTN_ERR_MASK, d.mask.blocks.kv_block, 4, 2);
+    EDGE(ATTN_ERR_MASK, block[0], 0, -1);
+    EDGE(ATTN_ERR_MASK, block[1], 2, 1);
+    EDGE(ATTN_ERR_MASK, block[13], 2, 1); // the last entry of the last row
+    EDGE(ATTN_ERR_MASK, row_start[0], 0, -1);
+    EDGE(ATTN_ERR_MASK, row_start[7], 12, 11);
+    edge = E_STRIDE;
+    EDGE(ATTN_ERR_MASK, d.mask.stride.n_dense, 2, 3);
+    EDGE(ATTN_ERR_MASK, d.mask.stride.n_dense, 0, -1);
+    EDGE(ATTN_ERR_MASK, d.mask.stride.block, 1, -1);
+    EDGE(ATTN_ERR_MASK, d.mask.stride.local, 1, 0);
+    EDGE(ATTN_ERR_MASK, d.mask.stride.stride, 1, 0);
+    EDGE(ATTN_ERR_MASK, d.mask.stride.n_heads_total, 2, 1);
+    EDGE(ATTN_ERR_MASK, d.mask.stride.local_right, 0, -1);
+    EDGE(ATTN_ERR_MASK, d.mask.stride.head_step, 0, -1);
+    edge = E_VSLASH;
+    EDGE(ATTN_ERR_MASK, col[0], 0, -1);
+    EDGE(ATTN_ERR_MASK, diag[1], 3, 0);
+    EDGE(ATTN_ERR_MASK, d.mask.vslash.block, 1, -1);
+    EDGE(ATTN_ERR_MASK, csr[0][1], 0, -1);
+    edge = E_TREE;
+    EDGE(ATTN_ERR_MASK, parent[0], -1, -2);
+    EDGE(ATTN_ERR_MASK, parent[1], 0, 1);
+    EDGE(ATTN_ERR_MASK, parent[4], 1, 2); // the last query of the last sequence
+    EDGE(ATTN_ERR_MASK, q_pos0[1], 97, 98);
+    EDGE(ATTN_ERR_MASK, kv_len[1], 100, 99);
+}
+
 // ---- plan, run, merge, forward
 
 static void bad_plans(void) {
@@ -1102,6 +1220,8 @@ int main(int argc, char **argv) {
     bad_shapes();
     bad_layouts();
     bad_masks();
+    edges_of_shapes();
+    edges_of_masks();
     bad_plans();
     missing_partials();
     bad_stores();

@@ -271,6 +271,7 @@ static void op_append(model *m, int32_t s, const run *want, int insert) {
     int32_t old = insert ? 0 : m->live[s].n, expect, hit = -1, max = test_below(&m->rng, 8) > 0;
     int32_t n_copies = 0, i, n = want->n - old, page[MAX_LEN];
     attn_page_copy copy[1];
+    attn_tree_stats now;
     attn_result r;
     expect = known(m, want, 1) - old;
     if (insert)
@@ -300,6 +301,12 @@ static void op_append(model *m, int32_t s, const run *want, int insert) {
     }
     if (!CHECK(s >= 0 && s < m->max_seq && (m->used[s] != 0) == !insert)) exit(1);
     CHECK_EQ(hit, expect);
+    now = stats(m->t);
+    CHECK_EQ(now.tokens_hit - m->was.tokens_hit, hit);
+    CHECK_EQ(now.tokens_missed - m->was.tokens_missed, n - hit);
+    CHECK_EQ(now.pages_copied - m->was.pages_copied, n_copies);
+    CHECK_EQ(now.tokens_cached - m->was.tokens_cached,
+             n - hit - (now.tokens_evicted - m->was.tokens_evicted));
     m->used[s] = 1;
     m->live[s] = *want;
     if (insert) m->n_page[s] = 0;
@@ -418,6 +425,9 @@ static void op_evict(model *m) {
     CHECK_EQ(attn_tree_evict(m->t, want, &freed), ATTN_OK);
     now = stats(m->t);
     CHECK_EQ(now.n_free - m->was.n_free, freed);
+    CHECK_EQ(now.pages_evicted - m->was.pages_evicted, freed);
+    CHECK_EQ(now.tokens_evicted - m->was.tokens_evicted,
+             m->was.tokens_cached - now.tokens_cached);
     if (want < 0 || freed < want)
         CHECK(now.n_free >= m->n_pages - held && m->t->n_heap == 0);
     else if (want == 0)
@@ -925,6 +935,206 @@ static void test_index(void) {
     hash_mask = 0xffffffffu;
 }
 
+// A parent takes over when its last child was used, whatever its number: here it is node 0.
+static void test_use_of_node_0(void) {
+    attn_tree *t = make(8, 2, 8, 0);
+    int32_t q = 'q', other, a, z, k, xy[2] = {'X', 'Y'}, n = 0;
+    attn_page_copy c;
+    CHECK_EQ(attn_tree_insert(t, 7, &q, 1, &other, NULL, &c, 1, &n), ATTN_OK);
+    k = put(t, "k");
+    CHECK_EQ(attn_tree_release(t, other, 0), ATTN_OK); // its root was node 0
+    a = put(t, "ab");
+    CHECK(t->seq[a].node == 0 && t->node[0].parent > 0);
+    CHECK_EQ(attn_tree_priority(t, a, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, a, xy, 2, NULL, &c, 1, &n), ATTN_OK);
+    z = put(t, "zz");
+    CHECK_EQ(attn_tree_priority(t, z, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, z, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_release(t, a, 1), ATTN_OK);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "abXY") == 2 && match(t, "zz") == 2);
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "abXY") == 2 && match(t, "zz") == 0);
+    CHECK_EQ(attn_tree_release(t, k, 0), ATTN_OK);
+}
+
+static int no_rows(void *user, int32_t page, int32_t place, int32_t n, void *rows) {
+    (void)user, (void)page, (void)place, (void)n, (void)rows;
+    return 0;
+}
+
+// Header fields that lie under a checksum that fits: each is looked at for itself.
+static void test_blob_header(void) {
+    static const struct {
+        int at, size;
+        uint64_t delta;
+        attn_result want;
+    } wrong[] = {{0, 1, 1, ATTN_ERR_CORRUPT},   {8, 4, 1, ATTN_ERR_VERSION},
+                 {12, 4, 8, ATTN_ERR_CORRUPT},  {16, 8, 1, ATTN_ERR_CORRUPT},
+                 {16, 8, (uint64_t)1 << 40, ATTN_ERR_CORRUPT}, {24, 8, 1, ATTN_ERR_CORRUPT},
+                 {32, 8, 1, ATTN_ERR_CORRUPT},  {32, 8, (uint64_t)0 - 1, ATTN_ERR_CORRUPT},
+                 {40, 8, 1, ATTN_ERR_CORRUPT}};
+    attn_tree *t = make(8, 4, 4, 0);
+    unsigned char blob[256], bad[256];
+    int32_t a = put(t, "abcdef"), s = -1;
+    size_t size = attn_tree_save_bytes(t, a, 8), i;
+    CHECK_EQ(size, 48 + 6 * 12);
+    memset(blob, 0, sizeof blob);
+    CHECK_EQ(attn_tree_save(t, a, 8, no_rows, NULL, blob, sizeof blob), ATTN_OK);
+    for (i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        unsigned char *p = bad + wrong[i].at;
+        memcpy(bad, blob, sizeof bad);
+        attni_put_le(p, attni_get_le(p, (size_t)wrong[i].size) + wrong[i].delta, wrong[i].size);
+        if (wrong[i].at != 40) attni_put_le(bad + 40, attni_blob_sum(bad, size), 8);
+        CHECK_EQ(attn_tree_load(t, 1, 8, no_rows, NULL, NULL, bad, size, &s), wrong[i].want);
+    }
+    CHECK_EQ(attn_tree_load(t, 1, 4, no_rows, NULL, NULL, blob, size, &s), ATTN_ERR_SHAPE);
+    CHECK_EQ(attn_tree_load(t, 1, 8, no_rows, NULL, NULL, blob, size - 1, &s), ATTN_ERR_CORRUPT);
+    CHECK_EQ(attn_tree_load(t, 1, 8, no_rows, NULL, NULL, blob, size, &s), ATTN_OK);
+}
+
+// ---- attn_tree_check finds every field that is off by one
+
+static void off_by(attn_tree *t, int32_t *field, int32_t delta, const char *what, int32_t i) {
+    int32_t was = *field;
+    *field = was + delta;
+    if (!CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT))
+        printf("    %s[%d] %d -> %d\n", what, i, was, *field);
+    *field = was;
+}
+
+static void off_by_one(attn_tree *t, int32_t *field, const char *what, int32_t i) {
+    off_by(t, field, 1, what, i);
+    off_by(t, field, -1, what, i);
+}
+
+static void corrupt_node(attn_tree *t, int32_t x) {
+    attni_tree_node *n = t->node + x;
+    uint64_t key = n->key;
+    off_by_one(t, &n->start, "start", x);
+    off_by_one(t, &n->end, "end", x);
+    off_by_one(t, &n->n_child, "n_child", x);
+    off_by_one(t, &n->child_xor, "child_xor", x);
+    off_by(t, &n->first_page, 1, "first_page", x);
+    off_by_one(t, &n->pins, "pins", x);
+    off_by_one(t, &n->held, "held", x);
+    off_by(t, &n->heap_at, 1, "heap_at", x);
+    off_by(t, &n->first_seq, 1, "first_seq", x);
+    off_by(t, &n->parent, t->max_nodes, "parent", x);
+    if (n->parent >= 0) {
+        off_by_one(t, &n->last_page, "last_page", x);
+        off_by(t, &n->first_page, -1, "first_page", x);
+        off_by(t, &n->parent, -1 - n->parent, "parent", x);
+        // cached is prefix-closed; what is not cached has a sequence below, a pin caches
+        if (n->n_child == 0 && n->first_seq < 0) off_by(t, &n->cached, -1, "cached", x);
+        if (n->pins > 0) off_by(t, &n->cached, -1, "cached", x);
+    }
+    n->key ^= 1;
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    n->key = key ^ ((uint64_t)1 << 40);
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    n->key = key;
+}
+
+static void corrupt_pages(attn_tree *t) {
+    int32_t i, x;
+    for (i = 0; i < t->n_pages; i++) {
+        off_by_one(t, t->pool.ref + i, "ref", i);
+        off_by_one(t, t->hold + i, "hold", i);
+        off_by(t, t->n_copying + i, 5, "n_copying", i);
+        off_by(t, t->lock + i, t->lock[i] ? -t->lock[i] : 1, "lock", i);
+        if (t->copy_src[i] < 0) off_by(t, t->copy_src + i, 1, "copy_src", i);
+        else off_by(t, t->copy_src + i, -1 - t->copy_src[i], "copy_src", i);
+        if (t->pool.ref[i] == 0) continue;
+        off_by(t, t->fill + i, t->page_tokens + 1, "fill", i);
+    }
+    for (x = 0; x < t->max_nodes; x++) {
+        attni_tree_node *n = t->node + x;
+        if (n->start < 0 || n->parent < 0) continue;
+        if (n->n_child == 0) off_by_one(t, t->fill + n->last_page, "fill", n->last_page);
+        else off_by(t, t->fill + n->last_page, -t->page_tokens, "fill", n->last_page);
+        if (n->first_page == n->last_page) continue;
+        off_by(t, t->next + n->first_page, t->n_pages, "next", n->first_page);
+        off_by(t, t->next + n->first_page, -1 - t->next[n->first_page], "next", n->first_page);
+        off_by_one(t, t->prev + n->last_page, "prev", n->last_page);
+        off_by(t, t->fill + n->first_page, -1, "fill", n->first_page);
+    }
+    for (i = 0; i < t->pool.n_free; i++) {
+        off_by(t, t->pool.free + i, t->n_pages, "free", i);
+        off_by(t, t->pool.free + i, -1 - t->pool.free[i], "free", i);
+    }
+}
+
+static void test_corrupt(void) {
+    attn_tree *t = make(26, 4, 12, 40);
+    attn_page_copy c[2];
+    attni_tree_node *n;
+    int32_t s[12], i, x, n_copies = 0, one = 'z', copied;
+    attn_tree_stats st;
+    s[0] = put(t, "abcdefghijklmnop"); // some held, forked, pinned, cached, of two priorities
+    s[1] = put(t, "abcdefghXY");
+    s[2] = put(t, "abcdefg");
+    s[3] = put(t, "qrs");
+    s[4] = put(t, "tuvwxyz123");
+    s[5] = put(t, "abcdefghijklQ");
+    s[6] = put(t, "MNOPQR");
+    CHECK_EQ(attn_tree_priority(t, s[4], 3), ATTN_OK);
+    CHECK_EQ(attn_tree_fork(t, s[0], &s[7]), ATTN_OK);
+    CHECK_EQ(attn_tree_fork(t, s[0], &s[8]), ATTN_OK);
+    CHECK_EQ(pin(t, "qr", 1), ATTN_OK);
+    for (i = 1; i < 7; i++)
+        if (i != 2) CHECK_EQ(attn_tree_release(t, s[i], 1), ATTN_OK);
+    CHECK_EQ(attn_tree_append(t, s[2], &one, 1, NULL, c, 2, &n_copies), ATTN_OK);
+    CHECK_EQ(n_copies, 1); // not acknowledged
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    CHECK(t->n_heap >= 4);
+    for (x = 0; x < t->max_nodes; x++)
+        if (t->node[x].start >= 0) corrupt_node(t, x);
+    corrupt_pages(t);
+    for (i = 0; i < t->max_seq; i++) {
+        if (t->seq[i].node < 0) {
+            off_by(t, &t->seq[i].node, 1, "unused seq", i);
+            continue;
+        }
+        off_by_one(t, &t->seq[i].prev, "seq prev", i);
+        off_by_one(t, &t->seq[i].node, "seq node", i);
+        off_by(t, &t->seq[i].next, t->max_seq + 1, "seq next", i);
+    }
+    for (i = 0; i < t->n_heap; i++) off_by(t, t->heap + i, 1, "heap", i);
+    for (i = 1; i < t->n_heap; i++) { // a victim before its turn
+        n = t->node + t->heap[i];
+        off_by(t, &n->priority, -100, "priority", i);
+    }
+    for (i = 0; i <= (int32_t)t->table_mask; i++)
+        off_by(t, t->table + i, t->table[i] < 0 ? 1 : -1 - t->table[i], "table", i);
+    off_by_one(t, &t->n_nodes, "n_nodes", 0);
+    off_by_one(t, &t->n_held_nodes, "n_held_nodes", 0);
+    off_by_one(t, &t->n_seq, "n_seq", 0);
+    off_by_one(t, &t->n_held_pages, "n_held_pages", 0);
+    off_by_one(t, &t->n_heap, "n_heap", 0);
+    off_by_one(t, &t->pool.n_free, "n_free", 0);
+    off_by(t, &t->pool.n_free, 100, "n_free", 0);
+    off_by(t, &t->pool.n_free, -100, "n_free", 0);
+    off_by(t, &t->free_node, -1 - t->free_node, "free_node", 0);
+    off_by(t, &t->free_node, t->max_nodes, "free_node", 0);
+    off_by(t, &t->free_seq, -1 - t->free_seq, "free_seq", 0);
+    off_by(t, &t->free_seq, t->max_seq, "free_seq", 0);
+    t->count.tokens_cached++;
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    t->count.tokens_cached--;
+    copied = c[0].dst; // a copy has the tokens of what it copies
+    for (i = 0; i < c[0].n_tokens; i++)
+        off_by(t, attni_page_token(t, copied, i), 1, "token", i);
+    // a border without a reason: a cached run cut in two
+    attn_tree_get_stats(t, &st);
+    x = attni_index_find(t, attni_index_find(t, -1, 0), 'M');
+    CHECK(x >= 0 && attni_node_split(t, x, 5) >= 0);
+    CHECK_EQ(attn_tree_check(t), ATTN_ERR_CORRUPT);
+    t->node[x].priority = 1;
+    CHECK_EQ(attn_tree_check(t), ATTN_OK);
+    CHECK_EQ(attn_tree_check(NULL), ATTN_ERR_ARGUMENT);
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), n_ops = test_arg(argc, argv, 2, 200000), done, i;
     printf("seed %llu, %llu operations\n", (unsigned long long)seed, (unsigned long long)n_ops);
@@ -937,6 +1147,9 @@ int main(int argc, char **argv) {
     test_order();
     test_blob();
     test_index();
+    test_use_of_node_0();
+    test_blob_header();
+    test_corrupt();
     for (done = 0, i = 0; done < n_ops; done += 500, i++)
         if (!random_round(seed + i, (int32_t)(n_ops - done < 500 ? n_ops - done : 500))) break;
     return TEST_END();

@@ -1,0 +1,347 @@
+/* test_plan.c - what a plan promises, counted again without the planner: coverage, sharing,
+   workspace, costs, tiles, order, updates. No tensor is read, so thousands of plans are cheap.
+   test_plan [SEED [COUNT]]
+   cc -std=c11 -O2 -I. -Itests tests/test_plan.c -o test_plan -lm */
+#include "test.h"
+#define ATTN_CORE_IMPLEMENTATION
+#include "attn.h"
+
+enum { MAX_SEQ = 14, STRIDE = 130, PAGE = 16 };
+
+typedef struct world {
+    attn_desc d;
+    attn_plan_params params;
+    // what lies beside an array would be noticed if it were read
+    int32_t guard0, q_start[MAX_SEQ + 1], guard1, q_pos0[MAX_SEQ], guard2, kv_len[MAX_SEQ];
+    int32_t guard3, kv_pos0[MAX_SEQ], guard4, page[MAX_SEQ * STRIDE], guard5, order[MAX_SEQ];
+    int32_t guard6;
+} world;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static void world_make(world *w, test_rng *r) {
+    static float somewhere[4];
+    attn_desc *d = &w->d;
+    int32_t s, j, n_pages = 0, common = test_below(r, 90), groups = 1 + test_below(r, 3);
+    memset(w, 0, sizeof *w);
+    w->guard0 = w->guard1 = w->guard2 = -1000000;
+    w->guard3 = w->guard4 = w->guard5 = w->guard6 = -1000000;
+    d->n_seq = 1 + test_below(r, MAX_SEQ);
+    d->n_kv_heads = 1 + test_below(r, 3);
+    d->n_heads = d->n_kv_heads * (1 + test_below(r, 8));
+    d->head_dim = 64;
+    d->v_head_dim = test_below(r, 2) ? 32 : 0;
+    d->q.dtype = d->o.dtype = d->kv.k.dtype = d->kv.v.dtype = ATTN_BF16;
+    d->q.data = d->o.data = d->kv.k.data = d->kv.v.data = somewhere;
+    d->q_start = w->q_start, d->q_pos0 = w->q_pos0, d->kv.kv_len = w->kv_len;
+    d->kv.kv_pos0 = w->kv_pos0, d->kv.page_table = w->page;
+    d->kv.page_table_stride = STRIDE;
+    d->kv.page_tokens = PAGE;
+    for (s = 0; s < d->n_seq; s++) {
+        int32_t kind = test_below(r, 6), len = 1 + test_below(r, 1800), mate = s % groups;
+        int32_t q = test_below(r, kind == 4 ? 9 : len);
+        if (kind < 4) q = kind > 0;
+        if (q > len) q = len;
+        w->kv_pos0[s] = groups == 3 ? 48 * mate : 0;
+        w->kv_len[s] = len;
+        w->q_start[s + 1] = w->q_start[s] + q;
+        w->q_pos0[s] = w->kv_pos0[s] + len - q;
+        for (j = 0; j < STRIDE; j++)
+            w->page[s * STRIDE + j] = s > mate && j < common ? w->page[mate * STRIDE + j]
+                                                             : n_pages++;
+    }
+    d->kv.n_pages = n_pages;
+    d->mask.kind = (attn_mask_kind)test_below(r, 2);
+    if (test_below(r, 3) == 0) d->mask.window_left = 1 + test_below(r, 900);
+    if (test_below(r, 3) == 0) d->mask.window_right = 1 + test_below(r, 600);
+    if (test_below(r, 3) == 0) d->mask.n_sink = test_below(r, 600);
+    for (s = 0; s < d->n_seq; s++) w->order[s] = s;
+    for (s = d->n_seq - 1; s > 0; s--) {
+        int32_t o = test_below(r, s + 1), t = w->order[o];
+        w->order[o] = w->order[s], w->order[s] = t;
+    }
+    if (test_below(r, 3) == 0) d->seq_order = w->order;
+    w->params.workers = test_below(r, 3) ? 1 + test_below(r, 40) : test_below(r, 2);
+    w->params.row_tile = test_below(r, 2) ? 0 : 1 + test_below(r, 300);
+    w->params.share = test_below(r, 3);
+    w->params.partial_bytes = test_below(r, 2) ? (size_t)1 << 28 : (size_t)test_below(r, 1 << 20);
+    if (test_below(r, 2)) {
+        w->params.cost_kv_token = (float)(1 + test_below(r, 8));
+        w->params.cost_row_token = (float)(1 + test_below(r, 4));
+        w->params.cost_partial = (float)(1 + test_below(r, 400));
+    }
+}
+
+// The plan in memory of exactly its size; what lies behind must stay.
+static attn_plan *build(const world *w, void **mem) {
+    size_t bytes = attn_plan_bytes(&w->d, &w->params), i;
+    attn_plan *p = NULL;
+    uint8_t *m = (uint8_t *)aligned_alloc(64, bytes + 64);
+    *mem = m;
+    CHECK(bytes > 0 && bytes % 64 == 0);
+    memset(m, 0xa5, bytes + 64);
+    CHECK_EQ(attn_plan_build(&w->d, &w->params, m, bytes, &p), ATTN_OK);
+    for (i = 0; i < 64; i++) CHECK_EQ(m[bytes + i], 0xa5);
+    return p;
+}
+
+static int same_pages(const world *w, int32_t x, int32_t y, int64_t until) { // until: position
+    int64_t j;
+    if (w->kv_pos0[x] != w->kv_pos0[y]) return 0;
+    if (until > w->kv_pos0[x] + least(w->kv_len[x], w->kv_len[y])) return 0;
+    for (j = 0; j < up(until - w->kv_pos0[x], PAGE); j++)
+        if (w->page[x * STRIDE + j] != w->page[y * STRIDE + j]) return 0;
+    return 1;
+}
+
+// Could a query at a position in [p0, p1] see anything in the span, by kind, window and sinks?
+static int span_seen(const attn_mask *m, int64_t span, int64_t p0, int64_t p1) {
+    int64_t first = span * 256, last = first + 255;
+    if (m->kind == ATTN_MASK_CAUSAL && first > p1) return 0;
+    if (m->kind == ATTN_MASK_FULL && m->window_right && first > p1 + m->window_right - 1) return 0;
+    if (m->window_left && last < p0 - (m->window_left - 1)) return first < m->n_sink;
+    return 1;
+}
+
+static int64_t tokens_in(const world *w, int32_t s, int64_t span0, int64_t span1) {
+    return most(0, least(span1 * 256, w->kv_pos0[s] + w->kv_len[s]) -
+                       most(span0 * 256, w->kv_pos0[s]));
+}
+
+// ordered: lengths have not changed since its sequences were sorted.
+static void check_seqs(const world *w, const attn_plan *p, int ordered) {
+    const attn_mask *m = &w->d.mask;
+    int32_t s, i, c, active = 0, merges = 0;
+    for (s = 0; s < p->n_seq; s++) {
+        const attn_plan_seq *q = &p->seq[s];
+        int64_t lo = w->kv_pos0[s], hi = lo + w->kv_len[s], at;
+        int64_t p0 = w->q_pos0[s], p1 = p0 + most(q->q_len, 1) - 1;
+        CHECK(q->q_begin == w->q_start[s] && q->q_len == w->q_start[s + 1] - w->q_start[s]);
+        CHECK(q->q_pos0 == p0 && q->kv_len == w->kv_len[s] && q->kv_pos0 == lo);
+        CHECK_EQ(q->place < 0, 0);
+        if (m->kind == ATTN_MASK_CAUSAL) hi = least(hi, p1 + 1);
+        else if (m->window_right) hi = least(hi, most(p1 + m->window_right, m->n_sink));
+        if (m->window_left && !m->n_sink) lo = most(lo, p0 - m->window_left + 1);
+        CHECK_EQ(q->span0, lo / 256);
+        CHECK_EQ(q->span1, hi > lo ? up(hi, 256) : q->span0);
+        if (q->q_len == 0) {
+            CHECK_EQ(q->n_chain, 0);
+            continue;
+        }
+        active++;
+        CHECK_EQ(p->order[q->place], s);
+        // the chain covers the spans once, in order; only its first link may write by itself
+        CHECK(q->n_chain > 0);
+        for (at = q->span0, c = 0; c < q->n_chain; c++) {
+            const attn_segment *g = &p->segment[p->chain[q->chain + c]];
+            CHECK(g->seq0 <= q->place && q->place < g->seq0 + g->n_seq);
+            CHECK(g->span0 == at || g->span0 <= q->span0); // spans before its own are others'
+            at = g->span1;
+            if (g->n_slots == 0) CHECK(q->n_chain == 1 && g->n_seq == 1);
+        }
+        CHECK(at == q->span1 || (q->n_chain == 1 && at >= q->span1));
+        if (q->n_chain && p->segment[p->chain[q->chain]].n_slots > 0) {
+            CHECK(merges < p->n_merges && p->merge[merges] == s);
+            merges++;
+        }
+    }
+    CHECK_EQ(active, p->n_active);
+    CHECK_EQ(merges, p->n_merges);
+    for (i = 1; i < p->n_active && ordered; i++) { // the caller's order, or by front, pages, number
+        int32_t x = p->order[i - 1], y = p->order[i], j = 0, n;
+        if (w->d.seq_order) {
+            for (c = 0; w->order[c] != x; c++) {}
+            for (; w->order[c] != y && c < p->n_seq - 1; c++) {}
+            CHECK_EQ(w->order[c], y);
+            continue;
+        }
+        n = (int32_t)least(w->kv_len[x], w->kv_len[y]) / PAGE;
+        while (j < n && w->page[x * STRIDE + j] == w->page[y * STRIDE + j]) j++;
+        if (w->kv_pos0[x] != w->kv_pos0[y]) CHECK(w->kv_pos0[x] < w->kv_pos0[y]);
+        else if (j < n) CHECK(w->page[x * STRIDE + j] < w->page[y * STRIDE + j]);
+        else if (w->kv_len[x] / PAGE != w->kv_len[y] / PAGE) CHECK(w->kv_len[x] < w->kv_len[y]);
+        else CHECK(x < y);
+    }
+}
+
+static void check_segments(const world *w, const attn_plan *p) {
+    int32_t i, s, shared = 0;
+    int64_t rows = 0, budget = (int64_t)w->params.partial_bytes /
+                               (4 * ((w->d.v_head_dim ? w->d.v_head_dim : w->d.head_dim) + 2));
+    for (i = 0; i < p->n_segments; i++) {
+        const attn_segment *g = &p->segment[i];
+        int32_t tokens = 0, starts = 1;
+        shared += g->n_seq > 1;
+        CHECK(g->n_seq >= 1 && g->span0 <= g->span1);
+        for (s = g->seq0; s < g->seq0 + g->n_seq; s++) {
+            const attn_plan_seq *q = &p->seq[p->order[s]];
+            tokens += q->q_len;
+            starts &= g->span0 <= q->span0;
+            if (g->n_seq > 1)
+                CHECK(same_pages(w, p->order[g->seq0], p->order[s], (int64_t)g->span1 * 256));
+        }
+        CHECK_EQ(g->n_tokens, tokens);
+        if (g->n_slots) {
+            CHECK_EQ(g->n_slots, starts ? 1 : g->span1 - g->span0);
+            CHECK_EQ(g->partial, rows);
+        }
+        rows += (int64_t)g->n_slots * tokens * p->n_heads;
+    }
+    CHECK_EQ(p->n_shared, shared);
+    CHECK_EQ(p->partial_rows, rows);
+    CHECK_EQ(attn_plan_partial_bytes(p), 4 * rows * (p->v_head_dim + 2));
+    CHECK(rows <= budget);
+    if (w->params.share == 1) CHECK_EQ(shared, 0);
+    if (w->params.share != 2 || budget < 1 << 20) return;
+    for (i = 0; i + 1 < p->n_active; i++) { // neighbours share every whole span that they can
+        int32_t x = p->order[i], y = p->order[i + 1], span, c;
+        for (span = (int32_t)most(p->seq[x].span0, p->seq[y].span0);
+             span < least(p->seq[x].span1, p->seq[y].span1); span++) {
+            if (!same_pages(w, x, y, (int64_t)(span + 1) * 256)) break;
+            for (c = 0; c < p->seq[x].n_chain; c++) {
+                const attn_segment *g = &p->segment[p->chain[p->seq[x].chain + c]];
+                if (g->span0 <= span && span < g->span1) CHECK(g->seq0 + g->n_seq > i + 1);
+            }
+        }
+    }
+}
+
+static int32_t expected_tile(const world *w) {
+    const attn_desc *d = &w->d;
+    int32_t group = d->n_heads / d->n_kv_heads, tile = 1, low = 1, s;
+    int32_t rows = w->params.row_tile ? w->params.row_tile : 256;
+    while (2 * tile * group <= rows) tile *= 2;
+    while (2 * low * group <= 32) low *= 2;
+    for (; w->params.workers > 1 && tile > low; tile /= 2) {
+        int64_t n = 0;
+        for (s = 0; s < d->n_seq; s++) n += up(w->q_start[s + 1] - w->q_start[s], tile);
+        if (n * d->n_kv_heads >= 3 * w->params.workers) break;
+    }
+    return tile;
+}
+
+static void check_tasks(const world *w, const attn_plan *p) {
+    int32_t i, j, s, tile = p->tile_tokens, group = p->n_heads / p->n_kv_heads;
+    int64_t read = 0, seen = 0, *covered = (int64_t *)calloc((size_t)p->n_segments + 1, 8);
+    float kv = w->params.cost_kv_token > 0 ? w->params.cost_kv_token : 4;
+    float row = w->params.cost_row_token > 0 ? w->params.cost_row_token : 1;
+    float total = 0, top;
+    CHECK_EQ(tile, expected_tile(w));
+    for (s = 0; s < p->n_seq; s++) {
+        const attn_plan_seq *q = &p->seq[s];
+        int32_t len = q->q_len;
+        total += (float)(q->span1 - q->span0) * 256 * (kv + (float)(len * group) * row);
+        if (len) seen += p->n_kv_heads * up(len, tile) * tokens_in(w, s, q->span0, q->span1);
+    }
+    top = total * (float)p->n_kv_heads / (3.0f * (float)most(w->params.workers, 1));
+    for (i = 0; i < p->n_tasks; i++) {
+        const attn_task *t = &p->task[i], *u = t + 1;
+        const attn_segment *g = &p->segment[t->segment];
+        int64_t p0 = INT64_MAX, p1 = -1, spans = 0, at = 0;
+        float one = 256 * (kv + (float)(least(g->n_tokens, tile) * group) * row);
+        CHECK(t->kv_head >= 0 && t->kv_head < p->n_kv_heads);
+        CHECK(t->n_tokens >= 1 && t->n_tokens <= tile);
+        CHECK(t->first_token >= 0 && t->first_token + t->n_tokens <= g->n_tokens);
+        covered[t->segment] += t->n_tokens;
+        for (s = g->seq0; s < g->seq0 + g->n_seq; s++) // positions of its rows
+            for (j = 0; j < p->seq[p->order[s]].q_len; j++, at++)
+                if (at >= t->first_token && at < t->first_token + t->n_tokens) {
+                    p0 = least(p0, p->seq[p->order[s]].q_pos0 + j);
+                    p1 = most(p1, p->seq[p->order[s]].q_pos0 + j);
+                }
+        if (g->n_seq == 1 && g->n_tokens > tile && t->first_token) CHECK_EQ(p0 % tile, 0);
+        for (j = g->span0; j < g->span1; j++) spans += span_seen(&w->d.mask, j, p0, p1);
+        CHECK(t->cost == (float)spans * 256 * (kv + (float)(t->n_tokens * group) * row));
+        read += least(spans * 256, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
+        if (w->params.workers > 1 && w->params.partial_bytes >= (size_t)1 << 28)
+            CHECK(t->cost <= (top > one ? top : one) * 1.0001f);
+        if (i + 1 == p->n_tasks) break;
+        CHECK(t->cost >= u->cost);
+        if (t->cost == u->cost)
+            CHECK(t->kv_head < u->kv_head ||
+                  (t->kv_head == u->kv_head &&
+                   (t->segment < u->segment ||
+                    (t->segment == u->segment && t->first_token < u->first_token))));
+    }
+    for (i = 0; i < p->n_segments; i++)
+        CHECK_EQ(covered[i], (int64_t)p->segment[i].n_tokens * p->n_kv_heads);
+    CHECK_EQ(p->kv_tokens_read, read);
+    CHECK_EQ(p->kv_tokens_seen, seen);
+    free(covered);
+}
+
+static void check_all(const world *w, const attn_plan *p) {
+    check_seqs(w, p, 1);
+    check_segments(w, p);
+    check_tasks(w, p);
+}
+
+// The same problem a token later: patched where no border was crossed, the same as planned anew.
+static void update(world *w, attn_plan *p, test_rng *r) {
+    int32_t s, i, step = 1 + test_below(r, 3) * 40, share[MAX_SEQ], n = p->n_active;
+    attn_plan_seq was[MAX_SEQ];
+    int rebuilt = 7, same = 1;
+    memcpy(was, p->seq, sizeof was[0] * (size_t)p->n_seq);
+    memcpy(share, p->share, 4 * (size_t)n);
+    for (s = 0; s < w->d.n_seq; s++)
+        if (w->kv_len[s] + step < STRIDE * PAGE) w->kv_len[s] += step, w->q_pos0[s] += step;
+    CHECK_EQ(attn_plan_update(p, &w->d, &rebuilt), ATTN_OK);
+    for (s = 0; s < w->d.n_seq; s++)
+        same &= was[s].span0 == p->seq[s].span0 && was[s].span1 == p->seq[s].span1;
+    for (i = 0; i < n; i++) same &= share[i] == p->share[i];
+    CHECK_EQ(rebuilt, !same);
+    check_seqs(w, p, rebuilt);
+    check_segments(w, p);
+    if (rebuilt) check_tasks(w, p);
+}
+
+// Two decoding sequences with one common span and one private token each: when is it shared?
+static void thresholds(void) {
+    world w;
+    test_rng r = {3};
+    void *mem;
+    attn_plan *p;
+    int32_t i, j, rows = 2 * 4 * 2; // 2 rows x 4 heads, a partial of the prefix and one behind it
+    do world_make(&w, &r);
+    while (w.d.n_seq != 2);
+    memset(&w.d.mask, 0, sizeof w.d.mask);
+    w.d.seq_order = NULL;
+    w.d.n_heads = 4, w.d.n_kv_heads = 2, w.d.v_head_dim = 64;
+    for (i = 0; i < 2; i++) {
+        w.kv_pos0[i] = 0, w.kv_len[i] = 257, w.q_pos0[i] = 256, w.q_start[i + 1] = i + 1;
+        for (j = 0; j < 16; j++) w.page[i * STRIDE + j] = j;
+    }
+    memset(&w.params, 0, sizeof w.params);
+    // gain: one reading of 256 tokens by 2 heads; loss: 16 partial rows
+    for (i = 0; i < 5; i++) {
+        w.params.share = i < 3 ? 0 : 2;
+        w.params.cost_kv_token = 1;
+        w.params.cost_partial = i == 0 ? 31.9f : i == 1 ? 32.0f : i == 2 ? 1.0f : 1000.0f;
+        w.params.partial_bytes = (size_t)(4 * 66 * (rows - (i == 2 || i == 4)));
+        p = build(&w, &mem);
+        CHECK_EQ(p->n_shared, i == 0 || i == 3);
+        check_all(&w, p);
+        free(mem);
+    }
+}
+
+int main(int argc, char **argv) {
+    uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 1500), i;
+    thresholds();
+    for (i = 0; i < count && !test_failed; i++) {
+        test_rng r;
+        world w;
+        void *mem;
+        attn_plan *p;
+        r.state = seed + i;
+        world_make(&w, &r);
+        p = build(&w, &mem);
+        if (p) check_all(&w, p);
+        if (p) update(&w, p, &r);
+        if (test_failed) printf("  problem %llu\n", (unsigned long long)(seed + i));
+        free(mem);
+    }
+    return TEST_END();
+}
