@@ -304,7 +304,7 @@ typedef struct attn_desc {
     attn_numerics numerics;  // (default: FAST)
 } attn_desc;
 
-// Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included; 0 if invalid.
+// Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included; 0 if invalid or too large.
 // Reads n_kv_heads, head_dim, v_head_dim, kv.layout, kv.page_tokens, the array's dtype, strides,
 // scale.
 ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v);
@@ -316,7 +316,7 @@ ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out);
 // Copies rows between a page and canonical order, whatever the layout: rows (n_tokens, n_kv_heads,
 // d) of raw elements little-endian, followed by (n_tokens, n_kv_heads) f32 scales when stored in
 // the page. For attn_tree_save / attn_tree_load callbacks. ERR_PAGE, ERR_ARGUMENT (place or count
-// outside).
+// outside). Bytes: 0 when d is invalid or they do not fit in size_t.
 ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens);
 ATTN_DEF attn_result attn_kv_read_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
                                        int32_t n_tokens, void *rows);
@@ -801,12 +801,16 @@ ATTNI_FN int64_t attni_token_offset(const attni_side *s, int32_t place, int32_t 
     return place * s->token_bytes + head * s->head_bytes;
 }
 
+// Byte offset of its scale, where pages hold scales.
+ATTNI_FN int64_t attni_scale_offset(const attni_side *s, int32_t place, int32_t head) {
+    return s->scale_offset + place * s->scale_token + head * s->scale_head;
+}
+
 ATTNI_FAR float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
     float f = 1.0f;
     if (s->head_scale) return s->head_scale[head];
     if (s->scale_offset < 0) return 1.0f;
-    memcpy(&f, s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
-                   head * s->scale_head, 4);
+    memcpy(&f, s->data + page * s->page_bytes + attni_scale_offset(s, place, head), 4);
     return f;
 }
 
@@ -1132,7 +1136,7 @@ ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v) {
         return 0;
     if (!attni_bits_of(is_v ? d->kv.v.dtype : d->kv.k.dtype)) return 0;
     if (attni_side_init(&c, is_v, &s) != ATTN_OK) return 0;
-    return (size_t)s.page_bytes;
+    return (uint64_t)s.page_bytes > SIZE_MAX ? 0 : (size_t)s.page_bytes;
 }
 
 ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out) {
@@ -1153,11 +1157,12 @@ ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out) {
 
 ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens) {
     attni_side s;
-    size_t per;
+    uint64_t row; // one token, all heads
     if (!d || n_tokens < 0 || !attn_kv_page_bytes(d, is_v)) return 0;
     if (attni_side_init(d, is_v, &s) != ATTN_OK) return 0;
-    per = (size_t)s.dim * (size_t)attni_bits_of(s.dtype) / 8 + (s.scale_offset < 0 ? 0 : 4);
-    return per * (size_t)d->n_kv_heads * (size_t)n_tokens;
+    row = (uint64_t)s.dim * (uint64_t)attni_bits_of(s.dtype) / 8 + (s.scale_offset < 0 ? 0 : 4);
+    row *= (uint64_t)d->n_kv_heads;
+    return (uint64_t)n_tokens > SIZE_MAX / row ? 0 : (size_t)(row * (uint64_t)n_tokens);
 }
 
 // Reverses the bytes of each element on a big-endian host, where rows are still little-endian.
@@ -1195,7 +1200,7 @@ static attn_result attni_move_rows(const attn_desc *d, int is_v, int32_t page, i
                 if (writing) attni_copy_le(p, r + 4 * u, 4 / width, width);
                 else attni_copy_le(r + 4 * u, p, 4 / width, width);
             if (s.scale_offset < 0) continue;
-            p = base + s.scale_offset + (place + t) * s.scale_token + h * s.scale_head;
+            p = base + attni_scale_offset(&s, place + t, h);
             if (writing) attni_copy_le(p, scales, 1, 4);
             else attni_copy_le(scales, p, 1, 4);
             scales += 4;
@@ -1951,7 +1956,10 @@ static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, 
     if (least) return low;
     for (; q->workers > 1 && tile > low; tile /= 2) {
         int64_t n = 0;
-        for (s = 0; s < d->n_seq; s++) n += (d->q_start[s + 1] - d->q_start[s] + tile - 1) / tile;
+        for (s = 0; s < d->n_seq; s++) {
+            int32_t q_len = d->q_start[s + 1] - d->q_start[s];
+            n += q_len / tile + (q_len % tile != 0);
+        }
         if (n * d->n_kv_heads >= 3 * (int64_t)q->workers) break;
     }
     return tile;
@@ -1959,12 +1967,14 @@ static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, 
 
 typedef struct attni_plan_caps {
     int64_t seq, segments, tiles, tasks, chain;
-    size_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack, bytes;
+    uint64_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack;
+    size_t bytes;
 } attni_plan_caps;
 
-static size_t attni_take(size_t *at, int64_t n, size_t size) {
-    size_t here = *at;
-    *at += ((size_t)n * size + 63) & ~(size_t)63;
+// In 64 bits on every host: the sum may not fit in a 32-bit size_t.
+static uint64_t attni_take(uint64_t *at, int64_t n, size_t size) {
+    uint64_t here = *at;
+    *at += ((uint64_t)n * size + 63) / 64 * 64;
     return here;
 }
 
@@ -1972,7 +1982,7 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
                                       attni_plan_caps *c) {
     int64_t tokens = attni_max64(d->q_start[d->n_seq], q->max_tokens);
     int64_t workers = attni_max32(q->workers, 1);
-    size_t at = (sizeof(attn_plan) + 63) & ~(size_t)63;
+    uint64_t at = (sizeof(attn_plan) + 63) / 64 * 64;
     if (workers > 1 << 16) return ATTN_ERR_ARGUMENT;
     c->seq = attni_max32(d->n_seq, q->max_seq);
     c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers;
@@ -1988,7 +1998,8 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
     c->at_chain = attni_take(&at, c->chain, 4);
     c->at_merge = attni_take(&at, c->seq, 4);
     c->at_stack = attni_take(&at, 3 * c->seq + 3, 4);
-    c->bytes = at;
+    if (at > SIZE_MAX) return ATTN_ERR_OVERFLOW;
+    c->bytes = (size_t)at;
     return ATTN_OK;
 }
 

@@ -1894,8 +1894,7 @@ ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, co
                 if (attni_isnan(top)) break;
             }
             scale = top / attni_code_max(s->dtype);
-            memcpy(s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
-                       head * s->scale_head, &scale, 4);
+            memcpy(s->data + page * s->page_bytes + attni_scale_offset(s, place, head), &scale, 4);
         }
         for (e = 0; e < n; e++)
             attni_put(code, s->dtype, e, (attni_bits32(scale) & 0x7fffffffu) ? x[e] / scale : 0.0f);
@@ -2001,7 +2000,7 @@ ATTNI_CALLED void attni_copy_slots(const attn_desc *d, const attni_side *s, int3
         }
     for (h = 0; h < d->n_kv_heads && s->scale_offset >= 0; h++)
         for (t = 0; t < n; t++) {
-            at = s->scale_offset + t * s->scale_token + h * s->scale_head;
+            at = attni_scale_offset(s, t, h);
             memcpy(to + at, from + at, 4);
         }
 }
