@@ -2146,7 +2146,7 @@ static void *attni_carve(unsigned char *base, uint64_t *at, int64_t count, size_
 // The first aligned byte of a block; sizes include ATTNI_ALIGN of slack for it.
 static unsigned char *attni_align(void *mem) {
     uintptr_t at = (uintptr_t)mem;
-    return (unsigned char *)mem + (size_t)((0 - at) & (uintptr_t)(ATTNI_ALIGN - 1));
+    return (unsigned char *)mem + (size_t)(at % ATTNI_ALIGN ? ATTNI_ALIGN - at % ATTNI_ALIGN : 0);
 }
 
 static uint64_t attni_pool_layout(attn_pool *pool, int32_t n_pages, unsigned char *base) {
