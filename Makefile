@@ -3,6 +3,7 @@
 #   make run [ARGS='--kv int8']   the main job (needs cc and make only)
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make test-asan test-clang test-compile test-aarch64
+#   make proof | proof-planted    Frama-C on attn.h; bugs that the proofs must notice
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -120,6 +121,13 @@ bench: build/bench_cpu
 
 build/bench_cpu: tests/bench/bench_cpu.c $(DEPS) | build
 	$(CC) -O2 $(INCLUDES) $< -o $@ $(LIBS)
+
+# Proofs of attn.h's reference counts and offsets; needs frama-c-base, why3, cvc4 and z3 (Debian).
+proof:
+	@bash tests/proof/run.sh
+proof-planted:
+	@bash tests/proof/run.sh --planted
+.PHONY: proof proof-planted
 
 # ---- house rules that a compiler does not know
 

@@ -814,6 +814,18 @@ ATTNI_FAR float attni_token_scale(const attni_side *s, int64_t page, int32_t pla
     return f;
 }
 
+// Elements of a page whose tokens are st and whose heads are sh elements apart; 0: rows overlap or
+// leave it; -1: more than 2^54.
+ATTNI_FAR int64_t attni_page_elements(int64_t heads, int64_t pt, int64_t dim, int64_t st,
+                                      int64_t sh, int head_major) {
+    int64_t elements, limit = (int64_t)1 << 54;
+    if (st > limit / pt || sh > limit / heads) return -1;
+    elements = attni_max64(pt * st, heads * sh);
+    if (heads == 1 && !head_major) elements = pt * st;
+    if (pt == 1 && head_major) elements = heads * sh;
+    return (pt - 1) * st + (heads - 1) * sh + dim > elements ? 0 : elements;
+}
+
 // Resolves an array; d's dims, heads, dtype and page_tokens must be in range already.
 ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *s) {
     const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
@@ -831,12 +843,9 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     if (d->kv.layout == ATTN_K16 && pt % 16) return ATTN_ERR_LAYOUT;
     if (!st) st = head_major ? dim : heads * dim;
     if (!sh) sh = head_major ? pt * dim : dim;
-    if (st > limit / pt / 4 || sh > limit / heads / 4) return ATTN_ERR_OVERFLOW;
-    if (st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
-    elements = attni_max64(pt * st, heads * sh);
-    if (heads == 1 && !head_major) elements = pt * st;
-    if (pt == 1 && head_major) elements = heads * sh;
-    if ((pt - 1) * st + (heads - 1) * sh + dim > elements) return ATTN_ERR_LAYOUT;
+    elements = attni_page_elements(heads, pt, dim, st, sh, head_major);
+    if (elements < 0) return ATTN_ERR_OVERFLOW;
+    if (elements == 0 || st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
     s->token_bytes = st * bits / 8;
     s->head_bytes = sh * bits / 8;
     s->need_bytes = elements * bits / 8;
