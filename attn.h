@@ -826,12 +826,33 @@ ATTNI_FAR int64_t attni_page_elements(int64_t heads, int64_t pt, int64_t dim, in
     return (pt - 1) * st + (heads - 1) * sh + dim > elements ? 0 : elements;
 }
 
+// Places rows, then scales in a page; dim, page_tokens and dtype are set.
+ATTNI_FAR attn_result attni_side_place(attni_side *s, int64_t heads, int64_t st, int64_t sh,
+                                       int head_major, int scales) {
+    int64_t bits = attni_bits_of(s->dtype), pt = s->page_tokens;
+    int64_t elements = attni_page_elements(heads, pt, s->dim, st, sh, head_major);
+    if (elements < 0) return ATTN_ERR_OVERFLOW;
+    if (elements == 0 || st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
+    s->token_bytes = st * bits / 8;
+    s->head_bytes = sh * bits / 8;
+    s->need_bytes = elements * bits / 8;
+    s->scale_offset = -1;
+    s->scale_token = s->scale_head = 0;
+    if (scales) {
+        s->scale_offset = (s->need_bytes + 3) / 4 * 4;
+        s->scale_token = head_major ? 4 : 4 * heads;
+        s->scale_head = head_major ? 4 * pt : 4;
+        s->need_bytes = s->scale_offset + 4 * pt * heads;
+    }
+    return ATTN_OK;
+}
+
 // Resolves an array; d's dims, heads, dtype and page_tokens must be in range already.
 ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *s) {
     const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
-    int64_t bits = attni_bits_of(a->dtype), heads = d->n_kv_heads, pt = d->kv.page_tokens;
+    int64_t heads = d->n_kv_heads, pt = d->kv.page_tokens, limit = (int64_t)1 << 56;
     int64_t dim = is_v ? attni_v_dim(d) : d->head_dim, st = a->stride_token, sh = a->stride_head;
-    int64_t elements, limit = ((int64_t)1 << 56);
+    attn_result r;
     int head_major = d->kv.layout != ATTN_TOKEN_MAJOR;
     s->data = (uint8_t *)a->data;
     s->dtype = a->dtype;
@@ -843,20 +864,9 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     if (d->kv.layout == ATTN_K16 && pt % 16) return ATTN_ERR_LAYOUT;
     if (!st) st = head_major ? dim : heads * dim;
     if (!sh) sh = head_major ? pt * dim : dim;
-    elements = attni_page_elements(heads, pt, dim, st, sh, head_major);
-    if (elements < 0) return ATTN_ERR_OVERFLOW;
-    if (elements == 0 || st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
-    s->token_bytes = st * bits / 8;
-    s->head_bytes = sh * bits / 8;
-    s->need_bytes = elements * bits / 8;
-    s->scale_offset = -1;
-    s->scale_token = s->scale_head = 0;
-    if (attni_is_scaled(a->dtype) && !a->head_scale) {
-        s->scale_offset = (s->need_bytes + 3) / 4 * 4;
-        s->scale_token = head_major ? 4 : 4 * heads;
-        s->scale_head = head_major ? 4 * pt : 4;
-        s->need_bytes = s->scale_offset + 4 * pt * heads;
-    }
+    if ((r = attni_side_place(s, heads, st, sh, head_major,
+                              attni_is_scaled(a->dtype) && !a->head_scale)) != ATTN_OK)
+        return r;
     s->page_bytes = a->page_bytes ? a->page_bytes : s->need_bytes;
     if (s->page_bytes < s->need_bytes) return ATTN_ERR_LAYOUT;
     if (s->page_bytes > limit || s->page_bytes > (INT64_MAX >> 1) / d->kv.n_pages)

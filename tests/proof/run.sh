@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Proofs with Frama-C's WP on the text of attn.h itself.
 #
-#   tests/proof/run.sh             every goal; a table; ends with "N passed, N failed" (goals)
-#   tests/proof/run.sh --planted   every bug of planted.txt must make a goal of its function fail
+#   run.sh [GROUP...]          goals of all groups or these; ends with "N passed, N failed"
+#   run.sh open                goals of functions whose proof is not finished (see below)
+#   run.sh --planted [NAME...] each bug of planted.txt must make a goal of its function fail
 #
 # splice.py puts the contracts of *.acsl beside the functions in a copy of attn.h and changes
 # nothing else. Run-time errors (overflow, division by 0, invalid memory) are goals too.
@@ -19,6 +20,10 @@
 #   low_bits        "admit lemma": x >> 4 and x & 15 are quotient and remainder for x >= 0.
 #   group memory, offsets   model Typed+cast: a cast keeps the pointer. No function of these groups
 #                   steps through memory under two types.
+# Open: attni_side_place, attni_side_init. That they establish side_ok, head_in and page_in, which the
+# group offsets starts from, is stated in desc.acsl and mostly proved; cvc4 does not find the last
+# products (st * bits within 2^59, 4 * pt * heads within 2^56, and the postconditions that need
+# them). Not part of the default run.
 # Not proved here: the tree's own invariants (attn_tree_check tests them), loops over the caller's
 # tables in attn_validate.
 #
@@ -53,6 +58,8 @@ groups=(
 attni_tile_tokens,attni_take,attni_plan_caps_of,attni_page_token,attni_blob_size|$all"
     "offsets|gcc_x86_64|proof_mul_le,attni_bits_of,attni_is_scaled,attni_is_float,attni_v_dim,\
 proof_div_mul,attni_page_elements,attni_token_offset,attni_scale_offset|-wp-model Typed+cast $all"
+    "lemmas|gcc_x86_64||-wp-prop mul_range,mul_least,div_mul,head_below,page_below"
+    "open|gcc_x86_64|attni_side_place,attni_side_init|-wp-model Typed+cast $all"
 )
 
 # prove OUT_DIR LOG MACHINE SELECTION... -> every goal's verdict in LOG
@@ -78,7 +85,9 @@ verdicts() {
 
 if [ "$1" = --planted ]; then
     caught=0 missed=0
+    shift
     while read -r _ name fct; do
+        case " ${*:-$name} " in *" $name "*) ;; *) continue ;; esac
         for g in "${groups[@]}"; do
             IFS='|' read -r group machine fcts options <<<"$g"
             case ",$fcts," in *",$fct,"*) break ;; esac
@@ -109,8 +118,12 @@ python3 $here/splice.py attn.h "$out/real/attn.h" $here/*.acsl || exit 1
 broken=0
 for g in "${groups[@]}"; do
     IFS='|' read -r group machine fcts options <<<"$g"
+    case " ${*:-pool memory64 memory32 sizes64 offsets lemmas} " in
+    *" $group "*) ;;
+    *) continue ;;
+    esac
     # shellcheck disable=SC2086
-    prove "$out/real" "$out/$group.log" "$machine" -wp-fct "$fcts" $options
+    prove "$out/real" "$out/$group.log" "$machine" ${fcts:+-wp-fct "$fcts"} $options
     if ! grep -q 'Proved goals' "$out/$group.log"; then
         echo "$group: Frama-C did not finish, see $out/$group.log"
         broken=$((broken + 1))
@@ -118,14 +131,14 @@ for g in "${groups[@]}"; do
     verdicts "$out/$group.log" | while IFS=$'\t' read -r prover goal; do
         name=${goal#typed_}
         name=${name#cast_}
-        for f in ${fcts//,/ }; do
-            case $name in "${f}_"*) printf '%s\t%s\t%s\t%s\n' "$group" "$f" "$prover" "$goal" ;; esac
+        for f in ${fcts//,/ } lemma; do
+            case $name in "${f}_"*) 
+                printf '%s\t%s\t%s\t%s\n' "$group" "$f" "$prover" "$goal"
+                ;;
+            esac
         done
     done >>"$out/table"
 done
-prove "$out/real" "$out/lemmas.log" gcc_x86_64 -wp-prop mul_range,mul_least,div_mul,head_below,page_below
-verdicts "$out/lemmas.log" | sed 's/^/lemmas\t-\t/' >>"$out/table"
-
 awk -F'\t' -v broken="$broken" '
     { key = $1 "\t" $2; if (!(key in n)) order[++m] = key
       n[key]++; total++
