@@ -20,7 +20,7 @@
 #   low_bits        "admit lemma": x >> 4 and x & 15 are quotient and remainder for x >= 0.
 #   group memory, offsets   model Typed+cast: a cast keeps the pointer. No function of these groups
 #                   steps through memory under two types.
-# Open: attni_side_place, attni_side_init. That they establish side_ok, head_in and page_in, which the
+# Open: attni_side_place, attni_side_init. That they establish side_ok, head_in and page_in, which
 # group offsets starts from, is stated in desc.acsl and mostly proved; cvc4 does not find the last
 # products (st * bits within 2^59, 4 * pt * heads within 2^56, and the postconditions that need
 # them). Not part of the default run.

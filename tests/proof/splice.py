@@ -75,9 +75,9 @@ def main(argv):
     header, out, argv = argv[0], argv[1], argv[2:]
     with open(header, encoding="ascii") as f:
         text = f.read()
+    planted = None
     if argv and argv[0] == "--plant":
-        path, name = argv[1].rsplit(":", 1)
-        text, argv = plant(text, path, name), argv[2:]
+        planted, argv = argv[1].rsplit(":", 1), argv[2:]
     edits, name = [], None  # (place in the unchanged text, order, inserted text)
     for spec in argv:
         for head, body in blocks(spec):
@@ -96,6 +96,8 @@ def main(argv):
             edits.append((at, len(edits), body))
     for at, _, body in sorted(edits, reverse=True):
         text = text[:at] + body + text[at:]
+    if planted:
+        text = plant(text, planted[0], planted[1])
     with open(out, "w", encoding="ascii") as f:
         f.write(text)
 
