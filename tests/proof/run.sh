@@ -46,6 +46,7 @@ export WHY3CONFIG=$PWD/$out/why3.conf
 [ -s "$WHY3CONFIG" ] || why3 config detect >"$out/why3.log" 2>&1
 downcasts="-warn-signed-downcast -warn-unsigned-downcast"
 all="$downcasts -warn-unsigned-overflow"
+flat="-wp-no-pruning" # quicker where a function branches much; the pool's goals need pruning
 
 # group  machine  functions  options
 groups=(
@@ -55,11 +56,11 @@ groups=(
     "memory32|gcc_x86_32|attni_carve,attni_align,attni_pool_layout,attn_pool_bytes,attn_pool_init|\
 -wp-model Typed+cast $downcasts"
     "sizes64|gcc_x86_64|attni_min32,attni_max32,attni_min64,attni_max64,attni_floor_pow2,\
-attni_tile_tokens,attni_take,attni_plan_caps_of,attni_page_token,attni_blob_size|$all"
+attni_tile_tokens,attni_take,attni_plan_caps_of,attni_page_token,attni_blob_size|$all $flat"
     "offsets|gcc_x86_64|proof_mul_le,attni_bits_of,attni_is_scaled,attni_is_float,attni_v_dim,\
-proof_div_mul,attni_page_elements,attni_token_offset,attni_scale_offset|-wp-model Typed+cast $all"
+proof_div_mul,attni_page_elements,attni_token_offset,attni_scale_offset|-wp-model Typed+cast $all $flat"
     "lemmas|gcc_x86_64||-wp-prop mul_range,mul_least,div_mul,head_below,page_below"
-    "open|gcc_x86_64|attni_side_place,attni_side_init|-wp-model Typed+cast $all"
+    "open|gcc_x86_64|attni_side_place,attni_side_init|-wp-model Typed+cast $all $flat"
 )
 
 # prove OUT_DIR LOG MACHINE SELECTION... -> every goal's verdict in LOG
@@ -68,7 +69,7 @@ prove() {
     shift 3
     printf '#define ATTN_CORE_IMPLEMENTATION\n#include "attn.h"\n' >"$dir/main.c"
     nice -n 10 timeout 3000 frama-c -cpp-extra-args="-I$dir" -machdep "$machine" "$dir/main.c" \
-        -wp -wp-rte -wp-prover cvc4,z3 -wp-timeout "$limit" -wp-par 1 -wp-no-pruning "$@" \
+        -wp -wp-rte -wp-prover cvc4,z3 -wp-timeout "$limit" -wp-par 1 "$@" \
         >"$log" 2>&1
 }
 
