@@ -10,6 +10,7 @@
 #   make fuzz-short | fuzz [SECONDS= JOBS= SEEDS=] | fuzz-static     (clang; see "fuzzing" below)
 #   make sim [OPS=10000000 SIM_SEED=1000]   the simulator, in shards of their own seeds
 #   make mutants [MUTANTS=40 SEED=1]   planted and random bugs that the tests must notice
+#   make proof | proof-planted    Frama-C on attn.h; bugs that the proofs must notice
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -147,9 +148,9 @@ test-ports-fast test-ports:
 # ---- everything. A check prints "N passed, N failed" last, or "skipped: why".
 
 ALL_CHECKS = test test-asan test-clang test-compile test-ports test-tsan test-msan test-valgrind \
-    fuzz-short sim mutants coverage
+    fuzz-short sim mutants coverage proof
 ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
-    binutils pkg-config python3-venv libstb-dev valgrind qemu-user gcc-aarch64-linux-gnu \
+    binutils pkg-config python3-venv libstb-dev valgrind frama-c-base why3 cvc4 z3 qemu-user gcc-aarch64-linux-gnu \
     libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross gcc-arm-linux-gnueabihf \
     libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
     libclang-rt-14-dev-wasm32 nodejs gcc-mingw-w64-x86-64 gcc-mingw-w64-i686 wine64
@@ -282,6 +283,13 @@ bench: build/bench_cpu
 
 build/bench_cpu: tests/bench/bench_cpu.c $(DEPS) | build
 	$(CC) -O2 $(INCLUDES) $< -o $@ $(LIBS)
+
+# Proofs of attn.h's reference counts and offsets; needs frama-c-base, why3, cvc4 and z3 (Debian).
+proof:
+	@bash tests/proof/run.sh
+proof-planted:
+	@bash tests/proof/run.sh --planted
+.PHONY: proof proof-planted
 
 # ---- house rules that a compiler does not know
 

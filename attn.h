@@ -309,7 +309,7 @@ typedef struct attn_desc {
     attn_numerics numerics;  // (default: FAST)
 } attn_desc;
 
-// Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included; 0 if invalid.
+// Bytes of one page of K (is_v = 0) or V (is_v = 1), scales included; 0 if invalid or too large.
 // Reads n_kv_heads, head_dim, v_head_dim, kv.layout, kv.page_tokens, the array's dtype, strides,
 // scale.
 ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v);
@@ -321,7 +321,7 @@ ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out);
 // Copies rows between a page and canonical order, whatever the layout: rows (n_tokens, n_kv_heads,
 // d) of raw elements little-endian, followed by (n_tokens, n_kv_heads) f32 scales when stored in
 // the page. For attn_tree_save / attn_tree_load callbacks. ERR_PAGE, ERR_ARGUMENT (place or count
-// outside).
+// outside). Bytes: 0 when d is invalid or they do not fit in size_t.
 ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens);
 ATTN_DEF attn_result attn_kv_read_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
                                        int32_t n_tokens, void *rows);
@@ -943,21 +943,58 @@ ATTNI_FN int64_t attni_token_offset(const attni_side *s, int32_t place, int32_t 
     return place * s->token_bytes + head * s->head_bytes;
 }
 
+// Byte offset of its scale, where pages hold scales.
+ATTNI_FN int64_t attni_scale_offset(const attni_side *s, int32_t place, int32_t head) {
+    return s->scale_offset + place * s->scale_token + head * s->scale_head;
+}
+
 ATTNI_FAR float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
     float f = 1.0f;
     if (s->head_scale) return s->head_scale[head];
     if (s->scale_offset < 0) return 1.0f;
-    memcpy(&f, s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
-                   head * s->scale_head, 4);
+    memcpy(&f, s->data + page * s->page_bytes + attni_scale_offset(s, place, head), 4);
     return f;
+}
+
+// Elements of a page whose tokens are st and whose heads are sh elements apart; 0: rows overlap or
+// leave it; -1: more than 2^54.
+ATTNI_FAR int64_t attni_page_elements(int64_t heads, int64_t pt, int64_t dim, int64_t st,
+                                      int64_t sh, int head_major) {
+    int64_t elements, limit = (int64_t)1 << 54;
+    if (st > limit / pt || sh > limit / heads) return -1;
+    elements = attni_max64(pt * st, heads * sh);
+    if (heads == 1 && !head_major) elements = pt * st;
+    if (pt == 1 && head_major) elements = heads * sh;
+    return (pt - 1) * st + (heads - 1) * sh + dim > elements ? 0 : elements;
+}
+
+// Places rows, then scales in a page; dim, page_tokens and dtype are set.
+ATTNI_FAR attn_result attni_side_place(attni_side *s, int64_t heads, int64_t st, int64_t sh,
+                                       int head_major, int scales) {
+    int64_t bits = attni_bits_of(s->dtype), pt = s->page_tokens;
+    int64_t elements = attni_page_elements(heads, pt, s->dim, st, sh, head_major);
+    if (elements < 0) return ATTN_ERR_OVERFLOW;
+    if (elements == 0 || st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
+    s->token_bytes = st * bits / 8;
+    s->head_bytes = sh * bits / 8;
+    s->need_bytes = elements * bits / 8;
+    s->scale_offset = -1;
+    s->scale_token = s->scale_head = 0;
+    if (scales) {
+        s->scale_offset = (s->need_bytes + 3) / 4 * 4;
+        s->scale_token = head_major ? 4 : 4 * heads;
+        s->scale_head = head_major ? 4 * pt : 4;
+        s->need_bytes = s->scale_offset + 4 * pt * heads;
+    }
+    return ATTN_OK;
 }
 
 // Resolves an array; d's dims, heads, dtype and page_tokens must be in range already.
 ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *s) {
     const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
-    int64_t bits = attni_bits_of(a->dtype), heads = d->n_kv_heads, pt = d->kv.page_tokens;
+    int64_t heads = d->n_kv_heads, pt = d->kv.page_tokens, limit = (int64_t)1 << 56;
     int64_t dim = is_v ? attni_v_dim(d) : d->head_dim, st = a->stride_token, sh = a->stride_head;
-    int64_t elements, limit = ((int64_t)1 << 56);
+    attn_result r;
     int head_major = d->kv.layout != ATTN_TOKEN_MAJOR;
     s->data = (uint8_t *)a->data;
     s->dtype = a->dtype;
@@ -969,23 +1006,9 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     if (d->kv.layout == ATTN_K16 && pt % 16) return ATTN_ERR_LAYOUT;
     if (!st) st = head_major ? dim : heads * dim;
     if (!sh) sh = head_major ? pt * dim : dim;
-    if (st > limit / pt / 4 || sh > limit / heads / 4) return ATTN_ERR_OVERFLOW;
-    if (st * bits % 8 || sh * bits % 8) return ATTN_ERR_LAYOUT;
-    elements = attni_max64(pt * st, heads * sh);
-    if (heads == 1 && !head_major) elements = pt * st;
-    if (pt == 1 && head_major) elements = heads * sh;
-    if ((pt - 1) * st + (heads - 1) * sh + dim > elements) return ATTN_ERR_LAYOUT;
-    s->token_bytes = st * bits / 8;
-    s->head_bytes = sh * bits / 8;
-    s->need_bytes = elements * bits / 8;
-    s->scale_offset = -1;
-    s->scale_token = s->scale_head = 0;
-    if (attni_is_scaled(a->dtype) && !a->head_scale) {
-        s->scale_offset = (s->need_bytes + 3) / 4 * 4;
-        s->scale_token = head_major ? 4 : 4 * heads;
-        s->scale_head = head_major ? 4 * pt : 4;
-        s->need_bytes = s->scale_offset + 4 * pt * heads;
-    }
+    if ((r = attni_side_place(s, heads, st, sh, head_major,
+                              attni_is_scaled(a->dtype) && !a->head_scale)) != ATTN_OK)
+        return r;
     s->page_bytes = a->page_bytes ? a->page_bytes : s->need_bytes;
     if (s->page_bytes < s->need_bytes) return ATTN_ERR_LAYOUT;
     if (s->page_bytes > limit || s->page_bytes > (INT64_MAX >> 1) / d->kv.n_pages)
@@ -1274,7 +1297,7 @@ ATTN_DEF size_t attn_kv_page_bytes(const attn_desc *d, int is_v) {
         return 0;
     if (!attni_bits_of(is_v ? d->kv.v.dtype : d->kv.k.dtype)) return 0;
     if (attni_side_init(&c, is_v, &s) != ATTN_OK) return 0;
-    return (size_t)s.page_bytes;
+    return (uint64_t)s.page_bytes > SIZE_MAX ? 0 : (size_t)s.page_bytes;
 }
 
 ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out) {
@@ -1295,11 +1318,12 @@ ATTN_DEF attn_result attn_kv_slots(const attn_desc *d, int64_t *out) {
 
 ATTN_DEF size_t attn_kv_rows_bytes(const attn_desc *d, int is_v, int32_t n_tokens) {
     attni_side s;
-    size_t per;
+    uint64_t row; // one token, all heads
     if (!d || n_tokens < 0 || !attn_kv_page_bytes(d, is_v)) return 0;
     if (attni_side_init(d, is_v, &s) != ATTN_OK) return 0;
-    per = (size_t)s.dim * (size_t)attni_bits_of(s.dtype) / 8 + (s.scale_offset < 0 ? 0 : 4);
-    return per * (size_t)d->n_kv_heads * (size_t)n_tokens;
+    row = (uint64_t)s.dim * (uint64_t)attni_bits_of(s.dtype) / 8 + (s.scale_offset < 0 ? 0 : 4);
+    row *= (uint64_t)d->n_kv_heads;
+    return (uint64_t)n_tokens > SIZE_MAX / row ? 0 : (size_t)(row * (uint64_t)n_tokens);
 }
 
 // Reverses the bytes of each element.
@@ -1339,7 +1363,7 @@ static attn_result attni_move_rows(const attn_desc *d, int is_v, int32_t page, i
                 if (writing) attni_copy_le(p, r + 4 * u, 4 / width, width);
                 else attni_copy_le(r + 4 * u, p, 4 / width, width);
             if (s.scale_offset < 0) continue;
-            p = base + s.scale_offset + (place + t) * s.scale_token + h * s.scale_head;
+            p = base + attni_scale_offset(&s, place + t, h);
             if (writing) attni_copy_le(p, scales, 1, 4);
             else attni_copy_le(scales, p, 1, 4);
             scales += 4;
@@ -1792,8 +1816,8 @@ static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
     q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
 }
 
-// Orders sequences with a page table by first position, then by the ids of their whole pages, a beginning before what
-// continues it (or the order would not be transitive), then by number.
+// Orders sequences with a page table by first position, then by the ids of their whole pages, a
+// beginning before what continues it (or the order would not be transitive), then by number.
 static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
     const attn_kv *kv = &b->d->kv;
     const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
@@ -2188,7 +2212,10 @@ static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, 
     if (least) return attni_bounded_tile(d, q, low, low);
     for (; q->workers > 1 && tile > low; tile /= 2) {
         int64_t n = 0;
-        for (s = 0; s < d->n_seq; s++) n += (d->q_start[s + 1] - d->q_start[s] + tile - 1) / tile;
+        for (s = 0; s < d->n_seq; s++) {
+            int32_t q_len = d->q_start[s + 1] - d->q_start[s];
+            n += q_len / tile + (q_len % tile != 0);
+        }
         if (n * d->n_kv_heads >= 3 * (int64_t)q->workers) break;
     }
     return attni_bounded_tile(d, q, tile, low);
@@ -2208,12 +2235,14 @@ typedef struct attni_plan_caps {
     int64_t seq, segments, tiles, tasks, chain, merges;
     int64_t cut_segments, cut_tiles; // of these, what max_task_cost alone may take; cut_segments is
                                      // its part of chain as well
-    size_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack, bytes;
+    uint64_t at_seq, at_order, at_share, at_segment, at_task, at_chain, at_merge, at_stack;
+    size_t bytes;
 } attni_plan_caps;
 
-static size_t attni_take(size_t *at, int64_t n, size_t size) {
-    size_t here = *at;
-    *at += ((size_t)n * size + 63) & ~(size_t)63;
+// In 64 bits on every host: the sum may not fit in a 32-bit size_t.
+static uint64_t attni_take(uint64_t *at, int64_t n, size_t size) {
+    uint64_t here = *at;
+    *at += ((uint64_t)n * size + 63) / 64 * 64;
     return here;
 }
 
@@ -2241,7 +2270,7 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
                                       attni_plan_caps *c) {
     int64_t tokens = attni_max64(d->q_start[d->n_seq], q->max_tokens);
     int64_t workers = q->workers;
-    size_t at = (sizeof(attn_plan) + 63) & ~(size_t)63;
+    uint64_t at = (sizeof(attn_plan) + 63) / 64 * 64;
     if (workers > 1 << 16 || !(q->max_task_cost >= 0)) return ATTN_ERR_ARGUMENT;
     c->seq = attni_max32(d->n_seq, q->max_seq);
     attni_cut_caps(d, q, tokens, c);
@@ -2259,7 +2288,8 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
     c->at_chain = attni_take(&at, c->chain, 4);
     c->at_merge = attni_take(&at, c->merges, sizeof(attn_merge));
     c->at_stack = attni_take(&at, 3 * c->seq + 3, 4);
-    c->bytes = at;
+    if (at > SIZE_MAX) return ATTN_ERR_OVERFLOW;
+    c->bytes = (size_t)at;
     return ATTN_OK;
 }
 
@@ -2416,7 +2446,7 @@ static void *attni_carve(unsigned char *base, uint64_t *at, int64_t count, size_
 // The first aligned byte of a block; sizes include ATTNI_ALIGN of slack for it.
 static unsigned char *attni_align(void *mem) {
     uintptr_t at = (uintptr_t)mem;
-    return (unsigned char *)mem + (size_t)((0 - at) & (uintptr_t)(ATTNI_ALIGN - 1));
+    return (unsigned char *)mem + (size_t)(at % ATTNI_ALIGN ? ATTNI_ALIGN - at % ATTNI_ALIGN : 0);
 }
 
 static uint64_t attni_pool_layout(attn_pool *pool, int32_t n_pages, unsigned char *base) {

@@ -2683,8 +2683,7 @@ ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, co
                 if (u > top) top = u;
             }
             scale = attni_one_nan(attni_div(attni_float(top), attni_code_max(s->dtype)));
-            memcpy(s->data + page * s->page_bytes + s->scale_offset + place * s->scale_token +
-                       head * s->scale_head, &scale, 4);
+            memcpy(s->data + page * s->page_bytes + attni_scale_offset(s, place, head), &scale, 4);
         }
         for (e = 0; e < n; e++) {
             y = attni_bits32(scale) << 1 ? attni_one_nan(attni_div(x[e], scale)) : 0.0f;
@@ -2796,7 +2795,7 @@ ATTNI_CALLED void attni_copy_slots(const attn_desc *d, const attni_side *s, int3
         }
     for (h = 0; h < d->n_kv_heads && s->scale_offset >= 0; h++)
         for (t = 0; t < n; t++) {
-            at = s->scale_offset + t * s->scale_token + h * s->scale_head;
+            at = attni_scale_offset(s, t, h);
             memcpy(to + at, from + at, 4);
         }
 }
@@ -3095,8 +3094,7 @@ ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
 
 ATTNI_INLINE void attni_token_scales(const attni_side *s, int64_t page, int32_t place,
                                      int32_t head, int32_t n, float *out) {
-    const uint8_t *p = s->data + page * s->page_bytes + s->scale_offset + head * s->scale_head +
-                       place * s->scale_token;
+    const uint8_t *p = s->data + page * s->page_bytes + attni_scale_offset(s, place, head);
     int32_t i;
     if (s->head_scale)
         for (i = 0; i < n; i++) out[i] = s->head_scale[head];

@@ -1038,6 +1038,10 @@ static void bad_stores(void) {
     CHECK_EQ(attn_kv_page_bytes(&f.d, 0), 0);
     f.d.n_kv_heads = INT32_MAX, f.d.kv.page_tokens = INT32_MAX;
     CHECK_EQ(attn_kv_page_bytes(&f.d, 0), 0);
+    // sizes beyond size_t are 0, never their low bits
+    f.d.kv.page_tokens = 1, f.d.kv.k.dtype = ATTN_F32;
+    CHECK_EQ(attn_kv_page_bytes(&f.d, 0), SIZE_MAX > UINT32_MAX ? (int64_t)INT32_MAX * 64 : 0);
+    CHECK_EQ(attn_kv_rows_bytes(&f.d, 0, INT32_MAX), 0);
     fixture_free(&f);
 }
 

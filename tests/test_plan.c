@@ -143,8 +143,12 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
         }
         CHECK(at == q->span1 || (q->n_chain == 1 && at >= q->span1));
         if (q->n_chain && p->segment[p->chain[q->chain]].n_slots > 0) {
-            CHECK(merges < p->n_merges && p->merge[merges] == s);
-            merges++;
+            for (c = 0; merges < p->n_merges && p->merge[merges].seq == s; merges++) {
+                CHECK_EQ(p->merge[merges].first_token, c);
+                CHECK(p->merge[merges].n_tokens > 0);
+                c += p->merge[merges].n_tokens;
+            }
+            CHECK_EQ(c, q->q_len); // merges cover a sequence's rows once, in order
         }
     }
     CHECK_EQ(active, p->n_active);
