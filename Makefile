@@ -4,7 +4,7 @@
 #   make test                     everything that is fast; ends with "N passed, N failed"
 #   make frame [ARGS=--show]      60 frames a second while a character talks
 #   make coverage [coverage-cpu]  every condition of attn.h, MC/DC included (clang >= 18)
-#   make test-ports-fast | test-ports   one PORTABLE hash over compilers, flags and machines: a table
+#   make test-ports-fast | test-ports   one PORTABLE hash over compilers and machines: a table
 #   make test-all                 everything, the slow ones too; `make deps-all` installs its tools
 #   make test-asan test-clang test-compile test-aarch64 test-tsan test-msan test-valgrind
 #   make fuzz-short | fuzz [SECONDS= JOBS= SEEDS=] | fuzz-static     (clang; see "fuzzing" below)
@@ -150,9 +150,11 @@ test-ports-fast test-ports:
 ALL_CHECKS = test test-asan test-clang test-compile test-ports test-tsan test-msan test-valgrind \
     fuzz-short sim mutants coverage proof
 ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
-    binutils pkg-config python3-venv libstb-dev valgrind frama-c-base why3 cvc4 z3 qemu-user gcc-aarch64-linux-gnu \
+    binutils pkg-config python3-venv libstb-dev valgrind frama-c-base why3 cvc4 z3 qemu-user \
+    gcc-aarch64-linux-gnu \
     libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross gcc-arm-linux-gnueabihf \
-    libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
+    libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross gcc-s390x-linux-gnu \
+    libc6-dev-s390x-cross musl-tools wasi-libc lld \
     libclang-rt-14-dev-wasm32 nodejs gcc-mingw-w64-x86-64 gcc-mingw-w64-i686 wine64
 
 test-all:
@@ -216,15 +218,17 @@ SEEDS ?= 1
 FUZZ_DEPS = $(DEPS) $(wildcard tests/fuzz/*.h examples/generate.c)
 FUZZ_FLAGS = -O1 -gline-tables-only -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined \
     -fno-sanitize-recover=all $(INCLUDES)
+# Only fuzz_desc is about the executors; the others build ten times as fast without most of them.
+FUZZ_EXECUTORS = $(if $(findstring fuzz_desc,$@),,-DATTN_CPU_SCALAR_ONLY)
 FUZZ_LOADER = ld-linux-x86-64.so.2
 MODEL = examples/models/recall.gguf
 
 build/replay/%: tests/fuzz/%.c $(FUZZ_DEPS) | build/replay
 	$(CC) -O1 -g -Wall -Wextra -DFUZZ_MAIN $(INCLUDES) $< -o $@ $(LIBS)
 build/fuzz/%: tests/fuzz/%.c $(FUZZ_DEPS) | build/fuzz
-	$(CLANG) $(FUZZ_FLAGS) $< -o $@ $(LIBS)
+	$(CLANG) $(FUZZ_FLAGS) $(FUZZ_EXECUTORS) $< -o $@ $(LIBS)
 build/fuzz-static/%: tests/fuzz/%.c $(FUZZ_DEPS) | build/fuzz-static
-	$(CLANG) $(FUZZ_FLAGS) $< -o $@ $(LIBS) -static-libstdc++ -static-libgcc -gz \
+	$(CLANG) $(FUZZ_FLAGS) $(FUZZ_EXECUTORS) $< -o $@ $(LIBS) -static-libstdc++ -static-libgcc -gz \
 	    -Wl,--dynamic-linker=lib/$(FUZZ_LOADER) -Wl,-rpath,'$$ORIGIN/lib'
 
 # Seeds too large for the tree: the head of a real model as a file of its own.
@@ -293,8 +297,8 @@ proof-planted:
 
 # ---- house rules that a compiler does not know
 
-SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*.cjs tests/*/*.[ch] \
-    tests/*/*.cpp) .ci/run
+SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*.cjs \
+    tests/*/*.[ch] tests/*/*.cpp tests/*/*.sh tests/*/*.py) .ci/run
 
 build/lint.o: $(HEADERS) | build
 	printf '#define ATTN_IMPLEMENTATION\n#include "attn.h"\n#include "attn_cpu.h"\n' > build/lint.c
@@ -339,7 +343,8 @@ install:
 clean:
 	rm -rf build
 
-.PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile test-aarch64
-.PHONY: coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps bench lint install
+.PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile
+.PHONY: test-aarch64 coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps
+.PHONY: bench lint install
 .PHONY: mutants sim test-tsan test-msan test-valgrind fuzz fuzz-build fuzz-short fuzz-static clean
 .DELETE_ON_ERROR:

@@ -135,8 +135,8 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
-// Register blocks of tall, 4 or 1 rows. Buffers have spare rows behind the last, so that a block may
-// be taller than what is left.
+// Register blocks of tall, 4 or 1 rows. Buffers have spare rows behind the last, so that a block
+// may be taller than what is left.
 #define ATTNI_STEP(left, tall) ((left) >= 5 || (tall) == 1 ? (tall) : (left) >= 2 ? 4 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
@@ -165,7 +165,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
     }
 #else
 #define ATTNI_TALLER(ns, f, params, args, tall, tall_nc)
-#define ATTNI_ROWS(ns, f, args, step, tall_nc, at, end, unit)                                       \
+#define ATTNI_ROWS(ns, f, args, step, tall_nc, at, end, unit)                                      \
     for (; at < (end); at += ATTNI_NC * (unit)) ns(f##_1) args;
 #endif
 
@@ -417,7 +417,8 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++)                \
             ATTNI_I(store)(s + r * ATTN_SPAN + 16 * col[j], c[r][j]);                              \
     }                                                                                              \
-    ATTNI_##FEW##SHAPES(ATTNI_K, name##_block, ATTNI_QK_PARAMS(float), ATTNI_QK_ARGS, TALL, TALL_NC)      \
+    ATTNI_##FEW##SHAPES(ATTNI_K, name##_block, ATTNI_QK_PARAMS(float), ATTNI_QK_ARGS, TALL,        \
+                        TALL_NC)                                                                   \
     ATTNI_TGT static void ATTNI_K(name)(const void *qv, int64_t ldq, int nr,                       \
                                         const uint32_t *const *kt, const uint8_t *const *ahead,    \
                                         int look, const uint8_t *col, int nt, int units,           \
@@ -429,9 +430,9 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
             float *sr = s + r * ATTN_SPAN;                                                         \
             step = ATTNI_STEP(nr - r, TALL);                                                       \
             j = 0;                                                                                 \
-            ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                                      \
-                       (qr, ldq, kt + j, ahead + j, look, col + j, units, sr), step, TALL_NC, j, nt, \
-                       1)                                                                          \
+            ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                               \
+                              (qr, ldq, kt + j, ahead + j, look, col + j, units, sr), step,        \
+                              TALL_NC, j, nt, 1)                                                   \
         }                                                                                          \
     }
 
@@ -482,7 +483,7 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++)                \
             ATTNI_I(store)(o + r * ldo + e + 16 * j, c[r][j]);                                     \
     }                                                                                              \
-    ATTNI_##FEW##SHAPES(ATTNI_K, name##_block,                                                            \
+    ATTNI_##FEW##SHAPES(ATTNI_K, name##_block,                                                     \
                  (const float *p, const void *const *row, const void *const *ahead,                \
                   const attni_run *run, int n, int e, float *o, int64_t ldo),                      \
                  (p, row, ahead, run, n, e, o, ldo, ), TALL, TALL_NC)                              \
@@ -498,7 +499,7 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
             nc = 16 * (step > 4 ? TALL_NC : ATTNI_NC);                                             \
             e = 0;                                                                                 \
             if (vd >= nc) {                                                                        \
-                ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                                  \
+                ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                           \
                            (pr, row, ahead, run, n, e <= vd - nc ? e : vd - nc, or_, ldo), step,   \
                            TALL_NC, e, vd, 16)                                                     \
             }                                                                                      \
@@ -3127,14 +3128,18 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t t
                 x->ks[t] = x->vs[t] = 0;
             }
         for (t = t0; t < t1; t = end) { // up to the end of the tile or page
-            int32_t place = (int32_t)((j0 + t) % pt), page = attni_page_of(w->d, s, (int32_t)(j0 + t));
+            int32_t place = (int32_t)((j0 + t) % pt);
+            int32_t page = attni_page_of(w->d, s, (int32_t)(j0 + t));
             const uint8_t *k, *v, *look;
             int64_t look_step = w->k.token_bytes;
             end = attni_min32(t1, t + (pt - place));
             if (page < 0) {
                 if (!looking) return ATTN_ERR_PAGE;
-                for (; t < end; t++)
-                    x->k[t] = (const uint8_t *)(x->v[t] = x->ahead[attni_token_place(t)] = attni_zeros);
+                x->tiles &= ~(1u << i); // to be found bad when it is wanted
+                for (; t < end; t++) {
+                    x->v[t] = x->ahead[attni_token_place(t)] = attni_zeros;
+                    x->k[t] = (const uint8_t *)attni_zeros;
+                }
                 continue;
             }
             if (w->k.k16) end = attni_min32(end, t + (16 - place % 16));
@@ -3468,9 +3473,10 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
             !(m->window_left && b0 + ATTN_SPAN <= p0 - (m->window_left - 1) && b0 >= m->n_sink))
             tiles = attni_span_masks(w, span);
         if (tiles) {
-            int units, block = w->n_rows <= 48 ? w->n_rows : w->rb < 24 ? 24 / w->rb * w->rb : w->rb;
+            int units, block = w->rb < 24 ? 24 / w->rb * w->rb : w->rb;
             attni_qk_fn qk;
             attni_pv_fn pv = NULL;
+            if (w->n_rows <= 48) block = w->n_rows;
             if ((r = attni_load_span(w, span, tiles)) != ATTN_OK) return r;
             qk = attni_prepare_k(w, tiles, &units);
             for (w->r0 = 0; w->r0 < w->n_rows; w->r0 += block) {

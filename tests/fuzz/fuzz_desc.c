@@ -28,7 +28,7 @@ typedef struct model {
     int deep; // the sequences share a whole span
     void *keep[MAX_KEEP];
     int n_keep;
-    int32_t *q_start, *q_pos0, *kv_len, *kv_pos0, *order, *parent, *table;
+    int32_t *q_start, *q_pos0, *kv_len, *kv_pos0, *order, *parent, *table, n_parents;
     float *alibi, *sink, *scale;
     int64_t n_table;
     char *forbidden;
@@ -77,7 +77,8 @@ static void make_mask(model *m, int tree) {
     int32_t s, t;
     k->kind = tree ? ATTN_MASK_TREE : (attn_mask_kind)(fuzz_below(&m->in, 4) == 0);
     if (tree) {
-        m->parent = (int32_t *)give(m, 4 * m->q_start[m->d.n_seq]);
+        m->n_parents = m->q_start[m->d.n_seq];
+        m->parent = (int32_t *)give(m, 4 * m->n_parents);
         for (s = 0; s < m->d.n_seq; s++)
             for (t = 0; t < m->q_start[s + 1] - m->q_start[s]; t++)
                 m->parent[m->q_start[s] + t] = fuzz_below(&m->in, t + 1) - 1;
@@ -286,7 +287,7 @@ static void spoil_values(model *m) {
     }
     if (k > 17) m->wild = 1;
     if (k == 16) d->mask.kind = (attn_mask_kind)x;
-    else if (k == 17 && m->parent && m->q_start[d->n_seq > 0 ? 1 : 0] > 0) m->parent[0] = x;
+    else if (k == 17 && m->n_parents > 0) m->parent[0] = x;
     else if (k == 18) d->logits.scale = f;
     else if (k == 19) d->logits.softcap = f;
     else if (k == 20 && m->alibi) m->alibi[0] = f;
