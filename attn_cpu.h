@@ -3133,6 +3133,7 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t t
             end = attni_min32(t1, t + (pt - place));
             if (page < 0) {
                 if (!looking) return ATTN_ERR_PAGE;
+                x->span = -1; // to be looked up again, and refused, should its turn come
                 for (; t < end; t++)
                     x->k[t] = (const uint8_t *)(x->v[t] = x->ahead[attni_token_place(t)] = attni_zeros);
                 continue;
