@@ -2926,7 +2926,8 @@ static void attni_tree_shrink(attn_tree *t, int32_t x, int32_t n_free) {
 // Evicts until that many pages and nodes are unused; 0, and nothing done, when that cannot be.
 static int attni_tree_room(attn_tree *t, int64_t pages, int32_t nodes) {
     if (pages > (int64_t)t->n_pages - t->n_held_pages) return 0;
-    if (nodes > t->max_nodes - t->n_held_nodes || ATTNI_FAULT()) return 0;
+    if (nodes > t->max_nodes - t->n_held_nodes) return 0;
+    if (ATTNI_FAULT()) return 0;
     while (t->pool.n_free < pages) attni_tree_shrink(t, t->heap[0], (int32_t)pages);
     while (t->max_nodes - t->n_nodes < nodes) attni_tree_shrink(t, t->heap[0], INT32_MAX);
     return 1;
@@ -3105,7 +3106,8 @@ ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *to
                                     int32_t *seq, int32_t *n_cached) {
     int32_t x, hit = 0;
     if (!t || !seq || n < 0 || (!tokens && n > 0)) return ATTN_ERR_ARGUMENT;
-    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (ATTNI_FAULT()) return ATTN_ERR_FULL;
     x = attni_index_find(t, -1, ns);
     if (x >= 0) {
         hit = attni_tree_walk(t, &x, tokens, n);
@@ -3310,7 +3312,8 @@ ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, i
 ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out) {
     if (!t || !out) return ATTN_ERR_ARGUMENT;
     if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
-    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (ATTNI_FAULT()) return ATTN_ERR_FULL;
     *out = attni_seq_new(t, t->seq[seq].node);
     return ATTN_OK;
 }
