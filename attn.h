@@ -1746,7 +1746,7 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
     }
     for (e = 0; e < vd; e++) o[e] = attni_isnan64(l) || l > 0 ? o[e] / l : 0;
     if (!lse) return;
-    if (seen) *lse = m + (!attni_isnan64(l) && l > 0 ? attni_ln(l) : l);
+    if (seen) *lse = m + (attni_isnan64(l) ? l : attni_ln(l)); // the greatest x alone makes l >= 1
     else memcpy(lse, &none, 8);
 }
 
@@ -2277,8 +2277,8 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
     c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers + c->cut_tiles;
     c->segments = 2 * c->seq + 8 * workers + c->cut_segments;
     c->chain = 12 * c->seq + 16 * workers + c->cut_segments;
-    if (c->tiles > INT32_MAX / 64 / d->n_kv_heads || c->segments > INT32_MAX / 64)
-        return ATTN_ERR_OVERFLOW;
+    // segments and chain are less than twice tiles
+    if (c->tiles > INT32_MAX / 64 / d->n_kv_heads) return ATTN_ERR_OVERFLOW;
     c->tasks = c->tiles * d->n_kv_heads;
     c->at_seq = attni_take(&at, c->seq, sizeof(attn_plan_seq));
     c->at_order = attni_take(&at, c->seq, 4);
@@ -2421,8 +2421,9 @@ ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *
     if (attni_plan_patch(plan, d)) return ATTN_OK;
     if (rebuilt) *rebuilt = 1;
     if ((r = attni_plan_caps_of(d, &plan->params, &c)) != ATTN_OK) return r;
+    // no more sequences than before: a chain that outgrew its room would need more segments as well
     if (c.seq > plan->cap_seq || c.tasks > plan->cap_tasks || c.segments > plan->cap_segments ||
-        c.chain > plan->cap_chain || c.merges > plan->cap_merges)
+        c.merges > plan->cap_merges)
         return ATTN_ERR_BUFFER;
     return attni_plan_fill(plan, d, &c);
 }
