@@ -438,11 +438,10 @@ ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *p);
 ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *p, void *mem,
                                      size_t bytes, attn_plan **plan);
 
-// Follows a changed problem (the next decode step, say) in the same memory: when neither the
-// sharing nor a span border changed only lengths are patched (*rebuilt = 0), else everything is
-// planned again
-// (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER when d outgrew the capacities; then the plan is
-// void.
+// Follows a changed problem (the next decode step, say) in the same memory: when neither a span
+// border changed nor what neighbours in the plan's order share, only lengths are patched
+// (*rebuilt = 0), else everything is planned again (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER
+// when d outgrew the capacities; then the plan is void.
 ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt);
 
 // Bytes of partial workspace this plan uses, <= params.partial_bytes. 64-byte aligned.

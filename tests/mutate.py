@@ -303,6 +303,9 @@ plant("copies_carried_out_late", H, "        attni_page_begin_copy(t, page, slot
 plant("copies_carried_out_late", H,
       "return slot != 0 && (t->fill[page] > slot || t->lock[page] > slot);",
       "return slot != 0 && t->fill[page] > slot;")
+# what two sequences share taken for what they shared when the plan was made
+plant("plan_kept_over_a_swap", H,
+      "if (p->share[i] != attni_shared_spans(d, p, p->order[i], p->order[i + 1])) return 0;", ";")
 
 
 def plant_one(args):

@@ -73,8 +73,8 @@ static void numbers(void) {
                      some[n / 6] < some[n % 6]);
         }
     }
-    // as many as fit, at least one, whatever was rounded: three of 1 + e cost more than 3 + 2 e, yet
-    // (3 + 2 e) / (1 + e) is 3
+    // as many as fit, at least one, whatever was rounded: three of 1 + e cost more than 3 + 2 e,
+    // yet (3 + 2 e) / (1 + e) is 3
     CHECK_EQ(attni_fitting(10, 3, 5), 3);
     CHECK_EQ(attni_fitting(10, 3, 2), 2);
     CHECK_EQ(attni_fitting(2, 3, 5), 1);
