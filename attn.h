@@ -438,11 +438,10 @@ ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *p);
 ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *p, void *mem,
                                      size_t bytes, attn_plan **plan);
 
-// Follows a changed problem (the next decode step, say) in the same memory: when neither the
-// sharing nor a span border changed only lengths are patched (*rebuilt = 0), else everything is
-// planned again
-// (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER when d outgrew the capacities; then the plan is
-// void.
+// Follows a changed problem (the next decode step, say) in the same memory: when neither a span
+// border changed nor what neighbours in the plan's order share, only lengths are patched
+// (*rebuilt = 0), else everything is planned again (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER
+// when d outgrew the capacities; then the plan is void.
 ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt);
 
 // Bytes of partial workspace this plan uses, <= params.partial_bytes. 64-byte aligned.
@@ -1746,7 +1745,7 @@ static void attni_ref_query(const attn_desc *d, const attni_side *k, const attni
     }
     for (e = 0; e < vd; e++) o[e] = attni_isnan64(l) || l > 0 ? o[e] / l : 0;
     if (!lse) return;
-    if (seen) *lse = m + (!attni_isnan64(l) && l > 0 ? attni_ln(l) : l);
+    if (seen) *lse = m + (attni_isnan64(l) ? l : attni_ln(l)); // the greatest x alone makes l >= 1
     else memcpy(lse, &none, 8);
 }
 
@@ -2277,8 +2276,8 @@ static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params
     c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers + c->cut_tiles;
     c->segments = 2 * c->seq + 8 * workers + c->cut_segments;
     c->chain = 12 * c->seq + 16 * workers + c->cut_segments;
-    if (c->tiles > INT32_MAX / 64 / d->n_kv_heads || c->segments > INT32_MAX / 64)
-        return ATTN_ERR_OVERFLOW;
+    // segments and chain are less than twice tiles
+    if (c->tiles > INT32_MAX / 64 / d->n_kv_heads) return ATTN_ERR_OVERFLOW;
     c->tasks = c->tiles * d->n_kv_heads;
     c->at_seq = attni_take(&at, c->seq, sizeof(attn_plan_seq));
     c->at_order = attni_take(&at, c->seq, 4);
@@ -2421,8 +2420,9 @@ ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *
     if (attni_plan_patch(plan, d)) return ATTN_OK;
     if (rebuilt) *rebuilt = 1;
     if ((r = attni_plan_caps_of(d, &plan->params, &c)) != ATTN_OK) return r;
+    // no more sequences than before: a chain that outgrew its room would need more segments as well
     if (c.seq > plan->cap_seq || c.tasks > plan->cap_tasks || c.segments > plan->cap_segments ||
-        c.chain > plan->cap_chain || c.merges > plan->cap_merges)
+        c.merges > plan->cap_merges)
         return ATTN_ERR_BUFFER;
     return attni_plan_fill(plan, d, &c);
 }
@@ -2926,7 +2926,8 @@ static void attni_tree_shrink(attn_tree *t, int32_t x, int32_t n_free) {
 // Evicts until that many pages and nodes are unused; 0, and nothing done, when that cannot be.
 static int attni_tree_room(attn_tree *t, int64_t pages, int32_t nodes) {
     if (pages > (int64_t)t->n_pages - t->n_held_pages) return 0;
-    if (nodes > t->max_nodes - t->n_held_nodes || ATTNI_FAULT()) return 0;
+    if (nodes > t->max_nodes - t->n_held_nodes) return 0;
+    if (ATTNI_FAULT()) return 0;
     while (t->pool.n_free < pages) attni_tree_shrink(t, t->heap[0], (int32_t)pages);
     while (t->max_nodes - t->n_nodes < nodes) attni_tree_shrink(t, t->heap[0], INT32_MAX);
     return 1;
@@ -3105,7 +3106,8 @@ ATTN_DEF attn_result attn_tree_open(attn_tree *t, uint64_t ns, const int32_t *to
                                     int32_t *seq, int32_t *n_cached) {
     int32_t x, hit = 0;
     if (!t || !seq || n < 0 || (!tokens && n > 0)) return ATTN_ERR_ARGUMENT;
-    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (ATTNI_FAULT()) return ATTN_ERR_FULL;
     x = attni_index_find(t, -1, ns);
     if (x >= 0) {
         hit = attni_tree_walk(t, &x, tokens, n);
@@ -3310,7 +3312,8 @@ ATTN_DEF attn_result attn_tree_ack(attn_tree *t, const attn_page_copy *copies, i
 ATTN_DEF attn_result attn_tree_fork(attn_tree *t, int32_t seq, int32_t *out) {
     if (!t || !out) return ATTN_ERR_ARGUMENT;
     if (!attni_tree_is_seq(t, seq)) return ATTN_ERR_NOT_FOUND;
-    if (t->n_seq == t->max_seq || ATTNI_FAULT()) return ATTN_ERR_FULL;
+    if (t->n_seq == t->max_seq) return ATTN_ERR_FULL;
+    if (ATTNI_FAULT()) return ATTN_ERR_FULL;
     *out = attni_seq_new(t, t->seq[seq].node);
     return ATTN_OK;
 }

@@ -1390,8 +1390,8 @@ ATTNI_F2 float attni_hsum_avx2(attni_V_avx2 x) {
 ATTNI_F2 __m256 attni_pow2h(__m256 p, __m256 y, __m256 t) {
     __m256i e = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(t), 23),
                                  _mm256_set1_epi32(0x3f800000));
-    __m256 keep = _mm256_cmp_ps(y, _mm256_set1_ps(-100.0f), _CMP_NLT_UQ);
-    p = _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
+    p = _mm256_andnot_ps(attni_less_256(y, _mm256_set1_ps(-100.0f)),
+                         _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
     __asm__("" : "+x"(p));
     return p;
 }
@@ -1536,8 +1536,8 @@ ATTNI_F5 attni_V_avx2 attni_halves(__m512 x) {
 ATTNI_F5 float attni_hmax_avx512(__m512 x) { return attni_hmax_avx2(attni_halves(x)); }
 ATTNI_F5 float attni_hsum_avx512(__m512 x) { return attni_hsum_avx2(attni_halves(x)); }
 ATTNI_F5 __m512 attni_pow2_avx512(__m512 p, __m512 y, __m512 t) {
-    __mmask16 keep = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-100.0f), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_ps(keep, p, _mm512_sub_ps(t, _mm512_set1_ps(12582912.0f)));
+    __mmask16 drop = attni_less_512(y, _mm512_set1_ps(-100.0f));
+    return _mm512_maskz_scalef_ps((__mmask16)~drop, p, _mm512_sub_ps(t, _mm512_set1_ps(12582912.0f)));
 }
 ATTNI_F5 __m512 attni_load_f16_avx512(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
@@ -1586,7 +1586,8 @@ ATTNI_F5 __m512i attni_round_bf16(__m512 x) { // in the high halves; nearest eve
     __m512i u = _mm512_castps_si512(x);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-    return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u,
+    __m512i a = _mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff));
+    return _mm512_mask_or_epi32(r, _mm512_cmpgt_epi32_mask(a, _mm512_set1_epi32(0x7f800000)), u,
                                 _mm512_set1_epi32(0x400000));
 }
 ATTNI_F5 void attni_store_bf16_avx512(uint16_t *p, __m512 x) {
@@ -2034,7 +2035,7 @@ ATTNI_INLINE attni_V_neon attni_pow2_neon(attni_V_neon p, attni_V_neon y, attni_
     ATTNI_Q {
         uint32x4_t e = vaddq_u32(vshlq_n_u32(vreinterpretq_u32_f32(t.v[i]), 23),
                                  vdupq_n_u32(0x3f800000u));
-        uint32x4_t drop = vcltq_f32(y.v[i], vdupq_n_f32(-100.0f));
+        uint32x4_t drop = attni_less_128(y.v[i], vdupq_n_f32(-100.0f));
         p.v[i] = vreinterpretq_f32_u32(vbicq_u32(
             vreinterpretq_u32_f32(vmulq_f32(p.v[i], vreinterpretq_f32_u32(e))), drop));
         __asm__("" : "+w"(p.v[i]));

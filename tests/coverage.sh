@@ -63,6 +63,8 @@ program test_edges
 program test_tree 1 100000
 program test_mask 1 300
 program test_api 1 1
+program test_frame 1 2
+program test_faults 1 2
 if [ "$1" = cpu ]; then
     program test_cpu 1 60
     program test_bits 1 2

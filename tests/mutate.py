@@ -237,8 +237,7 @@ plant("page_zero_is_real", H, "copies[i].src < 0 || t->copy_src",
       "copies[i].src <= 0 || t->copy_src")
 # a mask value that real logits fall below; the missing sink as a logit of 0
 plant("fully_masked_rows", C, "w->m[i] = attni_float(0xff800000u);", "w->m[i] = -1e5f;")
-plant("fully_masked_rows", C, "d->logits.sink[head] : attni_float(0xff800000u);",
-      "d->logits.sink[head] : 0.0f;")
+plant("fully_masked_rows", C, "uint32_t none = 0xff800000u, nan", "uint32_t none = 0, nan")
 # negative positions and trees larger than the cache accepted; keys lost behind the first query
 plant("more_queries_than_keys", H, "if (q0 < 0 || q0 + q_len > INT32_MAX)",
       "if (q0 + q_len > INT32_MAX)")
@@ -304,6 +303,9 @@ plant("copies_carried_out_late", H, "        attni_page_begin_copy(t, page, slot
 plant("copies_carried_out_late", H,
       "return slot != 0 && (t->fill[page] > slot || t->lock[page] > slot);",
       "return slot != 0 && t->fill[page] > slot;")
+# what two sequences share taken for what they shared when the plan was made
+plant("plan_kept_over_a_swap", H,
+      "if (p->share[i] != attni_shared_spans(d, p, p->order[i], p->order[i + 1])) return 0;", ";")
 
 
 def plant_one(args):

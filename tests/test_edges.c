@@ -56,6 +56,30 @@ static void numbers(void) {
     }
     CHECK(attni_exp64(0) == 1 && attni_exp64(-746) == 0 && attni_exp64(-HUGE_VAL) == 0);
     CHECK(attni_exp64((double)NAN) != attni_exp64((double)NAN));
+    { // a NaN of either sign is neither less than anything nor more
+        static const uint32_t nan[] = {0x7fc00000u, 0xffc00000u, 0x7f800001u, 0xffffffffu};
+        static const float some[] = {-HUGE_VALF, -1, -0.0f, 0, 1, HUGE_VALF};
+        for (n = 0; n < 24; n++) {
+            float a = attni_float(nan[n % 4]), b = some[n / 4];
+            uint64_t wide = (uint64_t)(nan[n % 4] & 0x80000000u) << 32 | (uint64_t)0x7ff80001 << 32;
+            double c;
+            memcpy(&c, &wide, 8);
+            CHECK(!attni_less(a, b) && !attni_less(b, a) && !attni_less(a, a));
+            CHECK(!attni_less64(c, (double)b) && !attni_less64((double)b, c));
+        }
+        for (n = 0; n < 36; n++) {
+            CHECK_EQ(attni_less(some[n / 6], some[n % 6]), some[n / 6] < some[n % 6]);
+            CHECK_EQ(attni_less64((double)some[n / 6], (double)some[n % 6]),
+                     some[n / 6] < some[n % 6]);
+        }
+    }
+    // as many as fit, at least one, whatever was rounded: three of 1 + e cost more than 3 + 2 e,
+    // yet (3 + 2 e) / (1 + e) is 3
+    CHECK_EQ(attni_fitting(10, 3, 5), 3);
+    CHECK_EQ(attni_fitting(10, 3, 2), 2);
+    CHECK_EQ(attni_fitting(2, 3, 5), 1);
+    CHECK_EQ(attni_fitting(0, 3, 5), 5);
+    CHECK_EQ(attni_fitting(3 + ldexpf(1, -22), 1 + ldexpf(1, -23), 3), 3);
 }
 
 // ---- a world: sequences over pages of random K and V, 4 query heads over 2 KV heads of 8
@@ -210,6 +234,12 @@ static void shapes(void) {
     VALID(ATTN_OK, w.d.q.stride_token = 1; w.d.q.stride_head = 1); // Q is only read
     VALID(ATTN_ERR_LAYOUT, w.d.q.stride_token = huge * 2);
     VALID(ATTN_ERR_LAYOUT, w.d.q.stride_head = huge * 2);
+    // rows of 4-bit numbers begin at whole bytes, those of tokens and those of heads
+    VALID(ATTN_OK, w.d.kv.k.dtype = ATTN_I4; w.d.kv.k.stride_token = 20; w.d.kv.k.stride_head = 10);
+    VALID(ATTN_ERR_LAYOUT, w.d.kv.k.dtype = ATTN_I4; w.d.kv.k.stride_token = 20;
+          w.d.kv.k.stride_head = 9);
+    VALID(ATTN_ERR_LAYOUT, w.d.kv.k.dtype = ATTN_I4; w.d.kv.k.stride_token = 21;
+          w.d.kv.k.stride_head = 10);
 }
 
 static void pages(void) {
@@ -652,6 +682,17 @@ static int within(const attn_plan *p) { // its capacities
     return p->n_segments <= p->cap_segments && p->n_tasks <= p->cap_tasks && chain <= p->cap_chain;
 }
 
+// All hold the same pages, and each looks back a little from a span of its own: what they share is
+// many times what they see.
+static void staggered_make(world *w, int32_t q_len) {
+    int32_t i;
+    world_make(w, 24, q_len, 24 * PAGE, PAGE);
+    for (i = 0; i < 24 * ROW; i++) w->table[i / ROW][i % ROW] = i % ROW;
+    for (i = 0; i < 24; i++) w->q_pos0[i] = i * PAGE + PAGE / 2;
+    w->d.q_pos0 = w->q_pos0;
+    w->d.mask.window_left = 64;
+}
+
 // More nested runs than the plan has room for: the inner ones are computed apart.
 static void full_plans(void) {
     attn_plan_params params;
@@ -675,17 +716,16 @@ static void full_plans(void) {
     params.cost_kv_token = HUGE_VALF;
     p = SAME(&w, &params);
     CHECK(p && within(p));
-    world_make(&w, 1, 1, 30 * PAGE, PAGE); // more cuts than segments
+    params.cost_kv_token = 1e-6f;
+    world_make(&w, 1, 1, 30 * PAGE, PAGE);
     for (i = 0; i < ROW; i++) w.table[0][i] = i;
     AGREE(&w);
-    p = SAME(&w, &params);
-    CHECK(p && within(p));
     params.workers = 4;
     p = SAME(&w, &params);
-    CHECK(p && within(p));
+    CHECK(p && within(p) && p->n_segments > 4);
     params.partial_bytes = 16; // fewer partials than cuts
     p = SAME(&w, &params);
-    CHECK(p && within(p));
+    CHECK(p && within(p) && p->n_segments == 1);
     params.partial_bytes = WORK / 4;
     world_make(&w, 1, 256, 8 * PAGE, PAGE); // more tiles than tasks
     AGREE(&w);
@@ -696,7 +736,7 @@ static void full_plans(void) {
     params.row_tile = 0;
     p = SAME(&w, &params);
     CHECK(p && within(p));
-    world_make(&w, 24, 1, 16 * PAGE, PAGE); // one shared run, more cuts than chains
+    world_make(&w, 24, 1, 30 * PAGE, PAGE); // one shared run, more cuts than chains
     for (i = 0; i < 24 * ROW; i++) w.table[i / ROW][i % ROW] = i % ROW;
     AGREE(&w);
     params.share = 2;
@@ -704,7 +744,18 @@ static void full_plans(void) {
     CHECK(p && within(p));
     params.workers = 16;
     p = SAME(&w, &params);
-    CHECK(p && within(p));
+    CHECK(p && within(p) && p->n_shared == 1);
+    params.workers = 2;
+    staggered_make(&w, 2); // more cuts than segments
+    AGREE(&w);
+    p = SAME(&w, &params);
+    CHECK(p && within(p) && p->n_shared == 1);
+    staggered_make(&w, 8); // more tiles than tasks, of one run that would be cut
+    AGREE(&w);
+    params.row_tile = 1;
+    params.workers = 64;
+    p = SAME(&w, &params);
+    CHECK(p && within(p) && p->n_shared == 1);
 }
 
 static void plan_limits(void) {
@@ -789,6 +840,13 @@ static void plan_limits(void) {
     CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_ERR_BUFFER);
     w.q_start[1] = w.q_start[2] = 500000000;
     CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_ERR_OVERFLOW);
+    world_make(&w, 2, 300, 300, PAGE); // fewer tasks, but more segments: longer KV, cut for a bound
+    params.max_task_cost = 3000;
+    CHECK_EQ(attn_plan_build(&w.d, &params, work, WORK, &p), ATTN_OK);
+    CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_OK);
+    world_make(&w, 2, 1, 3000, PAGE);
+    CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_ERR_BUFFER);
+    params.max_task_cost = 0;
     world_make(&w, 2, 1, 300, 16);
     CHECK_EQ(attn_plan_build(&w.d, &params, work, WORK, &p), ATTN_OK);
     world_make(&w, 3, 1, 300, 16);
@@ -867,6 +925,7 @@ static void tree_arguments(void) {
     int32_t tok[64], s = -7, hit = -7, n = 0, out[16], a, b;
     letters("abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz", tok);
     CHECK(attn_tree_bytes(&d) > 0);
+    CHECK(attn_tree_pool(NULL) == NULL && attn_tree_pool(t)->n_pages == 8);
     d.max_seq = -1;
     CHECK_EQ(attn_tree_bytes(&d), 0);
     d.max_seq = 1, d.max_nodes = -1;
