@@ -2292,7 +2292,7 @@ ATTNI_INLINE attni_V_wasm attni_pow2_wasm(attni_V_wasm p, attni_V_wasm y, attni_
     int i;
     ATTNI_Q {
         v128_t e = wasm_i32x4_add(wasm_i32x4_shl(t.v[i], 23), wasm_i32x4_splat(0x3f800000));
-        v128_t drop = wasm_f32x4_lt(y.v[i], wasm_f32x4_splat(-100.0f));
+        v128_t drop = attni_less_128(y.v[i], wasm_f32x4_splat(-100.0f));
         p.v[i] = wasm_v128_andnot(wasm_f32x4_mul(p.v[i], e), drop);
         __asm__("" : "+r"(p.v[i]));
     }
