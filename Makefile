@@ -294,7 +294,7 @@ proof-planted:
 # ---- house rules that a compiler does not know
 
 SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*.cjs tests/*/*.[ch] \
-    tests/*/*.cpp) .ci/run
+    tests/*/*.cpp tests/*/*.sh tests/*/*.py) .ci/run
 
 build/lint.o: $(HEADERS) | build
 	printf '#define ATTN_IMPLEMENTATION\n#include "attn.h"\n#include "attn_cpu.h"\n' > build/lint.c
