@@ -10,10 +10,9 @@
 # nothing else. Run-time errors (overflow, division by 0, invalid memory) are goals too.
 #
 # Proved, for every input that meets the contracts:
-#   pool, release   the page pool:
-#            counts never negative, no double free, the free list is exactly the set of pages with
-#            count 0, a page handed out was free, errors leave everything as it was
-#   memory   the pool's arrays lie in the caller's block, apart and aligned, on 64 and 32 bits
+#   pool, release   counts never negative, no double free, the free list is exactly the set of
+#            pages with count 0, a page handed out was free, errors leave everything as it was
+#   memory64, memory32   the pool's arrays lie in the caller's block, apart and aligned
 #   sizes64  sizes of plans' parts and blobs never wrap; a page's tokens lie in the tree's array
 #   plan64   a plan's counts and sizes never overflow, its arrays lie one behind the other
 #   offsets  a row's offset and a scale's offset stay inside their page, K16 included
