@@ -20,16 +20,18 @@
 #   attn_pool_init  "admit": the bytes proved to lie in the block form two int32_t arrays, and a
 #                   struct's bytes may be cleared. WP has no view of bytes as integers.
 #   low_bits        "admit lemma": x >> 4 and x & 15 are quotient and remainder for x >= 0.
-#   groups memory, offsets   model Typed+cast: a cast keeps the pointer. No function of these groups
-#                   steps through memory under two types.
+#   memory64, memory32, offsets   model Typed+cast: a cast keeps the pointer. No function of
+#                   these groups steps through memory under two types.
 #   group plan64    model Typed+real: floats are real numbers, so without NaN, infinity or rounding.
 #                   Only the comparisons and the quotient of attni_fitting depend on them.
 #   callers         that the public functions call with what the contracts ask for (attn_validate's
 #                   loops over the caller's tables, for one) is not proved.
-# Open, not part of the default run: attni_side_place and attni_side_init. That they establish
-# side_ok, head_in and page_in, from which group offsets starts, is stated in desc.acsl and mostly
-# proved; cvc4 and z3 do not find the last products (st * bits within 2^59, 4 * pt * heads within
-# 2^56) nor the postconditions that need them.
+# Open, not part of the default run: attni_side_place and attni_side_init are to establish side_ok,
+# head_in and page_in, from which group offsets starts. Not proved of them are (8 of 220 goals at
+# 3 seconds each; the other 212 are):
+#   attni_side_place   4 * pt * heads and scale_offset + 4 * pt * heads do not overflow; the last
+#                      scale's place (assertion); the postconditions side_rows and head_in
+#   attni_side_init    the postconditions side_ok, head_in and page_in
 # Contracts without a proof, in no group: attn_plan_bytes, attni_tree_layout, attn_tree_bytes. The
 # tree's own invariants have no contract (attn_tree_check tests them).
 #
