@@ -2249,14 +2249,14 @@ static uint64_t attni_take(uint64_t *at, int64_t n, size_t size) {
 // the sequence, so pieces of n spans add spans / n to the segments on its path.
 static void attni_cut_caps(const attn_desc *d, const attn_plan_params *q, int64_t tokens,
                            attni_plan_caps *c) {
-    int32_t group = d->n_heads / d->n_kv_heads, spans = q->max_kv_len / ATTN_SPAN + 2, s, tile;
+    int32_t group = d->n_heads / d->n_kv_heads, spans = q->max_kv_len / ATTN_SPAN + 2, s;
+    int64_t tile; // the largest tile's double too
     c->cut_segments = c->cut_tiles = 0;
     c->merges = c->seq;
     if (!(q->max_task_cost > 0)) return;
     for (s = 0; s < d->n_seq; s++) spans = attni_max32(spans, attni_held_spans(d, s));
     for (tile = attni_tile_tokens(d, q, 1); tile <= attni_most_tile(d, q); tile *= 2) {
-        int64_t n = attni_fitting(q->max_task_cost, attni_span_cost(q, (int64_t)tile * group),
-                                  spans);
+        int64_t n = attni_fitting(q->max_task_cost, attni_span_cost(q, tile * group), spans);
         c->cut_segments = attni_max64(c->cut_segments, c->seq * (spans / n));
         c->cut_tiles = attni_max64(c->cut_tiles, spans / n * (tokens / tile + 2 * c->seq));
     }

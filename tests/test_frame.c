@@ -433,6 +433,9 @@ static void many_merges(void) {
     kv_len = 1500;
     CHECK_EQ(attn_plan_update(plan, &d, NULL), ATTN_ERR_BUFFER);
     free(mem);
+    d.n_heads = d.n_kv_heads; // a tile of 2^30 tokens: its double is no int32_t
+    params.row_tile = INT32_MAX;
+    CHECK(attn_plan_bytes(&d, &params) > 0);
 }
 
 // Sharing and balance do not take the workspace that the bound needs.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # tests/fuzz/campaign.sh [OPTION...] [TARGET...] - runs fuzz targets that are built already.
 #
-#   -b DIR      programs fuzz_*, perhaps with lib/ and seeds/ beside them (default: where this script
-#               lies if programs lie there, else build/fuzz)
+#   -b DIR      programs fuzz_*, perhaps with lib/ and seeds/ beside them (default: where this
+#               script lies if programs lie there, else build/fuzz)
 #   -c DIR      corpus, one folder per target (default: corpus/ beside this script)
 #   -o DIR      output (default: build/fuzz-out)
 #   -s SECONDS  of each process (default 20)

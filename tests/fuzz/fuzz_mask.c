@@ -95,7 +95,7 @@ static void make_blocks(model *m) {
     m->seq_row = (int32_t *)fuzz_alloc((size_t)m->d.n_seq * sizeof(int32_t));
     for (s = 0; s < m->d.n_seq; s++) { // mostly where its rows fall inside the list
         int64_t p = m->q_pos0[s] / (b->row_block > 0 ? b->row_block : 1);
-        m->seq_row[s] = mostly(&m->in, 0, 8) - (int32_t)p;
+        m->seq_row[s] = (int32_t)(uint32_t)(uint64_t)(mostly(&m->in, 0, 8) - p); // may wrap
     }
     b->seq_row = fuzz_below(&m->in, 4) ? m->seq_row : NULL;
     if (fuzz_below(&m->in, 2)) return;
