@@ -399,16 +399,18 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
             ATTNI_I(set1)(0);                                                                      \
         ATTNI_UNROLL for (j = 0; j < nc; j++) k[j] = kt[j], next[j] = ahead[j];                    \
         for (u = 0; u < units; u += S)                                                             \
-            ATTNI_UNROLL for (v = u; v < u + S; v++) {                                             \
-                ATTNI_UNROLL for (j = 0; j < nc; j++) raw[j] = ATTNI_I(uload)(k[j] + 16 * v);      \
+            ATTNI_UNROLL for (v = 0; v < S; v++) {                                                 \
+                ATTNI_UNROLL for (j = 0; j < nc; j++) raw[j] =                                     \
+                    ATTNI_I(uload)(k[j] + 16 * (u + v));                                           \
                 if (nr <= 4 || T != ATTN_F32)                                                      \
-                    ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(next[j] + look * v);      \
+                    ATTNI_UNROLL for (j = 0; j < nc; j++)                                          \
+                        ATTNI_PREFETCH(next[j] + look * (u + v));                                  \
                 ATTNI_UNROLL for (i = 0; i < P; i++) {                                             \
                     ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(element)(T, raw[j], i);   \
                     ATTNI_UNROLL for (r = 0; r < nr; r++) {                                        \
                         const float *x = r < 3 ? q + r * ldq                                       \
                                          : r < 6 ? q3 + (r - 3) * ldq : q6 + (r - 6) * ldq;        \
-                        a = ATTNI_I(set1)(x[v * P + i]);                                           \
+                        a = ATTNI_I(set1)(x[(u + v) * P + i]);                                     \
                         ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =                            \
                             ATTNI_MADD(a, b[j], c[r][j]);                                          \
                     }                                                                              \
@@ -1537,7 +1539,8 @@ ATTNI_F5 float attni_hmax_avx512(__m512 x) { return attni_hmax_avx2(attni_halves
 ATTNI_F5 float attni_hsum_avx512(__m512 x) { return attni_hsum_avx2(attni_halves(x)); }
 ATTNI_F5 __m512 attni_pow2_avx512(__m512 p, __m512 y, __m512 t) {
     __mmask16 drop = attni_less_512(y, _mm512_set1_ps(-100.0f));
-    return _mm512_maskz_scalef_ps((__mmask16)~drop, p, _mm512_sub_ps(t, _mm512_set1_ps(12582912.0f)));
+    return _mm512_maskz_scalef_ps((__mmask16)~drop, p,
+                                  _mm512_sub_ps(t, _mm512_set1_ps(12582912.0f)));
 }
 ATTNI_F5 __m512 attni_load_f16_avx512(const uint8_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
