@@ -156,7 +156,7 @@ static void make_mask(model *m) {
         m->parent = (int32_t *)fuzz_alloc((size_t)m->q_start[m->d.n_seq] * sizeof(int32_t));
         for (s = 0; s < m->d.n_seq; s++)
             for (t = 0; t < m->q_start[s + 1] - m->q_start[s]; t++)
-                m->parent[m->q_start[s] + t] = mostly(&m->in, 0, t) - 1;
+                m->parent[m->q_start[s] + t] = (int32_t)((uint32_t)mostly(&m->in, 0, t) - 1u);
         k->tree_parent = m->parent;
     }
     if (terms & 1) k->window_left = mostly(&m->in, 1, 200);
