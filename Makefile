@@ -141,6 +141,7 @@ coverage:
 	@PYTHON="$(PYTHON)" bash tests/coverage.sh
 coverage-cpu:
 	@PYTHON="$(PYTHON)" bash tests/coverage.sh cpu
+
 # The same bits over compilers, flags, machines (under qemu), WebAssembly (node) and Windows (wine).
 test-ports-fast test-ports:
 	@bash tests/ports.sh -j $(JOBS) -t $(LIMIT) $(if $(filter %-fast,$@),fast,all) $(PORT)
@@ -151,10 +152,9 @@ ALL_CHECKS = test test-asan test-clang test-compile test-ports test-tsan test-ms
     fuzz-short sim mutants coverage proof
 ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
     binutils pkg-config python3-venv libstb-dev valgrind frama-c-base why3 cvc4 z3 qemu-user \
-    gcc-aarch64-linux-gnu \
-    libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross gcc-arm-linux-gnueabihf \
-    libc6-dev-armhf-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross gcc-s390x-linux-gnu \
-    libc6-dev-s390x-cross musl-tools wasi-libc lld \
+    gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross \
+    gcc-arm-linux-gnueabihf libc6-dev-armhf-cross gcc-riscv64-linux-gnu \
+    libc6-dev-riscv64-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross musl-tools wasi-libc lld \
     libclang-rt-14-dev-wasm32 nodejs gcc-mingw-w64-x86-64 gcc-mingw-w64-i686 wine64
 
 test-all:
@@ -166,6 +166,7 @@ test-all:
 deps-all: deps
 	apt-get -q update
 	DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $(ALL_PACKAGES)
+
 # ---- more sanitizers, at small doses: each takes minutes on one core
 
 TSAN = test_threads
@@ -236,11 +237,11 @@ FUZZ_SEEDS = mkdir -p $(1)/seeds/fuzz_gguf && { printf '\0'; head -c 12000 $(MOD
     >$(1)/seeds/fuzz_gguf/header
 
 fuzz-build:
-	@$(MAKE_J) $(FUZZ:%=build/fuzz/%)
+	+@$(MAKE_J) $(FUZZ:%=build/fuzz/%)
 	@$(call FUZZ_SEEDS,build/fuzz)
 
 fuzz-short:
-	@if command -v $(CLANG) >/dev/null; then $(MAKE_J) fuzz-build && \
+	+@if command -v $(CLANG) >/dev/null; then $(MAKE_J) fuzz-build && \
 	    bash tests/fuzz/campaign.sh -s 20 -j $(JOBS) -b build/fuzz -o build/fuzz-out $(FUZZ); \
 	else echo "skipped: no $(CLANG)"; fi
 
@@ -257,6 +258,7 @@ fuzz-static:
 	@rm -rf build/fuzz-static/corpus && cp -r $(CORPUS) build/fuzz-static/corpus
 	@cp tests/fuzz/campaign.sh build/fuzz-static/
 	@du -sh build/fuzz-static
+
 # The simulator, plain and in the checked build: a dose in make test, all of it here.
 OPS ?= 10000000
 SIM_SEED ?= 1000
@@ -271,6 +273,7 @@ sim:
 	@$(MAKE_J) $(SIM)
 	@$(RUNNER) "./build/attn_sim_check $(SIM_SEED) 250000" \
 	    $(foreach s,$(SIM_SHARDS),"./build/attn_sim $s $(SIM_OPS)")
+
 # Bugs put into copies of the headers: those of the atlas by name, then random ones.
 MUTANTS ?= 40
 SEED ?= 1
@@ -293,7 +296,6 @@ proof:
 	@bash tests/proof/run.sh
 proof-planted:
 	@bash tests/proof/run.sh --planted
-.PHONY: proof proof-planted
 
 # ---- house rules that a compiler does not know
 
@@ -346,5 +348,6 @@ clean:
 .PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile
 .PHONY: test-aarch64 coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps
 .PHONY: bench lint install
-.PHONY: mutants sim test-tsan test-msan test-valgrind fuzz fuzz-build fuzz-short fuzz-static clean
+.PHONY: proof proof-planted mutants sim test-tsan test-msan test-valgrind
+.PHONY: fuzz fuzz-build fuzz-short fuzz-static clean
 .DELETE_ON_ERROR:

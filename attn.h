@@ -1624,7 +1624,7 @@ static int attni_less64(double a, double b) {
     return x < y && x >= -inf && y <= inf;
 }
 
-// exp, log and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r.
+// exp and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r. x <= 0.
 static double attni_exp64(double x) {
     double r, s = 1, t = 1;
     int64_t k;

@@ -528,8 +528,8 @@ ATTNI_PV(FEW_, pv_i4, ATTN_I4, 4, ATTNI_WR, ATTNI_WC)
 // (relative error 2e-9), times a power of two.
 ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp2)(V y) {
     const V magic = ATTNI_I(set1)(12582912.0f); // 1.5 * 2^23: the sum's low bits are round(y)
-    V t = ATTNI_I(barrier)(ATTNI_I(add)(y, magic));
-    V f = ATTNI_I(sub)(y, ATTNI_I(barrier)(ATTNI_I(sub)(t, magic)));
+    V t = ATTNI_I(add)(y, magic);
+    V f = ATTNI_I(sub)(y, ATTNI_I(sub)(t, magic));
     V p = ATTNI_I(set1)(1.5345775e-4f);
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(1.3399931e-3f));
     p = ATTNI_MADD(p, f, ATTNI_I(set1)(9.6184891e-3f));
@@ -541,7 +541,7 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp2)(V y) {
 }
 
 ATTNI_HELPER ATTNI_TGT V ATTNI_K(exp)(V x) { // x <= 0
-    return ATTNI_K(exp2)(ATTNI_I(barrier)(ATTNI_I(mul)(x, ATTNI_I(set1)(1.44269504f))));
+    return ATTNI_K(exp2)(ATTNI_I(mul)(x, ATTNI_I(set1)(1.44269504f)));
 }
 
 // tanh: x + x^3 P(x^2) below 0.625, else 1 - 2 / (e^2|x| + 1) with the sign put back.
@@ -550,13 +550,12 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
     V a = ATTNI_I(asv)(ATTNI_I(uand)(ATTNI_I(asu)(x), 0x7fffffffu)), x2 = ATTNI_I(mul)(a, a), p, e,
       big;
     const V one = ATTNI_I(set1)(1.0f);
-    x2 = ATTNI_I(barrier)(x2);
     p = ATTNI_I(set1)(-5.6569898e-3f);
     p = ATTNI_MADD(p, x2, ATTNI_I(set1)(2.0598676e-2f));
     p = ATTNI_MADD(p, x2, ATTNI_I(set1)(-5.3728234e-2f));
     p = ATTNI_MADD(p, x2, ATTNI_I(set1)(1.3331318e-1f));
     p = ATTNI_MADD(p, x2, ATTNI_I(set1)(-3.3333278e-1f));
-    p = ATTNI_MADD(ATTNI_I(barrier)(ATTNI_I(mul)(p, x2)), a, a);
+    p = ATTNI_MADD(ATTNI_I(mul)(p, x2), a, a);
     // e^-2a is in (0, 1]: (1 - e) / (1 + e)
     e = ATTNI_K(exp)(ATTNI_I(mul)(a, ATTNI_I(set1)(-2.0f)));
     big = ATTNI_I(div)(ATTNI_I(sub)(one, e), ATTNI_I(add)(one, e));
@@ -569,7 +568,8 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
 // difference is taken first, so that huge scores lose nothing.
 ATTNI_HELPER ATTNI_TGT float ATTNI_K(soft_plain)(const attni_soft *a, float *s,
                                                  const uint64_t bits[4], float *l) {
-    const V ninf = ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)), zero = ATTNI_I(set1)(0);
+    const V zero = ATTNI_I(set1)(0); // ninf is hidden from -ffinite-math-only
+    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
     const V c = ATTNI_I(set1)(a->scale * 1.44269504f);
     const int all = (bits[0] & bits[1] & bits[2] & bits[3]) == ~(uint64_t)0;
     V top[2], sum[2], x[2], m;
@@ -592,7 +592,7 @@ ATTNI_HELPER ATTNI_TGT float ATTNI_K(soft_plain)(const attni_soft *a, float *s,
             top[j] = ATTNI_I(max)(x[j], top[j]); // NaN is passed over here and shows in the sum
         }
     max = ATTNI_I(hmax)(ATTNI_I(max)(top[0], top[1]));
-    if (max == attni_float(0xff800000u)) max = 0; // nothing but -inf and NaN: weights 0 and NaN
+    if (attni_bits32(max) == 0xff800000u) max = 0; // nothing but -inf and NaN: weights 0 and NaN
     m = ATTNI_I(set1)(max);
     for (i = 0; i < 16; i += 2) {
         if (!((a->tiles >> i) & 3)) continue;
@@ -614,7 +614,7 @@ ATTNI_HELPER ATTNI_TGT float ATTNI_K(soft_plain)(const attni_soft *a, float *s,
 #undef ATTNI_BOTH
 #undef ATTNI_SEEN
     *l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
-    return *l == 0 ? attni_float(0xff800000u) : max * a->scale;
+    return attni_float(attni_bits32(*l) << 1 ? attni_bits32(max * a->scale) : 0xff800000u);
 }
 #endif
 
@@ -637,10 +637,10 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
         if (!seen) continue;
         x = ATTNI_I(load)(s + 16 * i);
         if (a->k_scale) x = ATTNI_I(mul)(x, ATTNI_I(load)(a->k_scale + 16 * i));
-        x = ATTNI_I(barrier)(ATTNI_I(mul)(x, scale));
+        x = ATTNI_I(mul)(x, scale);
         if (a->softcap > 0) {
             const V cap = ATTNI_I(set1)(a->softcap);
-            x = ATTNI_I(barrier)(ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap));
+            x = ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap);
         }
         if (a->alibi != 0) {
             V pos = ATTNI_I(barrier)(ATTNI_I(set1)(a->alibi_first + 16.0f * (float)i));
@@ -664,7 +664,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
             x = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(load)(s + 16 * i), m));
             sum[i & 1] = ATTNI_I(add)(sum[i & 1], x);
             if (a->v_scale) { // an unseen token's scale may be anything
-                x = ATTNI_I(barrier)(ATTNI_I(mul)(x, ATTNI_I(load)(a->v_scale + 16 * i)));
+                x = ATTNI_I(mul)(x, ATTNI_I(load)(a->v_scale + 16 * i));
                 if (seen != 0xffffu) x = ATTNI_I(pick)(seen, x, zero);
             }
         }
@@ -2850,7 +2850,6 @@ typedef struct attni_rows {
 ATTNI_INLINE int attni_tile_turn(int i) { return (i & 3) * 4 + (i >> 2); }
 ATTNI_INLINE int attni_token_place(int t) { return (t & 63) * 4 + (t >> 6); }
 
-
 // One thread's state while it runs tasks; the arrays lie in its scratch.
 typedef struct attni_work {
     const attn_desc *d;
@@ -3197,7 +3196,7 @@ ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32
         row[0] = w->vf;
         return w->x.pv;
     }
-    if (t == ATTN_F32 ? vd == w->vdp
+    if (t == ATTN_F32 ? vd == w->vdp // the direct kernels take whole blocks of columns
                       : vd % 16 == 0 && vd >= 64 && w->n_rows <= ATTNI_FEW && w->x.ma->pv[t])
         return w->x.ma->pv[t];
     for (i = 0; i < n; i++)
@@ -3239,11 +3238,10 @@ ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t t
         if (!((tiles >> i) & 1u) || w->kt[i]) continue;
         if (!x->k[16 * i]) memset(raw, 0, 64 * (size_t)w->k_units); // nothing held
         else {
-            for (t = 0; t < 16; t++) // half of the V rows when the scores ask for the other half
-                ahead[t] = (const uint8_t *)x->v[16 * (turn / 4 + 4 * (t % 4)) +
-                                                 (look
-                                                      ? 2 * (turn % 4) + t / 4 % 2
-                                                             : 4 * (turn % 4) + t / 4)];
+            for (t = 0; t < 16; t++) { // half of the V rows when the scores ask for the other half
+                int row = look ? 2 * (turn % 4) + t / 4 % 2 : 4 * (turn % 4) + t / 4;
+                ahead[t] = (const uint8_t *)x->v[16 * (turn / 4 + 4 * (t % 4)) + row];
+            }
             w->x.mv->pack(x->k + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw, ahead);
         }
         w->kt[i] = raw;

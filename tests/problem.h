@@ -42,6 +42,18 @@ typedef struct problem {
     int64_t n_rows, *slots;
 } problem;
 
+// Everything that a problem may have besides its shape, each now and then.
+TEST_FN void problem_terms(problem_opts *o, test_rng *r) {
+    o->softcap = test_below(r, 5) == 0;
+    o->alibi = test_below(r, 5) == 0;
+    o->sink = test_below(r, 5) == 0;
+    o->bias = test_below(r, 6) == 0;
+    o->head_scale = test_below(r, 6) == 0;
+    o->lse = test_below(r, 2);
+    o->evicted = test_below(r, 5) == 0;
+    o->shared = test_below(r, 3) == 0 ? 16 * (1 + test_below(r, 40)) : 0;
+}
+
 TEST_FN void *problem_alloc(problem *p, size_t bytes) {
     void *m = NULL;
     bytes = (bytes + 127) & ~(size_t)63;

@@ -55,14 +55,7 @@ static void random_opts(test_rng *r, problem_opts *o) {
     o->q = (attn_dtype)(ATTN_F32 + test_below(r, 3));
     o->o = (attn_dtype)(ATTN_F32 + test_below(r, 3));
     if (test_below(r, 5) == 0) o->k = o->v = o->q = o->o = ATTN_BF16;
-    o->softcap = test_below(r, 5) == 0;
-    o->alibi = test_below(r, 5) == 0;
-    o->sink = test_below(r, 5) == 0;
-    o->bias = test_below(r, 6) == 0;
-    o->head_scale = test_below(r, 6) == 0;
-    o->lse = test_below(r, 2);
-    o->evicted = test_below(r, 5) == 0;
-    o->shared = test_below(r, 3) == 0 ? 16 * (1 + test_below(r, 40)) : 0;
+    problem_terms(o, r);
     o->numerics = (attn_numerics)test_below(r, 3);
     if (o->numerics == ATTN_NUMERICS_APPROX) o->k = ATTN_I8;
     o->sharp = 3;
