@@ -417,7 +417,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
                 }                                                                                  \
             }                                                                                      \
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++)                \
-            ATTNI_I(store)(s + r * ATTN_SPAN + 16 * col[j], c[r][j]);                              \
+            ATTNI_I(store)(s + r * ATTNI_LDS + 16 * col[j], c[r][j]);                              \
     }                                                                                              \
     ATTNI_##FEW##SHAPES(ATTNI_K, name##_block, ATTNI_QK_PARAMS(float), ATTNI_QK_ARGS, TALL,        \
                         TALL_NC)                                                                   \
@@ -429,7 +429,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
         int r, j, step;                                                                            \
         for (r = 0; r < nr; r += step) {                                                           \
             const float *qr = q + r * ldq;                                                         \
-            float *sr = s + r * ATTN_SPAN;                                                         \
+            float *sr = s + r * ATTNI_LDS;                                                         \
             step = ATTNI_STEP(nr - r, TALL);                                                       \
             j = 0;                                                                                 \
             ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                               \
@@ -452,7 +452,7 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
 
 // Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of
 // columns overlaps the one before (the same bits again); fewer than a block go one vector at a
-// time. ahead[t]: as above.
+// time. ahead[t]: what is asked for meanwhile, from memory or, with many rows, from the next cache.
 #define ATTNI_PV(FEW, name, T, BITS, TALL, TALL_NC)                                                \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
         const float *p, const void *const *row, const void *const *ahead, const attni_run *run,    \
@@ -471,13 +471,12 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
                 const uint8_t *look = (const uint8_t *)*next + at;                                 \
                 ATTNI_HIDE(v);                                                                     \
                 ATTNI_HIDE(look);                                                                  \
-                if (nr <= 4 || T != ATTN_F32)                                                      \
-                    ATTNI_UNROLL for (j = 0; j < (nc * (BITS) + 31) / 32; j++)                     \
-                        ATTNI_PREFETCH(look + 64 * j);                                             \
+                ATTNI_UNROLL for (j = 0; j < (nc * (BITS) + 31) / 32; j++)                         \
+                    ATTNI_PREFETCH(look + 64 * j);                                                 \
                 ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] =                                       \
                     ATTNI_I(row16)(T, v + 2 * (BITS) * j);                                         \
                 ATTNI_UNROLL for (r = 0; r < nr; r++) {                                            \
-                    a = ATTNI_I(set1)(x[r * ATTN_SPAN]);                                           \
+                    a = ATTNI_I(set1)(x[r * ATTNI_LDS]);                                           \
                     ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_MADD(a, b[j], c[r][j]);  \
                 }                                                                                  \
             }                                                                                      \
@@ -493,23 +492,26 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
                                         const void *const *ahead, const attni_run *run, int n,     \
                                         int vd, float *o, int64_t ldo) {                           \
         const float *p = (const float *)pv;                                                        \
-        int r, e, i, step, nc;                                                                     \
-        for (r = 0; r < nr; r += step) {                                                           \
-            const float *pr = p + r * ATTN_SPAN;                                                   \
-            float *or_ = o + r * ldo;                                                              \
-            step = ATTNI_STEP(nr - r, TALL);                                                       \
-            nc = 16 * (step > 4 ? TALL_NC : ATTNI_NC);                                             \
-            e = 0;                                                                                 \
-            if (vd >= nc) {                                                                        \
-                ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                           \
-                           (pr, row, ahead, run, n, e <= vd - nc ? e : vd - nc, or_, ldo), step,   \
-                           TALL_NC, e, vd, 16)                                                     \
+        const int wide = nr > ATTNI_FEW ? 16 * ATTNI_NC : vd;                                      \
+        int r, e, e0, i, step, nc;                                                                 \
+        for (e0 = 0; e0 < vd; e0 += wide)                                                          \
+            for (r = 0; r < nr; r += step) {                                                       \
+                const float *pr = p + r * ATTNI_LDS;                                               \
+                float *or_ = o + r * ldo;                                                          \
+                step = ATTNI_STEP(nr - r, TALL);                                                   \
+                nc = 16 * (step > 4 ? TALL_NC : ATTNI_NC);                                         \
+                e = e0;                                                                            \
+                if (vd >= nc) {                                                                    \
+                    ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                       \
+                                      (pr, row, ahead, run, n, e <= vd - nc ? e : vd - nc, or_,    \
+                                       ldo),                                                       \
+                                      step, TALL_NC, e, attni_min32(e0 + wide, vd), 16)            \
+                } else if (T == ATTN_F32)                                                          \
+                    for (; e < vd; e += 16)                                                        \
+                        for (i = 0; i < attni_min32(step, nr - r); i++)                            \
+                            ATTNI_K(name##_block)                                                  \
+                            (pr + i * ATTNI_LDS, row, ahead, run, n, e, or_ + i * ldo, ldo, 1, 1); \
             }                                                                                      \
-            for (; e < vd && T == ATTN_F32; e += 16)                                               \
-                for (i = 0; i < attni_min32(step, nr - r); i++)                                    \
-                    ATTNI_K(name##_block)                                                          \
-                    (pr + i * ATTN_SPAN, row, ahead, run, n, e, or_ + i * ldo, ldo, 1, 1);         \
-        }                                                                                          \
     }
 
 ATTNI_PV(, pv_f32, ATTN_F32, 32, ATTNI_NR, ATTNI_NC)
@@ -564,74 +566,96 @@ ATTNI_HELPER ATTNI_TGT V ATTNI_K(tanh)(V x) {
 }
 
 #if !ATTNI_PORTABLE
-// The common case of soft below: nothing but a positive scale. 2^((x - max) * scale * log2 e): the
-// difference is taken first, so that huge scores lose nothing.
-ATTNI_HELPER ATTNI_TGT float ATTNI_K(soft_plain)(const attni_soft *a, float *s,
-                                                 const uint64_t bits[4], float *l) {
-    const V zero = ATTNI_I(set1)(0); // ninf is hidden from -ffinite-math-only
-    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
-    const V c = ATTNI_I(set1)(a->scale * 1.44269504f);
-    const int all = (bits[0] & bits[1] & bits[2] & bits[3]) == ~(uint64_t)0;
-    V top[2], sum[2], x[2], m;
-    uint32_t seen[2];
-    float max;
-    int i, j;
+// The common case of soft below: nothing but a positive scale. Two passes over all rows, so that
+// one row's work hides the other's latency: maxima first.
 #define ATTNI_BOTH ATTNI_UNROLL for (j = 0; j < 2; j++)
 #define ATTNI_SEEN (all ? 0xffffu : (uint32_t)(bits[(i + j) / 4] >> (16 * ((i + j) % 4))) & 0xffffu)
-    ATTNI_BOTH top[j] = ninf, sum[j] = zero;
+#define ATTNI_ALL_SEEN ((bits[0] & bits[1] & bits[2] & bits[3]) == ~(uint64_t)0)
+ATTNI_HELPER ATTNI_TGT float ATTNI_K(plain_max)(const attni_soft *a, const attni_row *row,
+                                                const int all) {
+    const uint64_t *bits = row->bits;
+    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
+    V top[2], x;
+    uint32_t seen;
+    int i, j;
+    ATTNI_BOTH top[j] = ninf;
     for (i = 0; i < 16; i += 2)
         ATTNI_BOTH {
-            seen[j] = ATTNI_SEEN;
-            if (!seen[j]) continue;
-            x[j] = ATTNI_I(load)(s + 16 * (i + j));
+            seen = ATTNI_SEEN;
+            if (!seen) continue;
+            x = ATTNI_I(load)(row->s + 16 * (i + j));
             if (a->k_scale) {
-                x[j] = ATTNI_I(mul)(x[j], ATTNI_I(load)(a->k_scale + 16 * (i + j)));
-                ATTNI_I(store)(s + 16 * (i + j), x[j]);
+                x = ATTNI_I(mul)(x, ATTNI_I(load)(a->k_scale + 16 * (i + j)));
+                ATTNI_I(store)(row->s + 16 * (i + j), x);
             }
-            if (seen[j] != 0xffffu) x[j] = ATTNI_I(pick)(seen[j], x[j], ninf);
-            top[j] = ATTNI_I(max)(x[j], top[j]); // NaN is passed over here and shows in the sum
+            if (seen != 0xffffu) x = ATTNI_I(pick)(seen, x, ninf);
+            top[j] = ATTNI_I(max)(x, top[j]); // NaN is passed over here and shows in the sum
         }
-    max = ATTNI_I(hmax)(ATTNI_I(max)(top[0], top[1]));
-    if (attni_bits32(max) == 0xff800000u) max = 0; // nothing but -inf and NaN: weights 0 and NaN
-    m = ATTNI_I(set1)(max);
+    return ATTNI_I(hmax)(ATTNI_I(max)(top[0], top[1]));
+}
+
+// 2^((x - max) * scale * log2 e): the difference is taken first, so that huge scores lose nothing.
+ATTNI_HELPER ATTNI_TGT float ATTNI_K(plain_exp)(const attni_soft *a, const attni_row *row,
+                                                float max, const int all) {
+    const uint64_t *bits = row->bits;
+    const V zero = ATTNI_I(set1)(0), c = ATTNI_I(set1)(a->scale * 1.44269504f);
+    const V m = ATTNI_I(set1)(max);
+    V sum[2], x[2];
+    uint32_t seen;
+    int i, j;
+    ATTNI_BOTH sum[j] = zero;
     for (i = 0; i < 16; i += 2) {
-        if (!((a->tiles >> i) & 3)) continue;
+        if (!all && !((row->tiles >> i) & 3)) continue;
         ATTNI_BOTH {
-            seen[j] = ATTNI_SEEN;
-            x[j] = ATTNI_I(sub)(ATTNI_I(load)(s + 16 * (i + j)), m);
+            seen = ATTNI_SEEN;
+            x[j] = ATTNI_I(sub)(ATTNI_I(load)(row->s + 16 * (i + j)), m);
             x[j] = ATTNI_K(exp2)(ATTNI_I(mul)(x[j], c));
-            if (seen[j] != 0xffffu) x[j] = ATTNI_I(pick)(seen[j], x[j], zero);
+            if (seen != 0xffffu) x[j] = ATTNI_I(pick)(seen, x[j], zero);
             sum[j] = ATTNI_I(add)(sum[j], x[j]);
-        }
-        if (a->v_scale) // that of an unseen token may be anything
-            ATTNI_BOTH {
+            if (a->v_scale) { // that of an unseen token may be anything
                 x[j] = ATTNI_I(mul)(x[j], ATTNI_I(load)(a->v_scale + 16 * (i + j)));
-                if (seen[j] != 0xffffu) x[j] = ATTNI_I(pick)(seen[j], x[j], zero);
+                if (seen != 0xffffu) x[j] = ATTNI_I(pick)(seen, x[j], zero);
             }
-        if (a->p16) ATTNI_I(store_bf16_two)(a->p16 + 16 * i, x[0], x[1]);
-        else ATTNI_BOTH ATTNI_I(store)(s + 16 * (i + j), x[j]);
+        }
+        if (row->p16) ATTNI_I(store_bf16_two)(row->p16 + 16 * i, x[0], x[1]);
+        else ATTNI_BOTH ATTNI_I(store)(row->s + 16 * (i + j), x[j]);
     }
+    return ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
+}
+
+ATTNI_TGT static void ATTNI_K(soft_plain)(const attni_soft *a, attni_row *row, int n) {
+    float max;
+    int i;
+    for (i = 0; i < n; i++) {
+        const uint64_t *bits = row[i].bits;
+        max = ATTNI_ALL_SEEN ? ATTNI_K(plain_max)(a, row + i, 1) : ATTNI_K(plain_max)(a, row + i, 0);
+        // nothing but -inf and NaN: weights 0 and NaN
+        row[i].m = attni_bits32(max) == 0xff800000u ? 0 : max;
+    }
+    for (i = 0; i < n; i++) {
+        const uint64_t *bits = row[i].bits;
+        max = row[i].m;
+        row[i].l = ATTNI_ALL_SEEN ? ATTNI_K(plain_exp)(a, row + i, max, 1)
+                                  : ATTNI_K(plain_exp)(a, row + i, max, 0);
+        row[i].m =
+            attni_float(attni_bits32(row[i].l) << 1 ? attni_bits32(max * a->scale) : 0xff800000u);
+    }
+}
 #undef ATTNI_BOTH
 #undef ATTNI_SEEN
-    *l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
-    return attni_float(attni_bits32(*l) << 1 ? attni_bits32(max * a->scale) : 0xff800000u);
-}
+#undef ATTNI_ALL_SEEN
 #endif
 
-// Raw scores of one row to weights. Two passes: scores and their maximum; exponentials and their
+// Raw scores of a row to weights. Two passes: scores and their maximum; exponentials and their
 // sum in 2 x 16 virtual lanes (even and odd tiles), so that skipped tiles change nothing.
-ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64_t bits[4],
-                                     float *l) {
+ATTNI_TGT static void ATTNI_K(soft_row)(const attni_soft *a, attni_row *row) {
     const V zero = ATTNI_I(set1)(0); // ninf is hidden from -ffinite-math-only
     const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
     const V scale = ATTNI_I(set1)(a->scale);
+    const uint64_t *bits = row->bits;
+    float *s = row->s, max;
     V top = ninf, sum[2], x, m;
-    float max;
     int i;
-#if !ATTNI_PORTABLE
-    if (!(a->softcap > 0) && a->alibi == 0 && !a->add && a->scale > 0)
-        return ATTNI_K(soft_plain)(a, s, bits, l);
-#endif
     for (i = 0; i < 16; i++) {
         uint32_t seen = (uint32_t)(bits[i / 4] >> (16 * (i % 4))) & 0xffffu;
         if (!seen) continue;
@@ -642,12 +666,12 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
             const V cap = ATTNI_I(set1)(a->softcap);
             x = ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap);
         }
-        if (a->alibi != 0) {
-            V pos = ATTNI_I(barrier)(ATTNI_I(set1)(a->alibi_first + 16.0f * (float)i));
+        if (row->alibi != 0) {
+            V pos = ATTNI_I(barrier)(ATTNI_I(set1)(row->alibi_first + 16.0f * (float)i));
             pos = ATTNI_I(add)(ATTNI_I(iota)(), pos);
-            x = ATTNI_MADD(pos, ATTNI_I(set1)(a->alibi), x);
+            x = ATTNI_MADD(pos, ATTNI_I(set1)(row->alibi), x);
         }
-        if (a->add) x = ATTNI_I(add)(x, ATTNI_I(load)(a->add + 16 * i));
+        if (row->add) x = ATTNI_I(add)(x, ATTNI_I(load)(row->add + 16 * i));
         if (seen != 0xffffu) x = ATTNI_I(pick)(seen, x, ninf);
         ATTNI_I(store)(s + 16 * i, x);
         top = ATTNI_I(max)(x, top); // NaN is passed over here and shows in the sum
@@ -658,7 +682,7 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
     sum[0] = sum[1] = zero;
     for (i = 0; i < 16; i++) {
         uint32_t seen = (uint32_t)(bits[i / 4] >> (16 * (i % 4))) & 0xffffu;
-        if (!((a->tiles >> i) & 1)) continue;
+        if (!((row->tiles >> i) & 1)) continue;
         x = zero;
         if (seen) {
             x = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(load)(s + 16 * i), m));
@@ -668,11 +692,27 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
                 if (seen != 0xffffu) x = ATTNI_I(pick)(seen, x, zero);
             }
         }
-        if (a->p16) ATTNI_I(store_bf16)(a->p16 + 16 * i, x);
+        if (row->p16) ATTNI_I(store_bf16)(row->p16 + 16 * i, x);
         else ATTNI_I(store)(s + 16 * i, x);
     }
-    *l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
-    return attni_float(attni_bits32(*l) << 1 ? attni_bits32(max) : 0xff800000u);
+    row->l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
+    row->m = attni_float(attni_bits32(row->l) << 1 ? attni_bits32(max) : 0xff800000u);
+}
+
+ATTNI_TGT static void ATTNI_K(soft)(const attni_soft *a, attni_row *row, int n) {
+    int i = 0, j;
+    for (; i < n; i = j) {
+        j = i;
+#if !ATTNI_PORTABLE
+        if (!(a->softcap > 0) && a->scale > 0)
+            while (j < n && row[j].alibi == 0 && !row[j].add) j++;
+        if (j > i) {
+            ATTNI_K(soft_plain)(a, row + i, j - i);
+            continue;
+        }
+#endif
+        ATTNI_K(soft_row)(a, row + j++);
+    }
 }
 
 #if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
@@ -680,8 +720,10 @@ ATTNI_TGT static float ATTNI_K(soft)(const attni_soft *a, float *s, const uint64
 ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms,
                                     float ls, int n) {
     const uint32_t none = 0xff800000u;
-    V e;
-    int i, up;
+    const V one = ATTNI_I(set1)(1.0f);
+    V e, a, b;
+    int i;
+    uint32_t up;
     if (attni_bits32(ms) == none) return;
     if (attni_bits32(*m) == none) {
         memcpy(o, os, 4 * (size_t)n);
@@ -689,19 +731,16 @@ ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *o
         *l = ls;
         return;
     }
-    // the larger one's factor is 1
-    up = *m > ms;
-    e = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(set1)(up ? ms : *m), ATTNI_I(set1)(up ? *m : ms)));
-    if (up) {
-        for (i = 0; i < n; i += 16)
-            ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(os + i), e, ATTNI_I(load)(o + i)));
-        *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(ls), e, ATTNI_I(set1)(*l)));
-        return;
-    }
+    up = *m > ms ? 0xffffu : 0; // the larger one's factor is 1
+    e = ATTNI_I(sub)(ATTNI_I(set1)(*m), ATTNI_I(set1)(ms));
+    e = ATTNI_K(exp)(ATTNI_I(asv)(ATTNI_I(uor)(ATTNI_I(asu)(e), ATTNI_I(uset1)(0x80000000u))));
+    a = ATTNI_I(pick)(up, one, e);
+    b = ATTNI_I(pick)(up, e, one);
     for (i = 0; i < n; i += 16)
-        ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(o + i), e, ATTNI_I(load)(os + i)));
-    *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(*l), e, ATTNI_I(set1)(ls)));
-    *m = ms;
+        ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(o + i), a,
+                                         ATTNI_I(mul)(ATTNI_I(load)(os + i), b)));
+    *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(*l), a, ATTNI_I(mul)(ATTNI_I(set1)(ls), b)));
+    *m = up ? *m : ms;
 }
 
 // o / l, after the sink's logit (-inf: none) joined the sum. On return *m is finite unless the row
@@ -777,7 +816,7 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_bdot_block)(const uint32_t *q, int64_t ld
     }
     ATTNI_UNROLL for (r = 0; r < nr; r++)
         ATTNI_UNROLL for (j = 0; j < nc; j++)
-            ATTNI_I(store)(s + r * ATTN_SPAN + 16 * col[j], c[r][j]);
+            ATTNI_I(store)(s + r * ATTNI_LDS + 16 * col[j], c[r][j]);
 }
 
 ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq,
@@ -806,7 +845,7 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq
     ATTNI_UNROLL for (r = 0; r < nr; r++) {
         memcpy(&scale, q + r * ldq, 4);
         ATTNI_UNROLL for (j = 0; j < nc; j++)
-            ATTNI_I(store)(s + r * ATTN_SPAN + 16 * col[j],
+            ATTNI_I(store)(s + r * ATTNI_LDS + 16 * col[j],
                            ATTNI_I(mul)(ATTNI_I(utop)(c[r][j], 32), ATTNI_I(set1)(scale)));
     }
 }
@@ -821,7 +860,7 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq
         int r, j, step;                                                                            \
         for (r = 0; r < nr; r += step) {                                                           \
             const type *qr = q + r * ldq;                                                          \
-            float *sr = s + r * ATTN_SPAN;                                                         \
+            float *sr = s + r * ATTNI_LDS;                                                         \
             step = ATTNI_STEP(nr - r, ATTNI_NR);                                                   \
             j = 0;                                                                                 \
             ATTNI_ROWS(ATTNI_I, name##_block,                                                      \
@@ -848,7 +887,7 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(pv_bdot_block)(const uint16_t *p, const uint
             ATTNI_UNROLL for (j = 0; j < nc; j++)
                 b[j] = ATTNI_I(uload)(v + (int64_t)(t / 2) * vd + e + 16 * j);
             ATTNI_UNROLL for (r = 0; r < nr; r++) {
-                memcpy(&x, p + r * ATTN_SPAN + t, 4);
+                memcpy(&x, p + r * ATTNI_LDS + t, 4);
                 a = ATTNI_I(uset1)(x);
                 ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_I(bdot)(c[r][j], a, b[j]);
             }
@@ -870,7 +909,7 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
     int r, e, i, step;
     (void)ahead; // the panel is in the cache
     for (r = 0; r < nr; r += step) {
-        const uint16_t *pr = p + r * ATTN_SPAN;
+        const uint16_t *pr = p + r * ATTNI_LDS;
         float *or_ = o + r * ldo;
         step = ATTNI_STEP(nr - r, ATTNI_NR);
         e = 0;
@@ -882,7 +921,7 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
         for (; e < vd; e += 16)
             for (i = 0; i < attni_min32(step, nr - r); i++)
                 ATTNI_I(pv_bdot_block)
-                (pr + i * ATTN_SPAN, v, run, n, vd, e, or_ + i * ldo, ldo, 1, 1);
+                (pr + i * ATTNI_LDS, v, run, n, vd, e, or_ + i * ldo, ldo, 1, 1);
     }
 }
 #undef ATTNI_KERNEL_PASS
@@ -970,22 +1009,32 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #endif
 
 // FEW: rows few enough that a kernel reads K and V in their own dtype; more share one conversion.
-enum { ATTNI_TILE = 16, ATTNI_TILES = ATTN_SPAN / 16, ATTNI_RB_MAX = 32, ATTNI_FEW = 8 };
+// LDS: from a row of scores to the next, off the powers of two that share lines of a cache.
+enum {
+    ATTNI_TILE = 16, ATTNI_TILES = ATTN_SPAN / 16, ATTNI_RB_MAX = 32, ATTNI_FEW = 8,
+    ATTNI_LDS = ATTN_SPAN + 32, ATTNI_AHEAD = 12
+};
 
-// How a row's raw scores become weights. All pointers are for the 256 tokens of one span.
+// How raw scores become weights. All pointers are for the 256 tokens of one span.
 typedef struct attni_soft {
     const float *k_scale, *v_scale; // per token, or NULL
-    const float *add;               // bias in natural units, or NULL
-    float scale, softcap, alibi, alibi_first; // alibi_first: position of token 0 minus the query's
-    uint16_t tiles; // 16-token tiles that must be written (zeros where nothing is seen)
-    uint16_t *p16;                  // bf16 weights instead of f32 ones, or NULL
+    float scale, softcap;
 } attni_soft;
+typedef struct attni_row {
+    float *s;             // scores, replaced by weights
+    uint16_t *p16;        // bf16 weights instead, or NULL
+    const uint64_t *bits; // (4) what the row sees
+    const float *add;     // bias in natural units, or NULL
+    float alibi, alibi_first; // alibi_first: position of token 0 minus the query's
+    uint32_t tiles;       // 16-token tiles that must be written (zeros where nothing is seen)
+    float m, l;           // result: maximum (-inf: nothing seen) and sum
+} attni_row;
 
 typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
     int32_t t0, t1;
 } attni_run;
 
-// Scores of nr rows against nt tiles: s[r * 256 + 16 * col[j]]. kt and col go on for 7 entries that
+// Scores of nr rows against nt tiles: s[r * LDS + 16 * col[j]]. kt and col go on for 7 entries that
 // repeat the last, so that kernels take 4 at a time and look 4 ahead. q: f32 rows, or pairs of
 // bf16, or bytes.
 typedef void (*attni_qk_fn)(const void *q, int64_t ldq, int nr, const uint32_t *const *kt,
@@ -1016,8 +1065,7 @@ typedef struct attni_moves {
 typedef struct attni_math {
     attni_qk_fn qk[8]; // by dtype; NULL: convert to F32 first
     attni_pv_fn pv[8];
-    // scores -> weights in place; returns the row's maximum (-inf: nothing seen), *l the sum
-    float (*soft)(const attni_soft *a, float *s, const uint64_t bits[4], float *l);
+    void (*soft)(const attni_soft *a, attni_row *row, int n); // scores of n rows -> weights
     void (*fold)(float *o, float *m, float *l, const float *os, float ms, float ls, int n);
     void (*finish)(float *o, float *m, float *l, float sink,
                    int n); // normalise; adds the sink logit
@@ -1755,7 +1803,7 @@ ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uin
                                   const uint8_t *const *ahead, int look, const uint8_t *col,
                                   int nt, int units, float *s) {
     const uint32_t *q = (const uint32_t *)qv;
-    const size_t lda = (size_t)ldq * 4, ldc = ATTN_SPAN * 4;
+    const size_t lda = (size_t)ldq * 4, ldc = ATTNI_LDS * 4;
     uint32_t pad[4][16 * 16];
     const int n = nr > 16 ? 2 : 4;
     int i, j, u;
@@ -1791,8 +1839,8 @@ ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uin
         }
         _tile_stored(0, s + 16 * col[j], ldc);
         _tile_stored(1, s + 16 * col[j + 1], ldc);
-        _tile_stored(2, n == 2 ? s + 16 * ATTN_SPAN + 16 * col[j] : s + 16 * col[j + 2], ldc);
-        _tile_stored(3, n == 2 ? s + 16 * ATTN_SPAN + 16 * col[j + 1] : s + 16 * col[j + 3], ldc);
+        _tile_stored(2, n == 2 ? s + 16 * ATTNI_LDS + 16 * col[j] : s + 16 * col[j + 2], ldc);
+        _tile_stored(3, n == 2 ? s + 16 * ATTNI_LDS + 16 * col[j + 1] : s + 16 * col[j + 3], ldc);
     }
 }
 
@@ -1803,7 +1851,7 @@ ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row
                                   float *o, int64_t ldo) {
     const uint16_t *p = (const uint16_t *)pv;
     const uint32_t *v = (const uint32_t *)row[0];
-    const size_t lda = ATTN_SPAN * 2, ldb = (size_t)vd * 4, ldc = (size_t)ldo * 4;
+    const size_t lda = ATTNI_LDS * 2, ldb = (size_t)vd * 4, ldc = (size_t)ldo * 4;
     const int wide = nr > 16 ? 2 : 4;
     int e, i, t, k, at[4];
     (void)ahead;
@@ -1823,7 +1871,7 @@ ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_dpbf16ps(1, 4, 7);
                 if (wide == 2) {
-                    _tile_loadd(5, p + 16 * ATTN_SPAN + t, lda);
+                    _tile_loadd(5, p + 16 * ATTNI_LDS + t, lda);
                     _tile_dpbf16ps(2, 5, 6);
                     _tile_dpbf16ps(3, 5, 7);
                 } else {
@@ -2502,7 +2550,7 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
     x->qk = 0;
     x->pv = 0;
     x->qk_kind = x->pv_kind = ATTNI_F32;
-    x->rb = 6;
+    x->rb = 24;
     (void)bqk, (void)bpv, (void)iqk;
 #ifdef ATTNI_X86
     if (x->isa == ATTN_CPU_AVX2) {
@@ -2543,7 +2591,6 @@ static void attni_choose(const attn_desc *d, attni_exec *x) {
     if (x->isa == ATTN_CPU_WASM) {
         x->mv = &attni_moves_wasm;
         x->ma = &attni_math_portable_wasm;
-        x->rb = 4;
     }
 #endif
 }
@@ -2839,7 +2886,7 @@ typedef struct attni_rows {
     int32_t span;
     uint32_t tiles;            // the 16-token tiles that are filled in
     const uint8_t **k;         // (256) first units
-    const void **v;            // (256)
+    const void **v;            // (256 + AHEAD)
     float *ks, *vs;            // (256) scales
     const void **ahead;        // (256) the K rows again, as memory is asked for them
     const uint32_t *kt[ATTNI_TILES]; // K16: aligned tiles, else NULL
@@ -2864,7 +2911,7 @@ typedef struct attni_work {
     int v_dense;               // the V rows of a tile are one piece of memory
     int per_head;              // masks differ between the heads of a group
     // the task
-    int32_t segment, kv_head, n_tokens, n_rows; // row = head in group * n_tokens + token
+    int32_t segment, kv_head, n_tokens, n_rows; // rows: heads of the group x tokens
     int32_t rb;                // rows a kernel takes together
     int32_t r0, r1;            // the rows at work, whose scores stay in the first-level cache
     int32_t *tok, *seq;        // (n_tokens) global query token, sequence
@@ -2876,7 +2923,7 @@ typedef struct attni_work {
     uint16_t *tiles;           // per row block: 16-token tiles any of its rows sees
     float *s;                  // (32 + 32, 256) scores of rows r0 .. r1, then weights
     uint16_t *p16;             // the same for bf16 weights
-    float *sm, *sl;            // (64) maximum and sum of the span
+    attni_row *row;            // (64) what becomes of them
     float *os;                 // (32, vdp) weighted sums of a row block, and as much to spare
     attni_rows rows[2];        // this span and the next
     int next;                  // rows[1] holds the next span
@@ -2908,14 +2955,13 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
     ATTNI_CARVE(l, float *, r)
     ATTNI_CARVE(bits, uint64_t(*)[4], r)
     ATTNI_CARVE(tiles, uint16_t *, r)
-    ATTNI_CARVE(s, float *, 2 * ATTNI_RB_MAX * ATTN_SPAN)
-    ATTNI_CARVE(p16, uint16_t *, 2 * ATTNI_RB_MAX * ATTN_SPAN)
-    ATTNI_CARVE(sm, float *, 2 * ATTNI_RB_MAX)
-    ATTNI_CARVE(sl, float *, 2 * ATTNI_RB_MAX)
+    ATTNI_CARVE(s, float *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
+    ATTNI_CARVE(p16, uint16_t *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
+    ATTNI_CARVE(row, attni_row *, 2 * ATTNI_RB_MAX)
     ATTNI_CARVE(os, float *, 2 * ATTNI_RB_MAX * vdp)
     for (i = 0; i < 2; i++) {
         ATTNI_CARVE(rows[i].k, const uint8_t **, ATTN_SPAN)
-        ATTNI_CARVE(rows[i].v, const void **, ATTN_SPAN)
+        ATTNI_CARVE(rows[i].v, const void **, ATTN_SPAN + ATTNI_AHEAD)
         ATTNI_CARVE(rows[i].ahead, const void **, ATTN_SPAN)
         ATTNI_CARVE(rows[i].ks, float *, ATTN_SPAN)
         ATTNI_CARVE(rows[i].vs, float *, ATTN_SPAN)
@@ -2972,6 +3018,14 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
 
 // ---- rows: which queries, and Q in the form the kernels take
 
+// Rows that stand together share masks: the heads of a token, or the tokens of a head.
+ATTNI_INLINE int32_t attni_row_token(const attni_work *w, int32_t row) {
+    return w->per_head ? row % w->n_tokens : row / w->group;
+}
+ATTNI_INLINE int32_t attni_row_head(const attni_work *w, int32_t row) {
+    return w->kv_head * w->group + (w->per_head ? row / w->n_tokens : row % w->group);
+}
+
 // Rows of int8 codes for the integer dot: [scale f32][correction i32][codes].
 ATTNI_CALLED void attni_pack_q8(const float *q, int32_t n, uint8_t *out) {
     float top = 0, scale, inv;
@@ -2998,24 +3052,23 @@ ATTNI_CALLED void attni_load_q(attni_work *w) {
     int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
     int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
     int64_t bytes = attni_bits_of(d->q.dtype) / 8;
-    int32_t g, i, n = d->head_dim, pad = (n + 31) & ~31;
+    int32_t row, n = d->head_dim, pad = (n + 31) & ~31;
     float x[ATTN_MAX_HEAD_DIM + 16];
     w->ldq = w->x.qk_kind == ATTNI_BDOT ? pad / 2 : w->x.qk_kind == ATTNI_IDOT ? pad + 8 : n;
-    for (g = 0; g < w->group; g++)
-        for (i = 0; i < w->n_tokens; i++) {
-            int64_t row = (int64_t)g * w->n_tokens + i, h = (int64_t)w->kv_head * w->group + g;
-            const uint8_t *src = (const uint8_t *)d->q.data + (w->tok[i] * st + h * sh) * bytes;
-            if (w->x.qk_kind == ATTNI_BDOT) {
-                memset((uint32_t *)w->q + row * w->ldq, 0, 4 * (size_t)w->ldq);
-                memcpy((uint32_t *)w->q + row * w->ldq, src, 2 * (size_t)n);
-            } else if (w->x.qk_kind == ATTNI_IDOT) {
-                w->x.mv->widen(d->q.dtype, src, n, x);
-                attni_pack_q8(x, n, (uint8_t *)w->q + row * w->ldq);
-            } else {
-                w->x.mv->widen(d->q.dtype, src, n, x);
-                memcpy((float *)w->q + row * w->ldq, x, 4 * (size_t)n);
-            }
+    for (row = 0; row < w->n_rows; row++) {
+        int64_t at = w->tok[attni_row_token(w, row)] * st + attni_row_head(w, row) * sh;
+        const uint8_t *src = (const uint8_t *)d->q.data + at * bytes;
+        if (w->x.qk_kind == ATTNI_BDOT) {
+            memset((uint32_t *)w->q + row * w->ldq, 0, 4 * (size_t)w->ldq);
+            memcpy((uint32_t *)w->q + row * w->ldq, src, 2 * (size_t)n);
+        } else if (w->x.qk_kind == ATTNI_IDOT) {
+            w->x.mv->widen(d->q.dtype, src, n, x);
+            attni_pack_q8(x, n, (uint8_t *)w->q + row * w->ldq);
+        } else {
+            w->x.mv->widen(d->q.dtype, src, n, x);
+            memcpy((float *)w->q + row * w->ldq, x, 4 * (size_t)n);
         }
+    }
     // kernels may take whole blocks of 32 rows
     memset((uint8_t *)w->q + w->n_rows * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4), 0,
            (size_t)(ATTNI_RB_MAX * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4)));
@@ -3030,7 +3083,7 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
     w->next = 0;
     w->n_tokens = t->n_tokens;
     w->n_rows = t->n_tokens * w->group;
-    w->rb = w->n_rows <= ATTNI_FEW ? attni_max32(ATTNI_FEW, w->x.rb) : w->x.rb;
+    w->rb = w->x.rb;
     for (place = g->seq0; place < g->seq0 + g->n_seq && i < w->n_tokens; place++) {
         int32_t s = p->order[place], j;
         const attn_plan_seq *q = &p->seq[s];
@@ -3068,7 +3121,7 @@ static uint16_t attni_tiles_of(const uint64_t b[4]) {
 }
 
 static const uint64_t *attni_row_bits(const attni_work *w, int32_t row) {
-    return w->bits[w->per_head ? row : row % w->n_tokens];
+    return w->bits[w->per_head ? row : row / w->group];
 }
 
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
@@ -3120,6 +3173,7 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t t
     int i, t;
     x->span = span;
     x->tiles = tiles;
+    for (i = 0; i < ATTNI_AHEAD; i++) x->v[ATTN_SPAN + i] = attni_zeros;
     for (i = 0; i < ATTNI_TILES; i++) {
         int32_t t0 = attni_max32(16 * i, lo), t1 = attni_min32(16 * i + 16, hi), end;
         x->kt[i] = NULL;
@@ -3178,9 +3232,10 @@ ATTNI_CALLED int attni_runs_of(uint32_t tiles, attni_run run[ATTNI_TILES]) {
     return n;
 }
 
-// What a pass over one operand asks for from memory meanwhile: the span after this.
-ATTNI_INLINE const void *const *attni_ahead(const attni_work *w) {
-    return w->next ? w->rows[1].ahead : w->rows[0].v;
+// What a pass over one operand asks for meanwhile: from memory the span after this; when many rows
+// share it, V itself a little ahead, which comes from the second-level cache.
+ATTNI_INLINE const void *const *attni_ahead(const attni_work *w, int nr) {
+    return nr > ATTNI_FEW ? w->rows[0].v + ATTNI_AHEAD : w->next ? w->rows[1].ahead : w->rows[0].v;
 }
 
 // Makes rows of V what the kernel reads: f32 rows for the types without a kernel of their own or
@@ -3188,7 +3243,7 @@ ATTNI_INLINE const void *const *attni_ahead(const attni_work *w) {
 ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
     attn_dtype t = w->v.dtype;
     attni_run run[ATTNI_TILES];
-    const void *const *ahead = attni_ahead(w);
+    const void *const *ahead = attni_ahead(w, 1);
     int n = attni_runs_of(tiles, run), i, j, b, vd = w->p->v_head_dim;
     int look = w->next ? 4 * w->k_units : 0;
     if (w->x.pv_kind == ATTNI_BDOT) {
@@ -3297,7 +3352,7 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
                 kt[i] = kt[n - 1], ahead[i] = ahead[n - 1], col[i] = col[n - 1];
             if (n)
                 qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(w->rb, w->r1 - r), kt,
-                   ahead, look, col, n, units, w->s + (int64_t)(r - w->r0) * ATTN_SPAN);
+                   ahead, look, col, n, units, w->s + (int64_t)(r - w->r0) * ATTNI_LDS);
         }
     }
 }
@@ -3332,34 +3387,35 @@ static const float *attni_row_add(attni_work *w, int32_t i, int32_t head, int32_
 }
 
 ATTNI_CALLED void attni_weights(attni_work *w, int32_t span) {
+    const attn_logits *c = &w->d->logits;
     attni_soft a;
-    int32_t r;
-    memset(&a, 0, sizeof a);
+    int32_t r, n = 0;
     a.k_scale = attni_is_scaled(w->k.dtype) ? w->rows[0].ks : NULL;
     a.v_scale = attni_is_scaled(w->v.dtype) ? w->rows[0].vs : NULL;
     a.scale = w->scale;
-    a.softcap = w->d->logits.softcap;
+    a.softcap = c->softcap;
     for (r = w->r0; r < w->r1; r++) {
-        int32_t i = r % w->n_tokens, k = r - w->r0, head = w->kv_head * w->group + r / w->n_tokens;
+        int32_t i = attni_row_token(w, r), k = r - w->r0, head = attni_row_head(w, r);
         const attn_plan_seq *q = &w->p->seq[w->seq[i]];
-        int tree = w->d->logits.alibi && w->d->mask.kind == ATTN_MASK_TREE && !q->is_chain &&
+        int tree = c->alibi && w->d->mask.kind == ATTN_MASK_TREE && !q->is_chain &&
                    (int64_t)(span + 1) * ATTN_SPAN > q->q_pos0;
-        a.tiles = w->tiles[r / w->rb];
-        if (!a.tiles) {
-            w->sm[k] = attni_float(0xff800000u);
-            w->sl[k] = 0;
-            continue;
+        attni_row *x = w->row + k;
+        x->s = w->s + k * ATTNI_LDS;
+        x->p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + k * ATTNI_LDS : NULL;
+        x->bits = attni_row_bits(w, r);
+        x->tiles = w->tiles[r / w->rb];
+        x->alibi = c->alibi && !tree ? c->alibi[head] : 0;
+        x->alibi_first = (float)((int64_t)span * ATTN_SPAN - w->pos[i]);
+        x->add = attni_row_add(w, i, head, span, tree);
+        if (x->add || r + 1 == w->r1) { // there is one buffer for what is added
+            w->x.ma->soft(&a, w->row + n, k + 1 - n);
+            n = k + 1;
         }
-        a.alibi = w->d->logits.alibi && !tree ? w->d->logits.alibi[head] : 0;
-        a.alibi_first = (float)((int64_t)span * ATTN_SPAN - w->pos[i]);
-        a.add = attni_row_add(w, i, head, span, tree);
-        a.p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + k * ATTN_SPAN : NULL;
-        w->sm[k] = w->x.ma->soft(&a, w->s + k * ATTN_SPAN, attni_row_bits(w, r), &w->sl[k]);
     }
 }
 
 static const void *attni_row_weights(const attni_work *w, int32_t r) {
-    int32_t at = (r - w->r0) * ATTN_SPAN;
+    int32_t at = (r - w->r0) * ATTNI_LDS;
     return w->x.pv_kind == ATTNI_BDOT ? (const void *)(w->p16 + at) : (const void *)(w->s + at);
 }
 
@@ -3384,14 +3440,13 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
         }
     }
     pv = attni_prepare_v(w, row, tiles);
-    pv(p, 1, row, attni_ahead(w), run, n, w->vdp, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, w->vdp);
+    pv(p, 1, row, attni_ahead(w, 1), run, n, w->vdp, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, w->vdp);
     memcpy(out, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, 4 * (size_t)w->vdp);
 }
 
 static float *attni_partial(const attni_work *w, const attn_segment *g, const attn_task *t,
                             float *base, int32_t slot, int32_t r) {
-    int64_t token = t->first_token + r % w->n_tokens,
-            head = w->kv_head * w->group + r / w->n_tokens;
+    int64_t token = t->first_token + attni_row_token(w, r), head = attni_row_head(w, r);
     int64_t row = g->partial + ((int64_t)slot * g->n_tokens + token) * w->p->n_heads + head;
     return base + row * (w->p->v_head_dim + 2);
 }
@@ -3413,7 +3468,7 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, 
         int nr = attni_min32(w->rb, w->r1 - r);
         n = attni_runs_of(w->tiles[r / w->rb], run);
         if (n)
-            pv(attni_row_weights(w, r), nr, w->rows[0].v, attni_ahead(w), run, n, w->vdp, w->os,
+            pv(attni_row_weights(w, r), nr, w->rows[0].v, attni_ahead(w, nr), run, n, w->vdp, w->os,
                w->vdp);
         if (n && w->x.mv->special(w->os, (int64_t)nr * w->vdp)) {
             for (i = 0; i < nr; i++)
@@ -3423,7 +3478,7 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, 
         }
         for (i = 0; i < nr; i++) {
             float *os = w->os + (int64_t)i * w->vdp;
-            float m = w->sm[r - w->r0 + i], l = w->sl[r - w->r0 + i];
+            float m = w->row[r - w->r0 + i].m, l = w->row[r - w->r0 + i].l;
             if (g->n_slots > 1)
                 attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r + i), os,
                                   m, l);
@@ -3475,7 +3530,7 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
             !(m->window_left && b0 + ATTN_SPAN <= p0 - (m->window_left - 1) && b0 >= m->n_sink))
             tiles = attni_span_masks(w, span);
         if (tiles) {
-            int units, block = w->rb < 24 ? 24 / w->rb * w->rb : w->rb;
+            int units, block = w->rb;
             attni_qk_fn qk;
             attni_pv_fn pv = NULL;
             if (w->n_rows <= 48) block = w->n_rows;
@@ -3496,10 +3551,11 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
     }
     for (i = 0; i < w->n_rows && g->n_slots <= 1; i++) {
         float *o = w->o + (int64_t)i * w->vdp;
-        int32_t head = w->kv_head * w->group + i / w->n_tokens;
         if (g->n_slots == 1)
             attni_put_partial(w, attni_partial(w, g, t, partials, 0, i), o, w->m[i], w->l[i]);
-        else attni_write_row(w->d, &w->x, w->tok[i % w->n_tokens], head, o, w->m[i], w->l[i]);
+        else
+            attni_write_row(w->d, &w->x, w->tok[attni_row_token(w, i)], attni_row_head(w, i), o,
+                            w->m[i], w->l[i]);
     }
     return ATTN_OK;
 }
@@ -3562,8 +3618,8 @@ static attn_result attni_check_run(attni_work *w, int32_t first, int32_t count, 
     g = w->p->segment + t->segment;
     if ((r = attni_load_rows(w, t)) != ATTN_OK) return r;
     row = (int32_t)((pick >> 8) % (uint32_t)w->n_rows);
-    token = w->tok[row % w->n_tokens];
-    head = w->kv_head * w->group + row / w->n_tokens;
+    token = w->tok[attni_row_token(w, row)];
+    head = attni_row_head(w, row);
     if (g->n_slots == 0) return attni_check_written(w->d, token, head);
     slot = (int32_t)(pick % (uint32_t)g->n_slots);
     return attni_check_partial(w->d, token, head, g->span0 + slot,
