@@ -128,16 +128,17 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 // ==== >>impl-kernels  Written once, included again by this file for every ISA and numerics =======
 //
 // ATTNI_I(f): vocabulary function f of this pass's ISA. ATTNI_K(f): the kernel's own name.
-// ATTNI_NR x ATTNI_NC: register block, rows x (16-lane vectors). ATTNI_DIRECT: has kernels for few
-// rows that read f16, bf16 and int8 (2: every dtype) without converting it first, in blocks of
-// ATTNI_WR x ATTNI_WC. ATTNI_OWN: brings its own loads of f16 and int8 (2: of every dtype).
+// ATTNI_NR x ATTNI_NT: register block, rows x (16-lane vectors); up to 4 rows: x ATTNI_NC.
+// ATTNI_DIRECT: has kernels for few rows that read f16, bf16 and int8 (2: every dtype) without
+// converting it first, in blocks of ATTNI_WR x ATTNI_WC. ATTNI_OWN: brings its own loads of f16 and int8 (2: of every dtype).
 
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
 // Register blocks of tall, 4 or 1 rows. Buffers have spare rows behind the last, so that a block
 // may be taller than what is left.
-#define ATTNI_STEP(left, tall) ((left) >= 5 || (tall) == 1 ? (tall) : (left) >= 2 ? 4 : 1)
+#define ATTNI_STEP(left, tall)                                                                     \
+    ((tall) == 1 || (left) >= ((tall) > 8 ? (tall)-3 : 5) ? (tall) : (left) >= 2 ? 4 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
 #define ATTNI_CALL2(f, ...) f(__VA_ARGS__)
@@ -316,6 +317,37 @@ ATTNI_TGT static int ATTNI_I(special)(const float *x, int64_t n) {
     return (int)b[0];
 }
 
+// A row of int8 codes for the integer dot: [scale f32][correction i32][codes]. n: multiple of 8,
+// with zeros up to a multiple of 16.
+ATTNI_TGT static void ATTNI_I(codes)(const float *q, int n, uint8_t *out) {
+    V top = ATTNI_I(set1)(0);
+    U nan = ATTNI_I(uset1)(0);
+    uint32_t b[16];
+    float scale, inv;
+    int i, e, sum = 0;
+    for (e = 0; e < n; e += 16) { // NaN: |x| is above infinity, and the carry shows in the sign bit
+        U a = ATTNI_I(uand)(ATTNI_I(uload)(q + e), 0x7fffffffu);
+        top = ATTNI_I(max)(ATTNI_I(asv)(a), top);
+        nan = ATTNI_I(uor)(nan, ATTNI_I(uadd)(a, ATTNI_I(uset1)(0x007fffffu)));
+    }
+    memcpy(b, &nan, 64);
+    for (i = 1; i < 16; i++) b[0] |= b[i];
+    scale = b[0] >> 31 ? attni_float(0x7fc00000u) : ATTNI_I(hmax)(top) / 127.0f;
+    inv = scale > 0 ? 1.0f / scale : 0.0f;
+    for (e = 0; e < n; e += 16) { // the low byte of x + 1.5 * 2^23 is round(x), |x| <= 127.0001
+        V x = ATTNI_I(mul)(ATTNI_I(load)(q + e), ATTNI_I(set1)(inv));
+        x = ATTNI_I(add)(x, ATTNI_I(set1)(12582912.0f));
+        memcpy(b, &x, 64);
+        for (i = 0; i < 16; i++) {
+            out[8 + e + i] = (uint8_t)b[i];
+            sum += (int8_t)(uint8_t)b[i];
+        }
+    }
+    sum *= -128;
+    memcpy(out, &scale, 4);
+    memcpy(out + 4, &sum, 4);
+}
+
 // Rows t, t + 1 of 16-bit values side by side: out[t / 2][n] of (even, odd) pairs, for the bf16
 // dot.
 ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *run, int n_runs,
@@ -343,7 +375,8 @@ ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *ru
 }
 
 static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), ATTNI_I(widen),
-                                           ATTNI_I(narrow), ATTNI_I(special), ATTNI_I(pairs)};
+                                           ATTNI_I(narrow), ATTNI_I(special), ATTNI_I(pairs),
+                                           ATTNI_I(codes)};
 
 #undef ATTNI_KERNEL_PASS
 #define ATTNI_KERNEL_PASS 2
@@ -364,6 +397,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 #undef ATTNI_TGT
 #undef ATTNI_I
 #undef ATTNI_NR
+#undef ATTNI_NT
 #undef ATTNI_NC
 #undef ATTNI_DIRECT
 #undef ATTNI_OWN
@@ -391,10 +425,11 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
         U raw[ATTNI_NC];                                                                           \
         const uint32_t *k[ATTNI_NC];                                                               \
         const uint8_t *next[ATTNI_NC];                                                             \
-        const float *q3 = q + 3 * ldq, *q6 = q3 + 3 * ldq;                                         \
+        const float *q3 = q + 3 * ldq, *q6 = q3 + 3 * ldq, *q9 = q6 + 3 * ldq;                     \
         int r, j, i, u, v;                                                                         \
         ATTNI_HIDE(q3);                                                                            \
         ATTNI_HIDE(q6);                                                                            \
+        ATTNI_HIDE(q9);                                                                            \
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =      \
             ATTNI_I(set1)(0);                                                                      \
         ATTNI_UNROLL for (j = 0; j < nc; j++) k[j] = kt[j], next[j] = ahead[j];                    \
@@ -408,8 +443,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
                 ATTNI_UNROLL for (i = 0; i < P; i++) {                                             \
                     ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(element)(T, raw[j], i);   \
                     ATTNI_UNROLL for (r = 0; r < nr; r++) {                                        \
-                        const float *x = r < 3 ? q + r * ldq                                       \
-                                         : r < 6 ? q3 + (r - 3) * ldq : q6 + (r - 6) * ldq;        \
+                        const float *x = (r < 3 ? q : r < 6 ? q3 : r < 9 ? q6 : q9) + r % 3 * ldq; \
                         a = ATTNI_I(set1)(x[(u + v) * P + i]);                                     \
                         ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =                            \
                             ATTNI_MADD(a, b[j], c[r][j]);                                          \
@@ -438,7 +472,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
         }                                                                                          \
     }
 
-ATTNI_QK(, qk_f32, ATTN_F32, 1, 4, ATTNI_NR, ATTNI_NC)
+ATTNI_QK(, qk_f32, ATTN_F32, 1, 1, ATTNI_NR, ATTNI_NT)
 #if ATTNI_DIRECT && !ATTNI_PORTABLE
 ATTNI_QK(FEW_, qk_f16, ATTN_F16, 2, 2, ATTNI_WR, ATTNI_WC)
 ATTNI_QK(FEW_, qk_bf16, ATTN_BF16, 2, 2, ATTNI_WR, ATTNI_WC)
@@ -492,7 +526,7 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
                                         const void *const *ahead, const attni_run *run, int n,     \
                                         int vd, float *o, int64_t ldo) {                           \
         const float *p = (const float *)pv;                                                        \
-        const int wide = nr > ATTNI_FEW ? 16 * ATTNI_NC : vd;                                      \
+        const int wide = nr > ATTNI_FEW ? 16 * TALL_NC : vd;                                       \
         int r, e, e0, i, step, nc;                                                                 \
         for (e0 = 0; e0 < vd; e0 += wide)                                                          \
             for (r = 0; r < nr; r += step) {                                                       \
@@ -502,10 +536,12 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
                 nc = 16 * (step > 4 ? TALL_NC : ATTNI_NC);                                         \
                 e = e0;                                                                            \
                 if (vd >= nc) {                                                                    \
+                    if (e0 % nc) continue; /* was done with the columns before */                  \
                     ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                       \
                                       (pr, row, ahead, run, n, e <= vd - nc ? e : vd - nc, or_,    \
                                        ldo),                                                       \
-                                      step, TALL_NC, e, attni_min32(e0 + wide, vd), 16)            \
+                                      step, TALL_NC, e,                                            \
+                                      attni_min32(e0 + (nc > wide ? nc : wide), vd), 16)           \
                 } else if (T == ATTN_F32)                                                          \
                     for (; e < vd; e += 16)                                                        \
                         for (i = 0; i < attni_min32(step, nr - r); i++)                            \
@@ -514,7 +550,7 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
             }                                                                                      \
     }
 
-ATTNI_PV(, pv_f32, ATTN_F32, 32, ATTNI_NR, ATTNI_NC)
+ATTNI_PV(, pv_f32, ATTN_F32, 32, ATTNI_NR, ATTNI_NT)
 #if ATTNI_DIRECT && !ATTNI_PORTABLE
 ATTNI_PV(FEW_, pv_f16, ATTN_F16, 16, ATTNI_WR, ATTNI_WC)
 ATTNI_PV(FEW_, pv_bf16, ATTN_BF16, 16, ATTNI_WR, ATTNI_WC)
@@ -623,22 +659,22 @@ ATTNI_HELPER ATTNI_TGT float ATTNI_K(plain_exp)(const attni_soft *a, const attni
     return ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
 }
 
-ATTNI_TGT static void ATTNI_K(soft_plain)(const attni_soft *a, attni_row *row, int n) {
+ATTNI_TGT static void ATTNI_K(soft_plain)(const attni_soft *a, const attni_row *row, int n,
+                                          float *m, float *l) {
     float max;
     int i;
     for (i = 0; i < n; i++) {
         const uint64_t *bits = row[i].bits;
         max = ATTNI_ALL_SEEN ? ATTNI_K(plain_max)(a, row + i, 1) : ATTNI_K(plain_max)(a, row + i, 0);
         // nothing but -inf and NaN: weights 0 and NaN
-        row[i].m = attni_bits32(max) == 0xff800000u ? 0 : max;
+        m[i] = attni_bits32(max) == 0xff800000u ? 0 : max;
     }
     for (i = 0; i < n; i++) {
         const uint64_t *bits = row[i].bits;
-        max = row[i].m;
-        row[i].l = ATTNI_ALL_SEEN ? ATTNI_K(plain_exp)(a, row + i, max, 1)
-                                  : ATTNI_K(plain_exp)(a, row + i, max, 0);
-        row[i].m =
-            attni_float(attni_bits32(row[i].l) << 1 ? attni_bits32(max * a->scale) : 0xff800000u);
+        max = m[i];
+        l[i] = ATTNI_ALL_SEEN ? ATTNI_K(plain_exp)(a, row + i, max, 1)
+                              : ATTNI_K(plain_exp)(a, row + i, max, 0);
+        m[i] = attni_float(attni_bits32(l[i]) << 1 ? attni_bits32(max * a->scale) : 0xff800000u);
     }
 }
 #undef ATTNI_BOTH
@@ -648,7 +684,8 @@ ATTNI_TGT static void ATTNI_K(soft_plain)(const attni_soft *a, attni_row *row, i
 
 // Raw scores of a row to weights. Two passes: scores and their maximum; exponentials and their
 // sum in 2 x 16 virtual lanes (even and odd tiles), so that skipped tiles change nothing.
-ATTNI_TGT static void ATTNI_K(soft_row)(const attni_soft *a, attni_row *row) {
+ATTNI_TGT static void ATTNI_K(soft_row)(const attni_soft *a, const attni_row *row, float *m1,
+                                        float *l1) {
     const V zero = ATTNI_I(set1)(0); // ninf is hidden from -ffinite-math-only
     const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
     const V scale = ATTNI_I(set1)(a->scale);
@@ -695,11 +732,11 @@ ATTNI_TGT static void ATTNI_K(soft_row)(const attni_soft *a, attni_row *row) {
         if (row->p16) ATTNI_I(store_bf16)(row->p16 + 16 * i, x);
         else ATTNI_I(store)(s + 16 * i, x);
     }
-    row->l = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
-    row->m = attni_float(attni_bits32(row->l) << 1 ? attni_bits32(max) : 0xff800000u);
+    *l1 = ATTNI_I(hsum)(ATTNI_I(add)(sum[0], sum[1]));
+    *m1 = attni_float(attni_bits32(*l1) << 1 ? attni_bits32(max) : 0xff800000u);
 }
 
-ATTNI_TGT static void ATTNI_K(soft)(const attni_soft *a, attni_row *row, int n) {
+ATTNI_TGT static void ATTNI_K(soft)(const attni_soft *a, const attni_row *row, int n) {
     int i = 0, j;
     for (; i < n; i = j) {
         j = i;
@@ -707,40 +744,55 @@ ATTNI_TGT static void ATTNI_K(soft)(const attni_soft *a, attni_row *row, int n) 
         if (!(a->softcap > 0) && a->scale > 0)
             while (j < n && row[j].alibi == 0 && !row[j].add) j++;
         if (j > i) {
-            ATTNI_K(soft_plain)(a, row + i, j - i);
+            ATTNI_K(soft_plain)(a, row + i, j - i, a->m + i, a->l + i);
             continue;
         }
 #endif
-        ATTNI_K(soft_row)(a, row + j++);
+        ATTNI_K(soft_row)(a, row + j, a->m + j, a->l + j);
+        j++;
     }
 }
 
 #if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
-// (o, m, l) += (os, ms, ls), n a multiple of 16. m = -inf is the empty partial.
-ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, float ms,
-                                    float ls, int n) {
+// (o, m, l) += (os, ms, ls) for nr rows, n a multiple of 16 apart. m = -inf is the empty partial.
+// m and l are read, not written, past the last row to a multiple of 16.
+ATTNI_TGT static void ATTNI_K(fold)(float *o, float *m, float *l, const float *os, const float *ms,
+                                    const float *ls, int nr, int n) {
     const uint32_t none = 0xff800000u;
     const V one = ATTNI_I(set1)(1.0f);
-    V e, a, b;
-    int i;
-    uint32_t up;
-    if (attni_bits32(ms) == none) return;
-    if (attni_bits32(*m) == none) {
-        memcpy(o, os, 4 * (size_t)n);
-        *m = ms;
-        *l = ls;
-        return;
+    float m16[16], l16[16], a16[16], b16[16];
+    int r, i, e;
+    for (r = 0; r < nr; r += 16) {
+        // the larger one's factor is 1
+        V x = ATTNI_I(load)(m + r), y = ATTNI_I(load)(ms + r), d = ATTNI_I(sub)(x, y), f, a, b;
+        f = ATTNI_I(asv)(ATTNI_I(uor)(ATTNI_I(asu)(d), ATTNI_I(uset1)(0x80000000u)));
+        f = ATTNI_K(exp)(f);
+        a = ATTNI_I(less)(x, y, f, one);
+        b = ATTNI_I(less)(x, y, one, f);
+        ATTNI_I(store)(m16, ATTNI_I(less)(x, y, y, x));
+        ATTNI_I(store)(a16, a);
+        ATTNI_I(store)(b16, b);
+        ATTNI_I(store)(l16, ATTNI_MADD(ATTNI_I(load)(l + r), a,
+                                       ATTNI_I(mul)(ATTNI_I(load)(ls + r), b)));
+        for (i = 0; i < 16 && r + i < nr; i++) {
+            const float *src = os + (int64_t)(r + i) * n;
+            float *dst = o + (int64_t)(r + i) * n;
+            if (attni_bits32(ms[r + i]) == none) continue;
+            if (attni_bits32(m[r + i]) == none) {
+                memcpy(dst, src, 4 * (size_t)n);
+                m[r + i] = ms[r + i];
+                l[r + i] = ls[r + i];
+                continue;
+            }
+            a = ATTNI_I(set1)(a16[i]);
+            b = ATTNI_I(set1)(b16[i]);
+            for (e = 0; e < n; e += 16)
+                ATTNI_I(store)(dst + e, ATTNI_MADD(ATTNI_I(load)(dst + e), a,
+                                                   ATTNI_I(mul)(ATTNI_I(load)(src + e), b)));
+            m[r + i] = m16[i];
+            l[r + i] = l16[i];
+        }
     }
-    up = *m > ms ? 0xffffu : 0; // the larger one's factor is 1
-    e = ATTNI_I(sub)(ATTNI_I(set1)(*m), ATTNI_I(set1)(ms));
-    e = ATTNI_K(exp)(ATTNI_I(asv)(ATTNI_I(uor)(ATTNI_I(asu)(e), ATTNI_I(uset1)(0x80000000u))));
-    a = ATTNI_I(pick)(up, one, e);
-    b = ATTNI_I(pick)(up, e, one);
-    for (i = 0; i < n; i += 16)
-        ATTNI_I(store)(o + i, ATTNI_MADD(ATTNI_I(load)(o + i), a,
-                                         ATTNI_I(mul)(ATTNI_I(load)(os + i), b)));
-    *l = ATTNI_I(first)(ATTNI_MADD(ATTNI_I(set1)(*l), a, ATTNI_I(mul)(ATTNI_I(set1)(ls), b)));
-    *m = up ? *m : ms;
 }
 
 // o / l, after the sink's logit (-inf: none) joined the sum. On return *m is finite unless the row
@@ -837,8 +889,7 @@ ATTNI_INLINE ATTNI_TGT void ATTNI_I(qk_idot_block)(const uint8_t *q, int64_t ldq
         if (nr <= 4)
             ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(ahead[j] + look * u);
         ATTNI_UNROLL for (r = 0; r < nr; r++) {
-            memcpy(&x, q + r * ldq + 8 + 4 * u, 4);
-            a = ATTNI_I(uset1)(x);
+            a = ATTNI_I(uload1)(q + r * ldq + 8 + 4 * u);
             ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] = ATTNI_I(idot)(c[r][j], b[j], a);
         }
     }
@@ -992,12 +1043,14 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_INLINE static inline __attribute__((always_inline, unused))
 #define ATTNI_CALLED static __attribute__((noinline, unused))
 #define ATTNI_PREFETCH(p) __builtin_prefetch(p)
+#define ATTNI_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 // p is a pointer the compiler knows nothing of: it addresses from p, not from parts of it
 #define ATTNI_HIDE(p) __asm__("" : "+r"(p))
 #else
 #define ATTNI_INLINE static inline
 #define ATTNI_CALLED static
 #define ATTNI_PREFETCH(p) ((void)(p))
+#define ATTNI_PREFETCH_L2(p) ((void)(p))
 #define ATTNI_HIDE(p) ((void)0)
 #endif
 #if defined(__clang__)
@@ -1019,6 +1072,7 @@ enum {
 typedef struct attni_soft {
     const float *k_scale, *v_scale; // per token, or NULL
     float scale, softcap;
+    float *m, *l; // results, per row: maximum (-inf: nothing seen) and sum
 } attni_soft;
 typedef struct attni_row {
     float *s;             // scores, replaced by weights
@@ -1027,7 +1081,7 @@ typedef struct attni_row {
     const float *add;     // bias in natural units, or NULL
     float alibi, alibi_first; // alibi_first: position of token 0 minus the query's
     uint32_t tiles;       // 16-token tiles that must be written (zeros where nothing is seen)
-    float m, l;           // result: maximum (-inf: nothing seen) and sum
+    int32_t token, head;  // of the task's tokens; of all heads
 } attni_row;
 
 typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
@@ -1060,13 +1114,15 @@ typedef struct attni_moves {
     int (*special)(const float *x, int64_t n); // any Inf or NaN among n (multiple of 16)?
     void (*pairs)(const void *const *row, const attni_run *run, int n_runs, int n, int ldo,
                   const void *const *ahead, uint32_t *out);
+    void (*codes)(const float *q, int n, uint8_t *out);
 } attni_moves;
 
 typedef struct attni_math {
     attni_qk_fn qk[8]; // by dtype; NULL: convert to F32 first
     attni_pv_fn pv[8];
-    void (*soft)(const attni_soft *a, attni_row *row, int n); // scores of n rows -> weights
-    void (*fold)(float *o, float *m, float *l, const float *os, float ms, float ls, int n);
+    void (*soft)(const attni_soft *a, const attni_row *row, int n); // scores of n rows -> weights
+    void (*fold)(float *o, float *m, float *l, const float *os, const float *ms, const float *ls,
+                 int nr, int n);
     void (*finish)(float *o, float *m, float *l, float sink,
                    int n); // normalise; adds the sink logit
 } attni_math;
@@ -1521,6 +1577,7 @@ ATTNI_MAP(mul, _mm512_mul_ps)
 ATTNI_MAP(div, __m512, "=v", "vdivps")
 ATTNI_MAP(max, __m512, "=v", "vmaxps")
 ATTNI_MAP(less, __mmask16, "=k", "vcmplt_oqps")
+ATTNI_MAP(keep, __mmask16, "=k", "vcmpnlt_uqps") // not less, or NaN
 #undef ATTNI_MAP
 ATTNI_F5 __m512 attni_div_avx512(__m512 x, __m512 y) { return attni_div_512(x, y); }
 ATTNI_F5 __m512 attni_max_avx512(__m512 x, __m512 y) { return attni_max_512(x, y); }
@@ -1540,6 +1597,11 @@ ATTNI_F5 __m512 attni_less_avx512(__m512 x, __m512 y, __m512 p, __m512 q) {
 ATTNI_F5 __m512 attni_asv_avx512(__m512i x) { return _mm512_castsi512_ps(x); }
 ATTNI_F5 __m512i attni_asu_avx512(__m512 x) { return _mm512_castps_si512(x); }
 ATTNI_F5 __m512i attni_uset1_avx512(uint32_t x) { return _mm512_set1_epi32((int)x); }
+ATTNI_F5 __m512i attni_uload1_avx512(const void *p) { // from memory, not by way of a register
+    __m512i x;
+    __asm__("vpbroadcastd %1, %0" : "=v"(x) : "m"(*(const uint8_t(*)[4])p));
+    return x;
+}
 ATTNI_F5 __m512i attni_uload_avx512(const void *p) { return _mm512_loadu_si512(p); }
 ATTNI_F5 __m512i attni_uload16_avx512(const void *p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
@@ -1586,8 +1648,7 @@ ATTNI_F5 attni_V_avx2 attni_halves(__m512 x) {
 ATTNI_F5 float attni_hmax_avx512(__m512 x) { return attni_hmax_avx2(attni_halves(x)); }
 ATTNI_F5 float attni_hsum_avx512(__m512 x) { return attni_hsum_avx2(attni_halves(x)); }
 ATTNI_F5 __m512 attni_pow2_avx512(__m512 p, __m512 y, __m512 t) {
-    __mmask16 drop = attni_less_512(y, _mm512_set1_ps(-100.0f));
-    return _mm512_maskz_scalef_ps((__mmask16)~drop, p,
+    return _mm512_maskz_scalef_ps(attni_keep_512(y, _mm512_set1_ps(-100.0f)), p,
                                   _mm512_sub_ps(t, _mm512_set1_ps(12582912.0f)));
 }
 ATTNI_F5 __m512 attni_load_f16_avx512(const uint8_t *p) {
@@ -1702,6 +1763,7 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_TGT
 #define ATTNI_I(f) attni_##f##_scalar
 #define ATTNI_NR 1
+#define ATTNI_NT 1
 #define ATTNI_NC 1
 #define ATTNI_WR 1
 #define ATTNI_WC 1
@@ -1727,6 +1789,7 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
+#define ATTNI_NT 1
 #define ATTNI_NC 1
 #include "attn_cpu.h"
 #define ATTNI_KERNEL_PASS 1
@@ -1736,7 +1799,8 @@ ATTNI_T5 static void attni_pack_avx512(const uint8_t *const *row, int64_t gap, i
 #define ATTNI_OWN 2
 #define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_FAST_TOO 1
-#define ATTNI_NR 6
+#define ATTNI_NR 12
+#define ATTNI_NT 2
 #define ATTNI_NC 4
 #define ATTNI_WR 8
 #define ATTNI_WC 2
@@ -1756,8 +1820,11 @@ ATTNI_INLINE ATTNI_T6 __m512 attni_bdot_avx512(__m512 acc, __m512i a, __m512i b)
     return _mm512_dpbf16_ps(acc, x, y);
 }
 // vpdpbusd wants one unsigned side: k + 128, whose surplus 128 * sum(q) the query row takes off
+// (asm: gcc spills the sums of its intrinsic)
 ATTNI_INLINE ATTNI_T6 __m512i attni_idot_avx512(__m512i acc, __m512i k, __m512i q) {
-    return _mm512_dpbusd_epi32(acc, _mm512_xor_si512(k, _mm512_set1_epi32((int)0x80808080u)), q);
+    __m512i biased = _mm512_xor_si512(k, _mm512_set1_epi32((int)0x80808080u));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(biased), "v"(q));
+    return acc;
 }
 #define ATTNI_KERNEL_PASS 3
 #define ATTNI_TGT ATTNI_T6
@@ -1988,6 +2055,11 @@ ATTNI_INLINE attni_U_neon attni_uset1_neon(uint32_t x) {
     ATTNI_Q r.v[i] = vdupq_n_u32(x);
     return r;
 }
+ATTNI_INLINE attni_U_neon attni_uload1_neon(const void *p) {
+    uint32_t x;
+    memcpy(&x, p, 4);
+    return attni_uset1_neon(x);
+}
 ATTNI_INLINE attni_U_neon attni_uload_neon(const void *p) {
     attni_U_neon r;
     int i;
@@ -2159,6 +2231,7 @@ static int attni_arm_features(void) {
 #define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_FAST_TOO 1
 #define ATTNI_NR 6
+#define ATTNI_NT 1
 #define ATTNI_NC 1
 #include "attn_cpu.h"
 
@@ -2399,6 +2472,7 @@ static void attni_pack_wasm(const uint8_t *const *row, int64_t gap, int n, uint3
 #define ATTNI_HELPER ATTNI_INLINE
 #define ATTNI_FAST_TOO 0
 #define ATTNI_NR 4
+#define ATTNI_NT 1
 #define ATTNI_NC 1
 #include "attn_cpu.h"
 #endif // ATTNI_WASM
@@ -2914,6 +2988,7 @@ typedef struct attni_work {
     int32_t segment, kv_head, n_tokens, n_rows; // rows: heads of the group x tokens
     int32_t rb;                // rows a kernel takes together
     int32_t r0, r1;            // the rows at work, whose scores stay in the first-level cache
+    int32_t q_rows;            // so many rows of q are there
     int32_t *tok, *seq;        // (n_tokens) global query token, sequence
     int32_t *pos;              // (n_tokens) position
     void *q;                   // (n_rows + 32, ldq)
@@ -2923,7 +2998,8 @@ typedef struct attni_work {
     uint16_t *tiles;           // per row block: 16-token tiles any of its rows sees
     float *s;                  // (32 + 32, 256) scores of rows r0 .. r1, then weights
     uint16_t *p16;             // the same for bf16 weights
-    attni_row *row;            // (64) what becomes of them
+    float *sm, *sl;            // (64) maximum and sum of the span
+    attni_row *row;            // (n_rows)
     float *os;                 // (32, vdp) weighted sums of a row block, and as much to spare
     attni_rows rows[2];        // this span and the next
     int next;                  // rows[1] holds the next span
@@ -2957,7 +3033,9 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
     ATTNI_CARVE(tiles, uint16_t *, r)
     ATTNI_CARVE(s, float *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
     ATTNI_CARVE(p16, uint16_t *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
-    ATTNI_CARVE(row, attni_row *, 2 * ATTNI_RB_MAX)
+    ATTNI_CARVE(sm, float *, 2 * ATTNI_RB_MAX)
+    ATTNI_CARVE(sl, float *, 2 * ATTNI_RB_MAX)
+    ATTNI_CARVE(row, attni_row *, r)
     ATTNI_CARVE(os, float *, 2 * ATTNI_RB_MAX * vdp)
     for (i = 0; i < 2; i++) {
         ATTNI_CARVE(rows[i].k, const uint8_t **, ATTN_SPAN)
@@ -3018,59 +3096,33 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
 
 // ---- rows: which queries, and Q in the form the kernels take
 
-// Rows that stand together share masks: the heads of a token, or the tokens of a head.
-ATTNI_INLINE int32_t attni_row_token(const attni_work *w, int32_t row) {
-    return w->per_head ? row % w->n_tokens : row / w->group;
-}
-ATTNI_INLINE int32_t attni_row_head(const attni_work *w, int32_t row) {
-    return w->kv_head * w->group + (w->per_head ? row / w->n_tokens : row % w->group);
-}
-
-// Rows of int8 codes for the integer dot: [scale f32][correction i32][codes].
-ATTNI_CALLED void attni_pack_q8(const float *q, int32_t n, uint8_t *out) {
-    float top = 0, scale, inv;
-    int32_t e, sum = 0;
-    for (e = 0; e < n; e++) {
-        float a = attni_float(attni_bits32(q[e]) & 0x7fffffffu);
-        if (a > top || attni_isnan(a)) top = a;
-        if (attni_isnan(top)) break;
-    }
-    scale = top / 127.0f;
-    inv = scale > 0 ? 1.0f / scale : 0.0f;
-    for (e = 0; e < n; e++) { // the low byte of x + 1.5 * 2^23 is round(x), |x| <= 127.0001
-        int c = (int)(attni_bits32(q[e] * inv + 12582912.0f) & 255u);
-        out[8 + e] = (uint8_t)c;
-        sum += (c ^ 128) - 128;
-    }
-    sum *= -128;
-    memcpy(out, &scale, 4);
-    memcpy(out + 4, &sum, 4);
-}
-
+// Rows r0 .. r1; those after them are asked for from memory.
 ATTNI_CALLED void attni_load_q(attni_work *w) {
     const attn_desc *d = w->d;
     int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
     int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
     int64_t bytes = attni_bits_of(d->q.dtype) / 8;
-    int32_t row, n = d->head_dim, pad = (n + 31) & ~31;
-    float x[ATTN_MAX_HEAD_DIM + 16];
+    int32_t r, b, n = d->head_dim, pad = (n + 31) & ~31;
+    float f[ATTN_MAX_HEAD_DIM + 16];
     w->ldq = w->x.qk_kind == ATTNI_BDOT ? pad / 2 : w->x.qk_kind == ATTNI_IDOT ? pad + 8 : n;
-    for (row = 0; row < w->n_rows; row++) {
-        int64_t at = w->tok[attni_row_token(w, row)] * st + attni_row_head(w, row) * sh;
-        const uint8_t *src = (const uint8_t *)d->q.data + at * bytes;
+    for (r = w->r0; r < w->r1; r++) {
+        const attni_row *x = w->row + r,
+                        *next = w->row + attni_min32(r + (w->r1 - w->r0), w->n_rows - 1);
+        const uint8_t *src = (const uint8_t *)d->q.data + (w->tok[x->token] * st + x->head * sh) * bytes;
+        const uint8_t *ahead =
+            (const uint8_t *)d->q.data + (w->tok[next->token] * st + next->head * sh) * bytes;
+        for (b = 0; b < n * bytes; b += 64) ATTNI_PREFETCH(ahead + b);
         if (w->x.qk_kind == ATTNI_BDOT) {
-            memset((uint32_t *)w->q + row * w->ldq, 0, 4 * (size_t)w->ldq);
-            memcpy((uint32_t *)w->q + row * w->ldq, src, 2 * (size_t)n);
+            memset((uint32_t *)w->q + r * w->ldq, 0, 4 * (size_t)w->ldq);
+            memcpy((uint32_t *)w->q + r * w->ldq, src, 2 * (size_t)n);
         } else if (w->x.qk_kind == ATTNI_IDOT) {
-            w->x.mv->widen(d->q.dtype, src, n, x);
-            attni_pack_q8(x, n, (uint8_t *)w->q + row * w->ldq);
-        } else {
-            w->x.mv->widen(d->q.dtype, src, n, x);
-            memcpy((float *)w->q + row * w->ldq, x, 4 * (size_t)n);
-        }
+            w->x.mv->widen(d->q.dtype, src, n, f);
+            w->x.mv->codes(f, n, (uint8_t *)w->q + r * w->ldq);
+        } else w->x.mv->widen(d->q.dtype, src, n, (float *)w->q + r * w->ldq); // its end is spoiled
     }
+    w->q_rows = w->r1;
     // kernels may take whole blocks of 32 rows
-    memset((uint8_t *)w->q + w->n_rows * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4), 0,
+    if (w->r1 == w->n_rows) memset((uint8_t *)w->q + w->n_rows * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4), 0,
            (size_t)(ATTNI_RB_MAX * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4)));
 }
 
@@ -3102,11 +3154,18 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
                 w->pos[i] = q->q_pos0 + attni_tree_depth(w->d, q->q_begin, j);
         }
     }
-    attni_load_q(w);
     for (i = 0; i < w->n_rows; i++) {
+        // rows that stand together share masks: the heads of a token, or the tokens of a head
+        attni_row *x = w->row + i;
+        x->token = w->per_head ? i % w->n_tokens : i / w->group;
+        x->head = w->kv_head * w->group + (w->per_head ? i / w->n_tokens : i % w->group);
+        x->bits = w->bits[w->per_head ? i : x->token];
+        x->add = NULL;
+        x->alibi = x->alibi_first = 0;
         w->m[i] = attni_float(0xff800000u);
         w->l[i] = 0;
     }
+    w->q_rows = 0;
     return ATTN_OK;
 }
 
@@ -3118,10 +3177,6 @@ static uint16_t attni_tiles_of(const uint64_t b[4]) {
     for (i = 0; i < ATTNI_TILES; i++)
         if ((b[i / 4] >> (16 * (i % 4))) & 0xffffu) t |= 1u << i;
     return (uint16_t)t;
-}
-
-static const uint64_t *attni_row_bits(const attni_work *w, int32_t row) {
-    return w->bits[w->per_head ? row : row / w->group];
 }
 
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
@@ -3137,13 +3192,14 @@ ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
     for (r = 0; r < w->n_rows; r += rb) {
         uint64_t u[4] = {0, 0, 0, 0};
         for (i = r; i < r + rb && i < w->n_rows; i++) {
-            const uint64_t *b = attni_row_bits(w, i);
+            const uint64_t *b = w->row[i].bits;
             for (g = 0; g < 4; g++) u[g] |= b[g];
         }
         w->tiles[r / rb] = attni_tiles_of(u);
         if (w->x.isa == ATTN_CPU_AMX && w->x.pv_kind == ATTNI_BDOT) // its steps are 32 tokens
             w->tiles[r / rb] |=
                 (uint16_t)((w->tiles[r / rb] & 0x5555u) << 1 | (w->tiles[r / rb] & 0xaaaau) >> 1);
+        for (i = r; i < r + rb && i < w->n_rows; i++) w->row[i].tiles = w->tiles[r / rb];
         all |= w->tiles[r / rb];
     }
     return (uint16_t)all;
@@ -3389,27 +3445,30 @@ static const float *attni_row_add(attni_work *w, int32_t i, int32_t head, int32_
 ATTNI_CALLED void attni_weights(attni_work *w, int32_t span) {
     const attn_logits *c = &w->d->logits;
     attni_soft a;
-    int32_t r, n = 0;
+    int32_t r, first = w->r0;
     a.k_scale = attni_is_scaled(w->k.dtype) ? w->rows[0].ks : NULL;
     a.v_scale = attni_is_scaled(w->v.dtype) ? w->rows[0].vs : NULL;
     a.scale = w->scale;
     a.softcap = c->softcap;
+    a.m = w->sm;
+    a.l = w->sl;
     for (r = w->r0; r < w->r1; r++) {
-        int32_t i = attni_row_token(w, r), k = r - w->r0, head = attni_row_head(w, r);
-        const attn_plan_seq *q = &w->p->seq[w->seq[i]];
-        int tree = c->alibi && w->d->mask.kind == ATTN_MASK_TREE && !q->is_chain &&
-                   (int64_t)(span + 1) * ATTN_SPAN > q->q_pos0;
-        attni_row *x = w->row + k;
-        x->s = w->s + k * ATTNI_LDS;
-        x->p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + k * ATTNI_LDS : NULL;
-        x->bits = attni_row_bits(w, r);
-        x->tiles = w->tiles[r / w->rb];
-        x->alibi = c->alibi && !tree ? c->alibi[head] : 0;
-        x->alibi_first = (float)((int64_t)span * ATTN_SPAN - w->pos[i]);
-        x->add = attni_row_add(w, i, head, span, tree);
+        attni_row *x = w->row + r;
+        x->s = w->s + (r - w->r0) * ATTNI_LDS;
+        x->p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + (r - w->r0) * ATTNI_LDS : NULL;
+        if (c->alibi || c->bias.data) {
+            const attn_plan_seq *q = &w->p->seq[w->seq[x->token]];
+            int tree = c->alibi && w->d->mask.kind == ATTN_MASK_TREE && !q->is_chain &&
+                       (int64_t)(span + 1) * ATTN_SPAN > q->q_pos0;
+            x->alibi = c->alibi && !tree ? c->alibi[x->head] : 0;
+            x->alibi_first = (float)((int64_t)span * ATTN_SPAN - w->pos[x->token]);
+            x->add = attni_row_add(w, x->token, x->head, span, tree);
+        }
         if (x->add || r + 1 == w->r1) { // there is one buffer for what is added
-            w->x.ma->soft(&a, w->row + n, k + 1 - n);
-            n = k + 1;
+            w->x.ma->soft(&a, w->row + first, r + 1 - first);
+            a.m += r + 1 - first;
+            a.l += r + 1 - first;
+            first = r + 1;
         }
     }
 }
@@ -3424,7 +3483,7 @@ static const void *attni_row_weights(const attni_work *w, int32_t r) {
 ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32_t tiles,
                                   float *out) {
     const void *row[ATTN_SPAN];
-    const uint64_t *b = attni_row_bits(w, r);
+    const uint64_t *b = w->row[r].bits;
     attni_run run[ATTNI_TILES];
     attni_pv_fn pv;
     const void *p = attni_row_weights(w, r);
@@ -3446,8 +3505,8 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
 
 static float *attni_partial(const attni_work *w, const attn_segment *g, const attn_task *t,
                             float *base, int32_t slot, int32_t r) {
-    int64_t token = t->first_token + attni_row_token(w, r), head = attni_row_head(w, r);
-    int64_t row = g->partial + ((int64_t)slot * g->n_tokens + token) * w->p->n_heads + head;
+    int64_t token = t->first_token + w->row[r].token;
+    int64_t row = g->partial + ((int64_t)slot * g->n_tokens + token) * w->p->n_heads + w->row[r].head;
     return base + row * (w->p->v_head_dim + 2);
 }
 
@@ -3476,16 +3535,13 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, 
             attni_find_rows(w, span, tiles, 0, &w->rows[0]); // it used the buffer of V
             attni_prepare_v(w, w->rows[0].v, tiles);
         }
-        for (i = 0; i < nr; i++) {
-            float *os = w->os + (int64_t)i * w->vdp;
-            float m = w->row[r - w->r0 + i].m, l = w->row[r - w->r0 + i].l;
-            if (g->n_slots > 1)
-                attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r + i), os,
-                                  m, l);
-            else
-                w->x.ma->fold(w->o + (int64_t)(r + i) * w->vdp, &w->m[r + i], &w->l[r + i], os, m,
-                              l, w->vdp);
-        }
+        if (g->n_slots <= 1)
+            w->x.ma->fold(w->o + (int64_t)r * w->vdp, w->m + r, w->l + r, w->os,
+                          w->sm + (r - w->r0), w->sl + (r - w->r0), nr, w->vdp);
+        for (i = 0; i < nr && g->n_slots > 1; i++)
+            attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r + i),
+                              w->os + (int64_t)i * w->vdp, w->sm[r - w->r0 + i],
+                              w->sl[r - w->r0 + i]);
     }
 }
 
@@ -3508,6 +3564,17 @@ ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32
     if (!attni_finite(l)) memcpy(&m, &nan, 4);
     else if (attni_finite(m)) m = (float)((double)m + attni_ln((double)l));
     d->lse[(int64_t)token * d->n_heads + head] = m;
+}
+
+// Tokens [t0, t1) of the next span to the second-level cache, while many rows are at work on this.
+ATTNI_CALLED void attni_fetch_next(const attni_work *w, int32_t t0, int32_t t1) {
+    const attni_rows *x = &w->rows[1];
+    int64_t k = 4 * (int64_t)w->k_units, v = w->v.dim * attni_bits_of(w->v.dtype) / 8, b;
+    if (!w->next || w->n_rows <= ATTNI_FEW) return;
+    for (; t0 < t1; t0++) {
+        for (b = 0; b < k; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->ahead[t0] + b);
+        for (b = 0; b < v; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->v[t0] + b);
+    }
 }
 
 ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float *partials) {
@@ -3538,9 +3605,11 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
             qk = attni_prepare_k(w, tiles, &units);
             for (w->r0 = 0; w->r0 < w->n_rows; w->r0 += block) {
                 w->r1 = attni_min32(w->n_rows, w->r0 + block);
+                if (w->q_rows < w->r1) attni_load_q(w);
                 attni_scores(w, qk, units, tiles);
                 attni_weights(w, span);
                 if (!pv) pv = attni_prepare_v(w, w->rows[0].v, tiles);
+                attni_fetch_next(w, ATTN_SPAN * w->r0 / w->n_rows, ATTN_SPAN * w->r1 / w->n_rows);
                 attni_sums(w, pv, t, span, tiles, partials);
             }
         } else if (g->n_slots > 1) {
@@ -3554,8 +3623,8 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
         if (g->n_slots == 1)
             attni_put_partial(w, attni_partial(w, g, t, partials, 0, i), o, w->m[i], w->l[i]);
         else
-            attni_write_row(w->d, &w->x, w->tok[attni_row_token(w, i)], attni_row_head(w, i), o,
-                            w->m[i], w->l[i]);
+            attni_write_row(w->d, &w->x, w->tok[w->row[i].token], w->row[i].head, o, w->m[i],
+                            w->l[i]);
     }
     return ATTN_OK;
 }
@@ -3574,6 +3643,7 @@ ATTN_DEF void attn_cpu_plan_params(const attn_desc *d, int32_t workers, attn_pla
     for (s = 0; s < d->n_seq; s++)
         spans = attni_max64(spans, (int64_t)d->kv.kv_len[s] / ATTN_SPAN + 3);
     rows = (int64_t)d->q_start[d->n_seq] * d->n_heads;
+    if (rows / 512 >= 8 * (int64_t)out->workers) out->row_tile = 512; // fewer conversions of K and V
     bytes = attni_v_dim(d) + 2;
     bytes = rows > cap / (4 * bytes * spans) ? cap : rows * spans * bytes * 4;
     out->partial_bytes = (size_t)bytes;
@@ -3618,8 +3688,8 @@ static attn_result attni_check_run(attni_work *w, int32_t first, int32_t count, 
     g = w->p->segment + t->segment;
     if ((r = attni_load_rows(w, t)) != ATTN_OK) return r;
     row = (int32_t)((pick >> 8) % (uint32_t)w->n_rows);
-    token = w->tok[attni_row_token(w, row)];
-    head = attni_row_head(w, row);
+    token = w->tok[w->row[row].token];
+    head = w->row[row].head;
     if (g->n_slots == 0) return attni_check_written(w->d, token, head);
     slot = (int32_t)(pick % (uint32_t)g->n_slots);
     return attni_check_partial(w->d, token, head, g->span0 + slot,
@@ -3665,12 +3735,16 @@ ATTNI_CALLED void attni_merge_rows(attni_work *w, const attn_merge *u, const flo
     const attn_plan *p = w->p;
     const attn_plan_seq *q = &p->seq[u->seq];
     int32_t t, h, c, i, slot, vd = p->v_head_dim;
-    float o[ATTN_MAX_HEAD_DIM + 16], x[ATTN_MAX_HEAD_DIM + 16], m, l;
+    float o[ATTN_MAX_HEAD_DIM + 16], x[ATTN_MAX_HEAD_DIM + 16], m[16], l[16], ms[16], ls[16];
     memset(x, 0, sizeof x);
+    memset(m, 0, sizeof m);
+    memcpy(l, m, sizeof l);
+    memcpy(ms, m, sizeof ms);
+    memcpy(ls, m, sizeof ls);
     for (t = u->first_token; t < u->first_token + u->n_tokens; t++)
         for (h = 0; h < p->n_heads; h++) {
-            m = attni_float(0xff800000u);
-            l = 0;
+            m[0] = attni_float(0xff800000u);
+            l[0] = 0;
             for (c = 0; c < q->n_chain; c++) { // left fold from the first token on
                 const attn_segment *g = &p->segment[p->chain[q->chain + c]];
                 int64_t before = 0;
@@ -3681,10 +3755,12 @@ ATTNI_CALLED void attni_merge_rows(attni_work *w, const attn_merge *u, const flo
                     const float *src = partials + row * (vd + 2);
                     if (attni_bits32(src[vd]) == 0xff800000u) continue;
                     memcpy(x, src, 4 * (size_t)vd);
-                    w->x.ma->fold(o, &m, &l, x, src[vd], src[vd + 1], w->vdp);
+                    ms[0] = src[vd];
+                    ls[0] = src[vd + 1];
+                    w->x.ma->fold(o, m, l, x, ms, ls, 1, w->vdp);
                 }
             }
-            attni_write_row(w->d, &w->x, q->q_begin + t, h, o, m, l);
+            attni_write_row(w->d, &w->x, q->q_begin + t, h, o, m[0], l[0]);
         }
 }
 
@@ -3791,6 +3867,7 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_INLINE
 #undef ATTNI_NAMES
 #undef ATTNI_PREFETCH
+#undef ATTNI_PREFETCH_L2
 #undef ATTNI_Q
 #undef ATTNI_SET
 #undef ATTNI_T2
