@@ -2956,9 +2956,14 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
 
 // Where the tokens of a span are. What is not held stands on a neighbour (K, where it is masked) or
 // on zeros (V).
+typedef struct attni_part { // tokens of one tile that stand in one page
+    int32_t t, n, page, place;
+} attni_part;
 typedef struct attni_rows {
-    int32_t span;
+    int32_t seq, head, span;   // seq -1: nothing
     uint32_t tiles;            // the 16-token tiles that are filled in
+    attni_part *part;          // (256)
+    int n_parts, has_scales;
     const uint8_t **k;         // (256) first units
     const void **v;            // (256 + AHEAD)
     float *ks, *vs;            // (256) scales
@@ -3002,7 +3007,8 @@ typedef struct attni_work {
     attni_row *row;            // (n_rows)
     float *os;                 // (32, vdp) weighted sums of a row block, and as much to spare
     attni_rows rows[2];        // this span and the next
-    int next;                  // rows[1] holds the next span
+    int next;                  // rows[1] holds what comes next
+    const attn_task *then;     // what this thread will probably run after this task, or NULL
     const uint32_t **kt;       // (16) K16 tiles
     uint32_t *kraw;            // (16, k_units, 16)
     float *kf;                 // (16, head_dim, 16) f32
@@ -3041,6 +3047,7 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
         ATTNI_CARVE(rows[i].k, const uint8_t **, ATTN_SPAN)
         ATTNI_CARVE(rows[i].v, const void **, ATTN_SPAN + ATTNI_AHEAD)
         ATTNI_CARVE(rows[i].ahead, const void **, ATTN_SPAN)
+        ATTNI_CARVE(rows[i].part, attni_part *, ATTN_SPAN)
         ATTNI_CARVE(rows[i].ks, float *, ATTN_SPAN)
         ATTNI_CARVE(rows[i].vs, float *, ATTN_SPAN)
     }
@@ -3132,7 +3139,6 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
     int32_t i = 0, place, skip = t->first_token;
     w->segment = t->segment;
     w->kv_head = t->kv_head;
-    w->next = 0;
     w->n_tokens = t->n_tokens;
     w->n_rows = t->n_tokens * w->group;
     w->rb = w->x.rb;
@@ -3205,21 +3211,38 @@ ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
     return (uint16_t)all;
 }
 
-ATTNI_INLINE void attni_token_scales(const attni_side *s, int64_t page, int32_t place,
-                                     int32_t head, int32_t n, float *out) {
-    const uint8_t *p = s->data + page * s->page_bytes + attni_scale_offset(s, place, head);
-    int32_t i;
-    if (s->head_scale)
-        for (i = 0; i < n; i++) out[i] = s->head_scale[head];
-    else if (s->scale_token == 4) memcpy(out, p, 4 * (size_t)n);
-    else
-        for (i = 0; i < n; i++) memcpy(out + i, p + i * s->scale_token, 4);
+ATTNI_INLINE const uint8_t *attni_scales_at(const attni_side *s, const attni_part *p,
+                                            int32_t head) {
+    return s->data + p->page * s->page_bytes + attni_scale_offset(s, p->place, head);
+}
+
+ATTNI_CALLED void attni_side_scales(const attni_side *s, const attni_rows *x, float *out) {
+    const float *fixed = s->head_scale ? s->head_scale + x->head : NULL;
+    int32_t i, t;
+    for (i = 0; i < x->n_parts; i++) {
+        const attni_part *p = x->part + i;
+        const uint8_t *at = attni_scales_at(s, p, x->head);
+        if (!fixed && s->scale_token == 4) memcpy(out + p->t, at, 4 * (size_t)p->n);
+        else
+            for (t = 0; t < p->n; t++)
+                memcpy(out + p->t + t, fixed ? (const uint8_t *)fixed : at + t * s->scale_token, 4);
+    }
+}
+
+ATTNI_CALLED void attni_fetch_scales(const attni_side *s, const attni_rows *x) {
+    int32_t i, t;
+    for (i = 0; i < x->n_parts && !s->head_scale; i++) {
+        const attni_part *p = x->part + i;
+        const uint8_t *at = attni_scales_at(s, p, x->head);
+        for (t = 0; t < p->n; t += s->scale_token < 64 ? 64 / (int32_t)s->scale_token : 1)
+            ATTNI_PREFETCH(at + t * s->scale_token);
+    }
 }
 
 // Fills in the rows of tiles of a span. Bad pages are errors, or zeros when one only looks ahead.
-ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t tiles, int looking,
-                                         attni_rows *x) {
-    const int32_t s = w->seq[0], pt = w->d->kv.page_tokens, head = w->kv_head;
+ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t s, int32_t head, int32_t span,
+                                         uint32_t tiles, int looking, attni_rows *x) {
+    const int32_t pt = w->d->kv.page_tokens;
     const attn_plan_seq *q = &w->p->seq[s];
     const int64_t j0 = (int64_t)span * ATTN_SPAN - q->kv_pos0;
     const int32_t lo = (int32_t)attni_max64(0, attni_min64(ATTN_SPAN, -j0)),
@@ -3227,8 +3250,11 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t t
     const int kscale = attni_is_scaled(w->k.dtype), vscale = attni_is_scaled(w->v.dtype);
     const int64_t k_step = w->k.k16 ? 4 : w->k.token_bytes;
     int i, t;
+    x->seq = s;
+    x->head = head;
     x->span = span;
     x->tiles = tiles;
+    x->n_parts = 0;
     for (i = 0; i < ATTNI_AHEAD; i++) x->v[ATTN_SPAN + i] = attni_zeros;
     for (i = 0; i < ATTNI_TILES; i++) {
         int32_t t0 = attni_max32(16 * i, lo), t1 = attni_min32(16 * i + 16, hi), end;
@@ -3261,8 +3287,13 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t t
             if (w->k.k16) look_step = 4 * w->k_units;
             if (w->k.k16 && t == 16 * i && place % 16 == 0)
                 x->kt[i] = (const uint32_t *)(const void *)k;
-            if (kscale) attni_token_scales(&w->k, page, place, head, end - t, x->ks + t);
-            if (vscale) attni_token_scales(&w->v, page, place, head, end - t, x->vs + t);
+            if (kscale || vscale) {
+                attni_part *part = x->part + x->n_parts++;
+                part->t = t;
+                part->n = end - t;
+                part->page = page;
+                part->place = place;
+            }
             for (; t < end; t++, k += k_step, v += w->v.token_bytes, look += look_step) {
                 x->k[t] = k;
                 x->v[t] = v;
@@ -3272,6 +3303,9 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t span, uint32_t t
         for (t = 16 * i; t < 16 * i + 16 && t0 < t1 && t1 - t0 < 16; t++)
             if (!x->k[t]) x->k[t] = x->k[t0];
     }
+    x->has_scales = !looking;
+    if (kscale) looking ? attni_fetch_scales(&w->k, x) : attni_side_scales(&w->k, x, x->ks);
+    if (vscale) looking ? attni_fetch_scales(&w->v, x) : attni_side_scales(&w->v, x, x->vs);
     return ATTN_OK;
 }
 
@@ -3320,26 +3354,48 @@ ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32
     return w->x.ma->pv[ATTN_F32];
 }
 
+// Finds the rows of what comes after this span: the segment's next, or the first of the task to
+// come, if its sequence is as the plan saw it.
+ATTNI_CALLED void attni_look_ahead(attni_work *w, int32_t span) {
+    const attn_plan *p = w->p;
+    int32_t s = w->seq[0], head = w->kv_head;
+    if (++span >= p->segment[w->segment].span1) {
+        const attn_segment *g;
+        if (!w->then) return;
+        g = &p->segment[w->then->segment];
+        s = p->order[g->seq0];
+        head = w->then->kv_head;
+        span = g->span0;
+        if (span >= g->span1 || w->d->kv.kv_len[s] != p->seq[s].kv_len ||
+            attni_kv_pos0(w->d, s) != p->seq[s].kv_pos0)
+            return;
+    }
+    attni_find_rows(w, s, head, span, 0xffffu, 1, &w->rows[1]);
+    w->next = 1;
+}
+
 // Rows and K tiles of a span. K is packed where it does not lie in tiles already; V of the same
 // tokens is asked for meanwhile.
 ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) {
     attni_rows *x = &w->rows[0];
     int look = w->v_dense && w->n_rows <= ATTNI_FEW;
     int i, t, turn;
-    if (w->next && w->rows[1].span == span) {
+    if (w->next && w->rows[1].span == span && w->rows[1].seq == w->seq[0] &&
+        w->rows[1].head == w->kv_head) {
         attni_rows swap = w->rows[0];
         w->rows[0] = w->rows[1];
         w->rows[1] = swap;
-    } else x->span = -1;
+    } else x->seq = -1;
     w->next = 0;
-    if (x->span != span || (tiles & ~x->tiles)) {
-        attn_result r = attni_find_rows(w, span, tiles, 0, x);
+    if (x->seq < 0 || (tiles & ~x->tiles)) {
+        attn_result r = attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, x);
         if (r != ATTN_OK) return r;
+    } else if (!x->has_scales) {
+        if (attni_is_scaled(w->k.dtype)) attni_side_scales(&w->k, x, x->ks);
+        if (attni_is_scaled(w->v.dtype)) attni_side_scales(&w->v, x, x->vs);
+        x->has_scales = 1;
     }
-    if (span + 1 < w->p->segment[w->segment].span1) {
-        attni_find_rows(w, span + 1, 0xffffu, 1, &w->rows[1]);
-        w->next = 1;
-    }
+    attni_look_ahead(w, span);
     for (turn = 0; turn < ATTNI_TILES; turn++) {
         uint32_t *raw;
         const uint8_t *ahead[16];
@@ -3532,7 +3588,7 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, 
         if (n && w->x.mv->special(w->os, (int64_t)nr * w->vdp)) {
             for (i = 0; i < nr; i++)
                 attni_row_again(w, span, r + i, w->tiles[r / w->rb], w->os + (int64_t)i * w->vdp);
-            attni_find_rows(w, span, tiles, 0, &w->rows[0]); // it used the buffer of V
+            attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, &w->rows[0]); // it used the buffer of V
             attni_prepare_v(w, w->rows[0].v, tiles);
         }
         if (g->n_slots <= 1)
@@ -3724,8 +3780,12 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
     attni_work_carve(&w, (uint8_t *)scratch, tile, tile * w.group);
     ATTNI_AMX_BEGIN(&w.x);
     if (d->numerics == ATTN_NUMERICS_PORTABLE) mode = attni_mode_enter();
-    for (i = first; i < first + count && r == ATTN_OK; i++)
+    for (i = first; i < first + count && r == ATTN_OK; i++) {
+        // workers that take tasks in turn: a guess, which only prefetches
+        int32_t then = i + (i + 1 < first + count ? 1 : attni_max32(1, p->params.workers));
+        w.then = then < p->n_tasks ? &p->task[then] : NULL;
         r = attni_run_task(&w, &p->task[i], (float *)partials);
+    }
     if (d->numerics == ATTN_NUMERICS_PORTABLE) attni_mode_leave(mode);
     ATTNI_AMX_END(&w.x);
     return r == ATTN_OK ? ATTNI_CHECK_RUN(&w, first, count, partials) : r;
