@@ -415,8 +415,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
 
 // Scores: c[r][j] is one multiply-add chain over d, lanes are the 16 tokens of tile j. Bits depend
 // on nothing else, so any register block gives the same. Each unit of K is P elements; S units a
-// turn. ahead[j]: what will be read next from memory, as much as tile j, asked for meanwhile when
-// rows are so few that memory is what one waits for.
+// turn. ahead[j]: what will be read next from memory, look bytes per unit, asked for meanwhile.
 #define ATTNI_QK(FEW, name, T, P, S, TALL, TALL_NC)                                                \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
         const float *q, int64_t ldq, const uint32_t *const *kt, const uint8_t *const *ahead,       \
@@ -437,9 +436,7 @@ static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), A
             ATTNI_UNROLL for (v = 0; v < S; v++) {                                                 \
                 ATTNI_UNROLL for (j = 0; j < nc; j++) raw[j] =                                     \
                     ATTNI_I(uload)(k[j] + 16 * (u + v));                                           \
-                if (nr <= 4 || T != ATTN_F32)                                                      \
-                    ATTNI_UNROLL for (j = 0; j < nc; j++)                                          \
-                        ATTNI_PREFETCH(next[j] + look * (u + v));                                  \
+                ATTNI_UNROLL for (j = 0; j < nc; j++) ATTNI_PREFETCH(next[j] + look * (u + v));    \
                 ATTNI_UNROLL for (i = 0; i < P; i++) {                                             \
                     ATTNI_UNROLL for (j = 0; j < nc; j++) b[j] = ATTNI_I(element)(T, raw[j], i);   \
                     ATTNI_UNROLL for (r = 0; r < nr; r++) {                                        \
@@ -486,16 +483,16 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
 
 // Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of
 // columns overlaps the one before (the same bits again); fewer than a block go one vector at a
-// time. ahead[t]: what is asked for meanwhile, from memory or, with many rows, from the next cache.
+// time. more: the chain goes on from o (vd is a multiple of 64 then). ahead[t]: what is asked for meanwhile, from memory or, with many rows, from the next cache.
 #define ATTNI_PV(FEW, name, T, BITS, TALL, TALL_NC)                                                \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
         const float *p, const void *const *row, const void *const *ahead, const attni_run *run,    \
-        int n, int e, float *o, int64_t ldo, const int nr, const int nc) {                         \
+        int n, int e, int more, float *o, int64_t ldo, const int nr, const int nc) {               \
         V c[TALL][ATTNI_NC], b[ATTNI_NC], a;                                                       \
         int r, j, i;                                                                               \
         int64_t at = (int64_t)e * (BITS) / 8;                                                      \
         ATTNI_UNROLL for (r = 0; r < nr; r++) ATTNI_UNROLL for (j = 0; j < nc; j++) c[r][j] =      \
-            ATTNI_I(set1)(0);                                                                      \
+            more ? ATTNI_I(load)(o + r * ldo + e + 16 * j) : ATTNI_I(set1)(0);                     \
         for (i = 0; i < n; i++) {                                                                  \
             const void *const *rows = row + run[i].t0, *const *end = row + run[i].t1;              \
             const void *const *next = ahead + run[i].t0;                                           \
@@ -520,11 +517,11 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
     }                                                                                              \
     ATTNI_##FEW##SHAPES(ATTNI_K, name##_block,                                                     \
                  (const float *p, const void *const *row, const void *const *ahead,                \
-                  const attni_run *run, int n, int e, float *o, int64_t ldo),                      \
-                 (p, row, ahead, run, n, e, o, ldo, ), TALL, TALL_NC)                              \
+                  const attni_run *run, int n, int e, int more, float *o, int64_t ldo),            \
+                 (p, row, ahead, run, n, e, more, o, ldo, ), TALL, TALL_NC)                        \
     ATTNI_TGT static void ATTNI_K(name)(const void *pv, int nr, const void *const *row,            \
                                         const void *const *ahead, const attni_run *run, int n,     \
-                                        int vd, float *o, int64_t ldo) {                           \
+                                        int more, int vd, float *o, int64_t ldo) {                 \
         const float *p = (const float *)pv;                                                        \
         const int wide = nr > ATTNI_FEW ? 16 * TALL_NC : vd;                                       \
         int r, e, e0, i, step, nc;                                                                 \
@@ -538,15 +535,16 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
                 if (vd >= nc) {                                                                    \
                     if (e0 % nc) continue; /* was done with the columns before */                  \
                     ATTNI_##FEW##ROWS(ATTNI_K, name##_block,                                       \
-                                      (pr, row, ahead, run, n, e <= vd - nc ? e : vd - nc, or_,    \
-                                       ldo),                                                       \
+                                      (pr, row, ahead, run, n, e <= vd - nc ? e : vd - nc, more,   \
+                                       or_, ldo),                                                  \
                                       step, TALL_NC, e,                                            \
                                       attni_min32(e0 + (nc > wide ? nc : wide), vd), 16)           \
                 } else if (T == ATTN_F32)                                                          \
                     for (; e < vd; e += 16)                                                        \
                         for (i = 0; i < attni_min32(step, nr - r); i++)                            \
                             ATTNI_K(name##_block)                                                  \
-                            (pr + i * ATTNI_LDS, row, ahead, run, n, e, or_ + i * ldo, ldo, 1, 1); \
+                            (pr + i * ATTNI_LDS, row, ahead, run, n, e, more, or_ + i * ldo, ldo,  \
+                             1, 1);                                                                \
             }                                                                                      \
     }
 
@@ -953,12 +951,12 @@ ATTNI_SHAPES(ATTNI_I, pv_bdot_block,
              (p, v, run, n, vd, e, o, ldo, ), ATTNI_NR, ATTNI_NC)
 ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const *row,
                                        const void *const *ahead, const attni_run *run, int n,
-                                       int vd, float *o, int64_t ldo) {
+                                       int more, int vd, float *o, int64_t ldo) {
     const uint16_t *p = (const uint16_t *)pv;
     const uint32_t *v = (const uint32_t *)row[0];
     const int nc = 16 * ATTNI_NC;
     int r, e, i, step;
-    (void)ahead; // the panel is in the cache
+    (void)ahead, (void)more; // the panel is in the cache, and whole
     for (r = 0; r < nr; r += step) {
         const uint16_t *pr = p + r * ATTNI_LDS;
         float *or_ = o + r * ldo;
@@ -1062,9 +1060,10 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #endif
 
 // FEW: rows few enough that a kernel reads K and V in their own dtype; more share one conversion.
+// ONE: rows that are worked on in one block.
 // LDS: from a row of scores to the next, off the powers of two that share lines of a cache.
 enum {
-    ATTNI_TILE = 16, ATTNI_TILES = ATTN_SPAN / 16, ATTNI_RB_MAX = 32, ATTNI_FEW = 8,
+    ATTNI_TILE = 16, ATTNI_TILES = ATTN_SPAN / 16, ATTNI_RB_MAX = 32, ATTNI_FEW = 8, ATTNI_ONE = 48,
     ATTNI_LDS = ATTN_SPAN + 32, ATTNI_AHEAD = 12
 };
 
@@ -1094,12 +1093,13 @@ typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
 typedef void (*attni_qk_fn)(const void *q, int64_t ldq, int nr, const uint32_t *const *kt,
                             const uint8_t *const *ahead, int step, const uint8_t *col, int nt,
                             int units, float *s);
-// Weighted sums of nr rows over n runs of tokens: o[r * ldo + e], e < vd (multiple of 16).
+// Weighted sums of nr rows over n runs of tokens: o[r * ldo + e], e < vd (multiple of 16); more:
+// added to what is there (vd a multiple of 64, not for the bf16 dot).
 // row[t]: values of token t, f32 / f16 / bf16; for the bf16 dot row[0] is a panel of token pairs
 // [128][vd] and p holds bf16.
 typedef void (*attni_pv_fn)(const void *p, int nr, const void *const *row,
-                            const void *const *ahead, const attni_run *run, int n, int vd, float *o,
-                            int64_t ldo);
+                            const void *const *ahead, const attni_run *run, int n, int more, int vd,
+                            float *o, int64_t ldo);
 
 // Kernels of one ISA that do no rounding arithmetic, so that numerics do not matter.
 typedef struct attni_moves {
@@ -1914,14 +1914,14 @@ ATTNI_TA static void attni_qk_amx(const void *qv, int64_t ldq, int nr, const uin
 // Runs are widened to whole 32-token steps: weights there are zero, and so must V be. Columns past
 // vd are those of the last tile again.
 ATTNI_TA static void attni_pv_amx(const void *pv, int nr, const void *const *row,
-                                  const void *const *ahead, const attni_run *run, int n, int vd,
-                                  float *o, int64_t ldo) {
+                                  const void *const *ahead, const attni_run *run, int n, int more,
+                                  int vd, float *o, int64_t ldo) {
     const uint16_t *p = (const uint16_t *)pv;
     const uint32_t *v = (const uint32_t *)row[0];
     const size_t lda = ATTNI_LDS * 2, ldb = (size_t)vd * 4, ldc = (size_t)ldo * 4;
     const int wide = nr > 16 ? 2 : 4;
     int e, i, t, k, at[4];
-    (void)ahead;
+    (void)ahead, (void)more;
     ATTNI_TILE_FENCE;
     for (e = 0; e < vd; e += 16 * wide) {
         int done = -1;
@@ -2992,6 +2992,7 @@ typedef struct attni_work {
     // the task
     int32_t segment, kv_head, n_tokens, n_rows; // rows: heads of the group x tokens
     int32_t rb;                // rows a kernel takes together
+    int32_t keep;              // tiles of K and V that are kept converted: all of a span, or 4
     int32_t r0, r1;            // the rows at work, whose scores stay in the first-level cache
     int32_t q_rows;            // so many rows of q are there
     int32_t *tok, *seq;        // (n_tokens) global query token, sequence
@@ -3005,7 +3006,7 @@ typedef struct attni_work {
     uint16_t *p16;             // the same for bf16 weights
     float *sm, *sl;            // (64) maximum and sum of the span
     attni_row *row;            // (n_rows)
-    float *os;                 // (32, vdp) weighted sums of a row block, and as much to spare
+    float *os;                 // (64, vdp) weighted sums of rows r0 .. r1; 8 to spare
     attni_rows rows[2];        // this span and the next
     int next;                  // rows[1] holds what comes next
     const attn_task *then;     // what this thread will probably run after this task, or NULL
@@ -3042,7 +3043,7 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
     ATTNI_CARVE(sm, float *, 2 * ATTNI_RB_MAX)
     ATTNI_CARVE(sl, float *, 2 * ATTNI_RB_MAX)
     ATTNI_CARVE(row, attni_row *, r)
-    ATTNI_CARVE(os, float *, 2 * ATTNI_RB_MAX * vdp)
+    ATTNI_CARVE(os, float *, (2 * ATTNI_RB_MAX + 8) * vdp)
     for (i = 0; i < 2; i++) {
         ATTNI_CARVE(rows[i].k, const uint8_t **, ATTN_SPAN)
         ATTNI_CARVE(rows[i].v, const void **, ATTN_SPAN + ATTNI_AHEAD)
@@ -3142,6 +3143,9 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
     w->n_tokens = t->n_tokens;
     w->n_rows = t->n_tokens * w->group;
     w->rb = w->x.rb;
+    // Many rows in one block: what is converted for them is used at once, from the first-level cache.
+    w->keep = w->n_rows > ATTNI_FEW && w->n_rows <= ATTNI_ONE && w->x.qk_kind == ATTNI_F32 &&
+                      w->x.pv_kind == ATTNI_F32 && w->vdp % 64 == 0 ? 4 : ATTNI_TILES;
     for (place = g->seq0; place < g->seq0 + g->n_seq && i < w->n_tokens; place++) {
         int32_t s = p->order[place], j;
         const attn_plan_seq *q = &p->seq[s];
@@ -3322,10 +3326,11 @@ ATTNI_CALLED int attni_runs_of(uint32_t tiles, attni_run run[ATTNI_TILES]) {
     return n;
 }
 
-// What a pass over one operand asks for meanwhile: from memory the span after this; when many rows
-// share it, V itself a little ahead, which comes from the second-level cache.
-ATTNI_INLINE const void *const *attni_ahead(const attni_work *w, int nr) {
-    return nr > ATTNI_FEW ? w->rows[0].v + ATTNI_AHEAD : w->next ? w->rows[1].ahead : w->rows[0].v;
+// What a pass over V asks for meanwhile: from memory what comes next; when V is kept for many
+// blocks of rows, V itself a little ahead, which comes from the second-level cache.
+ATTNI_INLINE const void *const *attni_ahead(const attni_work *w) {
+    return w->n_rows > ATTNI_ONE ? w->rows[0].v + ATTNI_AHEAD
+                                 : w->next ? w->rows[1].ahead : w->rows[0].v;
 }
 
 // Makes rows of V what the kernel reads: f32 rows for the types without a kernel of their own or
@@ -3333,7 +3338,7 @@ ATTNI_INLINE const void *const *attni_ahead(const attni_work *w, int nr) {
 ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
     attn_dtype t = w->v.dtype;
     attni_run run[ATTNI_TILES];
-    const void *const *ahead = attni_ahead(w, 1);
+    const void *const *ahead = w->next ? w->rows[1].ahead : w->rows[0].v;
     int n = attni_runs_of(tiles, run), i, j, b, vd = w->p->v_head_dim;
     int look = w->next ? 4 * w->k_units : 0;
     if (w->x.pv_kind == ATTNI_BDOT) {
@@ -3346,8 +3351,9 @@ ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32
         return w->x.ma->pv[t];
     for (i = 0; i < n; i++)
         for (j = run[i].t0; j < run[i].t1; j++) {
-            float *out = w->vf + (int64_t)j * w->vdp;
-            for (b = 0; b < look; b += 64) ATTNI_PREFETCH((const uint8_t *)ahead[j] + b);
+            float *out = w->vf + (int64_t)(j % (16 * w->keep)) * w->vdp;
+            if (w->keep == ATTNI_TILES)
+                for (b = 0; b < look; b += 64) ATTNI_PREFETCH((const uint8_t *)ahead[j] + b);
             w->x.mv->widen(row[j] == (const void *)attni_zeros ? ATTN_F32 : t, row[j], vd, out);
             row[j] = out;
         }
@@ -3374,12 +3380,9 @@ ATTNI_CALLED void attni_look_ahead(attni_work *w, int32_t span) {
     w->next = 1;
 }
 
-// Rows and K tiles of a span. K is packed where it does not lie in tiles already; V of the same
-// tokens is asked for meanwhile.
+// Rows of a span.
 ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) {
     attni_rows *x = &w->rows[0];
-    int look = w->v_dense && w->n_rows <= ATTNI_FEW;
-    int i, t, turn;
     if (w->next && w->rows[1].span == span && w->rows[1].seq == w->seq[0] &&
         w->rows[1].head == w->kv_head) {
         attni_rows swap = w->rows[0];
@@ -3396,68 +3399,80 @@ ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t t
         x->has_scales = 1;
     }
     attni_look_ahead(w, span);
-    for (turn = 0; turn < ATTNI_TILES; turn++) {
-        uint32_t *raw;
-        const uint8_t *ahead[16];
-        i = attni_tile_turn(turn);
-        raw = w->kraw + (int64_t)i * 16 * w->k_units;
-        w->kt[i] = x->kt[i];
-        if (!((tiles >> i) & 1u) || w->kt[i]) continue;
-        if (!x->k[16 * i]) memset(raw, 0, 64 * (size_t)w->k_units); // nothing held
-        else {
-            for (t = 0; t < 16; t++) { // half of the V rows when the scores ask for the other half
-                int row = look ? 2 * (turn % 4) + t / 4 % 2 : 4 * (turn % 4) + t / 4;
-                ahead[t] = (const uint8_t *)x->v[16 * (turn / 4 + 4 * (t % 4)) + row];
-            }
-            w->x.mv->pack(x->k + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw, ahead);
-        }
-        w->kt[i] = raw;
-    }
     return ATTN_OK;
 }
 
 // ---- scores, weights, sums
 
-// K tiles as the kernel reads them: f32 ones for the types without a kernel of their own or when
-// many rows share the work. Returns the kernel.
+// K tiles as the kernel reads them: packed where they do not lie so already (V of the same tokens
+// is asked for meanwhile); f32 for the types without a kernel of their own or when many rows share
+// the work. Returns the kernel.
 ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *units) {
-    attn_dtype t = w->k.dtype;
-    int i;
-    *units = w->k_units;
-    if (w->x.qk_kind != ATTNI_F32) return w->x.qk;
-    if (t == ATTN_F32 || (w->n_rows <= ATTNI_FEW && w->x.ma->qk[t])) return w->x.ma->qk[t];
-    for (i = 0; i < ATTNI_TILES; i++) {
-        float *out = w->kf + (int64_t)i * 16 * w->d->head_dim;
+    const attni_rows *x = &w->rows[0];
+    const attn_dtype type = w->k.dtype;
+    const attni_qk_fn direct =
+        type == ATTN_F32 || w->n_rows <= ATTNI_FEW ? w->x.ma->qk[type] : NULL;
+    const int widen = w->x.qk_kind == ATTNI_F32 && !direct;
+    // half of the V rows when the scores ask for the other half
+    const int half = w->v_dense && w->n_rows <= ATTNI_ONE;
+    int i, t, turn;
+    for (turn = 0; turn < ATTNI_TILES; turn++) {
+        const uint8_t *ahead[16];
+        int64_t slot;
+        uint32_t *raw;
+        i = w->keep == ATTNI_TILES ? attni_tile_turn(turn) : turn;
+        slot = 16 * (i % w->keep);
+        raw = w->kraw + slot * w->k_units;
         if (!((tiles >> i) & 1u)) continue;
-        w->x.mv->widen_tile(t, w->kt[i], w->k_units, out);
-        w->kt[i] = (const uint32_t *)(const void *)out;
+        w->kt[i] = x->kt[i];
+        if (!w->kt[i]) {
+            if (!x->k[16 * i]) memset(raw, 0, 64 * (size_t)w->k_units); // nothing held
+            else {
+                for (t = 0; t < 16; t++) {
+                    int row = half ? 2 * (turn % 4) + t / 4 % 2 : 4 * (turn % 4) + t / 4;
+                    ahead[t] = (const uint8_t *)x->v[16 * (turn / 4 + 4 * (t % 4)) + row];
+                }
+                w->x.mv->pack(x->k + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw, ahead);
+            }
+            w->kt[i] = raw;
+        }
+        if (widen) {
+            float *out = w->kf + slot * w->d->head_dim;
+            w->x.mv->widen_tile(type, w->kt[i], w->k_units, out);
+            w->kt[i] = (const uint32_t *)(const void *)out;
+        }
     }
-    *units = w->d->head_dim;
-    return w->x.ma->qk[ATTN_F32];
+    *units = widen ? w->d->head_dim : w->k_units;
+    return w->x.qk_kind != ATTNI_F32 ? w->x.qk : widen ? w->x.ma->qk[ATTN_F32] : direct;
 }
 
+// Scores of rows r0 .. r1, 64 tokens at a time when there are many: their K stays in the
+// first-level cache. qk NULL: K is prepared here.
 ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_t tiles) {
     const attni_rows *x = &w->rows[0];
-    const int few = w->n_rows <= ATTNI_FEW;
-    const int look = !w->v_dense ? 0 : w->k.k16 ? 64 : 32; // bytes of V per unit of K
+    const int few = w->n_rows <= ATTNI_FEW, here = !qk, n_panel = few ? ATTNI_TILES : 4;
+    const int whole = w->k.k16; // packing has not asked for half of V
     int64_t q_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
-    int panel, i, r, turn;
-    // 64 tokens at a time when there are many rows: their K stays in the first-level cache
-    for (panel = 0; panel < ATTNI_TILES; panel += few ? ATTNI_TILES : 4) {
+    int panel, i, r, turn, look;
+    for (panel = 0; panel < ATTNI_TILES; panel += n_panel) {
         uint32_t in = tiles & ((few ? 0xffffu : 15u) << panel);
         if (!in) continue;
+        if (here) qk = attni_prepare_k(w, in, &units);
+        // V of the same tokens, as much per unit of K as it takes
+        look = w->n_rows > ATTNI_ONE || !w->v_dense
+                   ? 0 : (int)((whole ? 16 : 8) * w->v.token_bytes / units);
         for (r = w->r0; r < w->r1; r += w->rb) {
             const uint32_t *kt[ATTNI_TILES + 3];
             const uint8_t *ahead[ATTNI_TILES + 3];
             uint8_t col[ATTNI_TILES + 3];
             uint32_t mine = in & w->tiles[r / w->rb];
             int n = 0;
-            for (turn = 0; turn < (few ? ATTNI_TILES : 4); turn++) {
+            for (turn = 0; turn < n_panel; turn++) {
                 i = few ? attni_tile_turn(turn) : panel + turn;
                 if (!((mine >> i) & 1u)) continue;
-                // V of the same tokens is asked for, as far as packing has not done so
-                ahead[n] = (const uint8_t *)x->v[16 * i + (w->k.k16 ? 0 : 8)];
                 kt[n] = w->kt[i];
+                ahead[n] = look ? (const uint8_t *)x->v[16 * i + (whole ? 0 : 8)]
+                                : (const uint8_t *)kt[n];
                 col[n++] = (uint8_t)i;
             }
             for (i = n; n && i < n + 3; i++)
@@ -3544,6 +3559,7 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
     attni_pv_fn pv;
     const void *p = attni_row_weights(w, r);
     int t, n = attni_runs_of(tiles, run);
+    w->keep = ATTNI_TILES; // all at once here
     for (t = 0; t < ATTN_SPAN; t++) {
         row[t] = attni_zeros;
         if ((b[t / 64] >> (t % 64)) & 1u) {
@@ -3555,8 +3571,8 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
         }
     }
     pv = attni_prepare_v(w, row, tiles);
-    pv(p, 1, row, attni_ahead(w, 1), run, n, w->vdp, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, w->vdp);
-    memcpy(out, w->os + (int64_t)ATTNI_RB_MAX * w->vdp, 4 * (size_t)w->vdp);
+    pv(p, 1, row, row, run, n, 0, w->vdp, w->os + 2 * ATTNI_RB_MAX * (int64_t)w->vdp, w->vdp);
+    memcpy(out, w->os + 2 * ATTNI_RB_MAX * (int64_t)w->vdp, 4 * (size_t)w->vdp);
 }
 
 static float *attni_partial(const attni_work *w, const attn_segment *g, const attn_task *t,
@@ -3573,32 +3589,42 @@ static void attni_put_partial(const attni_work *w, float *dst, const float *o, f
 }
 
 // Folds the weighted sums of rows r0 .. r1 into their O, or stores them as partials of the span.
+// pv NULL: V is prepared here.
 ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, int32_t span,
                              uint32_t tiles, float *partials) {
     const attn_segment *g = &w->p->segment[t->segment];
-    int n, i;
-    int32_t r;
+    const int64_t vdp = w->vdp;
+    const int keep = w->keep, here = !pv;
     attni_run run[ATTNI_TILES];
+    int n, panel;
+    int32_t r, i;
+    for (panel = 0; panel < ATTNI_TILES; panel += keep) {
+        uint32_t before = (1u << panel) - 1, in = tiles & (((1u << keep) - 1) << panel);
+        if (!in) continue;
+        if (here) pv = attni_prepare_v(w, w->rows[0].v, in);
+        for (r = w->r0; r < w->r1; r += w->rb) {
+            n = attni_runs_of(in & w->tiles[r / w->rb], run);
+            if (n)
+                pv(attni_row_weights(w, r), attni_min32(w->rb, w->r1 - r), w->rows[0].v,
+                   attni_ahead(w), run, n, (before & w->tiles[r / w->rb]) != 0, w->vdp,
+                   w->os + (r - w->r0) * vdp, vdp);
+        }
+    }
     for (r = w->r0; r < w->r1; r += w->rb) {
         int nr = attni_min32(w->rb, w->r1 - r);
-        n = attni_runs_of(w->tiles[r / w->rb], run);
-        if (n)
-            pv(attni_row_weights(w, r), nr, w->rows[0].v, attni_ahead(w, nr), run, n, w->vdp, w->os,
-               w->vdp);
-        if (n && w->x.mv->special(w->os, (int64_t)nr * w->vdp)) {
-            for (i = 0; i < nr; i++)
-                attni_row_again(w, span, r + i, w->tiles[r / w->rb], w->os + (int64_t)i * w->vdp);
-            attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, &w->rows[0]); // it used the buffer of V
-            attni_prepare_v(w, w->rows[0].v, tiles);
-        }
-        if (g->n_slots <= 1)
-            w->x.ma->fold(w->o + (int64_t)r * w->vdp, w->m + r, w->l + r, w->os,
-                          w->sm + (r - w->r0), w->sl + (r - w->r0), nr, w->vdp);
-        for (i = 0; i < nr && g->n_slots > 1; i++)
-            attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r + i),
-                              w->os + (int64_t)i * w->vdp, w->sm[r - w->r0 + i],
-                              w->sl[r - w->r0 + i]);
+        float *os = w->os + (r - w->r0) * vdp;
+        if (!w->tiles[r / w->rb] || !w->x.mv->special(os, nr * vdp)) continue;
+        for (i = 0; i < nr; i++) attni_row_again(w, span, r + i, w->tiles[r / w->rb], os + i * vdp);
+        attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, &w->rows[0]); // it used V's buffer
+        if (!here) attni_prepare_v(w, w->rows[0].v, tiles);
+        w->keep = keep;
     }
+    if (g->n_slots <= 1)
+        w->x.ma->fold(w->o + w->r0 * vdp, w->m + w->r0, w->l + w->r0, w->os, w->sm, w->sl,
+                      w->r1 - w->r0, w->vdp);
+    for (r = w->r0; r < w->r1 && g->n_slots > 1; r++)
+        attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r),
+                          w->os + (r - w->r0) * vdp, w->sm[r - w->r0], w->sl[r - w->r0]);
 }
 
 // ---- results
@@ -3626,7 +3652,7 @@ ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32
 ATTNI_CALLED void attni_fetch_next(const attni_work *w, int32_t t0, int32_t t1) {
     const attni_rows *x = &w->rows[1];
     int64_t k = 4 * (int64_t)w->k_units, v = w->v.dim * attni_bits_of(w->v.dtype) / 8, b;
-    if (!w->next || w->n_rows <= ATTNI_FEW) return;
+    if (!w->next) return;
     for (; t0 < t1; t0++) {
         for (b = 0; b < k; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->ahead[t0] + b);
         for (b = 0; b < v; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->v[t0] + b);
@@ -3653,19 +3679,20 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
             !(m->window_left && b0 + ATTN_SPAN <= p0 - (m->window_left - 1) && b0 >= m->n_sink))
             tiles = attni_span_masks(w, span);
         if (tiles) {
-            int units, block = w->rb;
-            attni_qk_fn qk;
+            int units = 0, block = w->n_rows <= ATTNI_ONE ? w->n_rows : w->rb;
+            attni_qk_fn qk = NULL;
             attni_pv_fn pv = NULL;
-            if (w->n_rows <= 48) block = w->n_rows;
             if ((r = attni_load_span(w, span, tiles)) != ATTN_OK) return r;
-            qk = attni_prepare_k(w, tiles, &units);
+            if (block < w->n_rows) qk = attni_prepare_k(w, tiles, &units);
             for (w->r0 = 0; w->r0 < w->n_rows; w->r0 += block) {
                 w->r1 = attni_min32(w->n_rows, w->r0 + block);
                 if (w->q_rows < w->r1) attni_load_q(w);
                 attni_scores(w, qk, units, tiles);
                 attni_weights(w, span);
-                if (!pv) pv = attni_prepare_v(w, w->rows[0].v, tiles);
-                attni_fetch_next(w, ATTN_SPAN * w->r0 / w->n_rows, ATTN_SPAN * w->r1 / w->n_rows);
+                if (!pv && block < w->n_rows) pv = attni_prepare_v(w, w->rows[0].v, tiles);
+                if (block < w->n_rows)
+                    attni_fetch_next(w, ATTN_SPAN * w->r0 / w->n_rows,
+                                     ATTN_SPAN * w->r1 / w->n_rows);
                 attni_sums(w, pv, t, span, tiles, partials);
             }
         } else if (g->n_slots > 1) {
