@@ -130,15 +130,16 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 // ATTNI_I(f): vocabulary function f of this pass's ISA. ATTNI_K(f): the kernel's own name.
 // ATTNI_NR x ATTNI_NT: register block, rows x (16-lane vectors); up to 4 rows: x ATTNI_NC.
 // ATTNI_DIRECT: has kernels for few rows that read f16, bf16 and int8 (2: every dtype) without
-// converting it first, in blocks of ATTNI_WR x ATTNI_WC. ATTNI_OWN: brings its own loads of f16 and int8 (2: of every dtype).
+// converting it first, in blocks of ATTNI_WR x ATTNI_WC. ATTNI_OWN: brings its own loads of f16 and
+// int8 (2: of every dtype).
 
 #define V ATTNI_I(V)
 #define U ATTNI_I(U)
 
-// Register blocks of tall, 4 or 1 rows. Buffers have spare rows behind the last, so that a block
-// may be taller than what is left.
+// Register blocks of tall (1, 4, 6, 8 or 12), 4 or 1 rows. Buffers have spare rows behind the last,
+// so that a block may be taller than what is left.
 #define ATTNI_STEP(left, tall)                                                                     \
-    ((tall) == 1 || (left) >= ((tall) > 8 ? (tall)-3 : 5) ? (tall) : (left) >= 2 ? 4 : 1)
+    ((tall) == 1 || (left) >= ((tall) > 8 ? 9 : 5) ? (tall) : (left) >= 2 ? 4 : 1)
 #define ATTNI_ARGS(...) __VA_ARGS__
 #define ATTNI_CALL(f, args, nr, nc) ATTNI_CALL2(f, ATTNI_ARGS args nr, nc)
 #define ATTNI_CALL2(f, ...) f(__VA_ARGS__)
@@ -483,7 +484,8 @@ ATTNI_QK(FEW_, qk_i4, ATTN_I4, 8, 1, ATTNI_WR, ATTNI_WC)
 
 // Weighted sums: o[r][e] is one chain over the tokens of the span, lanes are d. The last block of
 // columns overlaps the one before (the same bits again); fewer than a block go one vector at a
-// time. more: the chain goes on from o (vd is a multiple of 64 then). ahead[t]: what is asked for meanwhile, from memory or, with many rows, from the next cache.
+// time. more: the chain goes on from o (vd is a multiple of 64 then). ahead[t]: what is asked for
+// meanwhile, from memory or, when V is kept for many rows, from the second-level cache.
 #define ATTNI_PV(FEW, name, T, BITS, TALL, TALL_NC)                                                \
     ATTNI_INLINE ATTNI_TGT void ATTNI_K(name##_block)(                                             \
         const float *p, const void *const *row, const void *const *ahead, const attni_run *run,    \
@@ -663,7 +665,8 @@ ATTNI_TGT static void ATTNI_K(soft_plain)(const attni_soft *a, const attni_row *
     int i;
     for (i = 0; i < n; i++) {
         const uint64_t *bits = row[i].bits;
-        max = ATTNI_ALL_SEEN ? ATTNI_K(plain_max)(a, row + i, 1) : ATTNI_K(plain_max)(a, row + i, 0);
+        max = ATTNI_ALL_SEEN ? ATTNI_K(plain_max)(a, row + i, 1)
+                             : ATTNI_K(plain_max)(a, row + i, 0);
         // nothing but -inf and NaN: weights 0 and NaN
         m[i] = attni_bits32(max) == 0xff800000u ? 0 : max;
     }
@@ -3109,29 +3112,32 @@ ATTNI_CALLED void attni_load_q(attni_work *w) {
     const attn_desc *d = w->d;
     int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
     int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
-    int64_t bytes = attni_bits_of(d->q.dtype) / 8;
-    int32_t r, b, n = d->head_dim, pad = (n + 31) & ~31;
+    const int64_t bytes = attni_bits_of(d->q.dtype) / 8;
+    const int32_t n = d->head_dim, pad = (n + 31) & ~31;
     float f[ATTN_MAX_HEAD_DIM + 16];
+    int64_t row_bytes;
+    int32_t r, b;
     w->ldq = w->x.qk_kind == ATTNI_BDOT ? pad / 2 : w->x.qk_kind == ATTNI_IDOT ? pad + 8 : n;
+    row_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
     for (r = w->r0; r < w->r1; r++) {
         const attni_row *x = w->row + r,
                         *next = w->row + attni_min32(r + (w->r1 - w->r0), w->n_rows - 1);
-        const uint8_t *src = (const uint8_t *)d->q.data + (w->tok[x->token] * st + x->head * sh) * bytes;
-        const uint8_t *ahead =
-            (const uint8_t *)d->q.data + (w->tok[next->token] * st + next->head * sh) * bytes;
+        const uint8_t *q = (const uint8_t *)d->q.data;
+        const uint8_t *src = q + (w->tok[x->token] * st + x->head * sh) * bytes;
+        const uint8_t *ahead = q + (w->tok[next->token] * st + next->head * sh) * bytes;
+        uint8_t *out = (uint8_t *)w->q + r * row_bytes;
         for (b = 0; b < n * bytes; b += 64) ATTNI_PREFETCH(ahead + b);
         if (w->x.qk_kind == ATTNI_BDOT) {
-            memset((uint32_t *)w->q + r * w->ldq, 0, 4 * (size_t)w->ldq);
-            memcpy((uint32_t *)w->q + r * w->ldq, src, 2 * (size_t)n);
+            memset(out, 0, (size_t)row_bytes);
+            memcpy(out, src, 2 * (size_t)n);
         } else if (w->x.qk_kind == ATTNI_IDOT) {
             w->x.mv->widen(d->q.dtype, src, n, f);
-            w->x.mv->codes(f, n, (uint8_t *)w->q + r * w->ldq);
-        } else w->x.mv->widen(d->q.dtype, src, n, (float *)w->q + r * w->ldq); // its end is spoiled
+            w->x.mv->codes(f, n, out);
+        } else w->x.mv->widen(d->q.dtype, src, n, (float *)(void *)out); // up to 8 zeros more
     }
     w->q_rows = w->r1;
-    // kernels may take whole blocks of 32 rows
-    if (w->r1 == w->n_rows) memset((uint8_t *)w->q + w->n_rows * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4), 0,
-           (size_t)(ATTNI_RB_MAX * w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4)));
+    if (w->r1 == w->n_rows) // kernels may take whole blocks of rows
+        memset((uint8_t *)w->q + w->n_rows * row_bytes, 0, (size_t)(ATTNI_RB_MAX * row_bytes));
 }
 
 ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
@@ -3143,7 +3149,7 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
     w->n_tokens = t->n_tokens;
     w->n_rows = t->n_tokens * w->group;
     w->rb = w->x.rb;
-    // Many rows in one block: what is converted for them is used at once, from the first-level cache.
+    // many rows in one block: what is converted for them is used at once, from the nearest cache
     w->keep = w->n_rows > ATTNI_FEW && w->n_rows <= ATTNI_ONE && w->x.qk_kind == ATTNI_F32 &&
                       w->x.pv_kind == ATTNI_F32 && w->vdp % 64 == 0 ? 4 : ATTNI_TILES;
     for (place = g->seq0; place < g->seq0 + g->n_seq && i < w->n_tokens; place++) {
@@ -3578,8 +3584,8 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
 static float *attni_partial(const attni_work *w, const attn_segment *g, const attn_task *t,
                             float *base, int32_t slot, int32_t r) {
     int64_t token = t->first_token + w->row[r].token;
-    int64_t row = g->partial + ((int64_t)slot * g->n_tokens + token) * w->p->n_heads + w->row[r].head;
-    return base + row * (w->p->v_head_dim + 2);
+    token += (int64_t)slot * g->n_tokens;
+    return base + (g->partial + token * w->p->n_heads + w->row[r].head) * (w->p->v_head_dim + 2);
 }
 
 static void attni_put_partial(const attni_work *w, float *dst, const float *o, float m, float l) {
@@ -3615,9 +3621,10 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, 
         float *os = w->os + (r - w->r0) * vdp;
         if (!w->tiles[r / w->rb] || !w->x.mv->special(os, nr * vdp)) continue;
         for (i = 0; i < nr; i++) attni_row_again(w, span, r + i, w->tiles[r / w->rb], os + i * vdp);
-        attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, &w->rows[0]); // it used V's buffer
-        if (!here) attni_prepare_v(w, w->rows[0].v, tiles);
         w->keep = keep;
+        // its V stands where the other rows' did
+        attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, &w->rows[0]);
+        if (!here) attni_prepare_v(w, w->rows[0].v, tiles);
     }
     if (g->n_slots <= 1)
         w->x.ma->fold(w->o + w->r0 * vdp, w->m + w->r0, w->l + w->r0, w->os, w->sm, w->sl,
@@ -3726,7 +3733,8 @@ ATTN_DEF void attn_cpu_plan_params(const attn_desc *d, int32_t workers, attn_pla
     for (s = 0; s < d->n_seq; s++)
         spans = attni_max64(spans, (int64_t)d->kv.kv_len[s] / ATTN_SPAN + 3);
     rows = (int64_t)d->q_start[d->n_seq] * d->n_heads;
-    if (rows / 512 >= 8 * (int64_t)out->workers) out->row_tile = 512; // fewer conversions of K and V
+    // fewer conversions of K and V; rows of block lists differ too much
+    if (!d->mask.blocks.row_start && rows / 512 >= 8 * (int64_t)out->workers) out->row_tile = 512;
     bytes = attni_v_dim(d) + 2;
     bytes = rows > cap / (4 * bytes * spans) ? cap : rows * spans * bytes * 4;
     out->partial_bytes = (size_t)bytes;
