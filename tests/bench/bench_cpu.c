@@ -5,10 +5,10 @@
    Every row interleaves its repeats with samples of its ceiling and compares medians, so neighbours
    on the machine disturb both alike. Inputs are random normal; KV is paged (64 tokens, shuffled
    pages, head-major, for decode with K in tiles of 16 tokens, unless the row says otherwise), and
-   decode walks through copies that together exceed the last cache. The first output of a row is checked against attn_ref_forward on sampled
-   tokens: a wrong result is never timed. Plans are made once, as for the layers of a model; merging
-   counts. Targets are those of the project's performance notes; a fraction of the ceiling, else as
-   printed. */
+   decode walks through copies that together exceed the last cache. The first output of a row is
+   checked against attn_ref_forward on sampled tokens: a wrong result is never timed. Plans are
+   made once, as for the layers of a model; merging counts. Targets are those of the project's
+   performance notes; a fraction of the ceiling, else as printed. */
 #define ATTN_IMPLEMENTATION
 #define ATTN_STATIC
 #include "bench.h"
