@@ -118,7 +118,7 @@ test-asan:
 	    "./build/asan/attn_sim 1 2000" \
 	    $(foreach e,$(EXAMPLES),-x "./build/asan/$e $(ARGS_$e)") \
 	    -x "./build/asan/generate --n-predict 2 --prompt 'The harbor code'" \
-	    -x "./build/asan/frame_budget --fast --frames 5 --agents 500 --budget 100 --answer 2"
+	    -x "./build/asan/frame_budget --fast --frames 30 --agents 500 --budget 100 --answer 2"
 
 test-clang:
 	@if command -v $(CLANG) >/dev/null; then \
