@@ -821,6 +821,13 @@ static void test_evict_order(void) {
     CHECK_EQ(attn_tree_release(t, put(t, "aacc"), 0), ATTN_OK); // uses aa
     CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
     CHECK(match(t, "aacc") == 2 && match(t, "bb") == 0);
+    t = make(8, 2, 8, 0);
+    CHECK_EQ(attn_tree_release(t, put(t, "aaaa"), 1), ATTN_OK);
+    a = put(t, "aaaa");
+    CHECK_EQ(attn_tree_release(t, put(t, "bbbb"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_truncate(t, a, 2), ATTN_OK); // the tail it leaves was in use until now
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aaaa") == 4 && match(t, "bbbb") == 2);
     t = make(3, 4, 8, 0);
     CHECK_EQ(attn_tree_release(t, put(t, "abcdeX"), 1), ATTN_OK);
     CHECK_EQ(attn_tree_release(t, put(t, "abcdeY"), 1), ATTN_OK);
