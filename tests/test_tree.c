@@ -700,6 +700,7 @@ static void test_errors(void) {
     n = 0;
     CHECK_EQ(attn_tree_append(t, s, NULL, 0, &hit, NULL, 0, NULL), ATTN_OK);
     CHECK_EQ(attn_tree_append(t, s, tok, 0x7fffffff, &hit, NULL, 0, NULL), ATTN_ERR_OVERFLOW);
+    CHECK_EQ(attn_tree_append(t, s, tok, 0x7fffffff - 6, &hit, NULL, 0, NULL), ATTN_ERR_FULL);
     CHECK_EQ(attn_tree_truncate(t, s, 7), ATTN_ERR_ARGUMENT);
     CHECK_EQ(attn_tree_truncate(t, s, -1), ATTN_ERR_ARGUMENT);
     CHECK_EQ(attn_tree_tokens(t, s, 5, 2, out), ATTN_ERR_ARGUMENT);
