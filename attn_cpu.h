@@ -2698,7 +2698,7 @@ ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) { return attn_validat
 ATTNI_CALLED uint64_t attni_mode_enter(void) {
     uint64_t was = 0;
 #if defined(__GNUC__) && defined(__SSE2__)
-    uint32_t old, now;
+    uint32_t old = 0, now; // set, as MemorySanitizer does not see what assembler writes to memory
     __asm__ volatile("stmxcsr %0" : "=m"(old) : : "memory");
     now = old & ~0xe040u; // flush to zero, rounding, denormals are zero
     if (now != old) __asm__ volatile("ldmxcsr %0" : : "m"(now) : "memory");

@@ -48,6 +48,7 @@ PROGRAMS = [
     ("test_plan", ["1", "600"]),
     ("test_mask", ["1", "60"]),
     ("test_api", ["1", "1"]),
+    ("test_edges", []),
     ("test_cpu", ["1", "12"]),
     ("test_bits", ["1", "1"]),
     ("selftest", []),

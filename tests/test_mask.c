@@ -126,6 +126,19 @@ static double element(const uint8_t *p, attn_dtype t, int32_t i) {
     }
 }
 
+// Little-endian units of a row, in place, as this host has them.
+static void native(uint8_t *p, size_t bytes, int width) {
+    uint8_t *end = p + bytes;
+    for (; p < end; p += width) {
+        uint32_t low = p[0] | (uint32_t)(width > 1 ? p[1] : 0) << 8;
+        uint16_t half = (uint16_t)low;
+        if (width == 2) memcpy(p, &half, 2);
+        if (width != 4) continue;
+        low |= (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+        memcpy(p, &low, 4);
+    }
+}
+
 // (kv_len, n_kv_heads, dim) doubles of a sequence's K or V. kv layout: through attn_kv_read_rows.
 static double *rows_of(const attn_desc *d, int is_v, int32_t s) {
     const attn_kv_array *a = is_v ? &d->kv.v : &d->kv.k;
@@ -140,6 +153,8 @@ static double *rows_of(const attn_desc *d, int is_v, int32_t s) {
         int32_t page =
             d->kv.page_table ? d->kv.page_table[s * d->kv.page_table_stride + j / pt] : s;
         CHECK_EQ(attn_kv_read_rows(d, is_v, page, j % pt, 1, row), ATTN_OK);
+        native(row, raw, (attn_dtype_bits(a->dtype) + 7) / 8);
+        native(row + raw, bytes - raw, 4);
         for (h = 0; h < heads; h++)
             for (e = 0; e < dim; e++) {
                 float scale = 1;

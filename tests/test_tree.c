@@ -700,6 +700,7 @@ static void test_errors(void) {
     n = 0;
     CHECK_EQ(attn_tree_append(t, s, NULL, 0, &hit, NULL, 0, NULL), ATTN_OK);
     CHECK_EQ(attn_tree_append(t, s, tok, 0x7fffffff, &hit, NULL, 0, NULL), ATTN_ERR_OVERFLOW);
+    CHECK_EQ(attn_tree_append(t, s, tok, 0x7fffffff - 6, &hit, NULL, 0, NULL), ATTN_ERR_FULL);
     CHECK_EQ(attn_tree_truncate(t, s, 7), ATTN_ERR_ARGUMENT);
     CHECK_EQ(attn_tree_truncate(t, s, -1), ATTN_ERR_ARGUMENT);
     CHECK_EQ(attn_tree_tokens(t, s, 5, 2, out), ATTN_ERR_ARGUMENT);
@@ -821,6 +822,13 @@ static void test_evict_order(void) {
     CHECK_EQ(attn_tree_release(t, put(t, "aacc"), 0), ATTN_OK); // uses aa
     CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
     CHECK(match(t, "aacc") == 2 && match(t, "bb") == 0);
+    t = make(8, 2, 8, 0);
+    CHECK_EQ(attn_tree_release(t, put(t, "aaaa"), 1), ATTN_OK);
+    a = put(t, "aaaa");
+    CHECK_EQ(attn_tree_release(t, put(t, "bbbb"), 1), ATTN_OK);
+    CHECK_EQ(attn_tree_truncate(t, a, 2), ATTN_OK); // the tail it leaves was in use until now
+    CHECK_EQ(attn_tree_evict(t, 1, NULL), ATTN_OK);
+    CHECK(match(t, "aaaa") == 4 && match(t, "bbbb") == 2);
     t = make(3, 4, 8, 0);
     CHECK_EQ(attn_tree_release(t, put(t, "abcdeX"), 1), ATTN_OK);
     CHECK_EQ(attn_tree_release(t, put(t, "abcdeY"), 1), ATTN_OK);
