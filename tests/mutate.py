@@ -46,7 +46,7 @@ PROGRAMS = [
     ("test_atlas", []),
     ("test_tree", ["1", "60000"]),
     ("test_plan", ["1", "600"]),
-    ("test_mask", ["1", "60"]),
+    ("test_mask", ["1", "400"]),
     ("test_api", ["1", "1"]),
     ("test_edges", []),
     ("test_cpu", ["1", "12"]),

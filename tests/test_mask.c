@@ -221,6 +221,21 @@ static void naive(const attn_desc *d, double *o, double *lse) {
     }
 }
 
+// Every code of the small types, also those that no store writes.
+static void codes(void) {
+    static const attn_dtype types[] = {ATTN_F8E4M3, ATTN_F8E5M2, ATTN_I8, ATTN_I4};
+    int t, c, i;
+    for (t = 0; t < 4; t++)
+        for (c = 0; c < 256; c++)
+            for (i = 0; i < (types[t] == ATTN_I4 ? 2 : 1); i++) {
+                uint8_t byte = (uint8_t)c;
+                double want = element(&byte, types[t], i);
+                double got = (double)attni_get(&byte, types[t], i);
+                if (!CHECK(want == got || (want != want && got != got)))
+                    printf("  %s code %d: %g, not %g\n", attn_dtype_name(types[t]), c, got, want);
+            }
+}
+
 // ---- random problems
 
 static void random_problem(uint64_t seed, int kind) {
@@ -261,6 +276,13 @@ static void random_problem(uint64_t seed, int kind) {
     if (!o.evicted && test_below(&r, 2)) p.d.kv.kv_pos0 = NULL; // the defaults
     if (test_below(&r, 2)) p.d.q_pos0 = NULL;
     if (test_below(&r, 4) == 0) p.d.logits.scale = 0.3f;
+    // terms of a sparse mask alone, and without the causal one that hides much
+    if (test_below(&r, 8) == 0 && p.d.mask.keep_sink) {
+        p.d.mask.blocks.row_start = NULL, p.d.mask.vslash.block = 0, p.d.mask.stride.block = 0;
+        p.d.mask.keep_recent = 0;
+    }
+    if (test_below(&r, 3) == 0 && p.d.mask.kind == ATTN_MASK_CAUSAL)
+        p.d.mask.kind = ATTN_MASK_FULL;
     CHECK_EQ(attn_validate(&p.d), ATTN_OK);
     for (s = 0; s < p.d.n_seq; s++)
         for (t = p.d.q_start[s]; t < p.d.q_start[s + 1]; t++)
@@ -411,6 +433,7 @@ static void dense_round_trip(uint64_t seed) {
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 1500), i;
     golden();
+    codes();
     for (i = 0; i < count; i++) random_problem(seed + i, (int)(i % N_MASKS));
     for (i = 0; i < count; i++) dense_round_trip(seed + i);
     return TEST_END();

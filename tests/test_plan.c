@@ -331,9 +331,57 @@ static void thresholds(void) {
     }
 }
 
+// One sequence of 2000 keys, 1 or 200 queries, 4 heads on 2: what must not cut it, and what a plan
+// made for it has room for.
+static void one_sequence(void) {
+    world w;
+    test_rng r = {4};
+    int32_t q, s, n_tasks;
+    void *mem;
+    attn_plan *p;
+    do world_make(&w, &r);
+    while (w.d.n_seq < 3);
+    memset(&w.d.mask, 0, sizeof w.d.mask);
+    w.d.seq_order = NULL;
+    w.d.n_heads = 4, w.d.n_kv_heads = 2;
+    for (q = 1; q <= 200; q += 199) {
+        memset(&w.params, 0, sizeof w.params);
+        w.params.partial_bytes = (size_t)1 << 28;
+        w.params.workers = 1;
+        w.d.n_seq = 1;
+        w.kv_pos0[0] = 0, w.kv_len[0] = 2000, w.q_pos0[0] = 2000 - q, w.q_start[1] = q;
+        CHECK(attn_plan_bytes(&w.d, &w.params) < 1 << 15);
+        p = build(&w, &mem);
+        n_tasks = p->n_tasks;
+        CHECK_EQ(n_tasks, q == 1 ? 2 : 2 * (int32_t)up(q, 128)); // a worker alone: nothing is cut
+        check_all(&w, p);
+        free(mem);
+        w.params.max_task_cost = 1e30f; // nothing is too dear
+        p = build(&w, &mem);
+        CHECK_EQ(p->n_tasks, n_tasks);
+        check_all(&w, p);
+        if (q > 1) { // whole sequences fit in a smaller tile: no cut
+            w.params.max_task_cost = 8 * attni_span_cost(&p->params, 2 * 32);
+            free(mem);
+            p = build(&w, &mem);
+            CHECK(p->tile_tokens < 128 && p->n_merges == 0);
+        } else { // more tasks than it has room for, of as many sequences
+            w.q_start[1] = 1900, w.q_pos0[0] = 100;
+            CHECK_EQ(attn_plan_update(p, &w.d, NULL), ATTN_ERR_BUFFER);
+        }
+        // more sequences
+        w.d.n_seq = 2;
+        for (s = 0; s < 2; s++)
+            w.kv_len[s] = 20, w.kv_pos0[s] = 0, w.q_pos0[s] = 19, w.q_start[s + 1] = s + 1;
+        CHECK_EQ(attn_plan_update(p, &w.d, NULL), ATTN_ERR_BUFFER);
+        free(mem);
+    }
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 1500), i;
     thresholds();
+    one_sequence();
     for (i = 0; i < count && !test_failed; i++) {
         test_rng r;
         world w;
