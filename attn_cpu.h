@@ -3817,7 +3817,7 @@ ATTN_DEF attn_result attn_cpu_run(const attn_desc *d, const attn_plan *p, int32_
     if (d->numerics == ATTN_NUMERICS_PORTABLE) mode = attni_mode_enter();
     for (i = first; i < first + count && r == ATTN_OK; i++) {
         // workers that take tasks in turn: a guess, which only prefetches
-        int32_t then = i + (i + 1 < first + count ? 1 : attni_max32(1, p->params.workers));
+        int64_t then = i + (int64_t)(i + 1 < first + count ? 1 : attni_max32(1, p->params.workers));
         w.then = then < p->n_tasks ? &p->task[then] : NULL;
         r = attni_run_task(&w, &p->task[i], (float *)partials);
     }
