@@ -172,7 +172,7 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
 
 static void check_segments(const world *w, const attn_plan *p) {
     int32_t i, s, shared = 0;
-    int64_t rows = 0, budget = (int64_t)w->params.partial_bytes /
+    int64_t chain = 0, rows = 0, budget = (int64_t)w->params.partial_bytes /
                                (4 * ((w->d.v_head_dim ? w->d.v_head_dim : w->d.head_dim) + 2));
     for (i = 0; i < p->n_segments; i++) {
         const attn_segment *g = &p->segment[i];
@@ -195,6 +195,9 @@ static void check_segments(const world *w, const attn_plan *p) {
     }
     CHECK_EQ(p->n_shared, shared);
     CHECK_EQ(p->partial_rows, rows);
+    for (s = 0; s < p->n_seq; s++) chain += p->seq[s].n_chain;
+    CHECK(p->n_segments <= p->cap_segments && chain <= p->cap_chain);
+    CHECK(p->n_tasks <= p->cap_tasks && p->n_merges <= p->cap_merges);
     CHECK_EQ(attn_plan_partial_bytes(p), 4 * rows * (p->v_head_dim + 2));
     CHECK(rows <= budget);
     if (w->params.share == 1) CHECK_EQ(shared, 0);
