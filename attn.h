@@ -3762,7 +3762,7 @@ ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_byte
                                     const void *mem, size_t bytes, int32_t *seq) {
     const unsigned char *p = (const unsigned char *)mem, *rows;
     int32_t n = 0, s, hit;
-    int64_t hits, misses;
+    int64_t hits, misses, copied;
     attn_result r;
     if (!t || !write || !mem || !seq || token_bytes == 0) return ATTN_ERR_ARGUMENT;
     r = attni_blob_verify(p, bytes, token_bytes, &n);
@@ -3770,6 +3770,7 @@ ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_byte
     if ((int64_t)n > (int64_t)t->n_pages * t->page_tokens) return ATTN_ERR_FULL;
     hits = t->count.tokens_hit;
     misses = t->count.tokens_missed;
+    copied = t->count.pages_copied;
     r = attn_tree_open(t, ns, (const int32_t *)0, 0, &s, &hit);
     if (r != ATTN_OK) return r;
     r = attni_blob_append(t, s, p + ATTNI_BLOB_HEADER, n, copy, user, &hit);
@@ -3785,6 +3786,7 @@ ATTN_DEF attn_result attn_tree_load(attn_tree *t, uint64_t ns, size_t token_byte
     attni_seq_free(t, s); // tokens that only it had go with it
     t->count.tokens_hit = hits;
     t->count.tokens_missed = misses;
+    t->count.pages_copied = copied;
     return r;
 }
 

@@ -389,6 +389,18 @@ static void server_script(script *s) {
     add(s, INSERT, 6, 0, "other things altogether, not so long")->ns = 2;
 }
 
+// A saved branch comes back beside one that leaves it inside a page: a page is copied, then a row
+// cannot be written.
+static void branch_script(script *s) {
+    base_script(s);
+    add(s, INSERT, 0, 0, "abcdefghij");
+    add(s, SAVE, 0, 0, "");
+    add(s, RELEASE, 0, 0, "");
+    add(s, INSERT, 1, 0, "abcdefXY");
+    add(s, LOAD, 2, 0, "");
+    add(s, APPEND, 2, 0, "k");
+}
+
 static void random_script(script *s, test_rng *r) {
     int32_t i, k, from;
     step *p;
@@ -539,6 +551,9 @@ int main(int argc, char **argv) {
     script s;
     test_rng r;
     server_script(&s);
+    refuse_each(&s);
+    small_sizes(&s);
+    branch_script(&s);
     refuse_each(&s);
     small_sizes(&s);
     for (i = 0; i < count && test_failed == 0; i++) {
