@@ -1090,9 +1090,9 @@ typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
     int32_t t0, t1;
 } attni_run;
 
-// Scores of nr rows against nt tiles: s[r * LDS + 16 * col[j]]. kt and col go on for 7 entries that
-// repeat the last, so that kernels take 4 at a time and look 4 ahead. q: f32 rows, or pairs of
-// bf16, or bytes.
+// Scores of nr rows against nt tiles: s[r * LDS + 16 * col[j]]. kt, ahead and col go on for
+// 3 entries that repeat the last, so that kernels take 4 at a time. q: f32 rows, or pairs of bf16,
+// or bytes. ahead[j]: asked for from memory meanwhile, step bytes per unit.
 typedef void (*attni_qk_fn)(const void *q, int64_t ldq, int nr, const uint32_t *const *kt,
                             const uint8_t *const *ahead, int step, const uint8_t *col, int nt,
                             int units, float *s);
@@ -2957,11 +2957,11 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
 
 // ==== >>impl-tasks  ==============================================================================
 
-// Where the tokens of a span are. What is not held stands on a neighbour (K, where it is masked) or
-// on zeros (V).
 typedef struct attni_part { // tokens of one tile that stand in one page
     int32_t t, n, page, place;
 } attni_part;
+// Where the tokens of a span are. What is not held stands on a neighbour (K, where it is masked) or
+// on zeros (V).
 typedef struct attni_rows {
     int32_t seq, head, span;   // seq -1: nothing
     uint32_t tiles;            // the 16-token tiles that are filled in
@@ -2994,7 +2994,6 @@ typedef struct attni_work {
     int per_head;              // masks differ between the heads of a group
     // the task
     int32_t segment, kv_head, n_tokens, n_rows; // rows: heads of the group x tokens
-    int32_t rb;                // rows a kernel takes together
     int32_t keep;              // tiles of K and V that are kept converted: all of a span, or 4
     int32_t r0, r1;            // the rows at work, whose scores stay in the first-level cache
     int32_t q_rows;            // so many rows of q are there
@@ -3005,11 +3004,11 @@ typedef struct attni_work {
     // the span
     uint64_t (*bits)[4];       // (n_tokens or n_rows) visible keys
     uint16_t *tiles;           // per row block: 16-token tiles any of its rows sees
-    float *s;                  // (32 + 32, 256) scores of rows r0 .. r1, then weights
+    float *s;                  // (64, LDS) scores of rows r0 .. r1, then weights
     uint16_t *p16;             // the same for bf16 weights
     float *sm, *sl;            // (64) maximum and sum of the span
     attni_row *row;            // (n_rows)
-    float *os;                 // (64, vdp) weighted sums of rows r0 .. r1; 8 to spare
+    float *os;                 // (64, vdp) weighted sums of rows r0 .. r1; 16 for attni_row_again
     attni_rows rows[2];        // this span and the next
     int next;                  // rows[1] holds what comes next
     const attn_task *then;     // what this thread will probably run after this task, or NULL
@@ -3046,7 +3045,7 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
     ATTNI_CARVE(sm, float *, 2 * ATTNI_RB_MAX)
     ATTNI_CARVE(sl, float *, 2 * ATTNI_RB_MAX)
     ATTNI_CARVE(row, attni_row *, r)
-    ATTNI_CARVE(os, float *, (2 * ATTNI_RB_MAX + 8) * vdp)
+    ATTNI_CARVE(os, float *, (2 * ATTNI_RB_MAX + 16) * vdp)
     for (i = 0; i < 2; i++) {
         ATTNI_CARVE(rows[i].k, const uint8_t **, ATTN_SPAN)
         ATTNI_CARVE(rows[i].v, const void **, ATTN_SPAN + ATTNI_AHEAD)
@@ -3148,7 +3147,6 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
     w->kv_head = t->kv_head;
     w->n_tokens = t->n_tokens;
     w->n_rows = t->n_tokens * w->group;
-    w->rb = w->x.rb;
     // many rows in one block: what is converted for them is used at once, from the nearest cache
     w->keep = w->n_rows > ATTNI_FEW && w->n_rows <= ATTNI_ONE && w->x.qk_kind == ATTNI_F32 &&
                       w->x.pv_kind == ATTNI_F32 && w->vdp % 64 == 0 ? 4 : ATTNI_TILES;
@@ -3198,7 +3196,7 @@ static uint16_t attni_tiles_of(const uint64_t b[4]) {
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
 ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
     uint32_t all = 0;
-    int32_t g, i, r, rb = w->rb, n = w->per_head ? w->group : 1;
+    int32_t g, i, r, rb = w->x.rb, n = w->per_head ? w->group : 1;
     for (g = 0; g < n; g++)
         for (i = 0; i < w->n_tokens; i++) {
             const attn_plan_seq *q = &w->p->seq[w->seq[i]];
@@ -3467,11 +3465,11 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
         // V of the same tokens, as much per unit of K as it takes
         look = w->n_rows > ATTNI_ONE || !w->v_dense
                    ? 0 : (int)((whole ? 16 : 8) * w->v.token_bytes / units);
-        for (r = w->r0; r < w->r1; r += w->rb) {
+        for (r = w->r0; r < w->r1; r += w->x.rb) {
             const uint32_t *kt[ATTNI_TILES + 3];
             const uint8_t *ahead[ATTNI_TILES + 3];
             uint8_t col[ATTNI_TILES + 3];
-            uint32_t mine = in & w->tiles[r / w->rb];
+            uint32_t mine = in & w->tiles[r / w->x.rb];
             int n = 0;
             for (turn = 0; turn < n_panel; turn++) {
                 i = few ? attni_tile_turn(turn) : panel + turn;
@@ -3484,7 +3482,7 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
             for (i = n; n && i < n + 3; i++)
                 kt[i] = kt[n - 1], ahead[i] = ahead[n - 1], col[i] = col[n - 1];
             if (n)
-                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(w->rb, w->r1 - r), kt,
+                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(w->x.rb, w->r1 - r), kt,
                    ahead, look, col, n, units, w->s + (int64_t)(r - w->r0) * ATTNI_LDS);
         }
     }
@@ -3608,19 +3606,20 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, 
         uint32_t before = (1u << panel) - 1, in = tiles & (((1u << keep) - 1) << panel);
         if (!in) continue;
         if (here) pv = attni_prepare_v(w, w->rows[0].v, in);
-        for (r = w->r0; r < w->r1; r += w->rb) {
-            n = attni_runs_of(in & w->tiles[r / w->rb], run);
+        for (r = w->r0; r < w->r1; r += w->x.rb) {
+            n = attni_runs_of(in & w->tiles[r / w->x.rb], run);
             if (n)
-                pv(attni_row_weights(w, r), attni_min32(w->rb, w->r1 - r), w->rows[0].v,
-                   attni_ahead(w), run, n, (before & w->tiles[r / w->rb]) != 0, w->vdp,
+                pv(attni_row_weights(w, r), attni_min32(w->x.rb, w->r1 - r), w->rows[0].v,
+                   attni_ahead(w), run, n, (before & w->tiles[r / w->x.rb]) != 0, w->vdp,
                    w->os + (r - w->r0) * vdp, vdp);
         }
     }
-    for (r = w->r0; r < w->r1; r += w->rb) {
-        int nr = attni_min32(w->rb, w->r1 - r);
+    for (r = w->r0; r < w->r1; r += w->x.rb) {
+        int nr = attni_min32(w->x.rb, w->r1 - r);
         float *os = w->os + (r - w->r0) * vdp;
-        if (!w->tiles[r / w->rb] || !w->x.mv->special(os, nr * vdp)) continue;
-        for (i = 0; i < nr; i++) attni_row_again(w, span, r + i, w->tiles[r / w->rb], os + i * vdp);
+        uint32_t mine = w->tiles[r / w->x.rb];
+        if (!mine || !w->x.mv->special(os, nr * vdp)) continue;
+        for (i = 0; i < nr; i++) attni_row_again(w, span, r + i, mine, os + i * vdp);
         w->keep = keep;
         // its V stands where the other rows' did
         attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, &w->rows[0]);
@@ -3686,7 +3685,7 @@ ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float
             !(m->window_left && b0 + ATTN_SPAN <= p0 - (m->window_left - 1) && b0 >= m->n_sink))
             tiles = attni_span_masks(w, span);
         if (tiles) {
-            int units = 0, block = w->n_rows <= ATTNI_ONE ? w->n_rows : w->rb;
+            int units = 0, block = w->n_rows <= ATTNI_ONE ? w->n_rows : w->x.rb;
             attni_qk_fn qk = NULL;
             attni_pv_fn pv = NULL;
             if ((r = attni_load_span(w, span, tiles)) != ATTN_OK) return r;
