@@ -92,7 +92,8 @@
     X(ERR_CORRUPT, -14, "a blob is damaged or was not written by this library")                    \
     X(ERR_VERSION, -15, "a blob or header of another version")                                     \
     X(ERR_CALLBACK, -16, "a caller's callback reported failure")                                   \
-    X(ERR_CHECK, -17, "checked build: a free page in use, or a result that the reference denies")
+    X(ERR_CHECK, -17, "checked build: a free page in use, or a result that the reference denies")  \
+    X(ERR_DEVICE, -18, "a call of the CUDA or Metal driver failed")
 
 typedef enum attn_result {
 #define ATTNI_X(name, value, text) ATTN_##name = value,
