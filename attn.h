@@ -662,13 +662,22 @@ ATTN_DEF attn_result attn_check_row(const attn_desc *d, int32_t t, int32_t h, in
 
 #include <string.h>
 
+#ifdef __CUDACC__
+#define ATTNI_HD __host__ __device__ // kernels call this section's functions as well
+#else
+#define ATTNI_HD
+#endif
 #if defined(__GNUC__) || defined(__clang__)
-#define ATTNI_FN static inline __attribute__((unused))
+#define ATTNI_FN ATTNI_HD static inline __attribute__((unused))
+#ifdef __CUDACC__
+#define ATTNI_FAR ATTNI_HD static __attribute__((unused))
+#else
 #define ATTNI_FAR                                                                                  \
     static __attribute__((unused, noinline)) // larger ones: inlining costs compile time
+#endif
 #else
-#define ATTNI_FN static inline
-#define ATTNI_FAR static
+#define ATTNI_FN ATTNI_HD static inline
+#define ATTNI_FAR ATTNI_HD static
 #endif
 
 ATTNI_FN int32_t attni_min32(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -696,7 +705,10 @@ ATTNI_FN float attni_float(uint32_t u) {
 // A compiler cannot contract, reassociate, distribute or simplify through it, whatever -ffast-math,
 // -ffp-contract or x87 registers allow.
 
-#if defined(__GNUC__) && defined(__SSE2__)
+#if defined(__CUDA_ARCH__) // contraction is ptxas's, which sees through this: kernels use _rn calls
+#define ATTNI_PIN(x) ((void)(x))
+#define ATTNI_PIN64(x) ((void)(x))
+#elif defined(__GNUC__) && defined(__SSE2__)
 #define ATTNI_PIN(x) __asm__("" : "+x"(x))
 #define ATTNI_PIN64(x) __asm__("" : "+x"(x))
 #elif defined(__GNUC__) && defined(__aarch64__)
@@ -722,7 +734,9 @@ ATTNI_FN float attni_float(uint32_t u) {
 // a / b, correctly rounded: no reciprocal, no estimate. On x86 -ffast-math turns divisions it
 // vectorises into estimates, so there the instruction is written out.
 ATTNI_FN float attni_div(float a, float b) {
-#if defined(__GNUC__) && defined(__AVX__)
+#if defined(__CUDA_ARCH__)
+    a = __fdiv_rn(a, b);
+#elif defined(__GNUC__) && defined(__AVX__)
     __asm__("vdivss %1, %0, %0" : "+x"(a) : "x"(b));
 #elif defined(__GNUC__) && defined(__SSE2__)
     __asm__("divss %1, %0" : "+x"(a) : "x"(b));
@@ -1207,7 +1221,8 @@ ATTNI_FAR void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_
                                   : p / k->blocks.row_block;
     key[4] = k->stride.block ? p / k->stride.block : 0;
     key[5] = k->keep_recent ? p : k->vslash.block ? p / k->vslash.block : 0;
-    if (memcmp(key, m->key, sizeof key) == 0) return;
+    for (j = 0; j < 6 && key[j] == m->key[j]; j++) {} // no memcmp in device code
+    if (j == 6) return;
     memcpy(m->key, key, sizeof key);
     memset(m->bits, 0, sizeof m->bits);
     attni_bits_set(m->bits, -b0, k->keep_sink - b0);
