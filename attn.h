@@ -71,6 +71,7 @@
 
 #define ATTN_MAX_HEAD_DIM 576
 #define ATTN_SPAN 256 /* tokens: KV is cut here, at absolute positions, whatever the batch (CPU) */
+#define ATTN_SPAN_RULES 10 /* entries of attn_plan_params.rule, for backends of other spans */
 
 // ==== >>result  Result codes =====================================================================
 
@@ -338,8 +339,20 @@ ATTN_DEF attn_result attn_validate(const attn_desc *d);
 
 // ==== >>plan  The tasks of a problem =============================================================
 
-// Get defaults from the backend (attn_cpu_plan_params) and change what you like. Nothing here
-// changes the bits of the result.
+// How the KV of sequences of some lengths is cut. The first rule whose limits hold is a sequence's
+// own, whatever else is in the batch; with none, ATTN_SPAN, row_tile of the params and folds.
+typedef struct attn_span_rule {
+    int32_t max_q_len;  // queries it has at most (default 0: any)
+    int32_t max_kv_len; // tokens it holds at most (default 0: any)
+    int32_t span;       // tokens, a power of two >= 64: KV is cut at its multiples; 0: no more rules
+    int32_t row_tile;   // query rows x heads per task, whatever workers (default 0: as row_tile and
+                        // workers of the params say)
+    int32_t no_fold;    // 1: a task that starts at the rows' first span leaves a partial per span
+                        // as well, unless it writes O itself
+} attn_span_rule;
+
+// Get defaults from the backend (attn_cpu_plan_params) and change what you like. Nothing here but
+// the rules' spans and limits, which are the backend's own, changes the bits of the result.
 typedef struct attn_plan_params {
     int32_t row_tile;      // query rows x heads per task (default 0: 256)
     int32_t workers;       // threads that will run tasks (default 0: 1): decides splitting
@@ -354,6 +367,10 @@ typedef struct attn_plan_params {
     float cost_kv_token;   // cost model: reading one token of K and V of one head ...
     float cost_row_token;  // ... one query row against one token ...
     float cost_partial;    // ... and storing plus merging one partial row (defaults 0: CPU figures)
+    float tasks_per_worker; // splitting aims at so many (default 0: 3), <= 1024
+    attn_span_rule rule[ATTN_SPAN_RULES]; // (default: empty, as the CPU backend needs it). With a
+                           // table KV is cut for balance into pieces of one length, their number
+                           // rounded, and costs count what is shared once
 } attn_plan_params;
 
 // One task: query rows x a run of KV spans for one KV head. Rows are tokens first_token.. of the
@@ -375,8 +392,8 @@ typedef struct attn_merge {
 } attn_merge;
 
 // Sequences [seq0, seq0 + n_seq) of the plan's order against the spans [span0, span1), the pages of
-// which they all share. n_slots = 0: the task writes O itself; 1: one folded partial per row; else
-// one per span.
+// which they all share; they have one rule, so spans of one length. n_slots = 0: the task writes O
+// itself; 1: one folded partial per row; else one per span.
 typedef struct attn_segment {
     int32_t seq0, n_seq;
     int32_t span0, span1;
@@ -385,11 +402,12 @@ typedef struct attn_segment {
     int64_t partial;  // first partial row
 } attn_segment;
 
-// A sequence as the plan saw it. place: in the plan's order.
+// A sequence as the plan saw it.
 typedef struct attn_plan_seq {
     int32_t q_begin, q_len, q_pos0;
     int32_t kv_len, kv_pos0;
-    int32_t span0, span1;  // the spans any of its rows may see
+    int32_t rule, span;    // in params.rule (-1: none); tokens a span
+    int32_t span0, span1;  // the spans any of its rows may see, in units of its own
     int32_t place;         // in order[]
     int32_t chain, n_chain; // its segments in span order: plan->chain[chain ...]
     int32_t is_chain;      // TREE: every parent is the previous token, so plain causal
@@ -401,13 +419,14 @@ typedef struct attn_plan {
     int32_t n_seq, n_active, n_tokens; // n_active: sequences that have queries
     int32_t n_heads, n_kv_heads, head_dim, v_head_dim;
     int32_t n_tasks, n_merges, n_segments, n_shared; // n_shared: segments of more than one sequence
-    int32_t tile_tokens;   // query tokens per task at most
+    int32_t tile_tokens;   // query tokens per task at most, of sequences without a rule ...
+    int32_t rule_tile[ATTN_SPAN_RULES]; // ... and of those with rule i
     int32_t cap_seq, cap_segments, cap_tasks, cap_chain, cap_merges;
     size_t partial_rows;   // partial rows used, each (v_head_dim + 2) f32
     int64_t kv_tokens_read; // KV tokens (x heads) visited by a step, shared runs counted once
     int64_t kv_tokens_seen; // ... if every sequence read its own
     attn_plan_seq *seq;    // (n_seq)
-    int32_t *order;        // (n_seq) sequence at each place
+    int32_t *order;        // (n_seq) sequence at each place, those of a rule side by side
     int32_t *share;        // (n_seq) spans shared with the next place
     attn_segment *segment;
     attn_task *task;
@@ -427,20 +446,20 @@ typedef struct attn_plan {
 // that needs no workspace; where 32 rows a task are still too dear, KV is cut between spans. What
 // cannot be cut may exceed it: one span x one query token x the GQA group, and the merge of one
 // token. Cut KV needs partial_bytes: 4 x (v_head_dim + 2) x the sum over sequences of query tokens
-// x n_heads x (kv_len / ATTN_SPAN + 2) always suffices (attn_cpu_plan_params sets that for d, up to
+// x n_heads x (kv_len / span + 2) always suffices (attn_cpu_plan_params sets that for d, up to
 // 64 MiB); ERR_BUFFER when it is too small to keep the bound. Updates need max_kv_len then.
 
 // Bytes attn_plan_build needs for d, or for the capacities in p if those are larger; 0 when
-// invalid.
+// invalid (a rule included).
 ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *p);
 
 // Validates d and plans it into mem (64-byte aligned, bytes long, kept until the plan is dropped).
-// *plan points into mem. Errors: those of attn_validate; ERR_BUFFER.
+// *plan points into mem. Errors: those of attn_validate; ERR_BUFFER; ERR_ARGUMENT for bad params.
 ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *p, void *mem,
                                      size_t bytes, attn_plan **plan);
 
 // Follows a changed problem (the next decode step, say) in the same memory: when neither a span
-// border changed nor what neighbours in the plan's order share, only lengths are patched
+// border nor a rule changed nor what neighbours in the plan's order share, only lengths are patched
 // (*rebuilt = 0), else everything is planned again (*rebuilt = 1). rebuilt may be NULL. ERR_BUFFER
 // when d outgrew the capacities; then the plan is void.
 ATTN_DEF attn_result attn_plan_update(attn_plan *plan, const attn_desc *d, int *rebuilt);
@@ -1785,7 +1804,8 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
 
 // ==== >>impl-plan  ===============================================================================
 //
-// 1. spans each sequence may see   2. order: common pages side by side   3. shared[i]: whole spans
+// 1. spans each sequence may see   2. order: rule by rule, in it common pages side by side   3.
+// shared[i]: whole spans
 // that place i and i + 1 have in common   4. segments: maximal rectangles (places x spans), from
 // the root down   5. tasks: segment x row tile x KV head, dearest first   6. each sequence's chain
 // of segments
@@ -1805,7 +1825,39 @@ typedef struct attni_planner {
     int lacking;       // the workspace was too small for one of those
 } attni_planner;
 
-static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
+static int32_t attni_n_rules(const attn_plan_params *q) {
+    int32_t n = 0;
+    while (n < ATTN_SPAN_RULES && q->rule[n].span) n++;
+    return n;
+}
+
+static int attni_rules_ok(const attn_plan_params *q) {
+    int32_t i, n = attni_n_rules(q);
+    for (i = 0; i < n; i++) {
+        const attn_span_rule *r = &q->rule[i];
+        if (r->span < 64 || (r->span & (r->span - 1))) return 0;
+        if (r->max_q_len < 0 || r->max_kv_len < 0 || r->row_tile < 0 || r->no_fold < 0) return 0;
+    }
+    return 1;
+}
+
+// The rule of a sequence, -1: none.
+static int32_t attni_rule_of(const attn_desc *d, const attn_plan_params *q, int32_t s) {
+    int32_t i, n = attni_n_rules(q), q_len = d->q_start[s + 1] - d->q_start[s];
+    for (i = 0; i < n; i++) {
+        const attn_span_rule *r = &q->rule[i];
+        if (r->max_q_len && q_len > r->max_q_len) continue;
+        if (!r->max_kv_len || d->kv.kv_len[s] <= r->max_kv_len) return i;
+    }
+    return -1;
+}
+
+static int32_t attni_rule_span(const attn_plan_params *q, int32_t rule) {
+    return rule < 0 ? ATTN_SPAN : q->rule[rule].span;
+}
+
+static void attni_seq_spans(const attn_desc *d, const attn_plan_params *params, int32_t s,
+                            attn_plan_seq *q) {
     const attn_mask *m = &d->mask;
     int64_t lo, hi, p0, p1;
     q->q_begin = d->q_start[s];
@@ -1827,17 +1879,20 @@ static void attni_seq_spans(const attn_desc *d, int32_t s, attn_plan_seq *q) {
     else if (m->window_right) hi = attni_min64(hi, attni_max64(p1 + m->window_right, m->n_sink));
     // tree nodes have positions from p0 on, so p0 bounds every window from below
     if (m->window_left && !m->n_sink) lo = attni_max64(lo, p0 - (m->window_left - 1));
-    q->span0 = (int32_t)(lo / ATTN_SPAN);
-    q->span1 = hi > lo ? (int32_t)((hi + ATTN_SPAN - 1) / ATTN_SPAN) : q->span0;
+    q->rule = attni_rule_of(d, params, s);
+    q->span = attni_rule_span(params, q->rule);
+    q->span0 = (int32_t)(lo / q->span);
+    q->span1 = hi > lo ? (int32_t)((hi + q->span - 1) / q->span) : q->span0;
 }
 
-// Orders sequences with a page table by first position, then by the ids of their whole pages, a
-// beginning before what continues it (or the order would not be transitive), then by number.
+// Orders sequences with a page table by rule, first position, then by the ids of their whole pages,
+// a beginning before what continues it (or the order would not be transitive), then by number.
 static int attni_seq_less(const attni_planner *b, int32_t x, int32_t y) {
     const attn_kv *kv = &b->d->kv;
     const attn_plan_seq *sx = &b->p->seq[x], *sy = &b->p->seq[y];
     int32_t nx = sx->kv_len / kv->page_tokens, ny = sy->kv_len / kv->page_tokens;
     int32_t j, n = attni_min32(nx, ny);
+    if (sx->rule != sy->rule) return sx->rule < sy->rule;
     if (sx->kv_pos0 != sy->kv_pos0) return sx->kv_pos0 < sy->kv_pos0;
     for (j = 0; j < n; j++) {
         int32_t px = kv->page_table[x * kv->page_table_stride + j];
@@ -1865,32 +1920,36 @@ static void attni_sort_order(const attni_planner *b,
     }
 }
 
-// Absolute end of the whole spans that two sequences hold in the same pages.
+// Absolute end of the whole spans that two sequences of one rule hold in the same pages.
 static int32_t attni_shared_spans(const attn_desc *d, const attn_plan *p, int32_t x, int32_t y) {
     const attn_kv *kv = &d->kv;
     const attn_plan_seq *sx = &p->seq[x], *sy = &p->seq[y];
     int64_t len = attni_min32(sx->kv_len, sy->kv_len), same = 0;
     int32_t j, n = (int32_t)((len + kv->page_tokens - 1) / kv->page_tokens);
-    if (!kv->page_table || sx->kv_pos0 != sy->kv_pos0) return 0;
+    if (!kv->page_table || sx->kv_pos0 != sy->kv_pos0 || sx->rule != sy->rule) return 0;
     for (j = 0; j < n; j++)
         if (kv->page_table[x * kv->page_table_stride + j] !=
             kv->page_table[y * kv->page_table_stride + j])
             break;
     same = attni_min64(len, (int64_t)j * kv->page_tokens);
-    return (int32_t)((sx->kv_pos0 + same) / ATTN_SPAN);
+    return (int32_t)((sx->kv_pos0 + same) / sx->span);
 }
 
 // Fills order with the sequences that have queries; their number in *n.
 static attn_result attni_plan_order(attni_planner *b, int32_t *n) {
     attn_plan *p = b->p;
-    int32_t i, k = 0, s;
+    int32_t i, k = 0, s, rule;
     for (s = 0; s < p->n_seq; s++) p->seq[s].place = -1;
     for (i = 0; i < p->n_seq; i++) {
         s = b->d->seq_order ? b->d->seq_order[i] : i;
         if (p->seq[s].place >= 0) return ATTN_ERR_ARGUMENT; // not a permutation
         p->seq[s].place = 0;
-        if (p->seq[s].q_len > 0) p->order[k++] = s;
     }
+    for (rule = -1; rule < attni_n_rules(&p->params); rule++)
+        for (i = 0; i < p->n_seq; i++) {
+            s = b->d->seq_order ? b->d->seq_order[i] : i;
+            if (p->seq[s].q_len > 0 && p->seq[s].rule == rule) p->order[k++] = s;
+        }
     if (!b->d->seq_order && b->d->kv.page_table) attni_sort_order(b, k);
     for (i = 0; i < k; i++) {
         p->seq[p->order[i]].place = i;
@@ -1900,16 +1959,20 @@ static attn_result attni_plan_order(attni_planner *b, int32_t *n) {
     return ATTN_OK;
 }
 
-static int64_t attni_tile_count(const attn_plan *p, int64_t n_tokens) {
-    return n_tokens / p->tile_tokens + 2;
+static int32_t attni_seq_tile(const attn_plan *p, const attn_plan_seq *q) {
+    return q->rule < 0 ? p->tile_tokens : p->rule_tile[q->rule];
 }
 
-static float attni_span_cost(const attn_plan_params *q, int64_t rows) {
-    return ATTN_SPAN * (q->cost_kv_token + (float)rows * q->cost_row_token);
+static int64_t attni_tile_count(const attn_plan *p, const attn_plan_seq *q, int64_t n_tokens) {
+    return n_tokens / attni_seq_tile(p, q) + 2;
 }
 
-static float attni_task_cost(const attn_plan *p, int64_t spans, int64_t rows) {
-    return (float)spans * attni_span_cost(&p->params, rows);
+static float attni_span_cost(const attn_plan_params *q, int32_t span, int64_t rows) {
+    return (float)span * (q->cost_kv_token + (float)rows * q->cost_row_token);
+}
+
+static float attni_task_cost(const attn_plan *p, int32_t span, int64_t spans, int64_t rows) {
+    return (float)spans * attni_span_cost(&p->params, span, rows);
 }
 
 // Of one query token.
@@ -1926,15 +1989,16 @@ static int32_t attni_fitting(float bound, float one, int32_t most) {
     return fits >= (float)most ? most : fits >= 1 ? (int32_t)fits : 1;
 }
 
-// How many of the spans [span0, span1) the window and causality leave to queries at [p0, p1].
-static int32_t attni_span_count(const attn_mask *m, int64_t span0, int64_t span1, int64_t p0,
-                                int64_t p1) {
+// How many of the spans [span0, span1) of `span` tokens the window and causality leave to queries
+// at [p0, p1].
+static int32_t attni_span_count(const attn_mask *m, int32_t span, int64_t span0, int64_t span1,
+                                int64_t p0, int64_t p1) {
     int64_t lo = span0, hi = span1, sinks = 0;
-    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 / ATTN_SPAN + 1);
-    else if (m->window_right) hi = attni_min64(hi, (p1 + m->window_right - 1) / ATTN_SPAN + 1);
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 / span + 1);
+    else if (m->window_right) hi = attni_min64(hi, (p1 + m->window_right - 1) / span + 1);
     if (m->window_left) {
-        lo = attni_max64(lo, (p0 - (m->window_left - 1)) / ATTN_SPAN);
-        sinks = ((int64_t)m->n_sink + ATTN_SPAN - 1) / ATTN_SPAN;
+        lo = attni_max64(lo, (p0 - (m->window_left - 1)) / span);
+        sinks = ((int64_t)m->n_sink + span - 1) / span;
         sinks = attni_min64(sinks, attni_min64(lo, span1)) - span0;
     }
     return (int32_t)(attni_max64(hi - lo, 0) + attni_max64(sinks, 0));
@@ -1955,38 +2019,64 @@ static void attni_add_segment(attni_planner *b, int32_t lo, int32_t hi, int32_t 
     p->n_shared += hi - lo > 1;
 }
 
-// Spans per piece of n so that no task is dearer than max_task_cost, nor than max_cost if workspace
-// and capacities allow. The partial rows that cutting costs are charged.
-static int32_t attni_piece(attni_planner *b, int32_t n, int32_t n_seq, int32_t tokens, int starts,
-                           int direct) {
+// Do rows whose first span a task starts at leave one folded partial there?
+static int attni_folds(const attn_plan *p, const attn_plan_seq *q) {
+    return q->rule < 0 || !p->params.rule[q->rule].no_fold;
+}
+
+// Spans per piece of n so that pieces cost about max_cost: without rules, no more than that; with
+// them, the nearest number of equal pieces, at most `most`.
+static int32_t attni_balanced(const attni_planner *b, float one, int32_t n, int64_t most) {
+    float x;
+    int64_t pieces;
+    if (attni_n_rules(&b->p->params) == 0) return attni_fitting(b->max_cost, one, n);
+    if (n < 2 || !(b->max_cost > 0)) return n;
+    x = (float)n * one / b->max_cost;
+    pieces = x >= (float)n ? n : x >= 1.5f ? (int64_t)(x + 0.5f) : 1;
+    pieces = attni_max64(1, attni_min64(pieces, most));
+    return (int32_t)((n + pieces - 1) / pieces);
+}
+
+// Spans per piece of n, of n_seq sequences like q, so that no task is dearer than max_task_cost,
+// nor than max_cost asks for if workspace and capacities allow. The partial rows that cutting costs
+// are charged.
+static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, int32_t n_seq,
+                           int32_t tokens, int starts, int direct) {
     attn_plan *p = b->p;
-    float one = attni_task_cost(p, 1, (int64_t)attni_min32(tokens, p->tile_tokens) * b->group);
+    int64_t tiles = attni_tile_count(p, q, tokens), rows = (int64_t)tokens * p->n_heads;
+    float one = attni_task_cost(
+        p, q->span, 1, (int64_t)attni_min32(tokens, attni_seq_tile(p, q)) * b->group);
     int32_t must = attni_fitting(p->params.max_task_cost, one, n);
-    int32_t piece = attni_min32(must, attni_fitting(b->max_cost, one, n));
-    int64_t rows = starts ? (int64_t)tokens * p->n_heads : 0, more = rows * (n - piece + direct);
-    int64_t extra = (n + piece - 1) / piece - (n + must - 1) / must;
-    if (piece < must && more <= b->rows_left && extra <= b->cuts_left &&
-        extra * n_seq <= b->chain_left && extra * attni_tile_count(p, tokens) <= b->tiles_left) {
+    int64_t least = (n + must - 1) / must;
+    int64_t room = attni_min64(b->cuts_left, attni_min64(b->chain_left / n_seq,
+                                                         b->tiles_left / tiles));
+    int32_t piece = attni_min32(must, attni_balanced(b, one, n, least + room));
+    int64_t extra = (n + piece - 1) / piece - least, more;
+    // rows that fold, or write O when not cut, have a slot less than spans, or none
+    more = rows * (starts ? n - piece + direct : direct ? n : 0);
+    if (piece < must && more <= b->rows_left && extra <= room) {
         b->rows_left -= more;
         b->cuts_left -= extra;
         b->chain_left -= extra * n_seq;
-        b->tiles_left -= extra * attni_tile_count(p, tokens);
+        b->tiles_left -= extra * tiles;
         return piece;
     }
-    more = must < n ? rows * (n - must + direct) : 0;
+    more = must < n ? rows * (starts ? n - must + direct : direct ? n : 0) : 0;
     if (more > b->rows_left) b->lacking = 1;
     else b->rows_left -= more;
     return must;
 }
 
 // Emits the spans [span0, span1) of places [lo, hi), cut if need be. The piece where the rows'
-// folds start keeps them in registers and leaves one slot per row; the others leave one per span.
+// folds start keeps them in registers and leaves one slot per row, if their rule folds; the others
+// leave one per span.
 static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, int32_t span1,
                        int32_t tokens, int direct) {
+    const attn_plan_seq *q = &b->p->seq[b->p->order[lo]];
     int32_t i, piece;
-    int starts = 1;
+    int starts = attni_folds(b->p, q);
     for (i = lo; i < hi; i++) starts &= span0 <= b->p->seq[b->p->order[i]].span0;
-    piece = attni_piece(b, span1 - span0, hi - lo, tokens, starts, direct);
+    piece = attni_piece(b, q, span1 - span0, hi - lo, tokens, starts, direct);
     if (direct && piece >= span1 - span0) {
         attni_add_segment(b, lo, hi, span0, span1, tokens, 0);
         return;
@@ -2002,9 +2092,10 @@ static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, 
 static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t from, int32_t to,
                                int reserved, int32_t *tokens) {
     attn_plan *p = b->p;
-    int64_t slots = 0, n = hi - lo;
+    const attn_plan_seq *head = &p->seq[p->order[lo]];
+    int64_t slots = 0, n = hi - lo, tiles;
     float gain, loss;
-    int starts = 1;
+    int starts = attni_folds(p, head);
     int32_t i;
     *tokens = 0;
     for (i = lo; i < hi; i++) {
@@ -2015,13 +2106,14 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
     }
     if (p->params.share == 1 || b->frugal) return 0;
     slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
-    gain = (float)(n - 1) * (float)(to - from) * ATTN_SPAN * p->params.cost_kv_token *
+    gain = (float)(n - 1) * (float)(to - from) * (float)head->span * p->params.cost_kv_token *
            (float)p->n_kv_heads;
     loss = reserved ? 0 : (float)slots * p->params.cost_partial;
     if (p->params.share == 0 && loss >= gain) return 0;
     if (!reserved && slots > b->rows_left) return 0;
-    if (attni_tile_count(p, *tokens) > b->tiles_left || n > b->chain_left) return 0;
-    b->tiles_left -= attni_tile_count(p, *tokens);
+    tiles = attni_tile_count(p, head, *tokens);
+    if (tiles > b->tiles_left || n > b->chain_left) return 0;
+    b->tiles_left -= tiles;
     b->chain_left -= n;
     if (!reserved) b->rows_left -= slots;
     return 1;
@@ -2084,17 +2176,18 @@ static void attni_tile_positions(const attn_plan *p, const attn_segment *g, int3
 
 // Tokens that the sequence holds in the spans [span0, span1).
 static int64_t attni_tokens_in(const attn_plan_seq *q, int32_t span0, int32_t span1) {
-    int64_t lo = attni_max64((int64_t)span0 * ATTN_SPAN, q->kv_pos0);
-    int64_t hi = attni_min64((int64_t)span1 * ATTN_SPAN, (int64_t)q->kv_pos0 + q->kv_len);
+    int64_t lo = attni_max64((int64_t)span0 * q->span, q->kv_pos0);
+    int64_t hi = attni_min64((int64_t)span1 * q->span, (int64_t)q->kv_pos0 + q->kv_len);
     return attni_max64(0, hi - lo);
 }
 
 static void attni_plan_tasks(attni_planner *b) {
     attn_plan *p = b->p;
-    int32_t i, h, first, n, spans, tile = p->tile_tokens;
+    int32_t i, h, first, n, spans, tile;
     for (i = 0; i < p->n_segments; i++) {
         const attn_segment *g = &p->segment[i];
         const attn_plan_seq *q = &p->seq[p->order[g->seq0]];
+        tile = attni_seq_tile(p, q);
         for (first = 0; first < g->n_tokens; first += n) {
             int64_t p0, p1, tokens;
             n = attni_min32(tile, g->n_tokens - first);
@@ -2102,16 +2195,15 @@ static void attni_plan_tasks(attni_planner *b) {
             if (first == 0 && g->n_seq == 1 && g->n_tokens > tile && q->q_pos0 % tile)
                 n = tile - q->q_pos0 % tile;
             attni_tile_positions(p, g, first, n, &p0, &p1);
-            spans = attni_span_count(&b->d->mask, g->span0, g->span1, p0, p1);
-            tokens =
-                attni_min64((int64_t)spans * ATTN_SPAN, attni_tokens_in(q, g->span0, g->span1));
+            spans = attni_span_count(&b->d->mask, q->span, g->span0, g->span1, p0, p1);
+            tokens = attni_min64((int64_t)spans * q->span, attni_tokens_in(q, g->span0, g->span1));
             for (h = 0; h < p->n_kv_heads; h++) {
                 attn_task *t = &p->task[p->n_tasks++];
                 t->segment = i;
                 t->kv_head = h;
                 t->first_token = first;
                 t->n_tokens = n;
-                t->cost = attni_task_cost(p, spans, (int64_t)n * b->group);
+                t->cost = attni_task_cost(p, q->span, spans, (int64_t)n * b->group);
                 p->kv_tokens_read += tokens;
             }
         }
@@ -2163,7 +2255,7 @@ static void attni_add_merges(attn_plan *p, int32_t s) {
 
 // Chains, merges and what a run without sharing would read.
 static void attni_plan_chains(attn_plan *p) {
-    int32_t i, s, at = 0;
+    int32_t i, s, at = 0, tile;
     for (s = 0; s < p->n_seq; s++) p->seq[s].n_chain = 0;
     for (i = 0; i < p->n_segments; i++)
         for (s = 0; s < p->segment[i].n_seq; s++)
@@ -2173,9 +2265,9 @@ static void attni_plan_chains(attn_plan *p) {
         q->chain = at;
         at += q->n_chain;
         q->n_chain = 0;
+        tile = attni_seq_tile(p, q);
         if (q->q_len > 0)
-            p->kv_tokens_seen += (int64_t)p->n_kv_heads * ((q->q_len + p->tile_tokens - 1) /
-                                                           p->tile_tokens) *
+            p->kv_tokens_seen += (int64_t)p->n_kv_heads * ((q->q_len + tile - 1) / tile) *
                                  attni_tokens_in(q, q->span0, q->span1);
     }
     for (i = 0; i < p->n_segments; i++)
@@ -2194,51 +2286,63 @@ static int32_t attni_floor_pow2(int32_t x) {
     return p;
 }
 
-static int32_t attni_held_spans(const attn_desc *d, int32_t s) { // at most
-    return d->kv.kv_len[s] / ATTN_SPAN + 2;
+static int32_t attni_held_spans(const attn_desc *d, int32_t s, int32_t span) { // at most
+    return d->kv.kv_len[s] / span + 2;
 }
 
-// The largest tile (tokens) for max_task_cost: from low on while the longest KV needs no cut then;
-// where even low does, the largest whose single spans are cheap enough.
-static int32_t attni_bounded_tile(const attn_desc *d, const attn_plan_params *q, int32_t tile,
-                                  int32_t low) {
-    int32_t group = d->n_heads / d->n_kv_heads, s, t, spans;
+// The largest tile (tokens) of a rule for max_task_cost: from low on while the longest KV needs no
+// cut then; where even low does, the largest whose single spans are cheap enough.
+static int32_t attni_bounded_tile(const attn_desc *d, const attn_plan_params *q, int32_t rule,
+                                  int32_t tile, int32_t low) {
+    int32_t group = d->n_heads / d->n_kv_heads, span = attni_rule_span(q, rule), s, t, spans;
     if (!(q->max_task_cost > 0)) return tile;
     for (t = tile; t >= low; t /= 2) {
         for (spans = 1, s = 0; s < d->n_seq; s++) // a smaller tile is no help to shorter queries
-            if (d->q_start[s + 1] - d->q_start[s] > t / 2)
-                spans = attni_max32(spans, attni_held_spans(d, s));
-        if ((float)spans * attni_span_cost(q, (int64_t)t * group) <= q->max_task_cost) return t;
+            if (d->q_start[s + 1] - d->q_start[s] > t / 2 && attni_rule_of(d, q, s) == rule)
+                spans = attni_max32(spans, attni_held_spans(d, s, span));
+        if ((float)spans * attni_span_cost(q, span, (int64_t)t * group) <= q->max_task_cost)
+            return t;
     }
-    for (t = tile; t > 1 && attni_span_cost(q, (int64_t)t * group) > q->max_task_cost;) t /= 2;
+    for (t = tile; t > 1 && attni_span_cost(q, span, (int64_t)t * group) > q->max_task_cost;)
+        t /= 2;
     return t;
 }
 
-static int32_t attni_most_tile(const attn_desc *d, const attn_plan_params *q) {
-    int32_t group = d->n_heads / d->n_kv_heads;
-    return attni_floor_pow2(attni_max32(1, (q->row_tile > 0 ? q->row_tile : 256) / group));
+static int attni_sets_tile(const attn_plan_params *q, int32_t rule) {
+    return rule >= 0 && q->rule[rule].row_tile > 0;
 }
 
-// Query tokens per tile: a power of two; smaller tiles when there would be too few tasks, or too
-// dear ones.
-static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, int least) {
-    int32_t group = d->n_heads / d->n_kv_heads, s, tile = attni_most_tile(d, q), low;
+static int32_t attni_most_tile(const attn_desc *d, const attn_plan_params *q, int32_t rule) {
+    int32_t group = d->n_heads / d->n_kv_heads, rows = q->row_tile > 0 ? q->row_tile : 256;
+    if (attni_sets_tile(q, rule)) rows = q->rule[rule].row_tile;
+    return attni_floor_pow2(attni_max32(1, rows / group));
+}
+
+// Query tokens per tile of sequences of a rule: a power of two; where the rule does not say,
+// smaller tiles when there would be too few tasks; always smaller ones when they would be too dear.
+// least: no problem's tiles are smaller.
+static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, int32_t rule,
+                                 int least) {
+    int32_t group = d->n_heads / d->n_kv_heads, s, tile = attni_most_tile(d, q, rule), low;
     low = attni_min32(tile, attni_floor_pow2(attni_max32(1, 32 / group)));
-    if (least) return attni_bounded_tile(d, q, low, low);
-    for (; q->workers > 1 && tile > low; tile /= 2) {
+    if (least && (q->max_task_cost > 0 || !attni_sets_tile(q, rule)))
+        return attni_bounded_tile(d, q, rule, low, low);
+    for (; q->workers > 1 && tile > low && !attni_sets_tile(q, rule); tile /= 2) {
         int64_t n = 0;
         for (s = 0; s < d->n_seq; s++) {
-            int32_t q_len = d->q_start[s + 1] - d->q_start[s];
-            n += q_len / tile + (q_len % tile != 0);
+            int32_t q_len = d->q_start[s + 1] - d->q_start[s], own = attni_rule_of(d, q, s), t;
+            t = attni_sets_tile(q, own) ? attni_most_tile(d, q, own) : tile;
+            n += q_len / t + (q_len % t != 0);
         }
-        if (n * d->n_kv_heads >= 3 * (int64_t)q->workers) break;
+        if ((double)(n * d->n_kv_heads) >= (double)q->tasks_per_worker * q->workers) break;
     }
-    return attni_bounded_tile(d, q, tile, low);
+    return attni_bounded_tile(d, q, rule, tile, low);
 }
 
 static attn_plan_params attni_plan_defaults(const attn_plan_params *q) {
     attn_plan_params p = *q;
     if (p.workers < 1) p.workers = 1;
+    if (!(p.tasks_per_worker > 0)) p.tasks_per_worker = 3;
     // in units of one row x token at 128 dims, measured on AVX-512
     if (!(p.cost_kv_token > 0)) p.cost_kv_token = 4;
     if (!(p.cost_row_token > 0)) p.cost_row_token = 1;
@@ -2261,21 +2365,31 @@ static uint64_t attni_take(uint64_t *at, int64_t n, size_t size) {
     return here;
 }
 
-// What cutting for max_task_cost may add. A sequence's segments have no more spans together than
-// the sequence, so pieces of n spans add spans / n to the segments on its path.
-static void attni_cut_caps(const attn_desc *d, const attn_plan_params *q, int64_t tokens,
-                           attni_plan_caps *c) {
-    int32_t group = d->n_heads / d->n_kv_heads, spans = q->max_kv_len / ATTN_SPAN + 2, s;
+// What cutting for max_task_cost may add to sequences of one rule. A sequence's segments have no
+// more spans together than the sequence, so pieces of n spans add spans / n to the segments on its
+// path. Returns the spans that one may have.
+static int32_t attni_rule_caps(const attn_desc *d, const attn_plan_params *q, int32_t rule,
+                               int64_t tokens, attni_plan_caps *c) {
+    int32_t group = d->n_heads / d->n_kv_heads, span = attni_rule_span(q, rule), s;
+    int32_t spans = q->max_kv_len / span + 2;
     int64_t tile; // the largest tile's double too
-    c->cut_segments = c->cut_tiles = 0;
-    c->merges = c->seq;
-    if (!(q->max_task_cost > 0)) return;
-    for (s = 0; s < d->n_seq; s++) spans = attni_max32(spans, attni_held_spans(d, s));
-    for (tile = attni_tile_tokens(d, q, 1); tile <= attni_most_tile(d, q); tile *= 2) {
-        int64_t n = attni_fitting(q->max_task_cost, attni_span_cost(q, tile * group), spans);
+    for (s = 0; s < d->n_seq; s++) spans = attni_max32(spans, attni_held_spans(d, s, span));
+    for (tile = attni_tile_tokens(d, q, rule, 1); tile <= attni_most_tile(d, q, rule); tile *= 2) {
+        int64_t n = attni_fitting(q->max_task_cost, attni_span_cost(q, span, tile * group), spans);
         c->cut_segments = attni_max64(c->cut_segments, c->seq * (spans / n));
         c->cut_tiles = attni_max64(c->cut_tiles, spans / n * (tokens / tile + 2 * c->seq));
     }
+    return spans;
+}
+
+static void attni_cut_caps(const attn_desc *d, const attn_plan_params *q, int64_t tokens,
+                           attni_plan_caps *c) {
+    int32_t rule, spans = 1;
+    c->cut_segments = c->cut_tiles = 0;
+    c->merges = c->seq;
+    if (!(q->max_task_cost > 0)) return;
+    for (rule = -1; rule < attni_n_rules(q); rule++)
+        spans = attni_max32(spans, attni_rule_caps(d, q, rule, tokens, c));
     c->merges += tokens / attni_fitting(q->max_task_cost,
                                         attni_merge_cost(q, d->n_heads, spans), INT32_MAX);
 }
@@ -2284,12 +2398,18 @@ static void attni_cut_caps(const attn_desc *d, const attn_plan_params *q, int64_
 static attn_result attni_plan_caps_of(const attn_desc *d, const attn_plan_params *q,
                                       attni_plan_caps *c) {
     int64_t tokens = attni_max64(d->q_start[d->n_seq], q->max_tokens);
-    int64_t workers = q->workers;
+    int64_t workers = q->workers, each;
+    int32_t rule, tile = INT32_MAX;
     uint64_t at = (sizeof(attn_plan) + 63) / 64 * 64;
     if (workers > 1 << 16 || !(q->max_task_cost >= 0)) return ATTN_ERR_ARGUMENT;
+    if (!(q->tasks_per_worker <= 1024) || !attni_rules_ok(q)) return ATTN_ERR_ARGUMENT;
+    each = (int64_t)q->tasks_per_worker; // room for balance is in proportion, from 3 on
+    if (each > 2) workers = (workers * (each + ((float)each < q->tasks_per_worker)) + 2) / 3;
     c->seq = attni_max32(d->n_seq, q->max_seq);
     attni_cut_caps(d, q, tokens, c);
-    c->tiles = 4 * (tokens / attni_tile_tokens(d, q, 1) + 2 * c->seq) + 16 * workers + c->cut_tiles;
+    for (rule = -1; rule < attni_n_rules(q); rule++)
+        tile = attni_min32(tile, attni_tile_tokens(d, q, rule, 1));
+    c->tiles = 4 * (tokens / tile + 2 * c->seq) + 16 * workers + c->cut_tiles;
     c->segments = 2 * c->seq + 8 * workers + c->cut_segments;
     c->chain = 12 * c->seq + 16 * workers + c->cut_segments;
     // segments and chain are less than twice tiles
@@ -2316,16 +2436,19 @@ ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *q) {
     return attni_plan_caps_of(d, &full, &c) == ATTN_OK ? c.bytes : 0;
 }
 
-// Plans d into p, whose arrays and capacities are set; c: what d needs of them.
+// Plans d into p, whose arrays and capacities are set; c: what d needs of them. cost: of all tasks
+// (0: a guess, without sharing).
 static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_plan_caps *c,
-                                  int frugal) {
+                                  int frugal, float cost) {
     attni_planner b;
     float total = 0;
     int32_t s, n;
     attn_result r;
     p->n_seq = d->n_seq;
     p->n_tokens = d->q_start[d->n_seq];
-    p->tile_tokens = attni_tile_tokens(d, &p->params, 0);
+    p->tile_tokens = attni_tile_tokens(d, &p->params, -1, 0);
+    for (s = 0; s < attni_n_rules(&p->params); s++)
+        p->rule_tile[s] = attni_tile_tokens(d, &p->params, s, 0);
     p->n_tasks = p->n_merges = p->n_segments = p->n_shared = 0;
     p->partial_rows = 0;
     p->kv_tokens_read = p->kv_tokens_seen = 0;
@@ -2341,12 +2464,14 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
     b.cuts_left = p->cap_segments - 2 * p->n_seq - c->cut_segments;
     for (s = 0; s < p->n_seq; s++) {
         attn_plan_seq *q = &p->seq[s];
-        attni_seq_spans(d, s, q);
-        b.tiles_left -= attni_tile_count(p, q->q_len);
-        total += attni_task_cost(p, q->span1 - q->span0, (int64_t)q->q_len * b.group);
+        attni_seq_spans(d, &p->params, s, q);
+        b.tiles_left -= attni_tile_count(p, q, q->q_len);
+        total += attni_task_cost(p, q->span, q->span1 - q->span0, (int64_t)q->q_len * b.group);
     }
+    total *= (float)p->n_kv_heads;
+    if (cost > 0) total = cost;
     b.max_cost = p->params.workers > 1 && !frugal
-                     ? total * (float)p->n_kv_heads / (3.0f * (float)p->params.workers) : 0;
+                     ? total / (p->params.tasks_per_worker * (float)p->params.workers) : 0;
     if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
     p->n_active = n;
     attni_plan_segments(&b, n);
@@ -2357,10 +2482,17 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
     return ATTN_OK;
 }
 
-// What sharing and balance took of the workspace may be what max_task_cost lacks.
+// With rules, sharing is planned first for what its tasks then cost. What sharing and balance took
+// of the workspace may be what max_task_cost lacks.
 static attn_result attni_plan_fill(attn_plan *p, const attn_desc *d, const attni_plan_caps *c) {
-    attn_result r = attni_plan_try(p, d, c, 0);
-    return r == ATTN_ERR_BUFFER ? attni_plan_try(p, d, c, 1) : r;
+    attn_result r = attni_plan_try(p, d, c, 0, 0);
+    float cost = 0;
+    int32_t i;
+    if (r == ATTN_OK && p->n_shared > 0 && p->params.workers > 1 && attni_n_rules(&p->params) > 0) {
+        for (i = 0; i < p->n_tasks; i++) cost += p->task[i].cost;
+        r = attni_plan_try(p, d, c, 0, cost);
+    }
+    return r == ATTN_ERR_BUFFER ? attni_plan_try(p, d, c, 1, 0) : r;
 }
 
 ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params *q, void *mem,
@@ -2399,21 +2531,32 @@ ATTN_DEF attn_result attn_plan_build(const attn_desc *d, const attn_plan_params 
     return r;
 }
 
+// Is seq_order what p's order was made from?
+static int attni_order_kept(const attn_plan *p, const attn_desc *d) {
+    int32_t rule, s, i = 0;
+    for (rule = -1; rule < attni_n_rules(&p->params); rule++)
+        for (s = 0; s < p->n_seq; s++) {
+            const attn_plan_seq *q = &p->seq[d->seq_order[s]];
+            if (q->q_len > 0 && q->rule == rule && p->order[i++] != d->seq_order[s]) return 0;
+        }
+    return 1;
+}
+
 // 1 when d differs from what p was built for in lengths only; patches those.
 static int attni_plan_patch(attn_plan *p, const attn_desc *d) {
     int32_t s, i;
     attn_plan_seq q;
     if (d->n_seq != p->n_seq || d->q_start[d->n_seq] != p->n_tokens) return 0;
-    for (s = 0, i = 0; s < p->n_seq; s++) {
+    for (s = 0; s < p->n_seq; s++) {
         const attn_plan_seq *o = &p->seq[s];
-        attni_seq_spans(d, s, &q);
-        if (q.q_len != o->q_len || q.span0 != o->span0 || q.span1 != o->span1) return 0;
-        if (d->seq_order && p->seq[d->seq_order[s]].q_len > 0 && p->order[i++] != d->seq_order[s])
-            return 0;
+        attni_seq_spans(d, &p->params, s, &q);
+        if (q.q_len != o->q_len || q.rule != o->rule) return 0;
+        if (q.span0 != o->span0 || q.span1 != o->span1) return 0;
     }
+    if (d->seq_order && !attni_order_kept(p, d)) return 0;
     for (s = 0; s < p->n_seq; s++) {
         attn_plan_seq *o = &p->seq[s];
-        attni_seq_spans(d, s, &q);
+        attni_seq_spans(d, &p->params, s, &q);
         o->q_pos0 = q.q_pos0;
         o->kv_len = q.kv_len;
         o->kv_pos0 = q.kv_pos0;

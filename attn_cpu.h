@@ -3082,7 +3082,7 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
     if (!p || !attni_is_float(d->q.dtype) || !attni_is_float(d->o.dtype)) return ATTN_ERR_ARGUMENT;
     if (!d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
     if (p->n_seq != d->n_seq || p->n_heads != d->n_heads || p->n_kv_heads != d->n_kv_heads ||
-        p->head_dim != d->head_dim || p->v_head_dim != attni_v_dim(d))
+        p->head_dim != d->head_dim || p->v_head_dim != attni_v_dim(d) || p->params.rule[0].span)
         return ATTN_ERR_STALE;
     memset(w, 0, sizeof *w);
     w->d = d;

@@ -364,7 +364,7 @@ static void one_sequence(void) {
         CHECK_EQ(p->n_tasks, n_tasks);
         check_all(&w, p);
         if (q > 1) { // whole sequences fit in a smaller tile: no cut
-            w.params.max_task_cost = 8 * attni_span_cost(&p->params, 2 * 32);
+            w.params.max_task_cost = 8 * attni_span_cost(&p->params, ATTN_SPAN, 2 * 32);
             free(mem);
             p = build(&w, &mem);
             CHECK(p->tile_tokens < 128 && p->n_merges == 0);

@@ -350,12 +350,13 @@ static int visible(const model *m, int32_t s, int32_t t, int32_t head, int32_t j
 // One row against both of the library's functions; sum and number of the V it should average.
 static void check_row(const model *m, attni_masker *w, int32_t s, int32_t t, int32_t h, double *sum,
                       int32_t *n) {
+    static const attn_plan_params no_rules;
     const attn_desc *d = &m->d;
     attn_plan_seq q;
     uint64_t bits[4] = {0, 0, 0, 0};
     int64_t p = (int64_t)m->q_pos0[s] + t, span = -1, k;
     int32_t j;
-    attni_seq_spans(d, s, &q);
+    attni_seq_spans(d, &no_rules, s, &q);
     if (d->mask.kind == ATTN_MASK_TREE) p = (int64_t)m->q_pos0[s] + depth_of(m, s, t);
     *sum = 0;
     *n = 0;
