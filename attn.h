@@ -344,7 +344,7 @@ ATTN_DEF attn_result attn_validate(const attn_desc *d);
 typedef struct attn_span_rule {
     int32_t max_q_len;  // queries it has at most (default 0: any)
     int32_t max_kv_len; // tokens it holds at most (default 0: any)
-    int32_t span;       // tokens, a power of two >= 64: KV is cut at its multiples; 0: no more rules
+    int32_t span;       // tokens, a power of two >= 64: KV is cut at its multiples; 0: table's end
     int32_t row_tile;   // query rows x heads per task, whatever workers (default 0: as row_tile and
                         // workers of the params say)
     int32_t no_fold;    // 1: a task that starts at the rows' first span leaves a partial per span
@@ -2025,7 +2025,7 @@ static int attni_folds(const attn_plan *p, const attn_plan_seq *q) {
 }
 
 // Spans per piece of n so that pieces cost about max_cost: without rules, no more than that; with
-// them, the nearest number of equal pieces, at most `most`.
+// them, the nearest number of equal pieces, at most `most` (what comes later wants to share, too).
 static int32_t attni_balanced(const attni_planner *b, float one, int32_t n, int64_t most) {
     float x;
     int64_t pieces;
@@ -2050,7 +2050,7 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
     int64_t least = (n + must - 1) / must;
     int64_t room = attni_min64(b->cuts_left, attni_min64(b->chain_left / n_seq,
                                                          b->tiles_left / tiles));
-    int32_t piece = attni_min32(must, attni_balanced(b, one, n, least + room));
+    int32_t piece = attni_min32(must, attni_balanced(b, one, n, least + room / 2));
     int64_t extra = (n + piece - 1) / piece - least, more;
     // rows that fold, or write O when not cut, have a slot less than spans, or none
     more = rows * (starts ? n - piece + direct : direct ? n : 0);

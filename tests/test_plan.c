@@ -21,6 +21,45 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A table of spans, now and then with a bound on tasks: what may follow from a sequence's lengths.
+static void world_rules(world *w, test_rng *r) {
+    int32_t i, n = test_below(r, 2) ? 0 : 1 + test_below(r, ATTN_SPAN_RULES);
+    for (i = 0; i < n; i++) {
+        attn_span_rule *x = &w->params.rule[i];
+        x->max_q_len = test_below(r, 2) ? 0 : test_below(r, 2) ? 1 : test_below(r, 400);
+        x->max_kv_len = test_below(r, 3) ? 1 + test_below(r, 2000) : 0;
+        x->span = 64 << test_below(r, 5);
+        x->row_tile = test_below(r, 2) ? 0 : 1 + test_below(r, 200);
+        x->no_fold = test_below(r, 2);
+    }
+    w->params.tasks_per_worker = test_below(r, 2) ? 0 : 0.25f * (float)(1 + test_below(r, 48));
+    if (test_below(r, 4)) return;
+    w->params.max_task_cost = (float)(1 << (6 + test_below(r, 14)));
+    w->params.partial_bytes = (size_t)1 << 30;
+    w->params.max_kv_len = STRIDE * PAGE + 96;
+}
+
+static int32_t n_rules(const world *w) {
+    int32_t n = 0;
+    while (n < ATTN_SPAN_RULES && w->params.rule[n].span) n++;
+    return n;
+}
+
+static int32_t rule_of(const world *w, int32_t s) {
+    int32_t i, q = w->q_start[s + 1] - w->q_start[s];
+    for (i = 0; i < n_rules(w); i++) {
+        const attn_span_rule *x = &w->params.rule[i];
+        if ((x->max_q_len == 0 || q <= x->max_q_len) &&
+            (x->max_kv_len == 0 || w->kv_len[s] <= x->max_kv_len))
+            return i;
+    }
+    return -1;
+}
+
+static int32_t span_of(const world *w, int32_t s) {
+    return rule_of(w, s) < 0 ? 256 : w->params.rule[rule_of(w, s)].span;
+}
+
 static void world_make(world *w, test_rng *r) {
     static float somewhere[4];
     attn_desc *d = &w->d;
@@ -72,6 +111,7 @@ static void world_make(world *w, test_rng *r) {
         w->params.cost_row_token = (float)(1 + test_below(r, 4));
         w->params.cost_partial = (float)(1 + test_below(r, 400));
     }
+    world_rules(w, r);
 }
 
 // The plan in memory of exactly its size; what lies behind must stay.
@@ -96,9 +136,8 @@ static int same_pages(const world *w, int32_t x, int32_t y, int64_t until) { // 
     return 1;
 }
 
-// Could a query at a position in [p0, p1] see anything in the span, by kind, window and sinks?
-static int span_seen(const attn_mask *m, int64_t span, int64_t p0, int64_t p1) {
-    int64_t first = span * 256, last = first + 255;
+// Could a query at a position in [p0, p1] see any key of first .. last, by kind, window and sinks?
+static int span_seen(const attn_mask *m, int64_t first, int64_t last, int64_t p0, int64_t p1) {
     if (m->kind == ATTN_MASK_CAUSAL && first > p1) return 0;
     if (m->kind == ATTN_MASK_FULL && m->window_right && first > p1 + m->window_right - 1) return 0;
     if (m->window_left && last < p0 - (m->window_left - 1)) return first < m->n_sink;
@@ -106,8 +145,9 @@ static int span_seen(const attn_mask *m, int64_t span, int64_t p0, int64_t p1) {
 }
 
 static int64_t tokens_in(const world *w, int32_t s, int64_t span0, int64_t span1) {
-    return most(0, least(span1 * 256, w->kv_pos0[s] + w->kv_len[s]) -
-                       most(span0 * 256, w->kv_pos0[s]));
+    int64_t span = span_of(w, s);
+    return most(0, least(span1 * span, w->kv_pos0[s] + w->kv_len[s]) -
+                       most(span0 * span, w->kv_pos0[s]));
 }
 
 // ordered: lengths have not changed since its sequences were sorted.
@@ -124,8 +164,10 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
         if (m->kind == ATTN_MASK_CAUSAL) hi = least(hi, p1 + 1);
         else if (m->window_right) hi = least(hi, most(p1 + m->window_right, m->n_sink));
         if (m->window_left && !m->n_sink) lo = most(lo, p0 - m->window_left + 1);
-        CHECK_EQ(q->span0, lo / 256);
-        CHECK_EQ(q->span1, hi > lo ? up(hi, 256) : q->span0);
+        CHECK_EQ(q->rule, rule_of(w, s));
+        CHECK_EQ(q->span, span_of(w, s));
+        CHECK_EQ(q->span0, lo / q->span);
+        CHECK_EQ(q->span1, hi > lo ? up(hi, q->span) : q->span0);
         if (q->q_len == 0) {
             CHECK_EQ(q->n_chain, 0);
             continue;
@@ -153,8 +195,13 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
     }
     CHECK_EQ(active, p->n_active);
     CHECK_EQ(merges, p->n_merges);
-    for (i = 1; i < p->n_active && ordered; i++) { // the caller's order, or by front, pages, number
+    // by rule, then the caller's order, or by front, pages, number
+    for (i = 1; i < p->n_active && ordered; i++) {
         int32_t x = p->order[i - 1], y = p->order[i], j = 0, n;
+        if (rule_of(w, x) != rule_of(w, y)) {
+            CHECK(rule_of(w, x) < rule_of(w, y));
+            continue;
+        }
         if (w->d.seq_order) {
             for (c = 0; w->order[c] != x; c++) {}
             for (; w->order[c] != y && c < p->n_seq - 1; c++) {}
@@ -176,15 +223,17 @@ static void check_segments(const world *w, const attn_plan *p) {
                                (4 * ((w->d.v_head_dim ? w->d.v_head_dim : w->d.head_dim) + 2));
     for (i = 0; i < p->n_segments; i++) {
         const attn_segment *g = &p->segment[i];
-        int32_t tokens = 0, starts = 1;
+        int32_t head = p->order[g->seq0], tokens = 0, rule = rule_of(w, head), span = span_of(w, head);
+        int32_t starts = rule < 0 || !w->params.rule[rule].no_fold;
         shared += g->n_seq > 1;
         CHECK(g->n_seq >= 1 && g->span0 <= g->span1);
         for (s = g->seq0; s < g->seq0 + g->n_seq; s++) {
             const attn_plan_seq *q = &p->seq[p->order[s]];
             tokens += q->q_len;
             starts &= g->span0 <= q->span0;
+            CHECK_EQ(q->rule, rule);
             if (g->n_seq > 1)
-                CHECK(same_pages(w, p->order[g->seq0], p->order[s], (int64_t)g->span1 * 256));
+                CHECK(same_pages(w, p->order[g->seq0], p->order[s], (int64_t)g->span1 * span));
         }
         CHECK_EQ(g->n_tokens, tokens);
         if (g->n_slots) {
@@ -204,9 +253,10 @@ static void check_segments(const world *w, const attn_plan *p) {
     if (w->params.share != 2 || budget < 1 << 20) return;
     for (i = 0; i + 1 < p->n_active; i++) { // neighbours share every whole span that they can
         int32_t x = p->order[i], y = p->order[i + 1], span, c;
+        if (rule_of(w, x) != rule_of(w, y)) continue;
         for (span = (int32_t)most(p->seq[x].span0, p->seq[y].span0);
              span < least(p->seq[x].span1, p->seq[y].span1); span++) {
-            if (!same_pages(w, x, y, (int64_t)(span + 1) * 256)) break;
+            if (!same_pages(w, x, y, (int64_t)(span + 1) * span_of(w, x))) break;
             for (c = 0; c < p->seq[x].n_chain; c++) {
                 const attn_segment *g = &p->segment[p->chain[p->seq[x].chain + c]];
                 if (g->span0 <= span && span < g->span1) CHECK(g->seq0 + g->n_seq > i + 1);
@@ -215,39 +265,78 @@ static void check_segments(const world *w, const attn_plan *p) {
     }
 }
 
-static int32_t expected_tile(const world *w) {
+// Without max_task_cost.
+static int32_t expected_tile(const world *w, int32_t rule) {
     const attn_desc *d = &w->d;
     int32_t group = d->n_heads / d->n_kv_heads, tile = 1, low = 1, s;
-    int32_t rows = w->params.row_tile ? w->params.row_tile : 256;
+    int32_t rows = w->params.row_tile ? w->params.row_tile : 256, fixed = 0;
+    float each = w->params.tasks_per_worker > 0 ? w->params.tasks_per_worker : 3;
+    if (rule >= 0 && w->params.rule[rule].row_tile) rows = w->params.rule[rule].row_tile, fixed = 1;
     while (2 * tile * group <= rows) tile *= 2;
     while (2 * low * group <= 32) low *= 2;
-    for (; w->params.workers > 1 && tile > low; tile /= 2) {
+    for (; w->params.workers > 1 && tile > low && !fixed; tile /= 2) {
         int64_t n = 0;
-        for (s = 0; s < d->n_seq; s++) n += up(w->q_start[s + 1] - w->q_start[s], tile);
-        if (n * d->n_kv_heads >= 3 * w->params.workers) break;
+        for (s = 0; s < d->n_seq; s++) {
+            int32_t own = rule_of(w, s), len = w->q_start[s + 1] - w->q_start[s];
+            int own_tile = own >= 0 && w->params.rule[own].row_tile;
+            n += up(len, own_tile ? expected_tile(w, own) : tile);
+        }
+        if ((float)(n * d->n_kv_heads) >= each * (float)w->params.workers) break;
     }
     return tile;
 }
 
+static int32_t tile_of(const attn_plan *p, int32_t rule) {
+    return rule < 0 ? p->tile_tokens : p->rule_tile[rule];
+}
+
+// Tiles as expected; a bound on tasks may only make them smaller, and not without need.
+static void check_tiles(const world *w, const attn_plan *p) {
+    int32_t rule;
+    for (rule = -1; rule < n_rules(w); rule++) {
+        int32_t tile = tile_of(p, rule), want = expected_tile(w, rule);
+        if (w->params.max_task_cost > 0) CHECK(tile >= 1 && tile <= want && want % tile == 0);
+        else CHECK_EQ(tile, want);
+    }
+}
+
+// cost: of a task with so many spans, one: of its rows' single span, top: total / tasks wanted.
+static void check_cost(const world *w, const attn_task *t, int64_t spans, float one, float top) {
+    const attn_plan_params *q = &w->params;
+    if (q->max_task_cost > 0)
+        CHECK(t->cost <= q->max_task_cost || (spans == 1 && t->n_tokens == 1));
+    if (q->workers <= 1 || q->partial_bytes < (size_t)1 << 28) return;
+    // with rules the number of pieces is rounded, and the pieces are whole spans
+    if (n_rules(w)) CHECK(t->cost <= (1.5f * top + one) * 1.001f);
+    else CHECK(t->cost <= (top > one ? top : one) * 1.0001f);
+}
+
 static void check_tasks(const world *w, const attn_plan *p) {
-    int32_t i, j, s, tile = p->tile_tokens, group = p->n_heads / p->n_kv_heads;
+    int32_t i, j, s, group = p->n_heads / p->n_kv_heads;
     int64_t read = 0, seen = 0, *covered = (int64_t *)calloc((size_t)p->n_segments + 1, 8);
     float kv = w->params.cost_kv_token > 0 ? w->params.cost_kv_token : 4;
     float row = w->params.cost_row_token > 0 ? w->params.cost_row_token : 1;
-    float total = 0, top;
-    CHECK_EQ(tile, expected_tile(w));
+    float each = w->params.tasks_per_worker > 0 ? w->params.tasks_per_worker : 3;
+    float total = 0, top, sum = 0;
+    check_tiles(w, p);
     for (s = 0; s < p->n_seq; s++) {
         const attn_plan_seq *q = &p->seq[s];
         int32_t len = q->q_len;
-        total += (float)(q->span1 - q->span0) * 256 * (kv + (float)(len * group) * row);
-        if (len) seen += p->n_kv_heads * up(len, tile) * tokens_in(w, s, q->span0, q->span1);
+        total += (float)(q->span1 - q->span0) * (float)q->span * (kv + (float)(len * group) * row);
+        if (len)
+            seen += p->n_kv_heads * up(len, tile_of(p, q->rule)) *
+                    tokens_in(w, s, q->span0, q->span1);
     }
-    top = total * (float)p->n_kv_heads / (3.0f * (float)most(w->params.workers, 1));
+    for (i = 0; i < p->n_tasks; i++) sum += p->task[i].cost;
+    total *= (float)p->n_kv_heads;
+    top = (n_rules(w) && p->n_shared ? sum : total) / (each * (float)most(w->params.workers, 1));
     for (i = 0; i < p->n_tasks; i++) {
         const attn_task *t = &p->task[i], *u = t + 1;
         const attn_segment *g = &p->segment[t->segment];
+        const attn_plan_seq *head = &p->seq[p->order[g->seq0]];
+        int32_t tile = tile_of(p, head->rule), span = head->span;
         int64_t p0 = INT64_MAX, p1 = -1, spans = 0, at = 0;
-        float one = 256 * (kv + (float)(least(g->n_tokens, tile) * group) * row);
+        float one = (float)span * (kv + (float)(least(g->n_tokens, tile) * group) * row);
         CHECK(t->kv_head >= 0 && t->kv_head < p->n_kv_heads);
         CHECK(t->n_tokens >= 1 && t->n_tokens <= tile);
         CHECK(t->first_token >= 0 && t->first_token + t->n_tokens <= g->n_tokens);
@@ -259,11 +348,11 @@ static void check_tasks(const world *w, const attn_plan *p) {
                     p1 = most(p1, p->seq[p->order[s]].q_pos0 + j);
                 }
         if (g->n_seq == 1 && g->n_tokens > tile && t->first_token) CHECK_EQ(p0 % tile, 0);
-        for (j = g->span0; j < g->span1; j++) spans += span_seen(&w->d.mask, j, p0, p1);
-        CHECK(t->cost == (float)spans * 256 * (kv + (float)(t->n_tokens * group) * row));
-        read += least(spans * 256, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
-        if (w->params.workers > 1 && w->params.partial_bytes >= (size_t)1 << 28)
-            CHECK(t->cost <= (top > one ? top : one) * 1.0001f);
+        for (j = g->span0; j < g->span1; j++)
+            spans += span_seen(&w->d.mask, (int64_t)j * span, (int64_t)j * span + span - 1, p0, p1);
+        CHECK(t->cost == (float)spans * (float)span * (kv + (float)(t->n_tokens * group) * row));
+        read += least(spans * span, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
+        check_cost(w, t, spans, one, top);
         if (i + 1 == p->n_tasks) break;
         CHECK(t->cost >= u->cost);
         if (t->cost == u->cost)
@@ -296,7 +385,8 @@ static void update(world *w, attn_plan *p, test_rng *r) {
         if (w->kv_len[s] + step < STRIDE * PAGE) w->kv_len[s] += step, w->q_pos0[s] += step;
     CHECK_EQ(attn_plan_update(p, &w->d, &rebuilt), ATTN_OK);
     for (s = 0; s < w->d.n_seq; s++)
-        same &= was[s].span0 == p->seq[s].span0 && was[s].span1 == p->seq[s].span1;
+        same &= was[s].span0 == p->seq[s].span0 && was[s].span1 == p->seq[s].span1 &&
+                was[s].rule == p->seq[s].rule;
     for (i = 0; i < n; i++) same &= share[i] == p->share[i];
     CHECK_EQ(rebuilt, !same);
     check_seqs(w, p, rebuilt);
