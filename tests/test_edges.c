@@ -1386,6 +1386,8 @@ static void run_edges(void) {
     NO_RUN(ATTN_ERR_ARGUMENT, w.d.o.data = NULL, w.d.o.data = data_o)
     NO_RUN(ATTN_ERR_LAYOUT, w.d.kv.k.page_bytes = 8, w.d.kv.k.page_bytes = 0)
     NO_RUN(ATTN_ERR_LAYOUT, w.d.kv.v.page_bytes = 8, w.d.kv.v.page_bytes = 0)
+    // a plan with spans of another backend, even where they are as long
+    NO_RUN(ATTN_ERR_STALE, p->params.rule[0].span = ATTN_SPAN, p->params.rule[0].span = 0)
     CHECK_EQ(attn_cpu_merge(&w.d, p, 0, -1, work), ATTN_ERR_ARGUMENT);
     CHECK_EQ(attn_cpu_merge(&w.d, p, 0, 0, NULL), ATTN_OK);
     w.q_start[1] = 1; // other queries than the plan's

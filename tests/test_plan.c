@@ -223,7 +223,8 @@ static void check_segments(const world *w, const attn_plan *p) {
                                (4 * ((w->d.v_head_dim ? w->d.v_head_dim : w->d.head_dim) + 2));
     for (i = 0; i < p->n_segments; i++) {
         const attn_segment *g = &p->segment[i];
-        int32_t head = p->order[g->seq0], tokens = 0, rule = rule_of(w, head), span = span_of(w, head);
+        int32_t head = p->order[g->seq0], tokens = 0, rule = rule_of(w, head);
+        int32_t span = span_of(w, head);
         int32_t starts = rule < 0 || !w->params.rule[rule].no_fold;
         shared += g->n_seq > 1;
         CHECK(g->n_seq >= 1 && g->span0 <= g->span1);
@@ -250,7 +251,8 @@ static void check_segments(const world *w, const attn_plan *p) {
     CHECK_EQ(attn_plan_partial_bytes(p), 4 * rows * (p->v_head_dim + 2));
     CHECK(rows <= budget);
     if (w->params.share == 1) CHECK_EQ(shared, 0);
-    if (w->params.share != 2 || budget < 1 << 20) return;
+    // tiny tiles, as a bound makes them, are more than a plan has room for at every level
+    if (w->params.share != 2 || budget < 1 << 20 || w->params.max_task_cost > 0) return;
     for (i = 0; i + 1 < p->n_active; i++) { // neighbours share every whole span that they can
         int32_t x = p->order[i], y = p->order[i + 1], span, c;
         if (rule_of(w, x) != rule_of(w, y)) continue;
@@ -471,10 +473,197 @@ static void one_sequence(void) {
     }
 }
 
+// n sequences of one query each and of these lengths, causal, 4 heads on 2, all in the same pages.
+static void decoding(world *w, int32_t n, const int32_t *kv_len) {
+    test_rng r = {5};
+    int32_t s, j;
+    do world_make(w, &r);
+    while (w->d.n_seq < n);
+    memset(&w->d.mask, 0, sizeof w->d.mask);
+    memset(&w->params, 0, sizeof w->params);
+    w->params.partial_bytes = (size_t)1 << 28;
+    w->d.seq_order = NULL;
+    w->d.n_seq = n;
+    w->d.n_heads = 4, w->d.n_kv_heads = 2;
+    for (s = 0; s < n; s++) {
+        w->kv_pos0[s] = 0, w->kv_len[s] = kv_len[s], w->q_pos0[s] = kv_len[s] - 1;
+        w->q_start[s + 1] = s + 1;
+        for (j = 0; j < STRIDE; j++) w->page[s * STRIDE + j] = j;
+    }
+}
+
+static attn_span_rule *rule(world *w, int32_t i, int32_t max_q, int32_t max_kv, int32_t span) {
+    attn_span_rule *x = &w->params.rule[i];
+    x->max_q_len = max_q, x->max_kv_len = max_kv, x->span = span;
+    return x;
+}
+
+// What a table may hold.
+static void rule_errors(void) {
+    static const int32_t len[1] = {300};
+    world w;
+    void *mem;
+    attn_plan *p = NULL;
+    int32_t i, bad;
+    for (i = 0; i < ATTN_SPAN_RULES; i++)
+        for (bad = 0; bad < 10; bad++) {
+            int32_t j;
+            attn_span_rule *x;
+            static uint8_t room[64];
+            decoding(&w, 1, len);
+            for (j = 0; j < i; j++) rule(&w, j, 1, 20, 64);
+            x = rule(&w, i, 0, 0, bad == 0 ? 32 : bad == 1 ? 96 : bad == 2 ? -64 : 128);
+            if (bad == 3) x->max_q_len = -1;
+            if (bad == 4) x->max_kv_len = -1;
+            if (bad == 5) x->row_tile = -1;
+            if (bad == 6) x->no_fold = -1;
+            if (bad == 7) w.params.tasks_per_worker = 1024.5f;
+            if (bad == 8) w.params.tasks_per_worker = 1e30f;
+            if (bad == 9) { // behind the end of the table anything may stand
+                x->span = 0;
+                if (i + 1 < ATTN_SPAN_RULES) rule(&w, i + 1, -5, -5, 3);
+                p = build(&w, &mem);
+                CHECK(p && p->seq[0].rule == -1 && p->seq[0].span == 256);
+                free(mem);
+                continue;
+            }
+            CHECK_EQ(attn_plan_bytes(&w.d, &w.params), 0);
+            CHECK_EQ(attn_plan_build(&w.d, &w.params, room, sizeof room, &p), ATTN_ERR_ARGUMENT);
+        }
+}
+
+// Prefixes in common are shared inside a class of lengths, once in each; the limits are inclusive.
+static void classes(void) {
+    static const int32_t len[8] = {500, 512, 513, 700, 501, 1800, 701, 1900};
+    static const int32_t want[8] = {0, 0, 1, 1, 0, 2, 1, 2};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t s;
+    decoding(&w, 8, len);
+    rule(&w, 0, 1, 512, 64)->row_tile = 2;
+    rule(&w, 1, 1, 1024, 128)->row_tile = 16;
+    rule(&w, 2, 0, 0, 512)->no_fold = 1;
+    w.params.share = 2;
+    p = build(&w, &mem);
+    check_all(&w, p);
+    for (s = 0; s < 8; s++) CHECK_EQ(p->seq[s].rule, want[s]);
+    CHECK(p->rule_tile[0] == 1 && p->rule_tile[1] == 8 && p->rule_tile[2] == p->tile_tokens);
+    // 500 and 501 leave 7 whole spans of 64 to all three, 512 has 8 itself; 513, 700 and 701: 4 of
+    // 128, then 5 for two; 1800 and 1900: 3 of 512, one slot per span
+    CHECK_EQ(p->n_shared, 4);
+    for (s = 0; s < p->n_segments; s++) {
+        const attn_segment *g = &p->segment[s];
+        const attn_plan_seq *q = &p->seq[p->order[g->seq0]];
+        if (g->n_seq == 1) continue;
+        if (q->rule == 0) CHECK(g->n_seq == 3 && g->span1 == 7 && g->n_slots == 1);
+        if (q->rule == 1) CHECK(g->span1 == (g->n_seq == 3 ? 4 : 5) && g->n_slots == 1);
+        if (q->rule == 2) CHECK(g->n_seq == 2 && g->span1 == 3 && g->n_slots == 3);
+    }
+    free(mem);
+}
+
+// How many pieces one sequence's spans are cut into, and that they are of one length.
+static void pieces(void) {
+    // spans, tasks wanted of the two heads together, pieces
+    static const int32_t want[9][3] = {{32, 2, 1},  {32, 8, 4}, {30, 8, 4}, {32, 5, 3}, {3, 40, 3},
+                                       {32, 12, 6}, {9, 12, 5}, {2, 3, 2},  {10, 2, 1}};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t i, j, fold;
+    for (i = 0; i < 18; i++) {
+        const int32_t *x = want[i % 9];
+        int32_t len = 64 * x[0];
+        fold = i < 9;
+        decoding(&w, 1, &len);
+        rule(&w, 0, 0, 0, 64)->no_fold = !fold;
+        w.params.workers = 2;
+        w.params.tasks_per_worker = 0.5f * (float)x[1];
+        p = build(&w, &mem);
+        check_all(&w, p);
+        CHECK_EQ(p->n_segments, x[2]);
+        for (j = 0; j < p->n_segments; j++) {
+            const attn_segment *g = &p->segment[j];
+            int32_t n = g->span1 - g->span0;
+            CHECK_EQ(n, j + 1 < p->n_segments ? up(x[0], x[2]) : x[0] - j * up(x[0], x[2]));
+            CHECK_EQ(g->n_slots, p->n_segments == 1 ? 0 : j == 0 && fold ? 1 : n);
+        }
+        CHECK_EQ(p->n_merges, p->n_segments > 1);
+        // a budget of a row too few: no cut
+        w.params.partial_bytes = attn_plan_partial_bytes(p);
+        if (w.params.partial_bytes) {
+            free(mem);
+            p = build(&w, &mem);
+            CHECK_EQ(p->n_segments, x[2]);
+            w.params.partial_bytes--;
+            free(mem);
+            p = build(&w, &mem);
+            CHECK_EQ(p->n_segments, 1);
+        }
+        free(mem);
+    }
+}
+
+// 12 sequences of 1800 tokens, 1792 of them shared. Cuts follow from what is left to compute when
+// those count once, so the common part is cut into as many pieces as make the tasks wanted.
+static void shared_cost(void) {
+    int32_t len[12], s, cut = 0;
+    world w;
+    void *mem;
+    attn_plan *p;
+    for (s = 0; s < 12; s++) len[s] = 1793;
+    decoding(&w, 12, len);
+    for (s = 0; s < 12; s++) w.page[s * STRIDE + 112] = 200 + s;
+    w.d.kv.n_pages = 300;
+    rule(&w, 0, 0, 0, 64);
+    w.params.share = 2;
+    w.params.workers = 4;
+    p = build(&w, &mem);
+    check_all(&w, p);
+    CHECK_EQ(p->n_shared, 5);
+    for (s = 0; s < p->n_segments; s++) cut += p->segment[s].n_seq == 12;
+    CHECK_EQ(cut, 5);
+    free(mem);
+}
+
+// A sequence that outgrows its class is planned anew, even between the same spans.
+static void class_border(void) {
+    static const int32_t len[2] = {99, 90};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t rebuilt = 7, i;
+    decoding(&w, 2, len);
+    rule(&w, 0, 0, 100, 64);
+    rule(&w, 1, 0, 0, 64)->row_tile = 2;
+    w.d.seq_order = w.order;
+    w.order[0] = 1, w.order[1] = 0;
+    p = build(&w, &mem);
+    CHECK(p->order[0] == 1 && p->order[1] == 0);
+    for (i = 0; i < 3; i++) { // 100, 101, 102 tokens
+        w.kv_len[1] = 100 + i, w.q_pos0[1] = 99 + i;
+        CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_OK);
+        CHECK_EQ(rebuilt, i == 1);
+        CHECK(p->seq[1].rule == (i > 0) && p->order[0] == (i == 0));
+        check_seqs(&w, p, 1);
+        check_segments(&w, p);
+    }
+    w.order[0] = 0, w.order[1] = 1; // another order of the caller's, the same one rule by rule
+    CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_OK);
+    CHECK_EQ(rebuilt, 0);
+    free(mem);
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 1500), i;
     thresholds();
     one_sequence();
+    rule_errors();
+    classes();
+    pieces();
+    shared_cost();
+    class_border();
     for (i = 0; i < count && !test_failed; i++) {
         test_rng r;
         world w;
