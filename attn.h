@@ -2325,8 +2325,7 @@ static int32_t attni_tile_tokens(const attn_desc *d, const attn_plan_params *q, 
                                  int least) {
     int32_t group = d->n_heads / d->n_kv_heads, s, tile = attni_most_tile(d, q, rule), low;
     low = attni_min32(tile, attni_floor_pow2(attni_max32(1, 32 / group)));
-    if (least && (q->max_task_cost > 0 || !attni_sets_tile(q, rule)))
-        return attni_bounded_tile(d, q, rule, low, low);
+    if (least) return attni_bounded_tile(d, q, rule, low, low);
     for (; q->workers > 1 && tile > low && !attni_sets_tile(q, rule); tile /= 2) {
         int64_t n = 0;
         for (s = 0; s < d->n_seq; s++) {

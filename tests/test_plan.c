@@ -294,11 +294,19 @@ static int32_t tile_of(const attn_plan *p, int32_t rule) {
 
 // Tiles as expected; a bound on tasks may only make them smaller, and not without need.
 static void check_tiles(const world *w, const attn_plan *p) {
-    int32_t rule;
+    int32_t rule, s, group = p->n_heads / p->n_kv_heads;
     for (rule = -1; rule < n_rules(w); rule++) {
         int32_t tile = tile_of(p, rule), want = expected_tile(w, rule);
-        if (w->params.max_task_cost > 0) CHECK(tile >= 1 && tile <= want && want % tile == 0);
-        else CHECK_EQ(tile, want);
+        int32_t span = rule < 0 ? 256 : w->params.rule[rule].span;
+        float one = (float)span * (p->params.cost_kv_token +
+                                   (float)(want * group) * p->params.cost_row_token);
+        int64_t spans = 1;
+        for (s = 0; s < p->n_seq; s++)
+            if (rule_of(w, s) == rule && p->seq[s].q_len > want / 2)
+                spans = most(spans, w->kv_len[s] / span + 2);
+        CHECK(tile >= 1 && tile <= want && want % tile == 0);
+        if (!(w->params.max_task_cost > 0) || (float)spans * one <= w->params.max_task_cost)
+            CHECK_EQ(tile, want);
     }
 }
 
@@ -397,7 +405,7 @@ static void update(world *w, attn_plan *p, test_rng *r) {
 }
 
 // Two decoding sequences with one common span and one private token each: when is it shared?
-static void thresholds(void) {
+static void thresholds(int32_t span) {
     world w;
     test_rng r = {3};
     void *mem;
@@ -409,15 +417,17 @@ static void thresholds(void) {
     w.d.seq_order = NULL;
     w.d.n_heads = 4, w.d.n_kv_heads = 2, w.d.v_head_dim = 64;
     for (i = 0; i < 2; i++) {
-        w.kv_pos0[i] = 0, w.kv_len[i] = 257, w.q_pos0[i] = 256, w.q_start[i + 1] = i + 1;
-        for (j = 0; j < 16; j++) w.page[i * STRIDE + j] = j;
+        w.kv_pos0[i] = 0, w.kv_len[i] = span + 1, w.q_pos0[i] = span, w.q_start[i + 1] = i + 1;
+        for (j = 0; j < span / PAGE; j++) w.page[i * STRIDE + j] = j;
     }
     memset(&w.params, 0, sizeof w.params);
-    // gain: one reading of 256 tokens by 2 heads; loss: 16 partial rows
+    w.params.rule[0].span = span == 256 ? 0 : span;
+    // gain: one reading of the span by 2 heads; loss: 16 partial rows
     for (i = 0; i < 5; i++) {
         w.params.share = i < 3 ? 0 : 2;
         w.params.cost_kv_token = 1;
-        w.params.cost_partial = i == 0 ? 31.9f : i == 1 ? 32.0f : i == 2 ? 1.0f : 1000.0f;
+        w.params.cost_partial = i < 2 ? (float)span / 8 : i == 2 ? 1.0f : 1000.0f;
+        if (i == 0) w.params.cost_partial *= 0.99f;
         w.params.partial_bytes = (size_t)(4 * 66 * (rows - (i == 2 || i == 4)));
         p = build(&w, &mem);
         CHECK_EQ(p->n_shared, i == 0 || i == 3);
@@ -566,16 +576,17 @@ static void classes(void) {
 // How many pieces one sequence's spans are cut into, and that they are of one length.
 static void pieces(void) {
     // spans, tasks wanted of the two heads together, pieces
-    static const int32_t want[9][3] = {{32, 2, 1},  {32, 8, 4}, {30, 8, 4}, {32, 5, 3}, {3, 40, 3},
-                                       {32, 12, 6}, {9, 12, 5}, {2, 3, 2},  {10, 2, 1}};
+    static const int32_t want[10][3] = {{32, 2, 1}, {32, 8, 4}, {30, 8, 4}, {32, 5, 3},
+                                        {3, 40, 3}, {32, 12, 6}, {9, 12, 5}, {2, 3, 2},
+                                        {10, 2, 1}, {32, 64, 32}};
     world w;
     void *mem;
     attn_plan *p;
     int32_t i, j, fold;
-    for (i = 0; i < 18; i++) {
-        const int32_t *x = want[i % 9];
+    for (i = 0; i < 20; i++) {
+        const int32_t *x = want[i % 10];
         int32_t len = 64 * x[0];
-        fold = i < 9;
+        fold = i < 10;
         decoding(&w, 1, &len);
         rule(&w, 0, 0, 0, 64)->no_fold = !fold;
         w.params.workers = 2;
@@ -608,11 +619,11 @@ static void pieces(void) {
 // 12 sequences of 1800 tokens, 1792 of them shared. Cuts follow from what is left to compute when
 // those count once, so the common part is cut into as many pieces as make the tasks wanted.
 static void shared_cost(void) {
-    int32_t len[12], s, cut = 0;
+    int32_t len[14], s, cut = 0;
     world w;
     void *mem;
     attn_plan *p;
-    for (s = 0; s < 12; s++) len[s] = 1793;
+    for (s = 0; s < 14; s++) len[s] = 1793;
     decoding(&w, 12, len);
     for (s = 0; s < 12; s++) w.page[s * STRIDE + 112] = 200 + s;
     w.d.kv.n_pages = 300;
@@ -624,6 +635,56 @@ static void shared_cost(void) {
     CHECK_EQ(p->n_shared, 5);
     for (s = 0; s < p->n_segments; s++) cut += p->segment[s].n_seq == 12;
     CHECK_EQ(cut, 5);
+    free(mem);
+    // more pieces than a plan has links for in so many chains: as many as it has, not none
+    decoding(&w, 14, len);
+    for (s = 0; s < 14; s++) w.page[s * STRIDE + 112] = 200 + s;
+    w.d.kv.n_pages = 300;
+    w.d.n_kv_heads = 1;
+    rule(&w, 0, 0, 0, 64)->row_tile = 64;
+    w.params.share = 2;
+    w.params.workers = 12;
+    p = build(&w, &mem);
+    check_seqs(&w, p, 1);
+    check_segments(&w, p);
+    for (s = cut = 0; s < p->n_segments; s++) cut += p->segment[s].n_seq == 14;
+    CHECK(cut >= 8 && cut < 28);
+    free(mem);
+}
+
+// What a bound on tasks forces without folds, and updates under it.
+static void bounded(void) {
+    static const int32_t len[1] = {2000};
+    world w;
+    void *mem;
+    attn_plan *p;
+    decoding(&w, 1, len);
+    rule(&w, 0, 0, 0, 64)->no_fold = 1;
+    w.params.max_task_cost = 10 * 64 * 6; // ten spans of two rows
+    p = build(&w, &mem);
+    check_all(&w, p);
+    CHECK(p->n_segments == 4 && attn_plan_partial_bytes(p) > 0);
+    w.params.partial_bytes = attn_plan_partial_bytes(p);
+    free(mem);
+    p = build(&w, &mem);
+    CHECK_EQ(p->n_segments, 4);
+    w.params.partial_bytes--;
+    CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, attn_plan_bytes(&w.d, &w.params), &p),
+             ATTN_ERR_BUFFER);
+    free(mem);
+    // tiles of a rule's size, which longer KV makes smaller
+    w.params.partial_bytes = (size_t)1 << 28;
+    rule(&w, 0, 0, 0, 64)->row_tile = 256;
+    w.params.max_task_cost = 90000;
+    w.params.max_kv_len = 2000;
+    w.q_start[1] = w.kv_len[0] = 200, w.q_pos0[0] = 0;
+    p = build(&w, &mem);
+    check_all(&w, p);
+    CHECK_EQ(p->rule_tile[0], 128);
+    w.kv_len[0] = 2000, w.q_pos0[0] = 1800;
+    CHECK_EQ(attn_plan_update(p, &w.d, NULL), ATTN_OK);
+    check_all(&w, p);
+    CHECK_EQ(p->rule_tile[0], 16);
     free(mem);
 }
 
@@ -657,12 +718,15 @@ static void class_border(void) {
 
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 1500), i;
-    thresholds();
+    thresholds(256);
+    thresholds(64);
+    thresholds(1024);
     one_sequence();
     rule_errors();
     classes();
     pieces();
     shared_cost();
+    bounded();
     class_border();
     for (i = 0; i < count && !test_failed; i++) {
         test_rng r;
