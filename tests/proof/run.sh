@@ -60,7 +60,8 @@ memory="attni_carve,attni_align,attni_pool_layout,attn_pool_bytes,attn_pool_init
 sizes="attni_min32,attni_max32,attni_min64,attni_max64,attni_floor_pow2,attni_take,\
 attni_page_token,attni_blob_size"
 plan="proof_mul_abs,proof_div_le,attni_held_spans,attni_span_cost,attni_merge_cost,attni_fitting,\
-attni_most_tile,attni_bounded_tile,attni_tile_tokens,attni_cut_caps,attni_plan_caps_of"
+attni_n_rules,attni_rules_ok,attni_rule_of,attni_rule_span,attni_sets_tile,attni_most_tile,\
+attni_bounded_tile,attni_tile_tokens,attni_rule_caps,attni_cut_caps,attni_plan_caps_of"
 offsets="proof_mul_le,attni_bits_of,attni_is_scaled,attni_is_float,attni_v_dim,\
 proof_div_mul,attni_page_elements,attni_token_offset,attni_scale_offset"
 cast="-wp-model Typed+cast"
