@@ -347,8 +347,8 @@ typedef struct attn_span_rule {
     int32_t span;       // tokens, a power of two >= 64: KV is cut at its multiples; 0: table's end
     int32_t row_tile;   // query rows x heads per task, whatever workers (default 0: as row_tile and
                         // workers of the params say)
-    int32_t no_fold;    // 1: a task that starts at the rows' first span leaves a partial per span
-                        // as well, unless it writes O itself
+    int32_t no_fold;    // 1: tasks leave a partial per span always, unless there is one span only;
+                        // these partials have to fit in partial_bytes
 } attn_span_rule;
 
 // Get defaults from the backend (attn_cpu_plan_params) and change what you like. Nothing here but
@@ -689,7 +689,7 @@ ATTN_DEF attn_result attn_check_row(const attn_desc *d, int32_t t, int32_t h, in
 #if defined(__GNUC__) || defined(__clang__)
 #define ATTNI_FN ATTNI_HD static inline __attribute__((unused))
 #ifdef __CUDACC__
-#define ATTNI_FAR ATTNI_HD static __attribute__((unused))
+#define ATTNI_FAR ATTNI_HD static __noinline__ __attribute__((unused))
 #else
 #define ATTNI_FAR                                                                                  \
     static __attribute__((unused, noinline)) // larger ones: inlining costs compile time
@@ -822,7 +822,15 @@ ATTNI_FAR uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint
     return sign | (man > max_code ? max_code : man);
 }
 
-ATTNI_FN float attni_from_f16(uint16_t h) { return attni_from_small(h, 5, 10, 1); }
+ATTNI_FN float attni_from_f16(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+#else
+    return attni_from_small(h, 5, 10, 1);
+#endif
+}
 ATTNI_FN uint16_t attni_to_f16(float x) {
     return (uint16_t)attni_to_small(x, 5, 10, 0x7c00u, 0x7e00u);
 }
@@ -1975,6 +1983,10 @@ static float attni_task_cost(const attn_plan *p, int32_t span, int64_t spans, in
     return (float)spans * attni_span_cost(&p->params, span, rows);
 }
 
+static float attni_tokens_cost(const attn_plan *p, int64_t tokens, int64_t rows) {
+    return (float)tokens * (p->params.cost_kv_token + (float)rows * p->params.cost_row_token);
+}
+
 // Of one query token.
 static float attni_merge_cost(const attn_plan_params *q, int64_t n_heads, int64_t slots) {
     return (float)(n_heads * slots) * q->cost_partial;
@@ -2024,6 +2036,12 @@ static int attni_folds(const attn_plan *p, const attn_plan_seq *q) {
     return q->rule < 0 || !p->params.rule[q->rule].no_fold;
 }
 
+// May one task over all n spans of rows write O itself? Without folds bits would differ from those
+// of a cut.
+static int attni_writes(const attn_plan *p, const attn_plan_seq *q, int32_t n) {
+    return n == 1 || attni_folds(p, q);
+}
+
 // Spans per piece of n so that pieces cost about max_cost: without rules, no more than that; with
 // them, the nearest number of equal pieces, at most `most` (what comes later wants to share, too).
 static int32_t attni_balanced(const attni_planner *b, float one, int32_t n, int64_t most) {
@@ -2061,7 +2079,8 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
         b->tiles_left -= extra * tiles;
         return piece;
     }
-    more = must < n ? rows * (starts ? n - must + direct : direct ? n : 0) : 0;
+    more = must < n || (direct && !attni_writes(p, q, n))
+               ? rows * (starts ? n - must + direct : direct ? n : 0) : 0;
     if (more > b->rows_left) b->lacking = 1;
     else b->rows_left -= more;
     return must;
@@ -2077,7 +2096,7 @@ static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, 
     int starts = attni_folds(b->p, q);
     for (i = lo; i < hi; i++) starts &= span0 <= b->p->seq[b->p->order[i]].span0;
     piece = attni_piece(b, q, span1 - span0, hi - lo, tokens, starts, direct);
-    if (direct && piece >= span1 - span0) {
+    if (direct && piece >= span1 - span0 && attni_writes(b->p, q, span1 - span0)) {
         attni_add_segment(b, lo, hi, span0, span1, tokens, 0);
         return;
     }
@@ -2189,7 +2208,7 @@ static void attni_plan_tasks(attni_planner *b) {
         const attn_plan_seq *q = &p->seq[p->order[g->seq0]];
         tile = attni_seq_tile(p, q);
         for (first = 0; first < g->n_tokens; first += n) {
-            int64_t p0, p1, tokens;
+            int64_t p0, p1, tokens, reach;
             n = attni_min32(tile, g->n_tokens - first);
             // tiles of a long prefill start at multiples of the tile, as row blocks of masks do
             if (first == 0 && g->n_seq == 1 && g->n_tokens > tile && q->q_pos0 % tile)
@@ -2197,13 +2216,17 @@ static void attni_plan_tasks(attni_planner *b) {
             attni_tile_positions(p, g, first, n, &p0, &p1);
             spans = attni_span_count(&b->d->mask, q->span, g->span0, g->span1, p0, p1);
             tokens = attni_min64((int64_t)spans * q->span, attni_tokens_in(q, g->span0, g->span1));
+            reach = tokens; // spans may be longer than anything
+            if (b->d->mask.kind != ATTN_MASK_FULL)
+                reach = attni_min64(reach, p1 + 1 - (int64_t)g->span0 * q->span);
             for (h = 0; h < p->n_kv_heads; h++) {
                 attn_task *t = &p->task[p->n_tasks++];
                 t->segment = i;
                 t->kv_head = h;
                 t->first_token = first;
                 t->n_tokens = n;
-                t->cost = attni_task_cost(p, q->span, spans, (int64_t)n * b->group);
+                t->cost = q->rule < 0 ? attni_task_cost(p, q->span, spans, (int64_t)n * b->group)
+                                      : attni_tokens_cost(p, reach, (int64_t)n * b->group);
                 p->kv_tokens_read += tokens;
             }
         }
@@ -2465,7 +2488,10 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
         attn_plan_seq *q = &p->seq[s];
         attni_seq_spans(d, &p->params, s, q);
         b.tiles_left -= attni_tile_count(p, q, q->q_len);
-        total += attni_task_cost(p, q->span, q->span1 - q->span0, (int64_t)q->q_len * b.group);
+        total += q->rule < 0 ? attni_task_cost(p, q->span, q->span1 - q->span0,
+                                               (int64_t)q->q_len * b.group)
+                             : attni_tokens_cost(p, attni_tokens_in(q, q->span0, q->span1),
+                                                 (int64_t)q->q_len * b.group);
     }
     total *= (float)p->n_kv_heads;
     if (cost > 0) total = cost;

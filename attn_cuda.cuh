@@ -1,0 +1,2738 @@
+/* attn_cuda.cuh - v0.1 - MIT licence, see the end of attn.h
+   CUDA executors for attn.h, sm_75 and up: tensor cores (mma.sync, cp.async from sm_80 on) for
+   16-bit queries over 16-bit or quantised KV, plain f32 arithmetic for everything else.
+
+   DO THIS in exactly one .cu file, compiled by nvcc:
+       #define ATTN_CUDA_IMPLEMENTATION          (or ATTN_IMPLEMENTATION, see attn.h)
+       #include "attn_cuda.cuh"
+   Other files, C as well, include it without the macro; no CUDA header is needed there.
+
+   EXAMPLE   once:         attn_cuda_open(&c, 0);
+                           attn_cuda_plan_params(&c, &d, &params);  params.max_seq = ...;
+                           attn_plan_build(&d, &params, mem, bytes, &plan);          host
+                           attn_cuda_plan_init(&c, &d, &params, device, n_bytes, &g);
+   an engine's step:       attn_plan_update(plan, &d, NULL);
+                           attn_cuda_upload(&c, &d, plan, &g, staging, n_bytes, stream);
+       every layer:        attn_cuda_store(&c, &d, &g, &k, &v, NULL, 0, n_tokens, stream);
+                           attn_cuda_run(&c, &d, &g, partials, partial_bytes, stream);
+
+   WHERE THINGS LIE   Device memory: q, o, lse, the pages, head_scale, alibi, sink, bias: what only
+             kernels read. Host memory: every table of the descriptor (q_start, kv_len, q_pos0,
+             kv_pos0, page_table, seq_order, tree_parent, block lists, columns and diagonals): plan
+             and validation read them, attn_cuda_upload packs them into the plan's device image.
+             attn_cuda_tables names tables that lie in device memory instead.
+
+   CONTENTS  >>open  >>store  >>run   and behind  >>impl-:
+             args, ptx, rows, masks, blocks, mma, simt, few, many, merge, store, host
+
+   MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
+
+   MEMORY    The caller's: device image (attn_cuda_plan_bytes), staging (the same size, page-locked
+             for asynchrony), partials (params.partial_bytes). Nothing is allocated.
+   STREAMS   Every call takes a stream, is asynchronous on it and never synchronises; store, run and
+             copy_pages may be captured into a CUDA graph. A captured run stays right after later
+             uploads into the same image: grids depend on capacities only. Staging must stay as it
+             is until the upload has been carried out: use two in turn.
+   THREADS   No state but the caller's structs. One image: one run at a time, in stream order.
+   ERRORS    Bad input is told at the call. Kernels compare every page, slot and block id with its
+             count, skip a bad one and set *c.error.
+   NUMERICS  FAST: tensor cores round the weights P to Q's type; scores and sums are f32. APPROX is
+             FAST; PORTABLE is ERR_UNSUPPORTED. A row's bits do not depend on the rest of the batch,
+             page size, layout, placement or sharing.
+   LIMITS    Layout K16 is the CPU's: ERR_UNSUPPORTED. */
+
+#ifndef ATTN_CUDA_CUH
+#define ATTN_CUDA_CUH
+
+#include "attn.h"
+#if ATTN_VERSION != 100
+#error "attn_cuda.cuh and attn.h are of different versions: copy both from the same release"
+#endif
+
+// ==== >>open  A device ===========================================================================
+
+typedef struct CUstream_st *attn_cuda_stream; // the same as cudaStream_t
+
+typedef struct attn_cuda {
+    int32_t device;     // ordinal
+    int32_t arch;       // of the code that was loaded: 75, 80, 90, ...
+    int32_t n_sm;       // multiprocessors
+    int32_t smem_bytes; // shared memory a block may have
+    int32_t *error;     // device memory, one word: the caller zeroes and reads it; kernels store an
+                        // attn_result there (ERR_PAGE, ERR_MASK) and go on (default NULL)
+} attn_cuda;
+
+// Looks at the device and loads the kernels (once per process and device; synchronises). Makes it
+// the current device. error is left alone. ERR_ARGUMENT: no such device; ERR_UNSUPPORTED: older
+// than sm_75; ERR_DEVICE: the driver failed.
+ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device);
+
+// ATTN_OK, or ERR_UNSUPPORTED for K16 and PORTABLE. d must be valid.
+ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d);
+
+// The kernels a problem runs on: "mma.bf16", "mma.f16", with "+dequant" where pages are converted,
+// or "simt"; static text.
+ATTN_DEF const char *attn_cuda_executor(const attn_cuda *c, const attn_desc *d);
+
+// ==== >>store  Writing K and V into pages ========================================================
+
+typedef struct attn_cuda_plan attn_cuda_plan;
+
+// As attn_cpu_store: converts rows [first, first + count) of k (n_tokens, n_kv_heads, head_dim) and
+// v to the pages' dtypes and layout. k, v, slots: device memory; slots[row] < 0 skips a row; slots
+// NULL: every query token's own position, from what was uploaded to g (else g may be NULL). Slots
+// outside the pool are skipped and reported (ERR_PAGE in *c->error).
+ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
+                                     const attn_cuda_plan *g, const attn_tensor *k,
+                                     const attn_tensor *v, const int64_t *slots, int64_t first,
+                                     int64_t count, attn_cuda_stream stream);
+
+// As attn_cpu_copy_pages: page copies of the tree in d's K and V (one layer), in the list's order.
+// copies: host memory, free again when the call returns.
+ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d,
+                                          const attn_page_copy *copies, int32_t n,
+                                          attn_cuda_stream stream);
+
+// Copies whole pages of d's K and V to or from host memory (page-locked for asynchrony): page
+// pages[i] <-> host_k + i * page bytes of K, host_v likewise. pages: host memory.
+ATTN_DEF attn_result attn_cuda_swap_pages(const attn_cuda *c, const attn_desc *d,
+                                          const int32_t *pages, int32_t n, void *host_k,
+                                          void *host_v, int to_host, attn_cuda_stream stream);
+
+// ==== >>run  Running a plan ======================================================================
+
+// Tables that lie in device memory; those that are not NULL replace what upload would pack. Host
+// tables of the descriptor must describe the same problem, as far as plan and validation need them.
+typedef struct attn_cuda_tables {
+    const int32_t *page_table;    // (n_seq, page_table_stride)
+    int64_t page_table_stride;
+    const int64_t *row_start;     // of mask.blocks, with block and bits
+    const int32_t *block;
+    const uint64_t *bits;
+    int64_t n_entries;            // in block; row_start beyond it is reported
+} attn_cuda_tables;
+
+// A plan's image in device memory. Filled by attn_cuda_plan_init, except tables and max_q_len,
+// which the caller may set afterwards. Plain data.
+struct attn_cuda_plan {
+    attn_cuda_tables tables;
+    int32_t max_q_len;             // queries of one sequence at most, for captured runs: up to 64
+                                   // saves a launch (default 0: max_tokens of the params)
+    void *device;                  // private from here on
+    size_t bytes, at[24];
+    int64_t cap[8], n[8];
+    int32_t shape[8];
+};
+
+// Fills in the planner's parameters for this device: the span table (a span's tokens follow from
+// the sequence's own lengths), row tiles, cost model, a bound on partials. Set max_seq, max_tokens,
+// max_kv_len for a plan that is to be updated or captured in a graph.
+ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn_plan_params *out);
+
+// Bytes of the device image, and of the staging buffer, for d and for the capacities in p where
+// those are larger; 0 when invalid. Block lists and page tables of up to d's size fit.
+ATTN_DEF size_t attn_cuda_plan_bytes(const attn_cuda *c, const attn_desc *d,
+                                     const attn_plan_params *p);
+
+// Lays the image out. device: 256-byte aligned; nothing is written yet. ERR_BUFFER.
+ATTN_DEF attn_result attn_cuda_plan_init(const attn_cuda *c, const attn_desc *d,
+                                         const attn_plan_params *p, void *device, size_t bytes,
+                                         attn_cuda_plan *g);
+
+// Packs plan and tables into staging and copies them to the image. ERR_BUFFER when they outgrew the
+// capacities; ERR_STALE when plan was made for other lengths than d's.
+ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, const attn_plan *plan,
+                                      attn_cuda_plan *g, void *staging, size_t bytes,
+                                      attn_cuda_stream stream);
+
+// All tasks and merges of the uploaded plan: O and LSE are written. partials: device memory,
+// 64-byte aligned, at least attn_plan_partial_bytes of the plan; in a captured run
+// params.partial_bytes. d: the uploaded problem, with the layer's q, o, lse and page data.
+ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
+                                   void *partials, size_t partial_bytes, attn_cuda_stream stream);
+
+// Merges n states of the same rows, as attention over disjoint sets of keys leaves them (cascades,
+// sequence parallelism): o[i] (n_tokens, n_heads, dim), lse[i] (n_tokens, n_heads) natural logs.
+// Writes o_out and, unless NULL, lse_out; both may be those of a state. n <= 16. A folded left to
+// right; states with LSE -inf count nothing; sink logits must be in one state only.
+ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
+                                     const float *const *lse, int32_t n, int64_t n_tokens,
+                                     int32_t n_heads, int32_t dim, const attn_tensor *o_out,
+                                     float *lse_out, attn_cuda_stream stream);
+
+#endif // ATTN_CUDA_CUH
+
+// ==== Stop here if you only want the API. ========================================================
+
+#if defined(ATTN_IMPLEMENTATION) || defined(ATTN_CUDA_IMPLEMENTATION)
+#ifndef ATTNI_CUDA_IMPLEMENTED
+#define ATTNI_CUDA_IMPLEMENTED
+
+#ifndef __CUDACC__
+#error "attn_cuda.cuh: implement it in a .cu file, compiled by nvcc"
+#endif
+#include <cuda_runtime.h>
+
+// ==== >>impl-args  What kernels are given ========================================================
+//
+// A task is a tile of query rows (tokens x heads of one KV head, packed) against a run of KV, walked
+// in blocks of 64 tokens at absolute positions. A row's scores are taken block by block in ascending
+// order with a running maximum; at a span border its state (O, m, l) is folded into the spans before
+// or left as a partial. So a row's bits follow from its own spans, whatever tile it is in.
+
+#define ATTNI_CU_BLOCK 64   /* KV tokens */
+#define ATTNI_CU_THREADS 128
+#define ATTNI_CU_UNIT 32    /* query tokens of a sequence that are merged together */
+#define ATTNI_CU_SCAN 512   /* blocks of a sparse mask looked at in one go */
+
+typedef struct attni_cu_task {
+    int64_t partial;        // first partial row of its segment
+    int32_t place0, n_places; // sequences, as places in the plan's order
+    int32_t token0;         // first query token of the segment, over all places
+    int32_t first_token, n_tokens; // the tile's tokens in the segment
+    int32_t seg_tokens;     // query tokens of the segment
+    int32_t kv_head, head;  // head: the only query head (per-head lists), or -1: the whole group
+    int32_t seq;            // whose page table is read
+    int32_t pos0;           // its kv_pos0
+    int32_t span, span0, span1; // tokens; first and last + 1 of the segment
+    int32_t lo, hi;         // positions to read: [lo, hi) and those below sink_end
+    int32_t sink_end;
+    int32_t full_lo, full_hi; // every row sees all of these
+    int32_t slots;          // 0: writes O; 1: leaves one folded partial; 2: one for each span
+    int32_t pad;
+} attni_cu_task;
+
+typedef struct attni_cu_link { // what a segment left of a sequence
+    int64_t partial;
+    int32_t seg_tokens, token_at, n_slots, pad;
+} attni_cu_link;
+
+enum { ATTNI_CU_FEW, ATTNI_CU_MANY, ATTNI_CU_KINDS };
+
+typedef struct attni_cu_header {
+    int32_t n_tasks[ATTNI_CU_KINDS];
+    int32_t n_places, n_seq, n_units, n_tokens;
+    int32_t first[ATTNI_CU_KINDS]; // in task[]
+} attni_cu_header;
+
+typedef struct attni_cu_args {
+    attn_desc d;              // tables lie in device memory
+    attni_side k, v;
+    const attni_cu_header *header;
+    const attni_cu_task *task;
+    const attn_plan_seq *seq; // (n_seq)
+    const int32_t *order;     // (n_places) sequence at each place
+    const int32_t *token0;    // (n_places + 1) query tokens before each place
+    const attni_cu_link *link; // seq.chain ...
+    const int32_t *unit0;     // (n_seq) first unit of a sequence
+    const int32_t *expected;  // (n_units) tasks that leave partials of it
+    int32_t *arrived;         // (n_units, unit_heads)
+    int32_t *ticket;          // (ATTNI_CU_KINDS, 2) next task, blocks that are through
+    int32_t *error;
+    float *partial_o, *partial_ml; // (rows, v_head_dim), (rows, 2)
+    int64_t n_entries;        // of the block list
+    int32_t kind, group;      // group: heads in a tile: of a KV head, or 1 with per-head lists
+    int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
+    int32_t mods;             // scores need more than a positive scale
+    int32_t sparse;
+    float scale;              // of a score; with log2(e) in it when there are no mods
+} attni_cu_args;
+
+#define ATTNI_DEV static __device__ __forceinline__
+#define ATTNI_DEV_FAR static __device__ __noinline__ // one copy for all kernels: compile time
+#define ATTNI_LOG2E 1.4426950408889634f
+#define ATTNI_LN2 0.6931471805599453f
+#define ATTNI_NINF __int_as_float((int)0xff800000)
+
+// ==== >>impl-ptx  One wrapper per instruction ====================================================
+
+ATTNI_DEV uint32_t attni_smem(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// 16 bytes to shared memory, zeros when n is 0.
+ATTNI_DEV void attni_cp_async16(uint32_t dst, const void *src, int n) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 ::"r"(dst), "l"(src), "r"(n) : "memory");
+#else
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (n) x = *(const uint4 *)src;
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#endif
+}
+
+ATTNI_DEV void attni_cp_async4(uint32_t dst, const void *src, int n) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 ::"r"(dst), "l"(src), "r"(n) : "memory");
+#else
+    uint32_t x = n ? *(const uint32_t *)src : 0;
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
+#endif
+}
+
+ATTNI_DEV void attni_cp_commit(void) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most N groups are under way.
+template <int N> ATTNI_DEV void attni_cp_wait(void) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+ATTNI_DEV void attni_ldmatrix(uint32_t r[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+ATTNI_DEV void attni_ldmatrix_trans(uint32_t r[4], uint32_t at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+// c (16, 8) += a (16, 16) b (16, 8). BF: bf16, else f16.
+template <int BF> ATTNI_DEV void attni_mma(float c[4], const uint32_t a[4], uint32_t b0,
+                                           uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    if (BF)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else // Turing: two steps of 8; it has no bf16, and the host does not ask for it
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+
+ATTNI_DEV float attni_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two floats to a pair of 16-bit ones, lo in the low half.
+template <int BF> ATTNI_DEV uint32_t attni_pair(float lo, float hi) {
+    uint32_t r;
+#if __CUDA_ARCH__ >= 800
+    if (BF) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+#else
+    uint16_t a, b;
+    if (BF) return (uint32_t)attni_to_bf16(hi) << 16 | attni_to_bf16(lo);
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(a) : "f"(lo));
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(hi));
+    r = (uint32_t)b << 16 | a;
+#endif
+    return r;
+}
+
+// x * f, x - f on pairs.
+ATTNI_DEV uint32_t attni_mul_f16(uint32_t x, uint32_t f) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(f));
+    return r;
+}
+ATTNI_DEV uint32_t attni_sub_f16(uint32_t x, uint32_t f) {
+    uint32_t r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(f));
+    return r;
+}
+ATTNI_DEV uint32_t attni_fma_bf16(uint32_t x, uint32_t f, uint32_t c) {
+    uint32_t r = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(f), "r"(c));
+#endif
+    return r;
+}
+
+// Over the four lanes that hold a row.
+ATTNI_DEV float attni_quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+ATTNI_DEV float attni_quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// ==== >>impl-rows  The query rows of a tile ======================================================
+
+typedef struct attni_cu_row {
+    int32_t token;  // in q and o; -1: none
+    int32_t head;
+    int32_t seq, t; // its place in the sequence's queries
+    int32_t pos;    // absolute position
+} attni_cu_row;
+
+// Query token f of all places -> its sequence and index there.
+ATTNI_DEV void attni_cu_find(const attni_cu_args &a, const attni_cu_task &w, int32_t f,
+                             int32_t *seq, int32_t *t) {
+    int32_t lo = w.place0, hi = w.place0 + w.n_places;
+    while (hi - lo > 1) {
+        int32_t mid = (lo + hi) / 2;
+        if (a.token0[mid] <= f) lo = mid;
+        else hi = mid;
+    }
+    *seq = a.order[lo];
+    *t = f - a.token0[lo];
+}
+
+ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_task &w, int r) {
+    attni_cu_row x = {-1, 0, 0, 0, 0};
+    int token = r / a.group;
+    if (token >= w.n_tokens) return x;
+    attni_cu_find(a, w, w.token0 + w.first_token + token, &x.seq, &x.t);
+    const attn_plan_seq *s = a.seq + x.seq;
+    x.token = s->q_begin + x.t;
+    x.head = w.head >= 0 ? w.head : w.kv_head * a.group + (r - token * a.group);
+    x.pos = s->q_pos0 + x.t;
+    if (a.d.mask.kind == ATTN_MASK_TREE) x.pos = s->q_pos0 + attni_tree_depth(&a.d, s->q_begin, x.t);
+    return x;
+}
+
+// ==== >>impl-masks  Which keys of a block a row sees =============================================
+
+// Bits of the 64 keys from b0 on. The closed forms straight away, the rest as the CPU has it.
+ATTNI_DEV uint64_t attni_cu_bits(const attni_cu_args &a, const attni_cu_row &x, int32_t b0) {
+    const attn_mask *m = &a.d.mask;
+    const attn_plan_seq *s = a.seq + x.seq;
+    if (x.token < 0) return 0;
+    if (!a.sparse && !m->n_sink && m->kind != ATTN_MASK_TREE) {
+        int64_t lo = s->kv_pos0, hi = (int64_t)s->kv_pos0 + s->kv_len;
+        if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, (int64_t)x.pos + 1);
+        if (m->window_left) lo = attni_max64(lo, (int64_t)x.pos - (m->window_left - 1));
+        if (m->window_right) hi = attni_min64(hi, (int64_t)x.pos + m->window_right);
+        lo = attni_max64(lo - b0, 0);
+        hi = attni_min64(hi - b0, 64);
+        if (lo >= hi) return 0;
+        return (hi - lo == 64 ? ~(uint64_t)0 : ((uint64_t)1 << (hi - lo)) - 1) << lo;
+    }
+    uint64_t bits[4];
+    attni_masker mk;
+    int word = b0 >> 6 & 3;
+    attni_masker_init(&mk, &a.d);
+    attni_span_bits(&mk, s, x.seq, x.t, x.pos, x.head, b0 / ATTN_SPAN, bits);
+    return word == 0 ? bits[0] : word == 1 ? bits[1] : word == 2 ? bits[2] : bits[3];
+}
+
+// Do the sparse terms of two rows of a tile agree everywhere?
+ATTNI_DEV int attni_cu_same_terms(const attni_cu_args &a, const attni_cu_row &x,
+                                  const attni_cu_row &y) {
+    const attn_mask *m = &a.d.mask;
+    const attn_block_list *b = &m->blocks;
+    int per_head = (b->row_start && b->n_lists == a.d.n_heads) ||
+                   (m->vslash.block && m->vslash.n_lists == a.d.n_heads);
+    if (x.seq != y.seq || (per_head && x.head != y.head)) return 0;
+    if (x.pos == y.pos) return 1;
+    if (m->keep_recent) return 0;
+    if (b->row_start) {
+        int32_t unit = b->bits ? b->row_block / b->bits_rows : b->row_block;
+        if (x.pos / unit != y.pos / unit) return 0;
+    }
+    if (m->stride.block && x.pos / m->stride.block != y.pos / m->stride.block) return 0;
+    return !m->vslash.block || x.pos / m->vslash.block == y.pos / m->vslash.block;
+}
+
+// Of a row and a key; 0 where the key is none of the sequence's.
+ATTNI_DEV_FAR float attni_cu_bias(const attni_cu_args &a, const attni_cu_task &w,
+                                  const attni_cu_row &x, int64_t pos) {
+    const attn_tensor *b = &a.d.logits.bias;
+    if (x.token < 0 || pos < w.pos0 || pos - w.pos0 >= a.seq[x.seq].kv_len) return 0;
+    return attni_get(b->data, b->dtype,
+                     x.head * b->stride_head + x.token * b->stride_token + (pos - w.pos0));
+}
+
+// Entries of device tables are checked here; others were validated on the host.
+ATTNI_DEV void attni_cu_report(const attni_cu_args &a, attn_result r) {
+    if (a.error) *a.error = (int32_t)r;
+}
+
+// ==== >>impl-blocks  The blocks of a task and where their tokens lie =============================
+
+#define ATTNI_CU_ROWS 128 /* of a tile at most */
+
+// What a tile keeps in shared memory besides Q, K and V.
+typedef struct attni_cu_shared {
+    int64_t koff[ATTNI_CU_BLOCK], voff[ATTNI_CU_BLOCK]; // of the block loaded next; -1: no token
+    int32_t slot[ATTNI_CU_BLOCK];
+    uint64_t bits[ATTNI_CU_ROWS];                       // of the partial block at hand
+    uint64_t seen;                                      // by any row
+    attni_cu_row row[ATTNI_CU_ROWS];
+    int32_t distinct[ATTNI_CU_ROWS], n_distinct;        // rows that differ in sparse terms
+    uint32_t any[ATTNI_CU_SCAN / 32], all[ATTNI_CU_SCAN / 32];
+    int32_t scan0;                                      // first block of any and all
+    float wide_max[4][16], wide_sum[4][16];             // of rows that four warps share
+    int32_t n_merge, merge_seq[ATTNI_CU_ROWS], merge_t[ATTNI_CU_ROWS];
+    int32_t next;
+    attni_cu_task task;
+} attni_cu_shared;
+
+// Fills any and all for ATTNI_CU_SCAN blocks from b on; four blocks a thread, all threads call.
+ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
+    const attni_cu_task &w = s->task;
+    int32_t b0 = b / 4 * 4 + 4 * (int)threadIdx.x, i, j;
+    uint32_t any = 0, all = 15;
+    attni_masker mk;
+    __syncthreads();
+    if (threadIdx.x < ATTNI_CU_SCAN / 32) s->any[threadIdx.x] = s->all[threadIdx.x] = 0;
+    attni_masker_init(&mk, &a.d);
+    if ((int64_t)b0 * ATTNI_CU_BLOCK < w.hi)
+        for (i = 0; i < s->n_distinct && (any != 15 || all); i++) {
+            const attni_cu_row &x = s->row[s->distinct[i]];
+            attni_sparse_bits(&mk, x.seq, x.pos, x.head, (int64_t)b0 * ATTNI_CU_BLOCK);
+#pragma unroll
+            for (j = 0; j < 4; j++) {
+                if (mk.bits[j]) any |= 1u << j;
+                if (~mk.bits[j]) all &= ~(1u << j);
+            }
+        }
+    __syncthreads();
+    j = 4 * (int)threadIdx.x;
+    if (any) atomicOr(&s->any[j >> 5], any << (j & 31));
+    if (all) atomicOr(&s->all[j >> 5], all << (j & 31));
+    if (threadIdx.x == 0) s->scan0 = b / 4 * 4;
+    __syncthreads();
+}
+
+// The first block from b on that the task reads, or its end. All threads call with the same b.
+ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
+    const attni_cu_task &w = s->task;
+    int32_t end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+    for (;;) {
+        if ((int64_t)b * ATTNI_CU_BLOCK >= w.sink_end)
+            b = attni_max32(b, w.lo / ATTNI_CU_BLOCK);
+        if (b >= end || !a.sparse) return attni_min32(b, end);
+        int32_t at = b - s->scan0;
+        if (at < 0 || at >= ATTNI_CU_SCAN) {
+            attni_cu_scan(a, s, b);
+            continue;
+        }
+        uint32_t left = s->any[at >> 5] >> (at & 31);
+        if (left & 1) return b;
+        b += left ? __ffs((int)left) - 1 : 32 - (at & 31);
+    }
+}
+
+// Every row of the tile sees every token of the block.
+ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, int32_t b) {
+    const attni_cu_task &w = s->task;
+    int64_t p = (int64_t)b * ATTNI_CU_BLOCK;
+    if (p < w.full_lo || p + ATTNI_CU_BLOCK > w.full_hi) return 0;
+    if (!a.sparse) return 1;
+    int32_t at = b - s->scan0;
+    if (at < 0 || at >= ATTNI_CU_SCAN) return 0; // its scan has been written over: look at each row
+    return s->all[at >> 5] >> (at & 31) & 1;
+}
+
+// Page and place of thread i's token (of ATTNI_CU_BLOCK) in block b: page * page_tokens + place, or
+// -1 when it is not read.
+ATTNI_DEV int64_t attni_cu_slot(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i) {
+    int64_t pos = (int64_t)b * ATTNI_CU_BLOCK + i;
+    int32_t j, page, pt = a.d.kv.page_tokens;
+    if (i >= ATTNI_CU_BLOCK) return -1;
+    if (pos >= w.hi || pos < w.pos0 || (pos < w.lo && pos >= w.sink_end)) return -1;
+    j = (int32_t)pos - w.pos0;
+    if (!a.d.kv.page_table) return (int64_t)w.seq * pt + j;
+    page = a.d.kv.page_table[w.seq * a.d.kv.page_table_stride + j / pt];
+    if ((uint32_t)page >= (uint32_t)a.d.kv.n_pages) {
+        attni_cu_report(a, ATTN_ERR_PAGE);
+        return -1;
+    }
+    return (int64_t)page * pt + j % pt;
+}
+
+// Byte offsets of that token's rows of K and V.
+ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int64_t page, int32_t place, int32_t head) {
+    return page * s.page_bytes + place * s.token_bytes + head * s.head_bytes;
+}
+
+// Takes over task i of its kind: rows, distinct rows, scan. All threads call.
+ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int32_t i) {
+    const int *from = (const int *)(a.task + a.header->first[a.kind] + i);
+    int r, tid = (int)threadIdx.x;
+    __syncthreads(); // the task before is done with s
+    if (tid < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[tid] = from[tid];
+    if (tid == 0) s->n_merge = 0, s->n_distinct = 0, s->scan0 = INT32_MIN / 2;
+    __syncthreads();
+    for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS) s->row[r] = attni_cu_get_row(a, s->task, r);
+    __syncthreads();
+    if (!a.sparse) return;
+    for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS)
+        if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
+            s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
+    __syncthreads();
+}
+
+// Bits of a partial block for every row; all threads call. seen: what any row sees.
+ATTNI_DEV_FAR void attni_cu_mask_rows(const attni_cu_args &a, attni_cu_shared *s,
+                                          int32_t b) {
+    int r, tid = (int)threadIdx.x;
+    uint32_t *seen = (uint32_t *)&s->seen;
+    if (tid < 2) seen[tid] = 0;
+    __syncthreads();
+    for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS) {
+        uint64_t bits = attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK);
+        s->bits[r] = bits;
+        if (a.sparse && (uint32_t)bits) atomicOr(seen, (uint32_t)bits);
+        if (a.sparse && bits >> 32) atomicOr(seen + 1, (uint32_t)(bits >> 32));
+    }
+    if (tid == 0 && !a.sparse) s->seen = ~(uint64_t)0; // what no row sees was not read
+    __syncthreads();
+}
+
+// ==== >>impl-merge  States of a row: folding, writing, merging ===================================
+//
+// A state is (O, m, l): sums weighted by 2^(score - m), scores in units of log2. m = -inf, l = 0
+// says that nothing was seen; it leaves the other state as it is.
+
+// Weights of an old state and of the one behind it; m and l become the sum's.
+ATTNI_DEV void attni_cu_fold(float *m, float *l, float m1, float l1, float *w0, float *w1) {
+    float top = fmaxf(*m, m1), base = top == ATTNI_NINF ? 0.0f : top;
+    *w0 = 1.0f, *w1 = 0.0f;
+    if (m1 == ATTNI_NINF && l1 == 0.0f) return;
+    *w0 = attni_exp2(*m - base);
+    *w1 = attni_exp2(m1 - base);
+    *l = __fmaf_rn(*l, *w0, __fmul_rn(l1, *w1));
+    *m = top;
+}
+
+// O = O * w0 + O1 * w1, the same everywhere.
+ATTNI_DEV float attni_cu_blend(float o, float w0, float o1, float w1) {
+    return __fmaf_rn(o, w0, __fmul_rn(o1, w1));
+}
+
+// Adds the sink logit; the factor that normalises O, and the row's LSE.
+ATTNI_DEV float attni_cu_close(const attni_cu_args &a, int32_t head, float m, float l, float *lse) {
+    float w = 1.0f;
+    if (a.d.logits.sink) {
+        float sink = a.d.logits.sink[head] * ATTNI_LOG2E, w1;
+        attni_cu_fold(&m, &l, sink, 1.0f, &w, &w1);
+    }
+    *lse = l == 0.0f ? ATTNI_NINF : (m + log2f(l)) * ATTNI_LN2;
+    return l == 0.0f ? 0.0f : w / l;
+}
+
+ATTNI_DEV void *attni_cu_o(const attni_cu_args &a, int32_t token, int32_t head) {
+    int size = a.d.o.dtype == ATTN_F32 ? 4 : 2;
+    return (uint8_t *)a.d.o.data + (token * a.d.o.stride_token + head * a.d.o.stride_head) * size;
+}
+
+ATTNI_DEV void attni_cu_put(const attni_cu_args &a, void *o, int32_t col, float x) {
+    if (a.d.o.dtype == ATTN_F32) ((float *)o)[col] = x;
+    else
+        ((uint16_t *)o)[col] =
+            (uint16_t)(a.d.o.dtype == ATTN_BF16 ? attni_pair<1>(x, 0) : attni_pair<0>(x, 0));
+}
+
+// Two neighbouring elements of a row of O.
+ATTNI_DEV void attni_cu_put2(const attni_cu_args &a, void *o, int32_t col, float x, float y) {
+    attni_cu_put(a, o, col, x);
+    attni_cu_put(a, o, col + 1, y);
+}
+
+// Partial row of row x of the tile in slot n of its segment.
+ATTNI_DEV int64_t attni_cu_partial(const attni_cu_args &a, const attni_cu_task &w, int r,
+                                   const attni_cu_row &x, int32_t slot) {
+    return w.partial +
+           ((int64_t)slot * w.seg_tokens + w.first_token + r / a.group) * a.d.n_heads + x.head;
+}
+
+// Spans [from, to) in which the tile visited no block: they are partials, too.
+ATTNI_DEV_FAR void attni_cu_empty_spans(const attni_cu_args &a, const attni_cu_shared *s,
+                                    int32_t from, int32_t to) {
+    for (int r = (int)threadIdx.x; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS)
+        for (int32_t i = from; i < to && s->row[r].token >= 0; i++) {
+            int64_t at = attni_cu_partial(a, s->task, r, s->row[r], i - s->task.span0);
+            __stcg((float2 *)a.partial_ml + at, make_float2(ATTNI_NINF, 0.0f));
+        }
+}
+
+// Folds what all tasks left of 128 columns of a row, in span order, and writes them. One warp.
+ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, int32_t seq, int32_t t, int32_t head,
+                                  int32_t col) {
+    const attn_plan_seq *s = a.seq + seq;
+    const int vd = a.d.v_head_dim, lane = (int)threadIdx.x & 31, mine = col + 4 * lane < vd;
+    float4 o = make_float4(0, 0, 0, 0);
+    float m = ATTNI_NINF, l = 0, lse, f;
+    for (int c = 0; c < s->n_chain; c++) {
+        const attni_cu_link k = a.link[s->chain + c];
+        int64_t at = k.partial + (int64_t)(k.token_at + t) * a.d.n_heads + head;
+        int64_t step = (int64_t)k.seg_tokens * a.d.n_heads;
+#pragma unroll 4
+        for (int i = 0; i < k.n_slots; i++, at += step) {
+            float2 ml = __ldcg((const float2 *)a.partial_ml + at);
+            float4 p = make_float4(0, 0, 0, 0);
+            float w0, w1;
+            int some = ml.x != ATTNI_NINF || ml.y != 0.0f; // else its O was not written
+            if (some && mine)
+                p = __ldcg((const float4 *)(a.partial_o + at * vd + col + 4 * lane));
+            attni_cu_fold(&m, &l, ml.x, ml.y, &w0, &w1);
+            if (!some) continue;
+            o.x = attni_cu_blend(o.x, w0, p.x, w1);
+            o.y = attni_cu_blend(o.y, w0, p.y, w1);
+            o.z = attni_cu_blend(o.z, w0, p.z, w1);
+            o.w = attni_cu_blend(o.w, w0, p.w, w1);
+        }
+    }
+    f = attni_cu_close(a, head, m, l, &lse);
+    if (l == 0) o = make_float4(0, 0, 0, 0);
+    void *out = attni_cu_o(a, s->q_begin + t, head);
+    if (mine) {
+        attni_cu_put2(a, out, col + 4 * lane, o.x * f, o.y * f);
+        attni_cu_put2(a, out, col + 4 * lane + 2, o.z * f, o.w * f);
+    }
+    if (a.d.lse && lane == 0 && col == 0)
+        a.d.lse[(int64_t)(s->q_begin + t) * a.d.n_heads + head] = lse;
+}
+
+// The tile's partials are written: whoever is the last to leave some of a unit merges it, in a fixed
+// order, so that it does not matter who that is. All threads call.
+ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
+    const attni_cu_task &w = s->task;
+    int tid = (int)threadIdx.x, i;
+    if (w.slots == 0) return;
+    __threadfence();
+    __syncthreads();
+    for (i = tid; i < w.n_tokens; i += ATTNI_CU_THREADS) {
+        const attni_cu_row &x = s->row[i * a.group];
+        if (i > 0 && x.t % ATTNI_CU_UNIT && s->row[(i - 1) * a.group].seq == x.seq) continue;
+        int32_t unit = a.unit0[x.seq] + x.t / ATTNI_CU_UNIT;
+        int32_t *n = a.arrived +
+                     (int64_t)unit * a.unit_heads + (w.head >= 0 ? w.head : w.kv_head);
+        if (atomicAdd(n, 1) != a.expected[unit] - 1) continue;
+        *n = 0; // for the next run
+        int at = atomicAdd(&s->n_merge, 1);
+        s->merge_seq[at] = x.seq;
+        s->merge_t[at] = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
+    }
+    __syncthreads();
+    if (s->n_merge == 0) return;
+    __threadfence();
+    for (int u = 0; u < s->n_merge; u++) {
+        int32_t seq = s->merge_seq[u], t0 = s->merge_t[u];
+        int32_t chunks = (a.d.v_head_dim + 127) / 128;
+        int32_t n = attni_min32(ATTNI_CU_UNIT, a.seq[seq].q_len - t0) * a.group * chunks;
+        for (i = tid >> 5; i < n; i += ATTNI_CU_THREADS / 32) {
+            int32_t r = i / chunks;
+            attni_cu_merge_row(a, seq, t0 + r / a.group,
+                               w.head >= 0 ? w.head : w.kv_head * a.group + r % a.group,
+                               128 * (i - r * chunks));
+        }
+    }
+}
+
+// Runs every task of the kernel's kind: the arguments, with the next one's rows in s. The counter
+// is put back by the last block to leave.
+#define ATTNI_CU_TASKS(...)                                                                        \
+    attni_cu_shared *s = (attni_cu_shared *)(void *)smem;                                  \
+    int32_t n = a.header->n_tasks[a.kind], i = (int32_t)blockIdx.x;                                \
+    int32_t *ticket = a.ticket + 2 * a.kind;                                                       \
+    while (i < n) {                                                                                \
+        int32_t next = 0;                                                                          \
+        if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);                    \
+        attni_cu_begin(a, s, i);                                                                   \
+        __VA_ARGS__;                                                                               \
+        attni_cu_arrive(a, s);                                                                     \
+        if (threadIdx.x == 0) s->next = next;                                                      \
+        __syncthreads();                                                                           \
+        i = s->next;                                                                               \
+    }                                                                                              \
+    if (threadIdx.x == 0) {                                                                        \
+        __threadfence();                                                                           \
+        if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;         \
+    }
+
+// ==== >>impl-convert  Quantised pages to 16-bit tiles ============================================
+
+// The slow way, which also knows NaN and infinities.
+template <int BF>
+ATTNI_DEV_FAR void attni_cu_convert_any(attn_dtype t, const uint8_t *src,
+                                                         uint32_t out[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        out[i] = attni_pair<BF>(attni_get(src, t, 2 * i), attni_get(src, t, 2 * i + 1));
+}
+
+// Four bytes of an 8-bit float whose fields lie `shift` places too high in a 16-bit one and whose
+// exponents are too small by that of `factor`.
+template <int BF, int SHIFT>
+ATTNI_DEV void attni_cu_small4(uint32_t w, uint32_t factor, uint32_t *lo, uint32_t *hi) {
+    uint32_t a = __byte_perm(w, 0, 0x1404), b = __byte_perm(w, 0, 0x3424);
+    a = (a & 0x80008000u) | ((a & 0x7f007f00u) >> SHIFT);
+    b = (b & 0x80008000u) | ((b & 0x7f007f00u) >> SHIFT);
+    *lo = BF ? attni_fma_bf16(a, factor, 0x80008000u) : attni_mul_f16(a, factor);
+    *hi = BF ? attni_fma_bf16(b, factor, 0x80008000u) : attni_mul_f16(b, factor);
+}
+
+// Four int8 codes.
+template <int BF> ATTNI_DEV void attni_cu_int4x8(uint32_t w, uint32_t *lo, uint32_t *hi) {
+    uint32_t u = w ^ 0x80808080u;
+    if (BF) {
+        const uint32_t one = 0x4b000000u; // 2^23
+        const float bias = 8388736.0f;    // 2^23 + 128
+        *lo = attni_pair<1>(__uint_as_float(__byte_perm(u, one, 0x7440)) - bias,
+                            __uint_as_float(__byte_perm(u, one, 0x7441)) - bias);
+        *hi = attni_pair<1>(__uint_as_float(__byte_perm(u, one, 0x7442)) - bias,
+                            __uint_as_float(__byte_perm(u, one, 0x7443)) - bias);
+    } else { // 1024 + 128 + code
+        *lo = attni_sub_f16(__byte_perm(u, 0x64646464u, 0x4140), 0x64806480u);
+        *hi = attni_sub_f16(__byte_perm(u, 0x64646464u, 0x4342), 0x64806480u);
+    }
+}
+
+// The two int4 codes of byte j.
+template <int BF> ATTNI_DEV uint32_t attni_cu_nibbles(uint32_t lo, uint32_t hi, int j) {
+    uint32_t p = __byte_perm(lo, hi, (uint32_t)(j | (4 + j) << 8)) & 0x000f000fu;
+    p ^= BF ? 0x43084308u : 0x64086408u; // 128 or 1024, + 8 + code
+    return BF ? attni_fma_bf16(p, 0x3f803f80u, 0xc308c308u) : attni_sub_f16(p, 0x64086408u);
+}
+
+// 16 elements (8 of int4: see the caller) of raw codes to pairs.
+template <int BF>
+ATTNI_DEV void attni_cu_convert16(attn_dtype t, const uint8_t *src, uint32_t out[8]) {
+    if (t == ATTN_I4) {
+        uint2 x = *(const uint2 *)(const void *)src;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            uint32_t w = i < 4 ? x.x : x.y;
+            out[i] = attni_cu_nibbles<BF>(w & 0x0f0f0f0fu, w >> 4 & 0x0f0f0f0fu, i & 3);
+        }
+        return;
+    }
+    uint4 x = *(const uint4 *)(const void *)src;
+    uint32_t w[4] = {x.x, x.y, x.z, x.w};
+    if (t == ATTN_I8) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) attni_cu_int4x8<BF>(w[i], &out[2 * i], &out[2 * i + 1]);
+        return;
+    }
+    // codes that are no numbers: e4m3 has 7f alone, e5m2 all from 7c on
+    uint32_t odd = 0, add = t == ATTN_F8E4M3 ? 0x01010101u : 0x04040404u;
+#pragma unroll
+    for (int i = 0; i < 4; i++) odd |= ((w[i] & 0x7f7f7f7fu) + add) & 0x80808080u;
+    if (odd) {
+        attni_cu_convert_any<BF>(t, src, out);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (t == ATTN_F8E4M3) // 2^120 or 2^8
+            attni_cu_small4<BF, BF ? 4 : 1>(w[i], BF ? 0x7b807b80u : 0x5c005c00u, &out[2 * i],
+                                            &out[2 * i + 1]);
+        else                  // 2^112 or 1
+            attni_cu_small4<BF, BF ? 3 : 0>(w[i], BF ? 0x77807780u : 0x3c003c00u, &out[2 * i],
+                                            &out[2 * i + 1]);
+}
+
+// Raw codes of a tile (rows of n elements, `row` bytes apart) to 16-bit elements (`to` bytes apart,
+// swizzled). All threads call.
+template <int BF>
+ATTNI_DEV_FAR void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n, uint32_t dst,
+                                    int to) {
+    const int per = n / 16, bits = attni_bits_of(t);
+    for (int i = (int)threadIdx.x; i < ATTNI_CU_BLOCK * per; i += ATTNI_CU_THREADS) {
+        int r = i / per, c = i - r * per;
+        uint32_t x[8], at = dst + (uint32_t)(r * to);
+        attni_cu_convert16<BF>(t, raw + r * row + 2 * bits * c, x);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                         ::"r"(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4)), "r"(x[4 * h]),
+                         "r"(x[4 * h + 1]), "r"(x[4 * h + 2]), "r"(x[4 * h + 3]) : "memory");
+    }
+}
+
+// ==== >>impl-mma  Tensor cores ===================================================================
+//
+// BF: Q (and the tiles) are bf16, else f16. Q8: pages hold 8- or 4-bit codes, converted tile by
+// tile. DK, DV: head dims, exact for 64 and 128, else the most (d says how many). R: 16-row strips
+// of a warp; 0: 16 rows in all, whose tokens (scores) and output columns four warps share. FOLD:
+// spans are folded in registers. Tiles lie in shared memory row by row, their 16-byte chunks
+// permuted by the row's low bits, so that ldmatrix and stores meet no bank twice.
+
+// Blocks of K and V in flight.
+__host__ __device__ constexpr int attni_cu_stages(int arch, int q8, int dk, int r) {
+    return arch < 80 || dk > 256 ? 1 : dk > 128 ? (q8 || r ? 1 : 2) : r == 2 ? 2 : dk > 64 ? 3 : 4;
+}
+__host__ __device__ constexpr int attni_cu_rows(int r) { return r ? 64 * r : 16; }
+__host__ __device__ constexpr int attni_cu_stage_bytes(int q8, int dk, int dv) {
+    return ATTNI_CU_BLOCK * (dk + dv) * (q8 ? 1 : 2) + (q8 ? 2 * 4 * ATTNI_CU_BLOCK : 0);
+}
+__host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, int dv, int r) {
+    return ((int)sizeof(attni_cu_shared) + 127) / 128 * 128 + attni_cu_rows(r) * dk * 2 +
+           attni_cu_stages(arch, q8, dk, r) * attni_cu_stage_bytes(q8, dk, dv) +
+           (q8 ? ATTNI_CU_BLOCK * (dk > dv ? dk : dv) * 2 : 0) + (r ? 0 : 16 * 128);
+}
+
+// Rows of bytes n (16-byte chunks; up to `chunks` of them, zeros behind n) to shared memory.
+template <int STRIDE, int SWIZZLE>
+ATTNI_DEV void attni_cu_load_tile(uint32_t dst, const uint8_t *base, const int64_t *off, int n,
+                                  int chunks) {
+    const int tid = (int)threadIdx.x;
+#pragma unroll
+    for (int i = tid; i < ATTNI_CU_BLOCK * chunks; i += ATTNI_CU_THREADS) {
+        int row = i / chunks, c = i - row * chunks;
+        int64_t at = off[row];
+        int some = at >= 0 && 16 * c < n;
+        attni_cp_async16(dst + (uint32_t)(row * STRIDE + ((SWIZZLE ? c ^ (row & 7) : c) << 4)),
+                         base + (some ? at + 16 * c : 0), some ? 16 : 0);
+    }
+}
+
+template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
+    static constexpr int ARCH =
+#ifdef __CUDA_ARCH__
+        __CUDA_ARCH__ / 10;
+#else
+        0;
+#endif
+    static constexpr int MT = attni_cu_rows(R), STAGES = attni_cu_stages(ARCH, Q8, DK, R);
+    static constexpr int EXACT = DK == 64 || DK == 128; // else dims are run-time bounds
+    static constexpr int RS = R ? R : 1;                // strips
+    static constexpr int NT = R ? 8 : 2;                // 8-token tiles of scores a warp has
+    static constexpr int NP = R ? DV / 16 : DV / 64;    // pairs of 8-column tiles of O it has
+    static constexpr int NL = FOLD && R ? 4 : 1;        // sums kept apart, by 16 tokens
+    static constexpr int KROW = DK * (Q8 ? 1 : 2), VROW = DV * (Q8 ? 1 : 2);
+    static constexpr int STAGE = attni_cu_stage_bytes(Q8, DK, DV);
+
+    float o[RS][2 * NP][4], m[RS][2], l[RS][2][NL];
+    float to[FOLD ? RS : 1][FOLD ? 2 * NP : 1][4], tm[RS][2], tl[RS][2]; // spans folded so far
+    uint32_t q, ring, conv, p;   // shared memory addresses
+    int warp, lane, dk, dv;
+
+    // Column of the first of pair j's tiles.
+    __device__ __forceinline__ int column(int j) const { return R ? 16 * j : 16 * (4 * j + warp); }
+    __device__ __forceinline__ int row(int rs, int half) const {
+        return (R ? 16 * (warp * RS + rs) : 0) + (lane >> 2) + 8 * half;
+    }
+
+    __device__ __forceinline__ void reset(void) {
+#pragma unroll
+        for (int i = 0; i < RS; i++) {
+#pragma unroll
+            for (int j = 0; j < 2 * NP; j++) o[i][j][0] = o[i][j][1] = o[i][j][2] = o[i][j][3] = 0;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                m[i][h] = ATTNI_NINF;
+#pragma unroll
+                for (int k = 0; k < NL; k++) l[i][h][k] = 0;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load_q(const attni_cu_args &a, const attni_cu_shared *s) {
+        const int chunks = EXACT ? DK / 8 : (dk + 15) / 16 * 2;
+        for (int i = (int)threadIdx.x; i < MT * chunks; i += ATTNI_CU_THREADS) {
+            int r = i / chunks, c = i - r * chunks, some = s->row[r].token >= 0 && 8 * c < dk;
+            const uint16_t *from = (const uint16_t *)a.d.q.data;
+            if (some)
+                from += s->row[r].token * a.d.q.stride_token +
+                        s->row[r].head * a.d.q.stride_head + 8 * c;
+            attni_cp_async16(q + (uint32_t)(r * DK * 2 + ((c ^ (r & 7)) << 4)), from,
+                             some ? 16 : 0);
+        }
+    }
+
+    // Where the tokens of block b lie, for load(); all threads call.
+    __device__ __forceinline__ void locate(const attni_cu_args &a, attni_cu_shared *s,
+                                           int64_t slot) {
+        if (threadIdx.x >= ATTNI_CU_BLOCK) return;
+        int64_t page = slot / a.d.kv.page_tokens;
+        int32_t place = (int32_t)(slot - page * a.d.kv.page_tokens);
+        s->koff[threadIdx.x] =
+            slot < 0 ? -1 : attni_cu_offset(a.k, page, place, s->task.kv_head);
+        s->voff[threadIdx.x] =
+            slot < 0 ? -1 : attni_cu_offset(a.v, page, place, s->task.kv_head);
+        s->slot[threadIdx.x] = slot < 0 ? -1 : place;
+    }
+
+    __device__ __forceinline__ void load(const attni_cu_args &a, attni_cu_shared *s,
+                                         int stage) {
+        uint32_t at = ring + (uint32_t)(stage * STAGE);
+        const int kn = attni_bits_of(a.k.dtype) * dk / 8, vn = attni_bits_of(a.v.dtype) * dv / 8;
+        if (Q8) {
+            attni_cu_load_tile<KROW, 0>(at, a.k.data, s->koff, kn, (kn + 15) / 16);
+            scales(a, a.k, s, s->koff, at + ATTNI_CU_BLOCK * (KROW + VROW));
+        } else {
+            attni_cu_load_tile<KROW, 1>(at, a.k.data, s->koff, kn,
+                                        EXACT ? DK / 8 : (dk + 15) / 16 * 2);
+        }
+        attni_cp_commit();
+        at += ATTNI_CU_BLOCK * KROW;
+        if (Q8) {
+            attni_cu_load_tile<VROW, 0>(at, a.v.data, s->voff, vn, (vn + 15) / 16);
+            scales(a, a.v, s, s->voff, at + ATTNI_CU_BLOCK * (VROW + 4));
+        } else {
+            attni_cu_load_tile<VROW, 1>(at, a.v.data, s->voff, vn,
+                                        EXACT ? DV / 8 : (dv + 15) / 16 * 2);
+        }
+        attni_cp_commit();
+    }
+
+    __device__ __forceinline__ void scales(const attni_cu_args &a, const attni_side &side,
+                                           const attni_cu_shared *s, const int64_t *off,
+                                           uint32_t dst) {
+        int i = (int)threadIdx.x;
+        if (i >= ATTNI_CU_BLOCK) return;
+        const void *from = side.data;
+        if (off[i] >= 0) {
+            int32_t place = s->slot[i], head = s->task.kv_head;
+            int64_t page = off[i] - place * side.token_bytes - head * side.head_bytes;
+            from = side.head_scale ? (const void *)(side.head_scale + head)
+                                   : side.data + page + side.scale_offset +
+                                         place * side.scale_token + head * side.scale_head;
+        }
+        attni_cp_async4(dst + (uint32_t)(4 * i), from, off[i] >= 0 ? 4 : 0);
+    }
+
+    // Scores of the warp's rows against its tokens.
+    __device__ __forceinline__ void scores(float c[RS][NT][4], uint32_t k) {
+        const int t0 = R ? 0 : 16 * warp;
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0;
+#pragma unroll
+        for (int ks = 0; ks < DK / 16; ks++) {
+            uint32_t qa[RS][4];
+            if (!EXACT && 16 * ks >= dk) break;
+#pragma unroll
+            for (int i = 0; i < RS; i++) {
+                int r = (R ? 16 * (warp * RS + i) : 0) + (lane & 15);
+                attni_ldmatrix(qa[i], q + (uint32_t)(r * DK * 2 +
+                                                     (((2 * ks + (lane >> 4)) ^ (r & 7)) << 4)));
+            }
+#pragma unroll
+            for (int j = 0; j < NT / 2; j++) {
+                uint32_t kb[4];
+                int r = t0 + 16 * j + (lane & 7) + (lane >> 4 << 3);
+                attni_ldmatrix(kb, k + (uint32_t)(r * DK * 2 +
+                                                  (((2 * ks + (lane >> 3 & 1)) ^ (r & 7)) << 4)));
+#pragma unroll
+                for (int i = 0; i < RS; i++) {
+                    attni_mma<BF>(c[i][2 * j], qa[i], kb[0], kb[1]);
+                    attni_mma<BF>(c[i][2 * j + 1], qa[i], kb[2], kb[3]);
+                }
+            }
+        }
+    }
+
+    // Scores to logits in units of log2: scale, softcap, ALiBi, bias.
+    __device__ __forceinline__ void logits(const attni_cu_args &a, const attni_cu_shared *s,
+                                           float c[RS][NT][4], int32_t b) {
+        const attn_logits *g = &a.d.logits;
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int e = 0; e < 4 * NT; e++) {
+                const attni_cu_row &x = s->row[row(i, e >> 1 & 1)];
+                int64_t pos = (int64_t)b * ATTNI_CU_BLOCK + (R ? 0 : 16 * warp) + 8 * (e >> 2) +
+                              2 * (lane & 3) + (e & 1);
+                float y = c[i][e >> 2][e & 3] * a.scale;
+                if (g->softcap > 0) {
+                    float z = attni_exp2(fabsf(y) * (2 * ATTNI_LOG2E) / g->softcap);
+                    z = g->softcap * (1.0f - 2.0f / (z + 1.0f));
+                    y = y < 0 ? -z : y != y ? y : z;
+                }
+                if (x.token >= 0 && g->alibi) y += g->alibi[x.head] * (float)(pos - x.pos);
+                if (g->bias.data) y += attni_cu_bias(a, s->task, x, pos);
+                c[i][e >> 2][e & 3] = y * ATTNI_LOG2E;
+            }
+    }
+
+    __device__ __forceinline__ void hide(const attni_cu_shared *s, float c[RS][NT][4]) {
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint64_t bits = s->bits[row(i, h)] >> ((R ? 0 : 16 * warp) + 2 * (lane & 3));
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    if (!(bits >> (8 * j) & 1)) c[i][j][2 * h] = ATTNI_NINF;
+                    if (!(bits >> (8 * j) & 2)) c[i][j][2 * h + 1] = ATTNI_NINF;
+                }
+            }
+    }
+
+    // Raises the running maximum where it has grown much, and scales what was summed. A row's own
+    // scores decide, so neighbours do not matter; most blocks change nothing.
+    __device__ __forceinline__ void raise(float top[RS][2]) {
+        float w[RS][2];
+        int change = 0;
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                w[i][h] = 1.0f;
+                if (top[i][h] > m[i][h] + 8.0f) { // from -inf, too
+                    w[i][h] = attni_exp2(m[i][h] - top[i][h]);
+                    m[i][h] = top[i][h];
+                    change = 1;
+                }
+            }
+        if (!__any_sync(~0u, change)) return;
+#pragma unroll
+        for (int i = 0; i < RS; i++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int k = 0; k < NL; k++) l[i][h][k] *= w[i][h];
+#pragma unroll
+            for (int j = 0; j < 2 * NP; j++) {
+                o[i][j][0] *= w[i][0], o[i][j][1] *= w[i][0];
+                o[i][j][2] *= w[i][1], o[i][j][3] *= w[i][1];
+            }
+        }
+    }
+
+    // Scores -> weights in place; sums.
+    __device__ __forceinline__ void weights(const attni_cu_args &a, attni_cu_shared *s,
+                                            float c[RS][NT][4]) {
+        const float f = a.mods ? 1.0f : a.scale;
+        float top[RS][2];
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float x = fmaxf(c[i][0][2 * h], c[i][0][2 * h + 1]);
+#pragma unroll
+                for (int j = 1; j < NT; j++)
+                    x = fmaxf(x, fmaxf(c[i][j][2 * h], c[i][j][2 * h + 1]));
+                top[i][h] = attni_quad_max(x) * f;
+            }
+        if (!R) {
+            if ((lane & 3) == 0) {
+                s->wide_max[warp][lane >> 2] = top[0][0];
+                s->wide_max[warp][(lane >> 2) + 8] = top[0][1];
+            }
+            __syncthreads();
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int r = (lane >> 2) + 8 * h;
+                top[0][h] = fmaxf(fmaxf(s->wide_max[0][r], s->wide_max[1][r]),
+                                  fmaxf(s->wide_max[2][r], s->wide_max[3][r]));
+            }
+        }
+        raise(top);
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float base = m[i][h] == ATTNI_NINF ? 0.0f : m[i][h];
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    float x = attni_exp2(__fmaf_rn(c[i][j][2 * h], f, -base));
+                    float y = attni_exp2(__fmaf_rn(c[i][j][2 * h + 1], f, -base));
+                    c[i][j][2 * h] = x;
+                    c[i][j][2 * h + 1] = y;
+                    l[i][h][NL == 4 ? j / 2 : 0] += x + y;
+                }
+            }
+    }
+
+    // Weights as the left operand of the second product: in place, or through shared memory.
+    __device__ __forceinline__ void spread(const float c[NT][4]) {
+        int r = lane >> 2, col = 32 * warp + 4 * (lane & 3); // bytes
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                int rr = r + 8 * h, at = col + 16 * j;
+                asm volatile("st.shared.u32 [%0], %1;"
+                             ::"r"(p + (uint32_t)(rr * 128 + ((at >> 4 ^ (rr & 7)) << 4) +
+                                                  (at & 15))),
+                             "r"(attni_pair<BF>(c[j][2 * h], c[j][2 * h + 1])) : "memory");
+            }
+    }
+
+    __device__ __forceinline__ void values(float c[RS][NT][4], uint32_t v) {
+#pragma unroll
+        for (int kk = 0; kk < ATTNI_CU_BLOCK / 16; kk++) {
+            uint32_t pa[RS][4];
+#pragma unroll
+            for (int i = 0; i < RS; i++)
+                if (R) {
+                    constexpr int last = NT - 1; // NT is 8 here
+                    int j0 = 2 * kk < last ? 2 * kk : last, j1 = j0 + 1 < last ? j0 + 1 : last;
+                    pa[i][0] = attni_pair<BF>(c[i][j0][0], c[i][j0][1]);
+                    pa[i][1] = attni_pair<BF>(c[i][j0][2], c[i][j0][3]);
+                    pa[i][2] = attni_pair<BF>(c[i][j1][0], c[i][j1][1]);
+                    pa[i][3] = attni_pair<BF>(c[i][j1][2], c[i][j1][3]);
+                } else {
+                    int r = lane & 15;
+                    attni_ldmatrix(pa[i],
+                                   p + (uint32_t)(r * 128 +
+                                                  (((2 * kk + (lane >> 4)) ^ (r & 7)) << 4)));
+                }
+#pragma unroll
+            for (int j = 0; j < NP; j++) {
+                uint32_t vb[4];
+                int t = 16 * kk + (lane & 15), col = column(j);
+                if (!EXACT && col >= dv) break;
+                attni_ldmatrix_trans(
+                    vb, v + (uint32_t)(t * DV * 2 + (((col / 8 + (lane >> 4)) ^ (t & 7)) << 4)));
+#pragma unroll
+                for (int i = 0; i < RS; i++) {
+                    attni_mma<BF>(o[i][2 * j], pa[i], vb[0], vb[1]);
+                    attni_mma<BF>(o[i][2 * j + 1], pa[i], vb[2], vb[3]);
+                }
+            }
+        }
+    }
+
+    // Whole sums of the rows, from all lanes (and warps).
+    __device__ __forceinline__ void total(attni_cu_shared *s, float sum[RS][2]) {
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float x[4] = {0, 0, 0, 0};
+#pragma unroll
+                for (int k = 0; k < NL; k++) x[k] = attni_quad_sum(l[i][h][k]);
+                sum[i][h] = NL == 4 ? (x[0] + x[1]) + (x[2] + x[3]) : x[0];
+            }
+        if (R) return;
+        if ((lane & 3) == 0) {
+            s->wide_sum[warp][lane >> 2] = sum[0][0];
+            s->wide_sum[warp][(lane >> 2) + 8] = sum[0][1];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int r = (lane >> 2) + 8 * h;
+            sum[0][h] = (s->wide_sum[0][r] + s->wide_sum[1][r]) +
+                        (s->wide_sum[2][r] + s->wide_sum[3][r]);
+        }
+        __syncthreads();
+    }
+
+    // A row's state as a partial.
+    __device__ __forceinline__ void leave(const attni_cu_args &a, const attni_cu_shared *s,
+                                          const float x[2 * NP][4], int i, int h, float mm,
+                                          float ll, int32_t slot) {
+        int r = row(i, h);
+        if (s->row[r].token < 0) return;
+        int64_t at = attni_cu_partial(a, s->task, r, s->row[r], slot);
+        if ((lane & 3) == 0 && (R || warp == 0))
+            __stcg((float2 *)a.partial_ml + at, make_float2(mm, ll));
+#pragma unroll
+        for (int j = 0; j < 2 * NP; j++) {
+            int col = column(j / 2) + 8 * (j & 1) + 2 * (lane & 3);
+            if (EXACT || col < dv)
+                __stcg((float2 *)(a.partial_o + at * dv + col),
+                       make_float2(x[j][2 * h], x[j][2 * h + 1]));
+        }
+    }
+
+    // A row's state as its result.
+    __device__ __forceinline__ void finish(const attni_cu_args &a, const attni_cu_shared *s,
+                                           const float x[2 * NP][4], int i, int h, float mm,
+                                           float ll) {
+        const attni_cu_row &y = s->row[row(i, h)];
+        float lse, f;
+        if (y.token < 0) return;
+        f = attni_cu_close(a, y.head, mm, ll, &lse);
+        if (a.d.lse && (lane & 3) == 0 && (R || warp == 0))
+            a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
+        uint32_t *out = (uint32_t *)attni_cu_o(a, y.token, y.head);
+        int none = ll == 0.0f, bf = a.d.o.dtype == ATTN_BF16;
+#pragma unroll
+        for (int j = 0; j < 2 * NP; j++) {
+            int col = column(j / 2) + 8 * (j & 1) + 2 * (lane & 3);
+            float u = none ? 0 : x[j][2 * h] * f, v = none ? 0 : x[j][2 * h + 1] * f;
+            if (EXACT || col < dv) out[col / 2] = bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v);
+        }
+    }
+
+    // A span is through: fold it, or leave it, or (nothing comes behind) write the result.
+    __device__ __forceinline__ void close_span(const attni_cu_args &a, attni_cu_shared *s,
+                                               int32_t span, int more) {
+        const int32_t slots = s->task.slots;
+        float sum[RS][2];
+        total(s, sum);
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (FOLD && slots != 2) {
+                    float w0, w1;
+                    int empty = m[i][h] == ATTNI_NINF && sum[i][h] == 0.0f;
+                    attni_cu_fold(&tm[i][h], &tl[i][h], m[i][h], sum[i][h], &w0, &w1);
+#pragma unroll
+                    for (int j = 0; j < 2 * NP && FOLD; j++)
+#pragma unroll
+                        for (int e = 2 * h; e < 2 * h + 2; e++) {
+                            float y = attni_cu_blend(to[i][j][e], w0, o[i][j][e], w1);
+                            o[i][j][e] = to[i][j][e] = empty ? to[i][j][e] : y;
+                        }
+                    m[i][h] = tm[i][h];
+                    sum[i][h] = tl[i][h];
+                    if (more) continue;
+                }
+                if (slots)
+                    leave(a, s, o[i], i, h, m[i][h], sum[i][h],
+                          slots == 2 ? span - s->task.span0 : 0);
+                else finish(a, s, o[i], i, h, m[i][h], sum[i][h]);
+            }
+        reset();
+    }
+
+    // V of tokens that no row sees must not matter, NaN neither.
+    __device__ __forceinline__ void blank(const attni_cu_shared *s, uint32_t v, int row_bytes,
+                                          float *scale) {
+        for (int i = (int)threadIdx.x; i < ATTNI_CU_BLOCK * (row_bytes / 16);
+             i += ATTNI_CU_THREADS) {
+            int r = i / (row_bytes / 16), c = i - r * (row_bytes / 16);
+            if (s->seen >> r & 1) continue;
+            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};"
+                         ::"r"(v + (uint32_t)(r * row_bytes + 16 * c)), "r"(0) : "memory");
+            if (scale && c == 0) scale[r] = 0;
+        }
+        __syncthreads();
+    }
+
+    __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_shared *s,
+                                        uint8_t *smem) {
+        constexpr int AHEAD = STAGES - 1;
+        const attni_cu_task &w = s->task;
+        uint8_t *tiles = smem + (sizeof(attni_cu_shared) + 127) / 128 * 128;
+        int32_t queue[STAGES], b, end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK, span = -1;
+        int32_t per = w.span / ATTNI_CU_BLOCK;
+        int stage = 0, i;
+        warp = (int)threadIdx.x >> 5;
+        lane = (int)threadIdx.x & 31;
+        dk = EXACT ? DK : a.d.head_dim;
+        dv = EXACT ? DV : a.d.v_head_dim;
+        q = attni_smem(tiles);
+        ring = q + MT * DK * 2;
+        conv = ring + STAGES * STAGE;
+        p = conv + (Q8 ? ATTNI_CU_BLOCK * (DK > DV ? DK : DV) * 2 : 0);
+        load_q(a, s);
+        reset();
+#pragma unroll
+        for (int x = 0; x < RS; x++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                tm[x][h] = ATTNI_NINF, tl[x][h] = 0;
+#pragma unroll
+                for (int j = 0; j < 2 * NP && FOLD; j++)
+                    to[x][j][2 * h] = to[x][j][2 * h + 1] = 0;
+            }
+        b = attni_cu_next(a, s, attni_max32(w.span0 * per, w.pos0 / ATTNI_CU_BLOCK));
+#pragma unroll
+        for (i = 0; i < AHEAD; i++) {
+            queue[i] = b;
+            if (b < end) {
+                locate(a, s, attni_cu_slot(a, w, b, (int)threadIdx.x));
+                __syncthreads();
+                load(a, s, i);
+                __syncthreads();
+                b = attni_cu_next(a, s, b + 1);
+            } else {
+                attni_cp_commit();
+                attni_cp_commit();
+            }
+        }
+        if (b < end) locate(a, s, attni_cu_slot(a, w, b, (int)threadIdx.x));
+        for (;;) {
+            int32_t cur = AHEAD ? queue[0] : b, more = cur < end;
+            int32_t next = more ? cur / per : w.span1;
+            if (AHEAD == 0 && more) {
+                __syncthreads();
+                load(a, s, 0);
+            }
+            attni_cp_wait<AHEAD ? 2 * AHEAD - 1 : 1>();
+            __syncthreads();
+            if (!more || next != span) {
+                if (w.slots == 2 ? span >= 0 : !more || (FOLD && span >= 0))
+                    close_span(a, s, span, more);
+                if (w.slots == 2)
+                    attni_cu_empty_spans(a, s, span < 0 ? w.span0 : span + 1, next);
+                if (!more) break;
+                span = next;
+            }
+            if (AHEAD) {
+                queue[AHEAD] = b;
+                if (b < end) load(a, s, stage ? stage - 1 : AHEAD);
+                else {
+                    attni_cp_commit();
+                    attni_cp_commit();
+                }
+            }
+            if (b < end) b = attni_cu_next(a, s, b + 1);
+            int64_t slot = b < end ? attni_cu_slot(a, w, b, (int)threadIdx.x) : -1;
+
+            float c[RS][NT][4];
+            uint32_t kt = ring + (uint32_t)(stage * STAGE), vt = kt + ATTNI_CU_BLOCK * KROW;
+            uint8_t *raw = tiles + MT * DK * 2 + stage * STAGE;
+            float *scale = (float *)(void *)(raw + ATTNI_CU_BLOCK * (KROW + VROW));
+            int full = attni_cu_full(a, s, cur);
+            if (Q8) {
+                attni_cu_convert<BF>(a.k.dtype, raw, KROW, dk, conv, DK * 2);
+                kt = vt = conv;
+                __syncthreads();
+            }
+            if (!full) attni_cu_mask_rows(a, s, cur);
+            scores(c, kt);
+            if (Q8) {
+#pragma unroll
+                for (int x = 0; x < RS; x++)
+#pragma unroll
+                    for (int e = 0; e < 4 * NT; e++)
+                        c[x][e >> 2][e & 3] *= scale[(R ? 0 : 16 * warp) + 8 * (e >> 2) +
+                                                     2 * (lane & 3) + (e & 1)];
+            }
+            if (a.mods) logits(a, s, c, cur);
+            if (!full) hide(s, c);
+            weights(a, s, c);
+            attni_cp_wait<2 * AHEAD>();
+            if (Q8) {
+                __syncthreads(); // V is there, and K's tile has been read
+                if (!full && a.sparse)
+                    blank(s, ring + (uint32_t)(stage * STAGE) + ATTNI_CU_BLOCK * KROW, VROW,
+                          scale + ATTNI_CU_BLOCK);
+#pragma unroll
+                for (int x = 0; x < RS; x++)
+#pragma unroll
+                    for (int e = 0; e < 4 * NT; e++)
+                        c[x][e >> 2][e & 3] *=
+                            scale[ATTNI_CU_BLOCK + (R ? 0 : 16 * warp) + 8 * (e >> 2) +
+                                  2 * (lane & 3) + (e & 1)];
+                attni_cu_convert<BF>(a.v.dtype, raw + ATTNI_CU_BLOCK * KROW, VROW, dv, conv, DV * 2);
+            }
+            if (!R) spread(c[0]);
+            __syncthreads();
+            if (!Q8 && !full && a.sparse) blank(s, vt, VROW, NULL);
+            values(c, vt);
+            if (b < end) locate(a, s, slot);
+#pragma unroll
+            for (i = 0; i < AHEAD; i++) queue[i] = queue[i + 1];
+            stage = stage == AHEAD ? 0 : stage + 1;
+        }
+        attni_cp_wait<0>();
+    }
+};
+
+// Tiles of 16 rows, and of 64 where a head dim leaves room for their sums.
+template <int BF, int Q8, int DK, int DV>
+__global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
+    attni_cu_few(const __grid_constant__ attni_cu_args a) {
+    extern __shared__ __align__(128) uint8_t smem[];
+    ATTNI_CU_TASKS({
+        if (DK <= 128 && s->task.n_tokens * a.group > 16) {
+            attni_cu_mma<BF, Q8, DK, DV, DK <= 128, 1> t;
+            t.run(a, s, smem);
+        } else {
+            attni_cu_mma<BF, Q8, DK, DV, 0, 1> t;
+            t.run(a, s, smem);
+        }
+    })
+}
+
+// Tiles of 128 rows (64 of wide heads), for long queries.
+template <int BF, int Q8, int DK, int DV>
+__global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
+    attni_cu_many(const __grid_constant__ attni_cu_args a) {
+    extern __shared__ __align__(128) uint8_t smem[];
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    constexpr int R = 1;
+#else
+    constexpr int R = DK > 128 ? 1 : 2;
+#endif
+    ATTNI_CU_TASKS({
+        attni_cu_mma<BF, Q8, DK, DV, R, 0> t;
+        t.run(a, s, smem);
+    })
+}
+
+// ==== >>impl-simt  Any dtypes and dims, in f32 ===================================================
+//
+// 16 rows a tile. A thread has one token's scores of 8 rows, K passing through shared memory 32
+// dims at a time, then NC columns of all 16 rows of O, V coming straight from its page.
+
+#define ATTNI_CU_SIMT_ROWS 16
+#define ATTNI_CU_SIMT_DIMS 32
+
+typedef struct attni_cu_simt_tile {
+    float q[ATTNI_CU_SIMT_ROWS][ATTNI_CU_SIMT_DIMS];
+    float k[ATTNI_CU_BLOCK][ATTNI_CU_SIMT_DIMS + 1];
+    float p[ATTNI_CU_SIMT_ROWS][ATTNI_CU_BLOCK];
+    float scale[2][ATTNI_CU_BLOCK];
+    float m[ATTNI_CU_SIMT_ROWS], l[ATTNI_CU_SIMT_ROWS], w[ATTNI_CU_SIMT_ROWS];
+} attni_cu_simt_tile;
+
+// Element e of the row of a page at byte offset `at`.
+ATTNI_DEV_FAR float attni_cu_element(const attni_side &s, int64_t at, int32_t e) {
+    return attni_get(s.data + at, s.dtype, e);
+}
+
+ATTNI_DEV_FAR float attni_cu_token_scale(const attni_side &s, int64_t at, int32_t place,
+                                             int32_t head) {
+    float f = 1.0f;
+    if (s.head_scale) return s.head_scale[head];
+    if (s.scale_offset < 0) return 1.0f;
+    at += s.scale_offset - place * s.token_bytes - head * s.head_bytes + place * s.scale_token +
+          head * s.scale_head;
+    memcpy(&f, s.data + at, 4);
+    return f;
+}
+
+// Scores of 8 rows against the thread's token, all dims.
+ATTNI_DEV_FAR void attni_cu_simt_scores(const attni_cu_args &a, attni_cu_shared *s,
+                                            attni_cu_simt_tile *x, float c[8]) {
+    const int tid = (int)threadIdx.x, token = tid & 63, r0 = tid >> 6 << 3, dk = a.d.head_dim;
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i] = 0;
+    for (int e0 = 0; e0 < dk; e0 += ATTNI_CU_SIMT_DIMS) {
+        __syncthreads();
+        for (int i = tid; i < ATTNI_CU_SIMT_ROWS * ATTNI_CU_SIMT_DIMS; i += ATTNI_CU_THREADS) {
+            const attni_cu_row &y = s->row[i / ATTNI_CU_SIMT_DIMS];
+            int e = e0 + i % ATTNI_CU_SIMT_DIMS;
+            x->q[i / ATTNI_CU_SIMT_DIMS][i % ATTNI_CU_SIMT_DIMS] =
+                y.token < 0 || e >= dk ? 0
+                : attni_get(a.d.q.data, a.d.q.dtype, y.token * a.d.q.stride_token +
+                                                         y.head * a.d.q.stride_head + e);
+        }
+        for (int i = tid; i < ATTNI_CU_BLOCK * ATTNI_CU_SIMT_DIMS; i += ATTNI_CU_THREADS) {
+            int t = i / ATTNI_CU_SIMT_DIMS, e = e0 + i % ATTNI_CU_SIMT_DIMS;
+            x->k[t][i % ATTNI_CU_SIMT_DIMS] =
+                s->koff[t] < 0 || e >= dk ? 0 : attni_cu_element(a.k, s->koff[t], e);
+        }
+        __syncthreads();
+        for (int e = 0; e < ATTNI_CU_SIMT_DIMS; e++) {
+            float k = x->k[token][e];
+#pragma unroll
+            for (int i = 0; i < 8; i++) c[i] = fmaf(x->q[r0 + i][e], k, c[i]);
+        }
+    }
+}
+
+// Scores -> weights in x->p, running maxima and sums; one warp has 4 rows.
+ATTNI_DEV_FAR void attni_cu_simt_weights(const attni_cu_args &a, attni_cu_shared *s,
+                                             attni_cu_simt_tile *x) {
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    for (int r = 4 * warp; r < 4 * warp + 4; r++) {
+        float y0 = x->p[r][lane], y1 = x->p[r][lane + 32], top = fmaxf(y0, y1), base, sum;
+        for (int i = 16; i; i /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+        top = fmaxf(top, x->m[r]);
+        base = top == ATTNI_NINF ? 0.0f : top;
+        y0 = exp2f(y0 - base);
+        y1 = exp2f(y1 - base);
+        sum = y0 + y1;
+        for (int i = 16; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+        x->p[r][lane] = y0;
+        x->p[r][lane + 32] = y1;
+        __syncwarp();
+        if (lane == 0) {
+            float w = exp2f(x->m[r] - base);
+            x->w[r] = w;
+            x->l[r] = fmaf(x->l[r], w, sum);
+            x->m[r] = top;
+        }
+    }
+}
+
+ATTNI_DEV float attni_cu_simt_logit(const attni_cu_args &a, const attni_cu_shared *s,
+                                            const attni_cu_row &y, int64_t pos, float c) {
+    const attn_logits *g = &a.d.logits;
+    if (!a.mods) return c * a.scale;
+    c *= a.scale;
+    if (g->softcap > 0) c = g->softcap * tanhf(c / g->softcap);
+    if (g->alibi) c += g->alibi[y.head] * (float)(pos - y.pos);
+    if (g->bias.data) c += attni_cu_bias(a, s->task, y, pos);
+    return c * ATTNI_LOG2E;
+}
+
+template <int NC>
+static __device__ void attni_cu_simt_close(const attni_cu_args &a, attni_cu_shared *s,
+                                           attni_cu_simt_tile *x, float o[ATTNI_CU_SIMT_ROWS][NC],
+                                           int32_t slot) {
+    const int tid = (int)threadIdx.x, vd = a.d.v_head_dim;
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < ATTNI_CU_SIMT_ROWS; r++) {
+        const attni_cu_row &y = s->row[r];
+        if (y.token < 0) continue;
+        float lse, f = attni_cu_close(a, y.head, x->m[r], x->l[r], &lse);
+        int64_t at = slot < 0 ? 0 : attni_cu_partial(a, s->task, r, y, slot);
+        if (tid == 0 && slot >= 0)
+            __stcg((float2 *)a.partial_ml + at, make_float2(x->m[r], x->l[r]));
+        if (tid == 0 && slot < 0 && a.d.lse)
+            a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
+#pragma unroll
+        for (int j = 0; j < NC; j++) {
+            int col = tid + ATTNI_CU_THREADS * j;
+            if (col >= vd) break;
+            if (slot >= 0) __stcg(a.partial_o + at * vd + col, o[r][j]);
+            else
+                attni_cu_put(a, attni_cu_o(a, y.token, y.head), col,
+                             x->l[r] == 0 ? 0 : o[r][j] * f);
+            o[r][j] = 0;
+        }
+    }
+    __syncthreads();
+    if (tid < ATTNI_CU_SIMT_ROWS) x->m[tid] = ATTNI_NINF, x->l[tid] = 0;
+    __syncthreads();
+}
+
+template <int NC>
+static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared *s,
+                                         attni_cu_simt_tile *x) {
+    const attni_cu_task &w = s->task;
+    const int tid = (int)threadIdx.x, token = tid & 63, r0 = tid >> 6 << 3, vd = a.d.v_head_dim;
+    int32_t per = w.span / ATTNI_CU_BLOCK, span = -1;
+    int32_t b, end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+    float o[ATTNI_CU_SIMT_ROWS][NC];
+#pragma unroll
+    for (int r = 0; r < ATTNI_CU_SIMT_ROWS; r++)
+#pragma unroll
+        for (int j = 0; j < NC; j++) o[r][j] = 0;
+    if (tid < ATTNI_CU_SIMT_ROWS) x->m[tid] = ATTNI_NINF, x->l[tid] = 0;
+    b = attni_cu_next(a, s, attni_max32(w.span0 * per, w.pos0 / ATTNI_CU_BLOCK));
+    for (;; b = attni_cu_next(a, s, b + 1)) {
+        float c[8];
+        int32_t more = b < end, next = more ? b / per : w.span1;
+        if (!more || next != span) {
+            if (w.slots == 2 ? span >= 0 : !more)
+                attni_cu_simt_close<NC>(a, s, x, o, w.slots == 2 ? span - w.span0
+                                                    : w.slots ? 0 : -1);
+            if (w.slots == 2) attni_cu_empty_spans(a, s, span < 0 ? w.span0 : span + 1, next);
+            if (!more) break;
+            span = next;
+        }
+        __syncthreads();
+        if (tid < ATTNI_CU_BLOCK) {
+            int64_t slot = attni_cu_slot(a, w, b, tid), page = slot / a.d.kv.page_tokens;
+            int32_t place = (int32_t)(slot - page * a.d.kv.page_tokens);
+            s->koff[tid] = slot < 0 ? -1 : attni_cu_offset(a.k, page, place, w.kv_head);
+            s->voff[tid] = slot < 0 ? -1 : attni_cu_offset(a.v, page, place, w.kv_head);
+            x->scale[0][tid] =
+                slot < 0 ? 0 : attni_cu_token_scale(a.k, s->koff[tid], place, w.kv_head);
+            x->scale[1][tid] =
+                slot < 0 ? 0 : attni_cu_token_scale(a.v, s->voff[tid], place, w.kv_head);
+        }
+        attni_cu_mask_rows(a, s, b);
+        attni_cu_simt_scores(a, s, x, c);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int sees = (int)(s->bits[r0 + i] >> token & 1);
+            x->p[r0 + i][token] =
+                !sees ? ATTNI_NINF
+                      : attni_cu_simt_logit(a, s, s->row[r0 + i],
+                                            (int64_t)b * ATTNI_CU_BLOCK + token,
+                                            c[i] * x->scale[0][token]);
+        }
+        __syncthreads();
+        attni_cu_simt_weights(a, s, x);
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < ATTNI_CU_SIMT_ROWS; r++)
+#pragma unroll
+            for (int j = 0; j < NC; j++) o[r][j] *= x->w[r];
+        for (int t = 0; t < ATTNI_CU_BLOCK; t++) {
+            if (s->voff[t] < 0 || !(s->seen >> t & 1)) continue;
+#pragma unroll
+            for (int j = 0; j < NC; j++) {
+                int col = tid + ATTNI_CU_THREADS * j;
+                if (col >= vd) break;
+                float v = attni_cu_element(a.v, s->voff[t], col) * x->scale[1][t];
+#pragma unroll
+                for (int r = 0; r < ATTNI_CU_SIMT_ROWS; r++)
+                    o[r][j] = fmaf(x->p[r][t], v, o[r][j]);
+            }
+        }
+    }
+}
+
+template <int NC>
+__global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_simt(const __grid_constant__ attni_cu_args a) {
+    extern __shared__ __align__(128) uint8_t smem[];
+    ATTNI_CU_TASKS(attni_cu_simt_run<NC>(
+        a, s, (attni_cu_simt_tile *)(void *)(smem + (sizeof *s + 127) / 128 * 128)))
+}
+
+// ==== >>impl-store  Rows into pages, pages to pages ==============================================
+
+typedef struct attni_cu_store_args {
+    attn_desc d;
+    attni_side side[2];
+    attn_tensor src[2];          // strides resolved; data NULL: skip
+    const int64_t *slots;        // NULL: by the tables
+    const attn_plan_seq *seq;
+    const int32_t *q_start;
+    int64_t first, count;
+    int32_t *error;
+} attni_cu_store_args;
+
+ATTNI_DEV int64_t attni_cu_own_slot(const attni_cu_store_args &a, int64_t t) {
+    int32_t lo = 0, hi = a.d.n_seq, page;
+    while (hi - lo > 1) {
+        int32_t mid = (lo + hi) / 2;
+        if (a.q_start[mid] <= t) lo = mid;
+        else hi = mid;
+    }
+    while (a.q_start[lo + 1] <= t) lo++; // sequences without queries
+    const attn_plan_seq *s = a.seq + lo;
+    int64_t j = (int64_t)s->q_pos0 + (t - s->q_begin) - s->kv_pos0;
+    if (j < 0 || j >= s->kv_len) return (int64_t)1 << 62;
+    page = a.d.kv.page_table
+               ? a.d.kv.page_table[lo * a.d.kv.page_table_stride + j / a.d.kv.page_tokens]
+               : lo;
+    if (page < 0) return (int64_t)1 << 62;
+    return (int64_t)page * a.d.kv.page_tokens + j % a.d.kv.page_tokens;
+}
+
+// One row of one head, by one warp; the CPU's arithmetic.
+ATTNI_DEV void attni_cu_store_row(const attni_side &s, const attn_tensor &from, int64_t at,
+                                  int64_t page, int32_t place, int32_t head) {
+    const int lane = (int)threadIdx.x & 31;
+    uint8_t *base = s.data + page * s.page_bytes, *to = base + attni_token_offset(&s, place, head);
+    float scale = 1.0f;
+    if (attni_is_scaled(s.dtype)) {
+        if (s.head_scale) scale = s.head_scale[head];
+        else {
+            uint32_t top = 0; // on the bits, where NaN is above everything
+            for (int e = lane; e < s.dim; e += 32) {
+                uint32_t u = attni_bits32(attni_get(from.data, from.dtype, at + e)) & 0x7fffffffu;
+                top = u > top ? u : top;
+            }
+            for (int i = 16; i; i /= 2) {
+                uint32_t u = __shfl_xor_sync(~0u, top, i);
+                top = u > top ? u : top;
+            }
+            scale = __fdiv_rn(attni_float(top), attni_code_max(s.dtype));
+            if (attni_isnan(scale)) scale = attni_float(0x7fc00000u);
+            if (lane == 0) memcpy(base + attni_scale_offset(&s, place, head), &scale, 4);
+        }
+    }
+    for (int e = 2 * lane; e < s.dim; e += 64)
+        for (int i = e; i < e + 2; i++) {
+            float y = attni_get(from.data, from.dtype, at + i);
+            if (attni_is_scaled(s.dtype)) {
+                y = attni_bits32(scale) << 1 ? __fdiv_rn(y, scale) : 0.0f;
+                if (attni_isnan(y)) y = attni_float(0x7fc00000u);
+            }
+            attni_put(to, s.dtype, i, y);
+        }
+}
+
+__global__ void __launch_bounds__(128)
+    attni_cu_store_rows(const __grid_constant__ attni_cu_store_args a) {
+    const int64_t heads = a.d.n_kv_heads, n = a.count * heads;
+    for (int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5); i < n; i += gridDim.x * 4) {
+        int64_t t = a.first + i / heads, slot = a.slots ? a.slots[t] : attni_cu_own_slot(a, t);
+        int32_t head = (int32_t)(i % heads);
+        if (slot < 0) continue;
+        if (slot >= (int64_t)a.d.kv.n_pages * a.d.kv.page_tokens) {
+            if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+            continue;
+        }
+        for (int v = 0; v < 2; v++)
+            if (a.src[v].data)
+                attni_cu_store_row(a.side[v], a.src[v],
+                                   t * a.src[v].stride_token + head * a.src[v].stride_head,
+                                   slot / a.d.kv.page_tokens,
+                                   (int32_t)(slot % a.d.kv.page_tokens), head);
+    }
+}
+
+#define ATTNI_CU_COPIES 256
+
+typedef struct attni_cu_copy_args {
+    attni_side side[2];
+    int32_t n_sides, heads, n;
+    attn_page_copy copy[ATTNI_CU_COPIES];
+} attni_cu_copy_args;
+
+// Copies that do not depend on each other: block x is the copy, y one of its tokens.
+__global__ void __launch_bounds__(128)
+    attni_cu_copy_rows(const __grid_constant__ attni_cu_copy_args a) {
+    const attn_page_copy c = a.copy[blockIdx.x];
+    for (int v = 0; v < a.n_sides; v++) {
+        const attni_side &s = a.side[v];
+        const uint8_t *from = s.data + c.src * s.page_bytes;
+        uint8_t *to = s.data + c.dst * s.page_bytes;
+        int32_t units = s.dim * attni_bits_of(s.dtype) / 32;
+        for (int32_t t = (int32_t)blockIdx.y; t < c.n_tokens; t += (int32_t)gridDim.y)
+            for (int32_t i = (int32_t)threadIdx.x; i < a.heads * units; i += 128) {
+                int64_t at = attni_token_offset(&s, t, i / units) + 4 * (i % units);
+                memcpy(to + at, from + at, 4);
+                at = attni_scale_offset(&s, t, i / units);
+                if (s.scale_offset >= 0 && i % units == 0) memcpy(to + at, from + at, 4);
+            }
+    }
+}
+
+#define ATTNI_CU_STATES 16
+
+typedef struct attni_cu_merge_args {
+    attn_tensor o[ATTNI_CU_STATES], out;
+    const float *lse[ATTNI_CU_STATES];
+    float *lse_out;
+    int64_t n_tokens;
+    int32_t n, n_heads, dim;
+} attni_cu_merge_args;
+
+// One warp for a row.
+__global__ void __launch_bounds__(128)
+    attni_cu_merge_states(const __grid_constant__ attni_cu_merge_args a) {
+    const int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
+    const int lane = (int)threadIdx.x & 31;
+    if (i >= a.n_tokens * a.n_heads) return;
+    const int64_t t = i / a.n_heads, h = i % a.n_heads;
+    float m = ATTNI_NINF, l = 0, w0, w1;
+    for (int k = 0; k < a.n; k++) m = fmaxf(m, a.lse[k][i]);
+    const float base = m == ATTNI_NINF ? 0 : m;
+    for (int k = 0; k < a.n; k++) l += expf(a.lse[k][i] - base);
+    for (int e = lane; e < a.dim; e += 32) {
+        float x = 0;
+        for (int k = 0; k < a.n; k++) {
+            w1 = expf(a.lse[k][i] - base);
+            w0 = attni_get(a.o[k].data, a.o[k].dtype,
+                           t * a.o[k].stride_token + h * a.o[k].stride_head + e);
+            if (w1 != 0) x = fmaf(w0, w1, x);
+        }
+        attni_put(a.out.data, a.out.dtype, t * a.out.stride_token + h * a.out.stride_head + e,
+                  l == 0 ? 0 : x / l);
+    }
+    __syncwarp();
+    if (lane == 0 && a.lse_out) a.lse_out[i] = l == 0 ? ATTNI_NINF : m + logf(l);
+}
+
+// ==== >>impl-host  Choosing, planning, uploading, launching ======================================
+
+typedef void (*attni_cu_kernel)(attni_cu_args);
+
+// X(bf16, quantised pages, head_dim, v_head_dim): 64 and 128 exactly, else the most.
+#ifndef ATTN_CUDA_KERNELS
+#define ATTN_CUDA_KERNELS(X)                                                                       \
+    X(1, 0, 64, 64) X(1, 0, 128, 128) X(1, 0, 256, 256) X(1, 0, 576, 512)                          \
+    X(0, 0, 64, 64) X(0, 0, 128, 128) X(0, 0, 256, 256) X(0, 0, 576, 512)                          \
+    X(1, 1, 64, 64) X(1, 1, 128, 128) X(1, 1, 256, 256)                                            \
+    X(0, 1, 64, 64) X(0, 1, 128, 128) X(0, 1, 256, 256)
+#endif
+
+typedef struct attni_cu_choice { // kernels of a problem
+    attni_cu_kernel kernel[ATTNI_CU_KINDS]; // MANY may be NULL: FEW does it all
+    int smem[ATTNI_CU_KINDS];
+    int rows[ATTNI_CU_KINDS];               // of a tile
+    int32_t id;                             // the same for the same kernels
+    const char *name;
+} attni_cu_choice;
+
+static int attni_cu_max2(int a, int b) { return a > b ? a : b; }
+
+template <int BF, int Q8, int DK, int DV>
+static void attni_cu_fill(int arch, attni_cu_choice *c) {
+    const int r = DK > 128 || arch < 80 ? 1 : 2;
+    c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, DK, DV>;
+    c->smem[ATTNI_CU_FEW] =
+        attni_cu_max2(attni_cu_smem_bytes(arch, Q8, DK, DV, 0),
+                      DK <= 128 ? attni_cu_smem_bytes(arch, Q8, DK, DV, 1) : 0);
+    c->rows[ATTNI_CU_FEW] = DK <= 128 ? 64 : 16;
+    if (DK <= 256) {
+        c->kernel[ATTNI_CU_MANY] = attni_cu_many<BF, Q8, DK <= 256 ? DK : 64, DK <= 256 ? DV : 64>;
+        c->smem[ATTNI_CU_MANY] = attni_cu_smem_bytes(arch, Q8, DK, DV, r);
+        c->rows[ATTNI_CU_MANY] = 64 * r;
+    }
+}
+
+static void attni_cu_fill_simt(int32_t vd, attni_cu_choice *c) {
+    memset(c, 0, sizeof *c);
+    c->kernel[ATTNI_CU_FEW] = vd <= 256 ? attni_cu_simt<2> : attni_cu_simt<5>;
+    c->smem[ATTNI_CU_FEW] =
+        (int)((sizeof(attni_cu_shared) + 127) / 128 * 128 + sizeof(attni_cu_simt_tile));
+    c->rows[ATTNI_CU_FEW] = ATTNI_CU_SIMT_ROWS;
+    c->id = vd <= 256 ? 1 : 2;
+    c->name = "simt";
+}
+
+static int attni_cu_misaligned(int64_t a, int64_t b, int64_t c, int64_t n) {
+    return ((a | b | c) & (n - 1)) != 0;
+}
+
+// Can rows of a side be read 16 bytes at a time? bits: of Q's type when not quantised.
+static int attni_cu_side_fits(const attni_side *s, attn_dtype q) {
+    if (s->dtype != q && !attni_is_scaled(s->dtype)) return 0;
+    if (attni_is_scaled(s->dtype) && s->dim % 16) return 0;
+    if ((int64_t)s->dim * attni_bits_of(s->dtype) / 8 % 16) return 0;
+    return !attni_cu_misaligned(s->page_bytes | (int64_t)(uintptr_t)s->data, s->token_bytes,
+                                s->head_bytes, 16);
+}
+
+static int attni_cu_mma_fits(const attn_cuda *c, const attn_desc *d, const attni_side *k,
+                             const attni_side *v) {
+    int64_t qt = d->q.stride_token, qh = d->q.stride_head;
+    int64_t ot = d->o.stride_token, oh = d->o.stride_head;
+    if (d->q.dtype == ATTN_F32 || d->o.dtype == ATTN_F32) return 0;
+    if (c->arch < 80 && d->q.dtype == ATTN_BF16) return 0;
+    if (attni_is_scaled(k->dtype) != attni_is_scaled(v->dtype)) return 0;
+    if (!attni_cu_side_fits(k, d->q.dtype) || !attni_cu_side_fits(v, d->q.dtype)) return 0;
+    if (attni_cu_misaligned((int64_t)(uintptr_t)d->q.data, 2 * qt, 2 * qh, 16)) return 0;
+    return !attni_cu_misaligned((int64_t)(uintptr_t)d->o.data, 2 * ot, 2 * oh, 4);
+}
+
+// Strides and the value head dim as they are.
+static attn_desc attni_cu_resolved(const attn_desc *d) {
+    attn_desc c = *d;
+    c.v_head_dim = attni_v_dim(d);
+    if (!c.q.stride_token) c.q.stride_token = (int64_t)d->n_heads * d->head_dim;
+    if (!c.q.stride_head) c.q.stride_head = d->head_dim;
+    if (!c.o.stride_token) c.o.stride_token = (int64_t)d->n_heads * c.v_head_dim;
+    if (!c.o.stride_head) c.o.stride_head = c.v_head_dim;
+    return c;
+}
+
+static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni_cu_choice *out) {
+    attn_desc x;
+    attni_side k, v;
+    attn_result r;
+    int bf, q8, dk, dv;
+    if (!c || !d || d->n_seq < 1 || d->n_heads < 1 || d->n_kv_heads < 1) return ATTN_ERR_ARGUMENT;
+    if (d->n_heads % d->n_kv_heads || d->n_heads > 65536) return ATTN_ERR_SHAPE;
+    x = attni_cu_resolved(d);
+    if (d->head_dim < 8 || d->head_dim % 8 || d->head_dim > ATTN_MAX_HEAD_DIM ||
+        x.v_head_dim < 8 || x.v_head_dim % 8 || x.v_head_dim > ATTN_MAX_HEAD_DIM)
+        return ATTN_ERR_SHAPE;
+    if (!attni_is_float(d->q.dtype) || !attni_is_float(d->o.dtype) ||
+        !attni_bits_of(d->kv.k.dtype) || !attni_bits_of(d->kv.v.dtype))
+        return ATTN_ERR_DTYPE;
+    if (d->kv.page_tokens < 1 || d->kv.n_pages < 1) return ATTN_ERR_ARGUMENT;
+    if ((int)d->kv.layout < 0 || d->kv.layout > ATTN_K16) return ATTN_ERR_LAYOUT;
+    if ((r = attni_side_init(d, 0, &k)) != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 1, &v)) != ATTN_OK) return r;
+    attni_cu_fill_simt(x.v_head_dim, out);
+    if (!attni_cu_mma_fits(c, &x, &k, &v)) return ATTN_OK;
+    attni_cu_choice m;
+    memset(&m, 0, sizeof m);
+    bf = d->q.dtype == ATTN_BF16;
+    q8 = attni_is_scaled(k.dtype);
+    dk = attni_max32(x.head_dim, x.v_head_dim);
+    dk = x.head_dim == 64 && x.v_head_dim == 64     ? 64
+         : x.head_dim == 128 && x.v_head_dim == 128 ? 128
+         : dk <= 256 ? 256 : x.v_head_dim <= 512 ? 576 : 0;
+    dv = dk == 576 ? 512 : dk;
+#define ATTNI_X(B, Q, DK, DV)                                                                      \
+    if (bf == B && q8 == Q && dk == DK && dv == DV) attni_cu_fill<B, Q, DK, DV>(c->arch, &m);
+    ATTN_CUDA_KERNELS(ATTNI_X)
+#undef ATTNI_X
+    if (!m.kernel[0] || m.smem[0] > c->smem_bytes || m.smem[1] > c->smem_bytes) return ATTN_OK;
+    m.id = 16 + dk * 4 + bf * 2 + q8;
+    m.name = bf ? q8 ? "mma.bf16+dequant" : "mma.bf16" : q8 ? "mma.f16+dequant" : "mma.f16";
+    *out = m;
+    return ATTN_OK;
+}
+
+__global__ void attni_cu_probe(void) {}
+
+// Lets the kernels have the shared memory they want.
+static attn_result attni_cu_allow(const attn_cuda *c, const attni_cu_choice *k) {
+    for (int i = 0; i < ATTNI_CU_KINDS; i++)
+        if (k->kernel[i] && k->smem[i] <= c->smem_bytes &&
+            cudaFuncSetAttribute((const void *)k->kernel[i],
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 k->smem[i]) != cudaSuccess)
+            return ATTN_ERR_DEVICE;
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device) {
+    struct cudaFuncAttributes attr;
+    attni_cu_choice k;
+    attn_result r;
+    int n = 0, major = 0, minor = 0;
+    if (!c) return ATTN_ERR_ARGUMENT;
+    if (cudaGetDeviceCount(&n) != cudaSuccess) return ATTN_ERR_DEVICE;
+    if (device < 0 || device >= n) return ATTN_ERR_ARGUMENT;
+    if (cudaSetDevice(device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&c->n_sm, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&c->smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+            cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    if (10 * major + minor < 75) return ATTN_ERR_UNSUPPORTED;
+    if (cudaFuncGetAttributes(&attr, attni_cu_probe) != cudaSuccess) return ATTN_ERR_DEVICE;
+    c->device = device;
+    c->arch = attr.ptxVersion; // of the text: an older one may have been compiled for a newer GPU
+#define ATTNI_X(B, Q, DK, DV)                                                                      \
+    memset(&k, 0, sizeof k);                                                                       \
+    attni_cu_fill<B, Q, DK, DV>(c->arch, &k);                                                      \
+    if ((r = attni_cu_allow(c, &k)) != ATTN_OK) return r;
+    ATTN_CUDA_KERNELS(ATTNI_X)
+#undef ATTNI_X
+    for (n = 256; n <= 512; n *= 2) {
+        attni_cu_fill_simt(n, &k);
+        if ((r = attni_cu_allow(c, &k)) != ATTN_OK) return r;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d) {
+    if (!c || !d) return ATTN_ERR_ARGUMENT;
+    if (d->kv.layout == ATTN_K16 || d->numerics == ATTN_NUMERICS_PORTABLE)
+        return ATTN_ERR_UNSUPPORTED;
+    return ATTN_OK;
+}
+
+ATTN_DEF const char *attn_cuda_executor(const attn_cuda *c, const attn_desc *d) {
+    attni_cu_choice k;
+    return attni_cu_choose(c, d, &k) == ATTN_OK ? k.name : "none";
+}
+
+static int attni_cu_per_head(const attn_desc *d) {
+    const attn_mask *m = &d->mask;
+    return d->n_heads > d->n_kv_heads &&
+           ((m->blocks.row_start && m->blocks.n_lists == d->n_heads) ||
+            (m->vslash.block && m->vslash.n_lists == d->n_heads));
+}
+
+// ---- plan parameters
+
+#define ATTNI_CU_FEW_Q 64 /* queries of a sequence that tiles of FEW take */
+
+static void attni_cu_rule(attn_plan_params *p, int *n, int32_t q, int32_t kv, int32_t span,
+                          int32_t tile, int no_fold) {
+    attn_span_rule *r = &p->rule[(*n)++];
+    r->max_q_len = q;
+    r->max_kv_len = kv;
+    r->span = span;
+    r->row_tile = tile;
+    r->no_fold = no_fold;
+}
+
+ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn_plan_params *out) {
+    static const int32_t few[6][2] = {{1024, 64},   {2048, 128},    {8192, 256},
+                                      {32768, 512}, {131072, 2048}, {0, 4096}};
+    const int32_t whole = 1 << 30;
+    attni_cu_choice k;
+    int64_t rows, bytes, must = 0, most = (int64_t)256 << 20, least = (int64_t)16 << 20;
+    int32_t s, i, h, tile;
+    int n = 0;
+    if (!out) return;
+    memset(out, 0, sizeof *out);
+    if (attni_cu_choose(c, d, &k) != ATTN_OK) return;
+    // a lone sequence should keep the device busy; more sequences do so by themselves
+    h = 1;
+    while (h < 8 && 2 * h * d->n_kv_heads <= 8) h *= 2;
+    tile = attni_cu_per_head(d) ? d->n_heads / d->n_kv_heads : 1;
+    for (i = 0; i < 6; i++)
+        attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
+                      attni_max32(64, few[i][1] / h), tile * k.rows[ATTNI_CU_FEW],
+                      k.id < 16);
+    if (k.kernel[ATTNI_CU_MANY]) {
+        tile *= k.rows[ATTNI_CU_MANY];
+        attni_cu_rule(out, &n, 512, 4096, whole, tile, 1);
+        attni_cu_rule(out, &n, 512, 32768, 4096, tile, 1);
+        attni_cu_rule(out, &n, 512, 0, 16384, tile, 1);
+        attni_cu_rule(out, &n, 0, 0, whole, tile, 1);
+    }
+    out->workers = c->n_sm;
+    out->tasks_per_worker = 2;
+    out->cost_kv_token = 80; // bytes of a token at an SM's share of bandwidth, in row x token units
+    out->cost_row_token = 1;
+    out->cost_partial = 60;
+    if (!d->q_start || !d->kv.kv_len) return;
+    bytes = 0;
+    for (s = 0; s < d->n_seq; s++) {
+        attn_plan_params one = *out;
+        int32_t q_len = d->q_start[s + 1] - d->q_start[s], span = whole, no_fold = 0;
+        if (q_len < 0 || d->kv.kv_len[s] < 0) return;
+        for (i = n - 1; i >= 0; i--)
+            if ((!one.rule[i].max_q_len || q_len <= one.rule[i].max_q_len) &&
+                (!one.rule[i].max_kv_len || d->kv.kv_len[s] <= one.rule[i].max_kv_len))
+                span = one.rule[i].span, no_fold = one.rule[i].no_fold;
+        rows = (int64_t)q_len * d->n_heads * (d->kv.kv_len[s] / span + 2);
+        bytes += rows * 4 * (attni_v_dim(d) + 2);
+        if (no_fold) must += rows * 4 * (attni_v_dim(d) + 2);
+        if (bytes > (int64_t)1 << 50) return;
+    }
+    bytes = attni_max64(attni_min64(bytes, most), attni_max64(must, least));
+    out->partial_bytes = (size_t)bytes;
+}
+
+// ---- the image
+//
+// Sections at offsets that capacities decide, so that captured launches stay right.
+
+enum {
+    ATTNI_CU_HEADER, ATTNI_CU_TICKET, ATTNI_CU_ARRIVED, ATTNI_CU_TASK, ATTNI_CU_SEQ,
+    ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
+    ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START, ATTNI_CU_BLOCKS,
+    ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL, ATTNI_CU_DIAG_START, ATTNI_CU_DIAG,
+    ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
+};
+
+static int64_t attni_cu_entries(const attn_desc *d) { // of the block list
+    const attn_block_list *b = &d->mask.blocks;
+    int64_t n = 0, l;
+    for (l = 0; b->row_start && l < b->n_lists; l++)
+        n = attni_max64(n, b->row_start[l * ((int64_t)b->n_rows + 1) + b->n_rows]);
+    return n;
+}
+
+static int64_t attni_cu_bit_words(const attn_block_list *b) {
+    return b->bits ? ((int64_t)b->bits_rows * b->bits_cols + 63) / 64 : 0;
+}
+
+// Bytes that the tables of d fill in each section (tasks, links, units: not here).
+static void attni_cu_table_bytes(const attn_desc *d, int64_t seqs, int64_t tokens, int64_t pages,
+                                 int64_t bytes[ATTNI_CU_SECTIONS]) {
+    const attn_block_list *b = &d->mask.blocks;
+    const attn_vertical_slash *v = &d->mask.vslash;
+    bytes[ATTNI_CU_HEADER] = (int64_t)sizeof(attni_cu_header);
+    bytes[ATTNI_CU_SEQ] = seqs * (int64_t)sizeof(attn_plan_seq);
+    bytes[ATTNI_CU_ORDER] = bytes[ATTNI_CU_UNIT0] = seqs * 4;
+    bytes[ATTNI_CU_TOKEN0] = bytes[ATTNI_CU_Q_START] = (seqs + 1) * 4;
+    if (d->mask.kind == ATTN_MASK_TREE) bytes[ATTNI_CU_PARENT] = tokens * 4;
+    if (d->kv.page_table) bytes[ATTNI_CU_PAGES] = seqs * pages * 4;
+    if (b->row_start) {
+        if (b->seq_row) bytes[ATTNI_CU_SEQ_ROW] = seqs * 4;
+        bytes[ATTNI_CU_ROW_START] = (int64_t)b->n_lists * ((int64_t)b->n_rows + 1) * 8;
+        bytes[ATTNI_CU_BLOCKS] = attni_cu_entries(d) * 4;
+        bytes[ATTNI_CU_BITS] = attni_cu_entries(d) * 8 * attni_cu_bit_words(b);
+    }
+    if (v->block) {
+        bytes[ATTNI_CU_COL_START] = bytes[ATTNI_CU_DIAG_START] = 8 * ((int64_t)v->n_lists + 1);
+        bytes[ATTNI_CU_COL] = 4 * v->col_start[v->n_lists];
+        bytes[ATTNI_CU_DIAG] = 4 * v->diag_start[v->n_lists];
+    }
+}
+
+static int64_t attni_cu_max_pages(const attn_desc *d) {
+    int64_t n = 1, s;
+    for (s = 0; s < d->n_seq; s++)
+        n = attni_max64(n, ((int64_t)d->kv.kv_len[s] + d->kv.page_tokens - 1) / d->kv.page_tokens);
+    return n;
+}
+
+// Capacities of an image and where its sections lie; 0: invalid.
+static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn_plan_params *p,
+                              attn_cuda_plan *g) {
+    attni_cu_choice k;
+    int64_t seqs, tokens, pages, tasks, units, bytes[ATTNI_CU_SECTIONS];
+    int32_t group, i;
+    size_t at = 0;
+    memset(g, 0, sizeof *g);
+    if (!p || attni_cu_choose(c, d, &k) != ATTN_OK || attn_validate(d) != ATTN_OK) return 0;
+    group = attni_cu_per_head(d) ? d->n_heads / d->n_kv_heads : 1;
+    seqs = attni_max32(d->n_seq, p->max_seq);
+    tokens = attni_max32(d->q_start[d->n_seq], p->max_tokens);
+    pages = attni_max64(attni_cu_max_pages(d), ((int64_t)p->max_kv_len + d->kv.page_tokens - 1) /
+                                                       d->kv.page_tokens + 1);
+    tasks = (int64_t)(attn_plan_bytes(d, p) / sizeof(attn_task));
+    units = tokens / ATTNI_CU_UNIT + seqs;
+    if (tasks < 1 || tasks > INT32_MAX / 64) return 0;
+    memset(bytes, 0, sizeof bytes);
+    attni_cu_table_bytes(d, seqs, tokens, pages, bytes);
+    bytes[ATTNI_CU_TICKET] = 4 * 2 * ATTNI_CU_KINDS;
+    bytes[ATTNI_CU_ARRIVED] = units * (group > 1 ? d->n_heads : d->n_kv_heads) * 4;
+    bytes[ATTNI_CU_TASK] = tasks * group * (int64_t)sizeof(attni_cu_task);
+    bytes[ATTNI_CU_LINK] = 2 * tasks * (int64_t)sizeof(attni_cu_link);
+    bytes[ATTNI_CU_EXPECTED] = units * 4;
+    for (i = 0; i < ATTNI_CU_SECTIONS; i++) {
+        if (bytes[i] < 0 || bytes[i] > (int64_t)1 << 46) return 0;
+        g->at[i] = at;
+        at += ((size_t)bytes[i] + 255) / 256 * 256;
+    }
+    g->at[ATTNI_CU_SECTIONS] = g->bytes = at;
+    g->cap[0] = seqs;
+    g->cap[1] = tokens;
+    g->cap[2] = pages;
+    g->cap[3] = tasks * group;
+    g->cap[4] = 2 * tasks;
+    g->cap[5] = units;
+    g->shape[0] = d->n_heads;
+    g->shape[1] = d->n_kv_heads;
+    g->shape[2] = d->head_dim;
+    g->shape[3] = attni_v_dim(d);
+    g->shape[4] = d->kv.page_tokens;
+    g->shape[5] = k.id;
+    g->shape[6] = group;
+    return at;
+}
+
+ATTN_DEF size_t attn_cuda_plan_bytes(const attn_cuda *c, const attn_desc *d,
+                                     const attn_plan_params *p) {
+    attn_cuda_plan g;
+    return attni_cu_layout(c, d, p, &g);
+}
+
+ATTN_DEF attn_result attn_cuda_plan_init(const attn_cuda *c, const attn_desc *d,
+                                         const attn_plan_params *p, void *device, size_t bytes,
+                                         attn_cuda_plan *g) {
+    attn_cuda_plan x;
+    attni_cu_choice k;
+    attn_result r = attn_validate(d);
+    int i;
+    if (r != ATTN_OK) return r;
+    if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
+    if (!p || !device || !g) return ATTN_ERR_ARGUMENT;
+    if (!attni_cu_layout(c, d, p, &x)) return ATTN_ERR_ARGUMENT;
+    if (bytes < x.bytes || (uintptr_t)device % 256) return ATTN_ERR_BUFFER;
+    if ((r = attni_cu_choose(c, d, &k)) != ATTN_OK) return r;
+    x.device = device;
+    for (i = 0; i < ATTNI_CU_KINDS; i++) {
+        int blocks = 0;
+        if (k.kernel[i] &&
+            cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, (const void *)k.kernel[i],
+                                                          ATTNI_CU_THREADS, (size_t)k.smem[i]) !=
+                cudaSuccess)
+            return ATTN_ERR_DEVICE;
+        if (k.kernel[i] && blocks < 1) return ATTN_ERR_DEVICE;
+        x.n[2 + i] = (int64_t)blocks * c->n_sm; // blocks that fit on the device
+    }
+    *g = x;
+    return ATTN_OK;
+}
+
+// ---- upload
+
+typedef struct attni_cu_packer {
+    const attn_desc *d;
+    const attn_plan *p;
+    attn_cuda_plan *g;
+    uint8_t *to;                       // staging
+    int64_t used[ATTNI_CU_SECTIONS];   // bytes
+    int32_t *token0, *expected, *unit0;
+} attni_cu_packer;
+
+static void attni_cu_pack(attni_cu_packer *b, int section, const void *from, int64_t bytes) {
+    if (bytes > 0) memcpy(b->to + b->g->at[section], from, (size_t)bytes);
+    b->used[section] = bytes;
+}
+
+// Positions that rows [t0, t0 + n) of sequence q see at most, and all see: [lo, hi), [flo, fhi).
+static void attni_cu_reach(const attn_mask *m, const attn_plan_seq *q, int32_t t0, int32_t n,
+                           int64_t r[4]) {
+    int64_t p0 = (int64_t)q->q_pos0 + t0, p1 = p0 + n - 1, end = (int64_t)q->kv_pos0 + q->kv_len;
+    r[0] = r[2] = q->kv_pos0;
+    r[1] = r[3] = end;
+    if (m->kind == ATTN_MASK_TREE && !q->is_chain) {
+        r[3] = q->q_pos0;
+        p0 = q->q_pos0; // a node's position is its depth's
+    } else if (m->kind != ATTN_MASK_FULL) {
+        r[1] = attni_min64(end, p1 + 1);
+        r[3] = attni_min64(end, p0 + 1);
+    }
+    if (m->window_left) {
+        r[0] = attni_max64(r[0], p0 - (m->window_left - 1));
+        r[2] = attni_max64(r[2], p1 - (m->window_left - 1));
+    }
+    if (m->window_right) {
+        r[1] = attni_min64(r[1], attni_max64(p1 + m->window_right, m->n_sink));
+        r[3] = attni_min64(r[3], p0 + m->window_right);
+    }
+}
+
+static int32_t attni_cu_clip(int64_t x, int64_t lo, int64_t hi) {
+    return (int32_t)attni_max64(lo, attni_min64(x, hi));
+}
+
+// A plan's task as kernels take it; false when it reads nothing and leaves nothing.
+static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, attni_cu_task *w) {
+    const attn_plan *p = b->p;
+    const attn_segment *g = &p->segment[t->segment];
+    const attn_plan_seq *first = &p->seq[p->order[g->seq0]];
+    const attn_mask *m = &b->d->mask;
+    int64_t all[4] = {INT32_MAX, 0, 0, INT32_MAX}, r[4], lo, hi;
+    int32_t i, skip = t->first_token, left = t->n_tokens;
+    memset(w, 0, sizeof *w);
+    for (i = g->seq0; i < g->seq0 + g->n_seq && left > 0; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        int32_t take = attni_min32(q->q_len - skip, left);
+        if (take > 0) {
+            attni_cu_reach(m, q, skip, take, r);
+            all[0] = attni_min64(all[0], r[0]);
+            all[1] = attni_max64(all[1], r[1]);
+            all[2] = attni_max64(all[2], r[2]);
+            all[3] = attni_min64(all[3], r[3]);
+            left -= take;
+        }
+        skip = attni_max32(0, skip - q->q_len);
+    }
+    lo = attni_max64((int64_t)g->span0 * first->span, first->kv_pos0);
+    hi = attni_min64((int64_t)g->span1 * first->span, INT32_MAX);
+    w->lo = attni_cu_clip(all[0], lo, hi);
+    w->hi = attni_cu_clip(all[1], lo, hi);
+    w->full_lo = attni_cu_clip(all[2], lo, hi);
+    w->full_hi = attni_cu_clip(all[3], lo, hi);
+    w->sink_end = m->window_left || m->window_right ? attni_cu_clip(m->n_sink, 0, w->hi) : 0;
+    w->partial = g->partial;
+    w->place0 = g->seq0;
+    w->n_places = g->n_seq;
+    w->token0 = b->token0[g->seq0];
+    w->first_token = t->first_token;
+    w->n_tokens = t->n_tokens;
+    w->seg_tokens = g->n_tokens;
+    w->kv_head = t->kv_head;
+    w->head = -1;
+    w->seq = p->order[g->seq0];
+    w->pos0 = first->kv_pos0;
+    w->span = first->span;
+    w->span0 = g->span0;
+    w->span1 = g->span1;
+    w->slots = g->n_slots == 0 ? 0 : g->n_slots == 1 && g->span1 - g->span0 > 1 ? 1 : 2;
+}
+
+// Units that a task leaves partials of.
+static void attni_cu_expect(const attni_cu_packer *b, const attn_task *t) {
+    const attn_plan *p = b->p;
+    const attn_segment *g = &p->segment[t->segment];
+    int32_t i, u, skip = t->first_token, left = t->n_tokens;
+    if (t->kv_head || !g->n_slots) return;
+    for (i = g->seq0; i < g->seq0 + g->n_seq && left > 0; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[i]];
+        int32_t take = attni_min32(q->q_len - skip, left);
+        if (take > 0) {
+            for (u = skip / ATTNI_CU_UNIT; u <= (skip + take - 1) / ATTNI_CU_UNIT; u++)
+                b->expected[b->unit0[p->order[i]] + u]++;
+            left -= take;
+        }
+        skip = attni_max32(0, skip - q->q_len);
+    }
+}
+
+static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
+    const attn_plan *p = b->p;
+    attn_cuda_plan *g = b->g;
+    attni_cu_header head;
+    attni_cu_task *task = (attni_cu_task *)(void *)(b->to + g->at[ATTNI_CU_TASK]);
+    attni_cu_link *link = (attni_cu_link *)(void *)(b->to + g->at[ATTNI_CU_LINK]);
+    int32_t i, s, c, kind, n_links = 0, units = 0, group = g->shape[6];
+    int64_t n = 0;
+    memset(&head, 0, sizeof head);
+    for (i = 0; i < p->n_active; i++) {
+        b->token0[i + 1] = b->token0[i] + p->seq[p->order[i]].q_len;
+    }
+    for (s = 0; s < p->n_seq; s++) {
+        b->unit0[s] = units;
+        units += (p->seq[s].q_len + ATTNI_CU_UNIT - 1) / ATTNI_CU_UNIT;
+        n_links += p->seq[s].n_chain;
+    }
+    if (units > g->cap[5] || n_links > g->cap[4] || (int64_t)p->n_tasks * group > g->cap[3])
+        return ATTN_ERR_BUFFER;
+    memset(b->expected, 0, 4 * (size_t)units);
+    for (kind = 0; kind < ATTNI_CU_KINDS; kind++) {
+        head.first[kind] = (int32_t)n;
+        for (i = 0; i < p->n_tasks; i++) {
+            const attn_plan_seq *q = &p->seq[p->order[p->segment[p->task[i].segment].seq0]];
+            int many = g->shape[5] >= 16 && q->rule >= 0 && p->params.rule[q->rule].no_fold;
+            if (many != (kind == ATTNI_CU_MANY)) continue;
+            attni_cu_expect(b, &p->task[i]);
+            attni_cu_pack_task(b, &p->task[i], &task[n]);
+            for (c = 1; c < group; c++) task[n + c] = task[n];
+            for (c = 0; c < group && group > 1; c++) task[n + c].head = task[n].kv_head * group + c;
+            n += group;
+        }
+        head.n_tasks[kind] = (int32_t)(n - head.first[kind]);
+        g->n[kind] = head.n_tasks[kind];
+    }
+    for (s = 0; s < p->n_seq; s++)
+        for (c = 0; c < p->seq[s].n_chain; c++) {
+            const attn_segment *e = &p->segment[p->chain[p->seq[s].chain + c]];
+            attni_cu_link *l = &link[p->seq[s].chain + c];
+            l->partial = e->partial;
+            l->seg_tokens = e->n_tokens;
+            l->token_at = b->token0[p->seq[s].place] - b->token0[e->seq0];
+            l->n_slots = e->n_slots;
+            l->pad = 0;
+        }
+    head.n_places = p->n_active;
+    head.n_seq = p->n_seq;
+    head.n_units = units;
+    head.n_tokens = p->n_tokens;
+    attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
+    attni_cu_pack(b, ATTNI_CU_SEQ, p->seq, p->n_seq * (int64_t)sizeof *p->seq);
+    attni_cu_pack(b, ATTNI_CU_ORDER, p->order, p->n_active * 4);
+    b->used[ATTNI_CU_TASK] = n * (int64_t)sizeof *task;
+    b->used[ATTNI_CU_LINK] = n_links * (int64_t)sizeof *link;
+    b->used[ATTNI_CU_TOKEN0] = 4 * ((int64_t)p->n_active + 1);
+    b->used[ATTNI_CU_UNIT0] = 4 * (int64_t)p->n_seq;
+    b->used[ATTNI_CU_EXPECTED] = 4 * (int64_t)units;
+    g->n[4] = (int64_t)p->partial_rows;
+    g->n[5] = p->n_tokens;
+    return ATTN_OK;
+}
+
+static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
+    const attn_desc *d = b->d;
+    const attn_block_list *l = &d->mask.blocks;
+    const attn_vertical_slash *v = &d->mask.vslash;
+    const attn_cuda_tables *have = &b->g->tables;
+    const attn_cuda_plan *g = b->g;
+    int64_t bytes[ATTNI_CU_SECTIONS], pages = g->cap[2], s, n;
+    int i;
+    memset(bytes, 0, sizeof bytes);
+    attni_cu_table_bytes(d, d->n_seq, d->q_start[d->n_seq], pages, bytes);
+    for (i = ATTNI_CU_Q_START; i < ATTNI_CU_SECTIONS; i++)
+        if ((size_t)bytes[i] > g->at[i + 1] - g->at[i]) return ATTN_ERR_BUFFER;
+    attni_cu_pack(b, ATTNI_CU_Q_START, d->q_start, bytes[ATTNI_CU_Q_START]);
+    attni_cu_pack(b, ATTNI_CU_PARENT, d->mask.tree_parent, bytes[ATTNI_CU_PARENT]);
+    attni_cu_pack(b, ATTNI_CU_SEQ_ROW, l->seq_row, bytes[ATTNI_CU_SEQ_ROW]);
+    if (!have->row_start)
+        attni_cu_pack(b, ATTNI_CU_ROW_START, l->row_start, bytes[ATTNI_CU_ROW_START]);
+    if (!have->block) attni_cu_pack(b, ATTNI_CU_BLOCKS, l->block, bytes[ATTNI_CU_BLOCKS]);
+    if (!have->bits) attni_cu_pack(b, ATTNI_CU_BITS, l->bits, bytes[ATTNI_CU_BITS]);
+    attni_cu_pack(b, ATTNI_CU_COL_START, v->col_start, bytes[ATTNI_CU_COL_START]);
+    attni_cu_pack(b, ATTNI_CU_COL, v->col, bytes[ATTNI_CU_COL]);
+    attni_cu_pack(b, ATTNI_CU_DIAG_START, v->diag_start, bytes[ATTNI_CU_DIAG_START]);
+    attni_cu_pack(b, ATTNI_CU_DIAG, v->diag, bytes[ATTNI_CU_DIAG]);
+    for (s = 0; d->kv.page_table && !have->page_table && s < d->n_seq; s++) {
+        int32_t *to = (int32_t *)(void *)(b->to + g->at[ATTNI_CU_PAGES]) + s * pages;
+        n = ((int64_t)d->kv.kv_len[s] + d->kv.page_tokens - 1) / d->kv.page_tokens;
+        if (n > pages) return ATTN_ERR_BUFFER;
+        memcpy(to, d->kv.page_table + s * d->kv.page_table_stride, 4 * (size_t)n);
+        memset(to + n, 0xff, 4 * (size_t)(pages - n));
+        b->used[ATTNI_CU_PAGES] = bytes[ATTNI_CU_PAGES];
+    }
+    return ATTN_OK;
+}
+
+// Used parts of sections, neighbours in one go.
+static attn_result attni_cu_send(const attni_cu_packer *b, cudaStream_t stream) {
+    const size_t *at = b->g->at;
+    uint8_t *to = (uint8_t *)b->g->device;
+    int i = ATTNI_CU_TASK, j;
+    if (cudaMemsetAsync(to + at[ATTNI_CU_TICKET], 0, at[ATTNI_CU_TASK] - at[ATTNI_CU_TICKET],
+                        stream) != cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    if (cudaMemcpyAsync(to, b->to, sizeof(attni_cu_header), cudaMemcpyHostToDevice, stream) !=
+        cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    while (i < ATTNI_CU_SECTIONS) {
+        size_t end;
+        if (!b->used[i]) {
+            i++;
+            continue;
+        }
+        end = at[i] + (size_t)b->used[i];
+        for (j = i + 1; j < ATTNI_CU_SECTIONS && at[j] < end + 8192; j++)
+            if (b->used[j]) end = at[j] + (size_t)b->used[j];
+        if (cudaMemcpyAsync(to + at[i], b->to + at[i], end - at[i], cudaMemcpyHostToDevice,
+                            stream) != cudaSuccess)
+            return ATTN_ERR_DEVICE;
+        i = j;
+    }
+    return ATTN_OK;
+}
+
+static attn_result attni_cu_same_plan(const attn_desc *d, const attn_plan *p,
+                                      const attn_cuda_plan *g) {
+    int32_t s;
+    if (p->n_seq != d->n_seq || p->n_tokens != d->q_start[d->n_seq]) return ATTN_ERR_STALE;
+    if (p->n_heads != g->shape[0] || p->n_kv_heads != g->shape[1] || p->head_dim != g->shape[2] ||
+        p->v_head_dim != g->shape[3])
+        return ATTN_ERR_STALE;
+    for (s = 0; s < d->n_seq; s++) {
+        const attn_plan_seq *q = &p->seq[s];
+        if (q->q_begin != d->q_start[s] || q->q_len != d->q_start[s + 1] - d->q_start[s] ||
+            q->kv_len != d->kv.kv_len[s] || q->q_pos0 != attni_q_pos0(d, s) ||
+            q->kv_pos0 != attni_kv_pos0(d, s) || q->rule < 0)
+            return ATTN_ERR_STALE;
+    }
+    return ATTN_OK;
+}
+
+// d against what the image was laid out for; the kernels it runs on.
+static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
+                                  attni_cu_choice *k) {
+    attn_result r;
+    if (!c || !d || !g || !g->device) return ATTN_ERR_ARGUMENT;
+    if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
+    if ((r = attni_cu_choose(c, d, k)) != ATTN_OK) return r;
+    if (!d->kv.k.data || !d->kv.v.data || !d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
+    if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
+        attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
+        (attni_cu_per_head(d) ? d->n_heads / d->n_kv_heads : 1) != g->shape[6])
+        return ATTN_ERR_STALE;
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, const attn_plan *plan,
+                                      attn_cuda_plan *g, void *staging, size_t bytes,
+                                      attn_cuda_stream stream) {
+    attni_cu_packer b;
+    attni_cu_choice k;
+    attn_result r = attn_validate(d);
+    if (r != ATTN_OK) return r;
+    if (!plan || !staging) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_cu_check(c, d, g, &k)) != ATTN_OK) return r;
+    if (bytes < g->bytes || (uintptr_t)staging % 16) return ATTN_ERR_BUFFER;
+    if ((r = attni_cu_same_plan(d, plan, g)) != ATTN_OK) return r;
+    if (d->n_seq > g->cap[0] || d->q_start[d->n_seq] > g->cap[1]) return ATTN_ERR_BUFFER;
+    memset(&b, 0, sizeof b);
+    b.d = d;
+    b.p = plan;
+    b.g = g;
+    b.to = (uint8_t *)staging;
+    b.token0 = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_TOKEN0]);
+    b.expected = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_EXPECTED]);
+    b.unit0 = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_UNIT0]);
+    b.token0[0] = 0;
+    if ((r = attni_cu_pack_plan(&b)) != ATTN_OK) return r;
+    if ((r = attni_cu_pack_tables(&b)) != ATTN_OK) return r;
+    return attni_cu_send(&b, stream);
+}
+
+// ---- run
+
+// The descriptor with its tables in device memory.
+static void attni_cu_device_tables(const attn_cuda_plan *g, attn_desc *d) {
+    const uint8_t *m = (const uint8_t *)g->device;
+    attn_block_list *b = &d->mask.blocks;
+    attn_vertical_slash *v = &d->mask.vslash;
+    const attn_cuda_tables *t = &g->tables;
+#define ATTNI_AT(type, section) ((const type *)(const void *)(m + g->at[section]))
+    d->q_start = ATTNI_AT(int32_t, ATTNI_CU_Q_START);
+    d->q_pos0 = d->kv.kv_len = d->kv.kv_pos0 = d->seq_order = NULL; // kernels read seq[]
+    if (d->kv.page_table) {
+        d->kv.page_table = t->page_table ? t->page_table : ATTNI_AT(int32_t, ATTNI_CU_PAGES);
+        d->kv.page_table_stride = t->page_table ? t->page_table_stride : g->cap[2];
+    }
+    if (d->mask.tree_parent) d->mask.tree_parent = ATTNI_AT(int32_t, ATTNI_CU_PARENT);
+    if (b->row_start) {
+        b->row_start = t->row_start ? t->row_start : ATTNI_AT(int64_t, ATTNI_CU_ROW_START);
+        b->block = t->block ? t->block : ATTNI_AT(int32_t, ATTNI_CU_BLOCKS);
+        if (b->bits) b->bits = t->bits ? t->bits : ATTNI_AT(uint64_t, ATTNI_CU_BITS);
+        if (b->seq_row) b->seq_row = ATTNI_AT(int32_t, ATTNI_CU_SEQ_ROW);
+    }
+    if (v->block) {
+        v->col_start = ATTNI_AT(int64_t, ATTNI_CU_COL_START);
+        v->col = ATTNI_AT(int32_t, ATTNI_CU_COL);
+        v->diag_start = ATTNI_AT(int64_t, ATTNI_CU_DIAG_START);
+        v->diag = ATTNI_AT(int32_t, ATTNI_CU_DIAG);
+    }
+}
+
+ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
+                                   void *partials, size_t partial_bytes, attn_cuda_stream stream) {
+    attni_cu_args a;
+    attni_cu_choice k;
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    attn_result r = attni_cu_check(c, d, g, &k);
+    const uint8_t *m;
+    int64_t rows;
+    int i;
+    if (r != ATTN_OK) return r;
+    rows = (int64_t)(partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2)) / 4 * 4;
+    if (rows < g->n[4] || (g->n[4] && !partials) || (uintptr_t)partials % 64)
+        return ATTN_ERR_BUFFER;
+    if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
+    memset(&a, 0, sizeof a);
+    a.d = attni_cu_resolved(d);
+    attni_cu_device_tables(g, &a.d);
+    (void)attni_side_init(d, 0, &a.k);
+    (void)attni_side_init(d, 1, &a.v);
+    m = (const uint8_t *)g->device;
+    a.header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
+    a.task = ATTNI_AT(attni_cu_task, ATTNI_CU_TASK);
+    a.seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
+    a.order = ATTNI_AT(int32_t, ATTNI_CU_ORDER);
+    a.token0 = ATTNI_AT(int32_t, ATTNI_CU_TOKEN0);
+    a.link = ATTNI_AT(attni_cu_link, ATTNI_CU_LINK);
+    a.unit0 = ATTNI_AT(int32_t, ATTNI_CU_UNIT0);
+    a.expected = ATTNI_AT(int32_t, ATTNI_CU_EXPECTED);
+    a.arrived = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_ARRIVED]);
+    a.ticket = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_TICKET]);
+    a.error = c->error;
+    a.partial_o = (float *)partials;
+    a.partial_ml = a.partial_o + rows * attni_v_dim(d);
+    a.n_entries = g->tables.n_entries;
+    a.group = g->shape[6] > 1 ? 1 : d->n_heads / d->n_kv_heads;
+    a.unit_heads = g->shape[6] > 1 ? d->n_heads : d->n_kv_heads;
+    a.sparse = attni_has_sparse(&d->mask);
+    a.scale = attni_scale(d);
+    a.mods = d->logits.softcap > 0 || d->logits.alibi || d->logits.bias.data || a.scale <= 0;
+    if (!a.mods) a.scale *= ATTNI_LOG2E;
+    for (i = 0; i < ATTNI_CU_KINDS; i++) {
+        // a captured launch must do for every later upload
+        int64_t blocks = capture == cudaStreamCaptureStatusNone ? g->n[i] : g->cap[3];
+        if (!k.kernel[i] || !blocks) continue;
+        if (i == ATTNI_CU_MANY && capture != cudaStreamCaptureStatusNone &&
+            (g->max_q_len ? g->max_q_len : g->cap[1]) <= ATTNI_CU_FEW_Q)
+            continue;
+        a.kind = i;
+        blocks = attni_min64(blocks, g->n[2 + i]);
+        k.kernel[i]<<<(unsigned)blocks, ATTNI_CU_THREADS, (size_t)k.smem[i], stream>>>(a);
+        if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
+    }
+    return ATTN_OK;
+}
+#undef ATTNI_AT
+
+// ---- store, copies, states
+
+static attn_result attni_cu_check_rows(const attn_tensor *t, int64_t heads, int64_t dim,
+                                       int64_t end, attn_tensor *out) {
+    int64_t limit = (int64_t)1 << 58;
+    memset(out, 0, sizeof *out);
+    if (!t) return ATTN_OK;
+    if (!t->data) return ATTN_ERR_ARGUMENT;
+    if (!attni_is_float(t->dtype)) return ATTN_ERR_DTYPE;
+    if (t->stride_token < 0 || t->stride_head < 0) return ATTN_ERR_LAYOUT;
+    *out = *t;
+    if (!out->stride_token) out->stride_token = heads * dim;
+    if (!out->stride_head) out->stride_head = dim;
+    return out->stride_token > limit / attni_max64(end, 1) || out->stride_head > limit / heads
+               ? ATTN_ERR_OVERFLOW : ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
+                                     const attn_cuda_plan *g, const attn_tensor *k,
+                                     const attn_tensor *v, const int64_t *slots, int64_t first,
+                                     int64_t count, attn_cuda_stream stream) {
+    attni_cu_store_args a;
+    attni_cu_choice choice;
+    attn_result r = attni_cu_choose(c, d, &choice);
+    int64_t blocks;
+    if (r != ATTN_OK) return r;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (!d->kv.k.data || !d->kv.v.data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
+    if (count > INT64_MAX - first || first + count > INT64_MAX / 65536) return ATTN_ERR_OVERFLOW;
+    if (!slots && (!g || !g->device)) return ATTN_ERR_ARGUMENT;
+    if (!slots && first + count > g->n[5]) return ATTN_ERR_SHAPE;
+    memset(&a, 0, sizeof a);
+    a.d = attni_cu_resolved(d);
+    (void)attni_side_init(d, 0, &a.side[0]);
+    (void)attni_side_init(d, 1, &a.side[1]);
+    if ((r = attni_cu_check_rows(k, d->n_kv_heads, a.side[0].dim, first + count, &a.src[0])) !=
+        ATTN_OK)
+        return r;
+    if ((r = attni_cu_check_rows(v, d->n_kv_heads, a.side[1].dim, first + count, &a.src[1])) !=
+        ATTN_OK)
+        return r;
+    if (!count || (!k && !v)) return ATTN_OK;
+    if (!slots) {
+        attni_cu_device_tables(g, &a.d);
+        a.seq = (const attn_plan_seq *)(const void *)((uint8_t *)g->device +
+                                                      g->at[ATTNI_CU_SEQ]);
+        a.q_start = a.d.q_start;
+    }
+    a.slots = slots;
+    a.first = first;
+    a.count = count;
+    a.error = c->error;
+    blocks = attni_min64((count * d->n_kv_heads + 3) / 4, 1 << 16);
+    attni_cu_store_rows<<<(unsigned)blocks, 128, 0, stream>>>(a);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+// How many copies from i on can go side by side: none reads or writes what another one writes.
+static int32_t attni_cu_independent(const attn_page_copy *c, int32_t i, int32_t n) {
+    int32_t j, k;
+    for (j = i; j < n && j - i < ATTNI_CU_COPIES; j++)
+        for (k = i; k < j; k++)
+            if (c[j].src == c[k].dst || c[j].dst == c[k].dst || c[j].dst == c[k].src) return j - i;
+    return j - i;
+}
+
+ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d,
+                                          const attn_page_copy *copies, int32_t n,
+                                          attn_cuda_stream stream) {
+    attni_cu_copy_args a;
+    attni_cu_choice choice;
+    attn_result r = attni_cu_choose(c, d, &choice);
+    int32_t i, j, step, most;
+    if (r != ATTN_OK) return r;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (!d->kv.k.data || !d->kv.v.data || n < 0 || (n > 0 && !copies)) return ATTN_ERR_ARGUMENT;
+    for (i = 0; i < n; i++) {
+        if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
+            copies[i].dst >= d->kv.n_pages)
+            return ATTN_ERR_PAGE;
+        if (copies[i].n_tokens < 0 || copies[i].n_tokens > d->kv.page_tokens)
+            return ATTN_ERR_ARGUMENT;
+    }
+    memset(&a, 0, sizeof a);
+    (void)attni_side_init(d, 0, &a.side[0]);
+    (void)attni_side_init(d, 1, &a.side[1]);
+    a.n_sides = d->kv.v.data == d->kv.k.data ? 1 : 2;
+    a.heads = d->n_kv_heads;
+    for (i = 0; i < n; i += step) {
+        step = attni_cu_independent(copies, i, n);
+        for (j = 0, most = 0, a.n = 0; j < step; j++) {
+            if (copies[i + j].src == copies[i + j].dst || !copies[i + j].n_tokens) continue;
+            a.copy[a.n++] = copies[i + j];
+            most = attni_max32(most, copies[i + j].n_tokens);
+        }
+        if (!a.n) continue;
+        attni_cu_copy_rows<<<dim3((unsigned)a.n, (unsigned)attni_min32(most, 64)), 128, 0,
+                             stream>>>(a);
+        if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_swap_pages(const attn_cuda *c, const attn_desc *d,
+                                          const int32_t *pages, int32_t n, void *host_k,
+                                          void *host_v, int to_host, attn_cuda_stream stream) {
+    attni_cu_choice choice;
+    attni_side s;
+    attn_result r = attni_cu_choose(c, d, &choice);
+    int32_t i, v;
+    if (r != ATTN_OK) return r;
+    if (!d->kv.k.data || !d->kv.v.data || n < 0 || (n > 0 && !pages)) return ATTN_ERR_ARGUMENT;
+    for (i = 0; i < n; i++)
+        if (pages[i] < 0 || pages[i] >= d->kv.n_pages) return ATTN_ERR_PAGE;
+    for (v = 0; v < 2; v++) {
+        uint8_t *host = (uint8_t *)(v ? host_v : host_k);
+        if (!host) continue;
+        (void)attni_side_init(d, v, &s);
+        for (i = 0; i < n; i++) {
+            uint8_t *there = s.data + pages[i] * s.page_bytes, *here = host + i * s.page_bytes;
+            if (cudaMemcpyAsync(to_host ? here : there, to_host ? there : here,
+                                (size_t)s.need_bytes, cudaMemcpyDefault, stream) != cudaSuccess)
+                return ATTN_ERR_DEVICE;
+        }
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
+                                     const float *const *lse, int32_t n, int64_t n_tokens,
+                                     int32_t n_heads, int32_t dim, const attn_tensor *o_out,
+                                     float *lse_out, attn_cuda_stream stream) {
+    attni_cu_merge_args a;
+    attn_result r;
+    int32_t i;
+    if (!c || !o || !lse || !o_out || n < 1 || n > ATTNI_CU_STATES || n_tokens < 0 || n_heads < 1 ||
+        dim < 1)
+        return ATTN_ERR_ARGUMENT;
+    if (n_tokens > ((int64_t)1 << 31) / n_heads) return ATTN_ERR_OVERFLOW;
+    memset(&a, 0, sizeof a);
+    for (i = 0; i < n; i++) {
+        if ((r = attni_cu_check_rows(&o[i], n_heads, dim, n_tokens, &a.o[i])) != ATTN_OK) return r;
+        if (!lse[i]) return ATTN_ERR_ARGUMENT;
+        a.lse[i] = lse[i];
+    }
+    if ((r = attni_cu_check_rows(o_out, n_heads, dim, n_tokens, &a.out)) != ATTN_OK) return r;
+    if (!n_tokens) return ATTN_OK;
+    a.lse_out = lse_out;
+    a.n_tokens = n_tokens;
+    a.n = n;
+    a.n_heads = n_heads;
+    a.dim = dim;
+    attni_cu_merge_states<<<(unsigned)((n_tokens * n_heads + 3) / 4), 128, 0, stream>>>(a);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+#endif // ATTNI_CUDA_IMPLEMENTED
+#endif // implementation
