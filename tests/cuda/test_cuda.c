@@ -854,7 +854,8 @@ static void errors_upload(const twin *t, job *j) {
     const attn_desc *d = &t->d;
     attn_desc bad = *d;
     attn_cuda_plan *g = &j->g;
-    int32_t len[8], table[600], s;
+    size_t n = (size_t)(d->n_seq * d->kv.page_table_stride);
+    int32_t len[8], *table = (int32_t *)malloc(4 * n), s;
     attn_result r;
 #define UPLOAD(c, d, plan, g, staging, bytes)                                                      \
     attn_cuda_upload(c, d, plan, g, staging, bytes, dev_stream)
@@ -872,13 +873,14 @@ static void errors_upload(const twin *t, job *j) {
     bad.n_seq = 3;
     CHECK_EQ(UPLOAD(&cu, &bad, j->plan, g, j->staging, j->bytes), ATTN_ERR_STALE);
     bad = *d;
-    memcpy(table, d->kv.page_table, 4 * (size_t)(d->n_seq * d->kv.page_table_stride));
+    memcpy(table, d->kv.page_table, 4 * n);
     table[d->kv.page_table_stride] = d->kv.n_pages;
     bad.kv.page_table = table;
     CHECK_EQ(UPLOAD(&cu, &bad, j->plan, g, j->staging, j->bytes), ATTN_ERR_PAGE);
     bad = *d;
     bad.o.dtype = ATTN_I8;
     CHECK_EQ(UPLOAD(&cu, &bad, j->plan, g, j->staging, j->bytes), ATTN_ERR_DTYPE);
+    free(table);
 }
 
 // More sequences than the image was laid out for.
@@ -1154,7 +1156,7 @@ static void errors_slots(attn_dtype type) {
     e = dev_error();
     CHECK_EQ(e, ATTN_ERR_PAGE);
     CHECK(twin_pages_equal(&t) && dev_guards(0));
-    for (i = 0; i < p.n_rows; i++) if (i % 9 == 0) slots[i] = -(int64_t)1 << 40;
+    for (i = 0; i < p.n_rows; i++) if (i % 9 == 0) slots[i] = INT64_MIN + i;
     dev_write(device, slots, 8 * (size_t)p.n_rows);
     DEV(cudaDeviceSynchronize());
     CHECK_EQ(attn_cuda_store(&cu, &t.d, NULL, &k, &v, device, 0, p.n_rows, dev_stream), ATTN_OK);
