@@ -44,19 +44,30 @@ static void *dev_new(size_t bytes, const void *src, int host) {
     if (dev_n > DEV_MAX) abort();
     b->bytes = bytes;
     b->host = host;
-    if (host) DEV(cudaMallocHost((void **)&b->base, bytes + 2 * pad + 1));
-    else DEV(cudaMalloc((void **)&b->base, bytes + 2 * pad + 1));
-    if (host && !dev_bare) memset(b->base, 0x5a, bytes + 2 * pad);
-    else if (!dev_bare) DEV(cudaMemset(b->base, 0x5a, bytes + 2 * pad));
-    if (host && !dev_bare) memset(b->base + pad, 0xff, bytes);
-    else if (src) DEV(cudaMemcpy(b->base + pad, src, bytes, cudaMemcpyHostToDevice));
-    else if (!dev_bare) DEV(cudaMemset(b->base + pad, 0xff, bytes));
+    if (host)
+        DEV(cudaMallocHost((void **)&b->base, bytes + 2 * pad + 1));
+    else
+        DEV(cudaMalloc((void **)&b->base, bytes + 2 * pad + 1));
+    if (host && !dev_bare)
+        memset(b->base, 0x5a, bytes + 2 * pad);
+    else if (!dev_bare)
+        DEV(cudaMemset(b->base, 0x5a, bytes + 2 * pad));
+    if (host && !dev_bare)
+        memset(b->base + pad, 0xff, bytes);
+    else if (src)
+        DEV(cudaMemcpy(b->base + pad, src, bytes, cudaMemcpyHostToDevice));
+    else if (!dev_bare)
+        DEV(cudaMemset(b->base + pad, 0xff, bytes));
     return b->base + pad;
 }
 
-static void *dev_alloc(size_t bytes, const void *src) { return dev_new(bytes, src, 0); }
+static void *dev_alloc(size_t bytes, const void *src) {
+    return dev_new(bytes, src, 0);
+}
 
-static void dev_fill(void *p, int byte, size_t bytes) { DEV(cudaMemset(p, byte, bytes)); }
+static void dev_fill(void *p, int byte, size_t bytes) {
+    DEV(cudaMemset(p, byte, bytes));
+}
 
 static void dev_read(void *dst, const void *src, size_t bytes) {
     DEV(cudaMemcpy(dst, src, bytes, cudaMemcpyDeviceToHost));
@@ -75,7 +86,8 @@ static int dev_guards(int mark) {
         const dev_buffer *b = &dev_list[i];
         dev_read(g, b->base, GUARD);
         dev_read(g + GUARD, b->base + GUARD + b->bytes, GUARD);
-        for (e = 0; e < sizeof g && g[e] == 0x5a; e++) {}
+        for (e = 0; e < sizeof g && g[e] == 0x5a; e++) {
+        }
         if (e < sizeof g)
             printf("  buffer %d of %lld bytes: written at %lld\n", i, (long long)b->bytes,
                    e < GUARD ? (long long)e - GUARD : (long long)(b->bytes + e) - GUARD);
@@ -128,13 +140,15 @@ static int dev_open(void) {
 
 typedef struct twin {
     const problem *p;
-    attn_desc d;         // as p->d, with device pointers
-    uint8_t *o_base;     // O with everything around its rows
+    attn_desc d;     // as p->d, with device pointers
+    uint8_t *o_base; // O with everything around its rows
     size_t o_bytes, page_bytes[2], need_bytes[2];
-    int64_t o_first;     // element of O's first
+    int64_t o_first; // element of O's first
 } twin;
 
-static size_t element_bytes(attn_dtype t) { return (size_t)attni_bits_of(t) / 8; }
+static size_t element_bytes(attn_dtype t) {
+    return (size_t)attni_bits_of(t) / 8;
+}
 
 // A view of rows spread out by random gaps, or dense where r is NULL; data: the first element.
 static void twin_view(attn_tensor *x, int64_t n_tokens, int64_t heads, int64_t dim, const void *src,
@@ -206,8 +220,7 @@ static void twin_make(twin *t, const problem *p, int with_pages, test_rng *r) {
         m = (uint8_t *)malloc(n * need);
         memset(m, 0xff, n * need);
         for (i = 0; i < n && with_pages; i++)
-            memcpy(m + i * need, (const uint8_t *)h->data + i * t->need_bytes[v],
-                   t->need_bytes[v]);
+            memcpy(m + i * need, (const uint8_t *)h->data + i * t->need_bytes[v], t->need_bytes[v]);
         a->data = dev_alloc(n * need, m);
         a->page_bytes = gap ? (int64_t)need : 0;
         free(m);
@@ -287,14 +300,14 @@ static void job_tables(job *j, const attn_desc *d, int which) {
     int64_t n = 0, l;
     if (d->kv.page_table && which & 1) {
         t->page_table_stride = d->kv.page_table_stride;
-        t->page_table = (const int32_t *)dev_alloc(
-            4 * (size_t)(d->n_seq * d->kv.page_table_stride), d->kv.page_table);
+        t->page_table = (const int32_t *)dev_alloc(4 * (size_t)(d->n_seq * d->kv.page_table_stride),
+                                                   d->kv.page_table);
     }
     if (!b->row_start || !(which & 2)) return;
     l = (int64_t)b->n_lists * (b->n_rows + 1);
     for (n = 0; l > 0; l--) n = attni_max64(n, b->row_start[l - 1]);
-    t->row_start = (const int64_t *)dev_alloc(
-        8 * (size_t)b->n_lists * ((size_t)b->n_rows + 1), b->row_start);
+    t->row_start =
+        (const int64_t *)dev_alloc(8 * (size_t)b->n_lists * ((size_t)b->n_rows + 1), b->row_start);
     t->block = (const int32_t *)dev_alloc(4 * (size_t)n, b->block);
     t->n_entries = n;
     if (b->bits)
@@ -348,7 +361,9 @@ static attn_result job_run(job *j, const attn_desc *d) {
     return attn_cuda_run(&cu, d, &j->g, j->partials, j->partial_bytes, dev_stream);
 }
 
-static void job_free(job *j) { free(j->mem); }
+static void job_free(job *j) {
+    free(j->mem);
+}
 
 // A whole run of a twin: O (dense, O's dtype) and LSE on the host. 1 when nothing went wrong.
 static int twin_run(const twin *t, const how *h, uint8_t *o, float *lse) {
@@ -357,7 +372,8 @@ static int twin_run(const twin *t, const how *h, uint8_t *o, float *lse) {
     twin_clear(t);
     job_make(&j, &t->d, h);
     DEV(cudaDeviceSynchronize()); // the fills were on another stream
-    ok = j.plan && CHECK_EQ(job_upload(&j, &t->d), ATTN_OK) && CHECK_EQ(job_run(&j, &t->d), ATTN_OK);
+    ok =
+        j.plan && CHECK_EQ(job_upload(&j, &t->d), ATTN_OK) && CHECK_EQ(job_run(&j, &t->d), ATTN_OK);
     dev_sync();
     ok &= CHECK_EQ(dev_error(), 0);
     ok &= CHECK(twin_output(t, o, lse));

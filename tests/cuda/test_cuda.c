@@ -30,8 +30,11 @@ static void tensor_opts(test_rng *r, problem_opts *o) {
     int64_t rows;
     memset(o, 0, sizeof *o);
     problem_terms(o, r);
-    o->phase = phase < 4 ? DECODE : phase < 6 ? VERIFY : phase < 7 ? PREFILL
-               : phase < 9 ? CHUNKED : RAGGED;
+    o->phase = phase < 4   ? DECODE
+               : phase < 6 ? VERIFY
+               : phase < 7 ? PREFILL
+               : phase < 9 ? CHUNKED
+                           : RAGGED;
     o->mask = test_below(r, 3) ? test_below(r, N_MASKS) : M_CAUSAL;
     o->layout = (attn_layout)test_below(r, 2);
     o->contiguous = test_below(r, 6) == 0;
@@ -55,24 +58,32 @@ static void tensor_opts(test_rng *r, problem_opts *o) {
     o->sharp = 3;
     for (;;) { // scores of the reference, weighted by their cost
         most = o->max_kv + o->shared;
-        rows = o->phase == PREFILL ? most / 2 : o->phase == CHUNKED ? 50 : o->phase == DECODE ? 1
-               : o->phase == VERIFY ? 9 : most / 6;
+        rows = o->phase == PREFILL   ? most / 2
+               : o->phase == CHUNKED ? 50
+               : o->phase == DECODE  ? 1
+               : o->phase == VERIFY  ? 9
+                                     : most / 6;
         if ((rows + 1) * o->n_seq * o->n_heads * most / 2 * (o->head_dim + 32) < 40000000) break;
-        if (o->n_seq > 2) o->n_seq = o->n_seq * 2 / 3;
-        else if (o->n_kv_heads > 1) o->n_heads /= o->n_kv_heads, o->n_kv_heads = 1;
-        else if (o->shared > 200) o->shared /= 2;
-        else o->max_kv = 1 + o->max_kv * 3 / 4;
+        if (o->n_seq > 2)
+            o->n_seq = o->n_seq * 2 / 3;
+        else if (o->n_kv_heads > 1)
+            o->n_heads /= o->n_kv_heads, o->n_kv_heads = 1;
+        else if (o->shared > 200)
+            o->shared /= 2;
+        else
+            o->max_kv = 1 + o->max_kv * 3 / 4;
     }
 }
 
 static void describe(const problem_opts *o, uint64_t seed, const char *name) {
-    printf("  seed %llu %s: %s %s layout %d page %d%s k %s v %s q %s o %s heads %d/%d d %d/%d seq %d "
-           "kv %d shared %d cap %d alibi %d sink %d bias %d evict %d hs %d alias %d lse %d\n",
-           (unsigned long long)seed, name, problem_phases[o->phase], problem_masks[o->mask],
-           o->layout, o->page_tokens, o->contiguous ? "c" : "", attn_dtype_name(o->k),
-           attn_dtype_name(o->v), attn_dtype_name(o->q), attn_dtype_name(o->o), o->n_heads,
-           o->n_kv_heads, o->head_dim, o->v_head_dim, o->n_seq, o->max_kv, o->shared, o->softcap,
-           o->alibi, o->sink, o->bias, o->evicted, o->head_scale, o->alias, o->lse);
+    printf(
+        "  seed %llu %s: %s %s layout %d page %d%s k %s v %s q %s o %s heads %d/%d d %d/%d seq %d "
+        "kv %d shared %d cap %d alibi %d sink %d bias %d evict %d hs %d alias %d lse %d\n",
+        (unsigned long long)seed, name, problem_phases[o->phase], problem_masks[o->mask], o->layout,
+        o->page_tokens, o->contiguous ? "c" : "", attn_dtype_name(o->k), attn_dtype_name(o->v),
+        attn_dtype_name(o->q), attn_dtype_name(o->o), o->n_heads, o->n_kv_heads, o->head_dim,
+        o->v_head_dim, o->n_seq, o->max_kv, o->shared, o->softcap, o->alibi, o->sink, o->bias,
+        o->evicted, o->head_scale, o->alias, o->lse);
 }
 
 // Dense rows in another dtype.
@@ -88,8 +99,8 @@ static void *rows_as(const float *x, int64_t n, attn_dtype t) {
 typedef struct sample { // one random problem with all that the host has to know about it
     problem p;
     uint64_t seed;
-    int unsupported;   // the generator asked for K16 or PORTABLE
-    attn_dtype src;    // of the rows that are stored
+    int unsupported; // the generator asked for K16 or PORTABLE
+    attn_dtype src;  // of the rows that are stored
     void *k, *v;
 } sample;
 
@@ -100,9 +111,12 @@ static void sample_make(sample *s, uint64_t seed, int tensor) {
     attn_tensor k, v;
     int64_t rows;
     r.state = s->seed = seed;
-    if (tensor) tensor_opts(&r, &o);
-    else problem_random(&r, &o);
-    s->unsupported = (o.layout == ATTN_K16 ? 1 : 0) | (o.numerics == ATTN_NUMERICS_PORTABLE ? 2 : 0);
+    if (tensor)
+        tensor_opts(&r, &o);
+    else
+        problem_random(&r, &o);
+    s->unsupported =
+        (o.layout == ATTN_K16 ? 1 : 0) | (o.numerics == ATTN_NUMERICS_PORTABLE ? 2 : 0);
     if (o.layout == ATTN_K16) o.layout = ATTN_HEAD_MAJOR;
     o.numerics = ATTN_NUMERICS_FAST;
     problem_make(&s->p, &o, &r);
@@ -142,9 +156,11 @@ static void sample_store(const sample *s, const twin *t, test_rng *r) {
               &first);
     DEV(cudaDeviceSynchronize());
     CHECK_EQ(attn_cuda_store(&cu, d, NULL, &k, s->p.opt.alias ? NULL : &v, slots, cut, n - cut,
-                             dev_stream), ATTN_OK);
-    CHECK_EQ(attn_cuda_store(&cu, d, NULL, &k, s->p.opt.alias ? NULL : &v, slots, 0, cut,
-                             dev_stream), ATTN_OK);
+                             dev_stream),
+             ATTN_OK);
+    CHECK_EQ(
+        attn_cuda_store(&cu, d, NULL, &k, s->p.opt.alias ? NULL : &v, slots, 0, cut, dev_stream),
+        ATTN_OK);
     dev_sync();
     CHECK_EQ(dev_error(), 0);
     CHECK(dev_guards(0));
@@ -184,7 +200,8 @@ static void compare(const sample *s, const char *name, const uint8_t *bytes, con
     if (!CHECK(ok)) {
         describe(&p->opt, s->seed, name);
         printf("  ratio %.3g\n", ratio);
-        for (i = 0; i < n && fabs((double)out[i] - p->ref[i]) < 0.05 * (1 + fabs(p->ref[i])); i++) {}
+        for (i = 0; i < n && fabs((double)out[i] - p->ref[i]) < 0.05 * (1 + fabs(p->ref[i])); i++) {
+        }
         if (i < n)
             printf("  token %d head %d element %d: %g, not %g\n",
                    (int)(i / (size_t)(p->d.n_heads * p->d.v_head_dim)),
@@ -193,9 +210,8 @@ static void compare(const sample *s, const char *name, const uint8_t *bytes, con
     }
     for (i = 0; p->d.lse && i < n / (size_t)p->d.v_head_dim; i++) {
         double e = fabs((double)lse[i] - p->ref_lse[i]);
-        int good = p->ref_lse[i] < -1e300
-                       ? (double)lse[i] < -1e30
-                       : e < 2e-5 * (1 + fabs(p->ref_lse[i])) + (mma ? 0.01 : 0);
+        int good = p->ref_lse[i] < -1e300 ? (double)lse[i] < -1e30
+                                          : e < 2e-5 * (1 + fabs(p->ref_lse[i])) + (mma ? 0.01 : 0);
         if (CHECK(good)) continue;
         describe(&p->opt, s->seed, name);
         printf("  lse of token %d head %d: %g, not %g\n", (int)(i / (size_t)p->d.n_heads),
@@ -234,8 +250,10 @@ static void sample_run(sample *s, int counts[3]) {
     sample_store(s, &t, &r);
     if (!CHECK(twin_pages_equal(&t))) describe(&p->opt, s->seed, "store");
     random_how(&r, &h);
-    if (twin_run(&t, &h, o, lse)) compare(s, name, o, lse);
-    else describe(&p->opt, s->seed, name);
+    if (twin_run(&t, &h, o, lse))
+        compare(s, name, o, lse);
+    else
+        describe(&p->opt, s->seed, name);
     CHECK(twin_pages_equal(&t));
     dev_release(0);
     free(o), free(lse);
@@ -257,12 +275,16 @@ static void differential(uint64_t seed, uint64_t count, int tensor) {
         device += seconds() - t0;
     }
     printf("  %llu problems: %d simt, %d mma, %d mma with dequantisation; %.1f s of references, "
-           "%.1f s of runs\n", (unsigned long long)count, counts[0], counts[1], counts[2], host,
-           device);
+           "%.1f s of runs\n",
+           (unsigned long long)count, counts[0], counts[1], counts[2], host, device);
 }
 
-static void part_differential(uint64_t seed, uint64_t count) { differential(seed, count, 0); }
-static void part_tensor(uint64_t seed, uint64_t count) { differential(seed, count, 1); }
+static void part_differential(uint64_t seed, uint64_t count) {
+    differential(seed, count, 0);
+}
+static void part_tensor(uint64_t seed, uint64_t count) {
+    differential(seed, count, 1);
+}
 
 // ---- the same sequences in another batch and other pages
 
@@ -283,8 +305,7 @@ static void origin_make(origin *x, const problem *p) {
     int64_t at = 0;
     x->row = (int64_t *)malloc(8 * (size_t)p->d.n_seq);
     for (s = 0; s < p->d.n_seq; s++) x->row[s] = at, at += p->d.kv.kv_len[s];
-    x->shared =
-        p->opt.contiguous ? 0 : p->opt.shared / p->opt.page_tokens * p->opt.page_tokens;
+    x->shared = p->opt.contiguous ? 0 : p->opt.shared / p->opt.page_tokens * p->opt.page_tokens;
 }
 
 static void derive_pages(problem *out, const problem *p, const int32_t *ids, const place *at,
@@ -327,8 +348,10 @@ static void derive_pages(problem *out, const problem *p, const int32_t *ids, con
         size_t bytes = attn_kv_page_bytes(&out->d, is_v) * (size_t)kv->n_pages;
         void *m = is_v && p->opt.alias ? kv->k.data : problem_alloc(out, bytes + 64);
         if (!is_v || !p->opt.alias) memset(m, at->poison, bytes);
-        if (is_v) kv->v.data = m;
-        else kv->k.data = m;
+        if (is_v)
+            kv->v.data = m;
+        else
+            kv->k.data = m;
     }
     memset(&k, 0, sizeof k);
     k.dtype = ATTN_F32;
@@ -344,7 +367,8 @@ static void derive_pages(problem *out, const problem *p, const int32_t *ids, con
                 slots[x.row[s] + j] = (int64_t)page * pt + j % pt;
             }
             CHECK_EQ(attn_cpu_store(&out->d, &k, p->opt.alias ? NULL : &v, slots, x.row[s] + from,
-                                    attni_max32(to - from, 0)), ATTN_OK);
+                                    attni_max32(to - from, 0)),
+                     ATTN_OK);
         }
     }
     free(x.row);
@@ -376,9 +400,10 @@ static void derive(problem *out, const problem *p, const int32_t *ids, int32_t n
     if (d->lse) d->lse = (float *)problem_alloc(out, 4 * (size_t)(t * heads) + 4);
     if (b->data) {
         d->logits.bias.stride_head = b->stride_head ? b->stride_token * t : 0;
-        d->logits.bias.data = problem_alloc(
-            out, (size_t)(b->stride_token * t * (b->stride_head ? heads : 1)) *
-                     element_bytes(b->dtype) + 4);
+        d->logits.bias.data =
+            problem_alloc(out, (size_t)(b->stride_token * t * (b->stride_head ? heads : 1)) *
+                                       element_bytes(b->dtype) +
+                                   4);
     }
     for (t = 0, i = 0; i < n; i++) {
         int32_t s = ids[i], first = p->d.q_start[s], q = p->d.q_start[s + 1] - first;
@@ -389,13 +414,15 @@ static void derive(problem *out, const problem *p, const int32_t *ids, int32_t n
         if (p->d.mask.blocks.seq_row) seq_row[i] = p->d.mask.blocks.seq_row[s];
         memcpy((uint8_t *)d->q.data + (size_t)t * q_row,
                (const uint8_t *)p->d.q.data + (size_t)first * q_row, (size_t)q * q_row);
-        for (j = 0; j < q && p->d.mask.tree_parent; j++) up[t + j] = p->d.mask.tree_parent[first + j];
+        for (j = 0; j < q && p->d.mask.tree_parent; j++)
+            up[t + j] = p->d.mask.tree_parent[first + j];
         for (j = 0; b->data && j < (b->stride_head ? heads : 1); j++) {
             size_t e = element_bytes(b->dtype), row = (size_t)b->stride_token * e;
-            memcpy((uint8_t *)d->logits.bias.data +
-                       (size_t)(j * d->logits.bias.stride_head) * e + (size_t)t * row,
+            memcpy((uint8_t *)d->logits.bias.data + (size_t)(j * d->logits.bias.stride_head) * e +
+                       (size_t)t * row,
                    (const uint8_t *)b->data + (size_t)(j * b->stride_head) * e +
-                       (size_t)first * row, (size_t)q * row);
+                       (size_t)first * row,
+                   (size_t)q * row);
         }
         t += q;
     }
@@ -424,7 +451,9 @@ static void result_make(result *x, const problem *p) {
     x->lse = (float *)calloc(n + 1, 4);
 }
 
-static void result_free(result *x) { free(x->o), free(x->lse); }
+static void result_free(result *x) {
+    free(x->o), free(x->lse);
+}
 
 // Runs p in fresh buffers.
 static int result_of(result *x, const problem *p, const how *h, test_rng *gaps) {
@@ -447,8 +476,10 @@ static int same_rows(const problem *p, const result *x, int32_t a, const result 
 }
 
 static void bits_opts(test_rng *r, problem_opts *o, uint64_t round) {
-    if (round % 3 == 2) problem_random(r, o);
-    else tensor_opts(r, o);
+    if (round % 3 == 2)
+        problem_random(r, o);
+    else
+        tensor_opts(r, o);
     if (o->layout == ATTN_K16) o->layout = ATTN_HEAD_MAJOR;
     o->numerics = ATTN_NUMERICS_FAST;
     o->n_seq = attni_max32(o->n_seq, 3);
@@ -486,16 +517,18 @@ static int bits_variant(const problem *p, const result *base, test_rng *r, int a
     h.partials = test_below(r, 4);
     if (test_below(r, 4) == 0) h.max_task_cost = (float)(1 + test_below(r, 4) * 100000);
     if (h.max_task_cost > 0 && h.partials >= 2) h.partials = 0;
-    sprintf(what, "n %d page %d layout %d contiguous %d own %d poison %02x share %d workers %d tile "
-            "%d partials %d max %d tables %d cost %g", n, at.page_tokens, at.layout, at.contiguous,
-            at.own, at.poison, h.share, h.workers, h.row_tile, h.partials, h.max, h.device_tables,
-            (double)h.max_task_cost);
+    sprintf(what,
+            "n %d page %d layout %d contiguous %d own %d poison %02x share %d workers %d tile "
+            "%d partials %d max %d tables %d cost %g",
+            n, at.page_tokens, at.layout, at.contiguous, at.own, at.poison, h.share, h.workers,
+            h.row_tile, h.partials, h.max, h.device_tables, (double)h.max_task_cost);
     derive(&v, p, ids, n, &at, r);
     if (result_of(&x, &v, &h, r))
         for (i = 0; i < n; i++)
             ok &= same_rows(p, base, p->d.q_start[ids[i]], &x, v.d.q_start[i],
                             v.d.q_start[i + 1] - v.d.q_start[i]);
-    else ok = 0;
+    else
+        ok = 0;
     result_free(&x);
     problem_free(&v);
     return ok;
@@ -615,8 +648,7 @@ static void graph_round(uint64_t seed, int round) {
     result_make(&x, &p), result_make(&y, &p);
     twin_make(&t, &p, 1, NULL);
     if (p.d.mask.tree_parent) t.d.mask.tree_parent = parent;
-    for (s = 0; s < o.n_seq; s++)
-        most = attni_max32(most, p.d.kv.kv_pos0[s] + p.d.kv.kv_len[s]);
+    for (s = 0; s < o.n_seq; s++) most = attni_max32(most, p.d.kv.kv_pos0[s] + p.d.kv.kv_len[s]);
     if (p.d.mask.tree_parent) memcpy(parent, p.d.mask.tree_parent, 4 * (size_t)p.n_tokens);
     h.max = 1;
     job_make(&j, &t.d, &h); // capacities: the whole batch at its longest
@@ -633,10 +665,14 @@ static void graph_round(uint64_t seed, int round) {
     DEV(cudaGraphInstantiate(&exec, graph, 0));
     for (step = 0; step < 9; step++) {
         n = attni_min32(o.n_seq, 1 + step);
-        if (step < 6) grow(&g, &p, &t.d, n, step, step + 1); // decode, one more sequence each
-        else if (step == 6) grow(&g, &p, &t.d, n, 0, 64);    // prefill beside it
-        else if (step == 7) grow(&g, &p, &t.d, 1, 0, 1);     // back to one
-        else grow(&g, &p, &t.d, o.n_seq, 1, 5);
+        if (step < 6)
+            grow(&g, &p, &t.d, n, step, step + 1); // decode, one more sequence each
+        else if (step == 6)
+            grow(&g, &p, &t.d, n, 0, 64); // prefill beside it
+        else if (step == 7)
+            grow(&g, &p, &t.d, 1, 0, 1); // back to one
+        else
+            grow(&g, &p, &t.d, o.n_seq, 1, 5);
         grow_queries(&g, &p, t.d.q.data, parent);
         twin_clear(&t);
         if (j.partials) dev_fill(j.partials, 0xff, j.partial_bytes);
@@ -651,7 +687,8 @@ static void graph_round(uint64_t seed, int round) {
         { // rows behind the step's are not written
             uint8_t *end = x.o + (size_t)g.n_tokens * x.row;
             size_t e, rest = (size_t)(p.n_tokens - g.n_tokens) * x.row;
-            for (e = 0; e < rest && end[e] == 0xff; e++) {}
+            for (e = 0; e < rest && end[e] == 0xff; e++) {
+            }
             CHECK(e == rest);
         }
         eager = p;
@@ -686,8 +723,7 @@ static void part_graph(uint64_t seed, uint64_t count) {
 
 static int row_same(const problem *p, const result *x, const result *y, int32_t t, int32_t h) {
     size_t e = x->row / (size_t)p->d.n_heads, i = (size_t)(t * p->d.n_heads + h);
-    return memcmp(x->o + i * e, y->o + i * e, e) == 0 &&
-           memcmp(x->lse + i, y->lse + i, 4) == 0;
+    return memcmp(x->o + i * e, y->o + i * e, e) == 0 && memcmp(x->lse + i, y->lse + i, 4) == 0;
 }
 
 static int row_nan(const problem *p, const result *x, int32_t t, int32_t h) {
@@ -704,7 +740,8 @@ static void poke(const problem *p, int in_v, int64_t slot, float bad, test_rng *
     memset(&x, 0, sizeof x);
     x.data = row;
     x.dtype = ATTN_F32;
-    test_fill_normal(r, row, (size_t)(p->d.n_kv_heads * (in_v ? p->d.v_head_dim : p->d.head_dim)), 1);
+    test_fill_normal(r, row, (size_t)(p->d.n_kv_heads * (in_v ? p->d.v_head_dim : p->d.head_dim)),
+                     1);
     row[3] = bad;
     CHECK_EQ(attn_cpu_store(&p->d, in_v ? NULL : &x, in_v ? &x : NULL, &slot, 0, 1), ATTN_OK);
 }
@@ -723,7 +760,8 @@ static int nan_reach(const problem *p, const result *clean, const result *x, int
     for (s = 0; s < p->d.n_seq; s++) {
         int any = 0;
         int32_t len = p->d.kv.kv_len[s];
-        for (j = 0; j < len && slot_of(p, s, j) != slot; j++) {}
+        for (j = 0; j < len && slot_of(p, s, j) != slot; j++) {
+        }
         for (t = p->d.q_start[s]; t < p->d.q_start[s + 1] && j < len; t++)
             for (h = 0; h < group; h++) any |= attn_ref_visible(&p->d, s, t, h, j);
         for (t = p->d.q_start[s]; t < p->d.q_start[s + 1]; t++)
@@ -835,7 +873,8 @@ static void errors_plan(const twin *t, job *j) {
     CHECK(attn_cuda_executor(&cu, NULL) && attn_cuda_executor(NULL, d));
     attn_cuda_plan_params(&cu, d, NULL);
     CHECK(attn_cuda_plan_bytes(&cu, NULL, &j->params) == 0);
-    CHECK(attn_cuda_plan_bytes(&cu, d, NULL) == 0 && attn_cuda_plan_bytes(NULL, d, &j->params) == 0);
+    CHECK(attn_cuda_plan_bytes(&cu, d, NULL) == 0 &&
+          attn_cuda_plan_bytes(NULL, d, &j->params) == 0);
     bad.n_heads = 5;
     CHECK(attn_cuda_plan_bytes(&cu, &bad, &j->params) == 0);
     CHECK_EQ(attn_cuda_plan_init(&cu, &bad, &j->params, j->image, j->bytes, &g), ATTN_ERR_SHAPE);
@@ -888,7 +927,8 @@ static void errors_outgrown(const twin *t, job *j) {
     attn_desc d = t->d;
     attn_plan_params p;
     attn_plan *plan;
-    int32_t n = 40 * d.n_seq, s, q_start[400], len[400], *table, stride = (int32_t)d.kv.page_table_stride;
+    int32_t n = 40 * d.n_seq, s, q_start[400], len[400], *table,
+            stride = (int32_t)d.kv.page_table_stride;
     void *mem;
     size_t bytes;
     table = (int32_t *)malloc(4 * (size_t)(n * stride));
@@ -1077,10 +1117,12 @@ static void errors_tables(attn_dtype type, int mask) {
         twin_clear(&t);
         job_make(&j, &t.d, &h);
         if (mask != M_BLOCKS) { // sequence 1's third page, or (last) all of its pages
-            int32_t *table = (int32_t *)(uintptr_t)j.g.tables.page_table + j.g.tables.page_table_stride;
+            int32_t *table =
+                (int32_t *)(uintptr_t)j.g.tables.page_table + j.g.tables.page_table_stride;
             id = i < 4 ? bad_page[i] : p.d.kv.n_pages;
             dev_write(table + 2, &id, 4);
-            for (e = 0; i == 5 && e < (p.d.kv.kv_len[1] + 15) / 16; e++) dev_write(table + e, &id, 4);
+            for (e = 0; i == 5 && e < (p.d.kv.kv_len[1] + 15) / 16; e++)
+                dev_write(table + e, &id, 4);
         } else if (i < 2) { // an id out of range in every row's first entry
             const attn_block_list *b = &p.d.mask.blocks;
             int64_t row, rows = (int64_t)b->n_lists * (b->n_rows + 1);
@@ -1156,7 +1198,8 @@ static void errors_slots(attn_dtype type) {
     e = dev_error();
     CHECK_EQ(e, ATTN_ERR_PAGE);
     CHECK(twin_pages_equal(&t) && dev_guards(0));
-    for (i = 0; i < p.n_rows; i++) if (i % 9 == 0) slots[i] = INT64_MIN + i;
+    for (i = 0; i < p.n_rows; i++)
+        if (i % 9 == 0) slots[i] = INT64_MIN + i;
     dev_write(device, slots, 8 * (size_t)p.n_rows);
     DEV(cudaDeviceSynchronize());
     CHECK_EQ(attn_cuda_store(&cu, &t.d, NULL, &k, &v, device, 0, p.n_rows, dev_stream), ATTN_OK);
@@ -1199,7 +1242,8 @@ static void part_errors(uint64_t seed, uint64_t count) {
     dev_sync();
     CHECK_EQ(dev_error(), 0);
     CHECK(twin_output(&t, out, NULL)); // nothing was written
-    for (i = 0; i < (size_t)p.n_tokens * 4 * 64 * 2 && out[i] == 0xff; i++) {}
+    for (i = 0; i < (size_t)p.n_tokens * 4 * 64 * 2 && out[i] == 0xff; i++) {
+    }
     CHECK(i == (size_t)p.n_tokens * 4 * 64 * 2);
     CHECK(twin_pages_equal(&t) && dev_guards(0));
     CHECK_EQ(job_run(&j, &t.d), ATTN_OK); // and it is all still in order
@@ -1234,7 +1278,7 @@ static void odd_rows(float *x, int64_t rows, int32_t dim, int wild, test_rng *r)
             if (kind == 2) *y *= 1e-40f;
             if (kind == 3) *y *= 1e37f;
             if (kind == 4) *y = (float)(test_below(r, 255) - 127) * 0.5f; // ties
-            if (kind == 5) *y *= 6e-5f; // denormal in f16
+            if (kind == 5) *y *= 6e-5f;                                   // denormal in f16
             if (kind == 6 && e % 3) *y = -0.0f;
             if (kind == 7 && test_below(r, 9) == 0) *y = test_below(r, 2) ? INFINITY : -INFINITY;
             if (kind == 8 && test_below(r, 9) == 0) *y = attni_float(0xffc01234u);
@@ -1418,10 +1462,12 @@ static void copies_case(attn_dtype type, attn_layout layout, test_rng *r) {
         for (i = 0; i < n_ids; i++) {
             size_t b = t.page_bytes[v];
             uint8_t *data = (uint8_t *)(v ? t.d.kv.v.data : t.d.kv.k.data) + (size_t)ids[i] * b;
-            ok &= memcmp(host[v] + (size_t)i * b,
-                         (uint8_t *)(v ? p.d.kv.v.data : p.d.kv.k.data) + (size_t)ids[i] * b, b) == 0;
+            ok &=
+                memcmp(host[v] + (size_t)i * b,
+                       (uint8_t *)(v ? p.d.kv.v.data : p.d.kv.k.data) + (size_t)ids[i] * b, b) == 0;
             dev_fill(data, 0x11, b);
-            for (e = 0; e < b; e++) host[v][(size_t)i * b + e] ^= 0x40; // what comes back is told apart
+            for (e = 0; e < b; e++)
+                host[v][(size_t)i * b + e] ^= 0x40; // what comes back is told apart
             for (e = 0; e < b; e++)
                 ((uint8_t *)(v ? p.d.kv.v.data : p.d.kv.k.data))[(size_t)ids[i] * b + e] ^= 0x40;
         }
@@ -1448,7 +1494,8 @@ static void merge_case(test_rng *r) {
     static const attn_dtype types[] = {ATTN_F32, ATTN_F16, ATTN_BF16};
     static const int32_t dims[] = {8, 64, 128, 512, 40};
     int32_t n = 1 + test_below(r, 16), heads = 1 + test_below(r, 9), dim = dims[test_below(r, 5)];
-    int32_t tokens = 1 + test_below(r, 30), i, x, e, into = test_below(r, 2) ? -1 : test_below(r, n);
+    int32_t tokens = 1 + test_below(r, 30), i, x, e,
+            into = test_below(r, 2) ? -1 : test_below(r, n);
     int64_t rows = (int64_t)tokens * heads, at;
     attn_tensor o[16], out;
     const float *lse[16];
@@ -1475,7 +1522,7 @@ static void merge_case(test_rng *r) {
             if (test_below(r, 4) == 0) l[i][x] = -INFINITY;
             if (test_below(r, 9) == 0) l[i][x] = (float)test_uniform(r, -3e4, 3e4);
             if (x == 0) l[i][x] = -INFINITY; // one row has seen nothing anywhere
-            for (e = 0; e < dim; e++) // what a state without keys holds does not count
+            for (e = 0; e < dim; e++)        // what a state without keys holds does not count
                 if (l[i][x] == -INFINITY) host[i][x * dim + e] = test_below(r, 2) ? NAN : INFINITY;
         }
         m = rows_as(host[i], rows * dim, o[i].dtype);
@@ -1494,16 +1541,19 @@ static void merge_case(test_rng *r) {
             }
             dev_write(o_base, base, o_bytes);
             free(base);
-        } else twin_view(&o[i], tokens, heads, dim, m, test_below(r, 2) ? r : NULL, &base, &bytes,
-                         &first);
+        } else
+            twin_view(&o[i], tokens, heads, dim, m, test_below(r, 2) ? r : NULL, &base, &bytes,
+                      &first);
         lse[i] = (float *)dev_alloc(4 * (size_t)rows, l[i]);
         free(m);
     }
-    lse_out = into >= 0 ? (float *)(uintptr_t)lse[into] : (float *)dev_alloc(4 * (size_t)rows, NULL);
+    lse_out =
+        into >= 0 ? (float *)(uintptr_t)lse[into] : (float *)dev_alloc(4 * (size_t)rows, NULL);
     DEV(cudaDeviceSynchronize());
     CHECK_EQ(attn_cuda_merge(&cu, o, lse, n, tokens, heads, dim, &out,
                              test_below(r, 5) || into >= 0 ? lse_out : (lse_out = NULL),
-                             dev_stream), ATTN_OK);
+                             dev_stream),
+             ATTN_OK);
     dev_sync();
     got = (uint8_t *)malloc(o_bytes);
     lse_got = (float *)malloc(4 * (size_t)rows);
@@ -1514,10 +1564,11 @@ static void merge_case(test_rng *r) {
         int64_t sh = out.stride_head ? out.stride_head : dim;
         int64_t st = out.stride_token ? out.stride_token : heads * sh;
         double top = -HUGE_VAL, sum = 0;
-        for (i = 0; i < n; i++) if (l[i][x] > top) top = l[i][x];
-        for (i = 0; i < n; i++) if (l[i][x] > -HUGE_VAL) sum += exp(l[i][x] - top);
-        if (lse_out && sum > 0)
-            ok &= fabs(lse_got[x] - (top + log(sum))) < 1e-5 + 2e-7 * fabs(top);
+        for (i = 0; i < n; i++)
+            if (l[i][x] > top) top = l[i][x];
+        for (i = 0; i < n; i++)
+            if (l[i][x] > -HUGE_VAL) sum += exp(l[i][x] - top);
+        if (lse_out && sum > 0) ok &= fabs(lse_got[x] - (top + log(sum))) < 1e-5 + 2e-7 * fabs(top);
         if (lse_out && sum == 0) ok &= lse_got[x] == -INFINITY;
         for (e = 0; e < dim; e++) {
             double want = 0, size = 0, d;
@@ -1534,8 +1585,8 @@ static void merge_case(test_rng *r) {
             if (d > worst) worst = d;
         }
         // the row's place becomes 0xff: what is left are gaps
-        memset(got + (size_t)(o_first + x / heads * st + x % heads * sh) * element_bytes(type), 0xff,
-               (size_t)dim * element_bytes(type));
+        memset(got + (size_t)(o_first + x / heads * st + x % heads * sh) * element_bytes(type),
+               0xff, (size_t)dim * element_bytes(type));
     }
     for (at = 0; at < (int64_t)o_bytes; at++) ok &= got[at] == 0xff;
     if (!CHECK(ok))
@@ -1558,9 +1609,14 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*part)(uint64_t seed, uint64_t count);
-    } parts[] = {{"store", part_store},   {"copies", part_copies}, {"merge", part_merge},
-                 {"errors", part_errors}, {"differential", part_differential},
-                 {"tensor", part_tensor}, {"bits", part_bits},     {"graph", part_graph},
+    } parts[] = {{"store", part_store},
+                 {"copies", part_copies},
+                 {"merge", part_merge},
+                 {"errors", part_errors},
+                 {"differential", part_differential},
+                 {"tensor", part_tensor},
+                 {"bits", part_bits},
+                 {"graph", part_graph},
                  {"nan", part_nan}};
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 150);
     int i, found = 0, status = dev_open();
