@@ -317,6 +317,7 @@ static void job_tables(job *j, const attn_desc *d, int which) {
 
 static void job_make(job *j, const attn_desc *d, const how *h) {
     size_t n;
+    attn_result r;
     memset(j, 0, sizeof *j);
     memset(&j->g, 0xff, sizeof j->g);
     memset(&j->params, 0xff, sizeof j->params);
@@ -335,11 +336,15 @@ static void job_make(job *j, const attn_desc *d, const how *h) {
         j->params.max_tokens = d->q_start[d->n_seq] + 40;
         j->params.max_kv_len = most + 700;
     }
-    n = attn_plan_bytes(d, &j->params);
-    CHECK(n > 0);
-    j->mem = aligned_alloc(64, (n + 127) & ~(size_t)63);
-    memset(j->mem, 0xff, n);
-    if (!CHECK_EQ(attn_plan_build(d, &j->params, j->mem, n, &j->plan), ATTN_OK)) return;
+    for (;; j->params.max_task_cost = 0, free(j->mem)) {
+        n = attn_plan_bytes(d, &j->params);
+        CHECK(n > 0);
+        j->mem = aligned_alloc(64, (n + 127) & ~(size_t)63);
+        memset(j->mem, 0xff, n);
+        r = attn_plan_build(d, &j->params, j->mem, n, &j->plan);
+        if (r != ATTN_ERR_BUFFER || !(j->params.max_task_cost > 0)) break;
+    } // with a bound on costs there may be too little room for the cuts
+    if (!CHECK_EQ(r, ATTN_OK)) return;
     j->bytes = attn_cuda_plan_bytes(&cu, d, &j->params);
     CHECK(j->bytes > 0);
     j->image = dev_alloc(j->bytes, NULL);

@@ -515,7 +515,7 @@ static int bits_variant(const problem *p, const result *base, test_rng *r, int a
     random_how(r, &h);
     h.share = test_below(r, 3);
     h.partials = test_below(r, 4);
-    if (test_below(r, 4) == 0) h.max_task_cost = (float)(1 + test_below(r, 4) * 100000);
+    if (test_below(r, 4) == 0) h.max_task_cost = (float)(1000 << test_below(r, 12));
     if (h.max_task_cost > 0 && h.partials >= 2) h.partials = 0;
     sprintf(what,
             "n %d page %d layout %d contiguous %d own %d poison %02x share %d workers %d tile "
@@ -1580,8 +1580,8 @@ static void merge_case(test_rng *r) {
                     size += w * fabs(host[i][x * dim + e]);
                 }
             d = fabs(y - want);
-            // weights: f32 logs of up to 3e4 differ by multiples of 2e-3; those are exact inputs
-            if (!(d <= eps * fabs(want) + 1e-5 * size + 6e-8)) ok = 0;
+            // a fold keeps the running log in f32, which costs weights its rounding
+            if (!(d <= eps * fabs(want) + (1e-5 + 3e-7 * fabs(top)) * size + 6e-8)) ok = 0;
             if (d > worst) worst = d;
         }
         // the row's place becomes 0xff: what is left are gaps
