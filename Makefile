@@ -10,6 +10,7 @@
 #   make fuzz-short | fuzz [SECONDS= JOBS= SEEDS=] | fuzz-static     (clang; see "fuzzing" below)
 #   make sim [OPS=10000000 SIM_SEED=1000]   the simulator, in shards of their own seeds
 #   make mutants [MUTANTS=40 SEED=1]   planted and random bugs that the tests must notice
+#   make cuda | test-cuda         attn_cuda.cuh for every architecture | its tests, on a GPU
 #   make proof | proof-planted    Frama-C on attn.h; bugs that the proofs must notice
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
@@ -298,10 +299,62 @@ proof:
 proof-planted:
 	@bash tests/proof/run.sh --planted
 
+# ---- CUDA
+#
+# cuda compiles attn_cuda.cuh for every architecture (no GPU needed) and links it with a C program.
+# test-cuda runs tests/cuda/test_cuda.c on the GPU at hand: with code for it, then with PTX for
+# sm_75 and sm_80 that the driver compiles, then a small dose under each tool of compute-sanitizer.
+
+NVCC ?= nvcc
+SANITIZER ?= compute-sanitizer
+NVCC_FLAGS ?= -O2 -std=c++17 -Xcompiler -Wall,-Wextra
+CUDA_ARCHS ?= 75 80 89 90a 100 120
+CUDA_SM = $(subst .,,$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+    | head -n 1))
+CUDA_ARCH ?= $(if $(filter-out 90,$(CUDA_SM)),$(CUDA_SM),90a)
+ARGS_test_cuda ?= 1 150
+ARGS_ptx_test_cuda ?= 500 40
+ARGS_sanitizer_test_cuda ?= 900 4
+SANITIZE = command -v $(SANITIZER) >/dev/null || { echo skipped: no $(SANITIZER); exit 77; }; \
+    TEST_CUDA_BARE=1 $(SANITIZER) --tool $(1) --error-exitcode 9 --report-api-errors no \
+    ./build/cuda/test_cuda_$(CUDA_ARCH)
+
+cuda: | build/cuda
+	@if command -v $(NVCC) >/dev/null; then \
+	    $(RUNNER) $(foreach a,$(CUDA_ARCHS),-v "$(PYTHON) tests/cuda/compile.py $a \
+	        build/cuda/all_$a.o $(NVCC) $(NVCC_FLAGS) -I. -c tests/cuda/all.cu \
+	        -gencode arch=compute_$a,code=sm_$a -o build/cuda/all_$a.o") \
+	        -s "$(CC) -std=c99 -Wall -Wextra $(INCLUDES) -c tests/cuda/user.c \
+	        -o build/cuda/user.o && $(NVCC) build/cuda/user.o \
+	        build/cuda/all_$(firstword $(CUDA_ARCHS)).o -o build/cuda/user && ./build/cuda/user"; \
+	else echo "skipped: no $(NVCC)"; fi
+
+test-cuda:
+	@if ! command -v $(NVCC) >/dev/null; then echo "skipped: no $(NVCC)"; \
+	elif [ -z "$(CUDA_SM)" ]; then echo "skipped: no GPU"; \
+	else $(MAKE_J) $(addprefix build/cuda/test_cuda_,$(CUDA_ARCH) ptx75 ptx80) && \
+	    bash tests/run.sh -j 1 -t $(LIMIT) -- \
+	    -v "./build/cuda/test_cuda_$(CUDA_ARCH) $(ARGS_test_cuda)" \
+	    $(foreach a,ptx75 ptx80,-v "./build/cuda/test_cuda_$a $(ARGS_ptx_test_cuda)") \
+	    $(foreach t,memcheck racecheck initcheck,"$(call SANITIZE,$t) $(ARGS_sanitizer_test_cuda)"); \
+	fi
+
+# The program is C with the runtime's headers; only the kernels differ from one to the next.
+build/cuda/test_cuda.o: tests/cuda/test_cuda.c tests/cuda/device.h $(DEPS) | build/cuda
+	$(NVCC) -O2 -g -Xcompiler -std=gnu11,-fopenmp,-Wall,-Wextra $(INCLUDES) -c $< -o $@
+build/cuda/impl_ptx%.o: tests/cuda/impl.cu $(HEADERS) | build/cuda
+	$(NVCC) $(NVCC_FLAGS) -I. -gencode arch=compute_$*,code=compute_$* -c $< -o $@
+build/cuda/impl_%.o: tests/cuda/impl.cu $(HEADERS) | build/cuda
+	$(NVCC) $(NVCC_FLAGS) -I. -gencode arch=compute_$*,code=sm_$* -c $< -o $@
+build/cuda/test_cuda_%: build/cuda/test_cuda.o build/cuda/impl_%.o
+	$(NVCC) -Xcompiler -fopenmp $^ -o $@
+build/cuda:
+	@mkdir -p $@
+
 # ---- house rules that a compiler does not know
 
 SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*.cjs \
-    tests/*/*.[ch] tests/*/*.cpp tests/*/*.sh tests/*/*.py) .ci/run
+    tests/*/*.[ch] tests/*/*.cpp tests/*/*.cu tests/*/*.sh tests/*/*.py) .ci/run
 
 build/lint.o: $(HEADERS) | build
 	printf '#define ATTN_IMPLEMENTATION\n#include "attn.h"\n#include "attn_cpu.h"\n' > build/lint.c
@@ -348,7 +401,8 @@ clean:
 
 .PHONY: all run frame examples naive-diff programs test test-asan test-clang test-compile
 .PHONY: test-aarch64 coverage coverage-cpu test-ports-fast test-ports test-all deps-all deps
-.PHONY: bench lint install
+.PHONY: bench lint install cuda test-cuda
+.PRECIOUS: build/cuda/impl_%.o build/cuda/impl_ptx%.o
 .PHONY: proof proof-planted mutants sim test-tsan test-msan test-valgrind
 .PHONY: fuzz fuzz-build fuzz-short fuzz-static clean
 .DELETE_ON_ERROR:

@@ -27,6 +27,7 @@ typedef struct problem_opts {
     int softcap, alibi, sink, bias, head_scale, lse, evicted;
     int alias;               // V is the first v_head_dim elements of K (MLA); not with K16
     int32_t shared;          // tokens of common prefix (rounded down to pages)
+    int32_t min_block;       // of block lists: long sequences need coarse ones
     attn_numerics numerics;
     double sharp;            // standard deviation of scores
 } problem_opts;
@@ -52,6 +53,36 @@ TEST_FN void problem_terms(problem_opts *o, test_rng *r) {
     o->lse = test_below(r, 2);
     o->evicted = test_below(r, 5) == 0;
     o->shared = test_below(r, 3) == 0 ? 16 * (1 + test_below(r, 40)) : 0;
+}
+
+// A problem of any kind: what the backends' differential tests run.
+TEST_FN void problem_random(test_rng *r, problem_opts *o) {
+    static const attn_dtype kv_types[] = {ATTN_F32,    ATTN_F16, ATTN_BF16, ATTN_F8E4M3,
+                                          ATTN_F8E5M2, ATTN_I8,  ATTN_I4};
+    static const int32_t dims[] = {8, 16, 24, 40, 64, 64, 80, 96, 128, 128, 192, 256, 576};
+    static const int32_t pages[] = {1, 3, 16, 16, 48, 64, 256, 1000};
+    static const attn_dtype qo[] = {ATTN_F32, ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_BF16};
+    memset(o, 0, sizeof *o);
+    o->phase = test_below(r, N_PHASES);
+    o->mask = test_below(r, N_MASKS);
+    o->layout = (attn_layout)test_below(r, 3);
+    o->contiguous = test_below(r, 5) == 0;
+    o->page_tokens = pages[test_below(r, 8)];
+    if (o->layout == ATTN_K16) o->page_tokens = (o->page_tokens + 15) / 16 * 16;
+    o->n_seq = 1 + test_below(r, 5);
+    o->max_kv = test_below(r, 4) ? 1 + test_below(r, 150) : 1 + test_below(r, 900);
+    o->n_kv_heads = 1 + test_below(r, 3);
+    o->n_heads = o->n_kv_heads * (1 + test_below(r, 5));
+    o->head_dim = dims[test_below(r, 13)];
+    o->v_head_dim = test_below(r, 3) ? o->head_dim : dims[test_below(r, 12)];
+    o->k = kv_types[test_below(r, 7)];
+    o->v = kv_types[test_below(r, 7)];
+    o->q = qo[test_below(r, 5)];
+    o->o = qo[test_below(r, 5)];
+    if (test_below(r, 6) == 0) o->k = o->v = o->q = o->o = ATTN_BF16;
+    problem_terms(o, r);
+    o->numerics = (attn_numerics)test_below(r, 2);
+    o->sharp = 3;
 }
 
 TEST_FN void *problem_alloc(problem *p, size_t bytes) {
@@ -84,8 +115,8 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     int64_t n = 0, *start;
     int32_t *ids;
     uint64_t *w;
-    b->row_block = sizes[test_below(r, 7)];
-    b->kv_block = sizes[test_below(r, 7)];
+    b->row_block = attni_max32(sizes[test_below(r, 7)], p->opt.min_block);
+    b->kv_block = attni_max32(sizes[test_below(r, 7)], p->opt.min_block);
     b->n_lists = n_lists;
     max_pos = problem_positions(p);
     rows_per = max_pos / b->row_block + 2;

@@ -13,8 +13,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define TEST_FN static __attribute__((unused))
+#define TEST_COUNT(n) __atomic_add_fetch(&(n), 1, __ATOMIC_RELAXED) // checks on several threads
 #else
 #define TEST_FN static
+#define TEST_COUNT(n) (++(n))
 #endif
 
 // ---- checks
@@ -23,8 +25,8 @@ static long long test_passed, test_failed;
 
 TEST_FN int test_check(int ok, const char *file, int line, const char *what) {
     if (ok) {
-        test_passed++;
-    } else if (++test_failed <= 20) { // the first ones say enough
+        TEST_COUNT(test_passed);
+    } else if (TEST_COUNT(test_failed) <= 20) { // the first ones say enough
         printf("%s:%d: failed: %s\n", file, line, what);
     }
 #ifdef TEST_FIRST // for who asks only whether anything fails

@@ -36,6 +36,15 @@ for c in $compilers; do
             try "$c -std=$std $f.c" $c -x c++ -std=$std $LIST $INC -fsyntax-only tests/compile/$f.c
         done
     done
+    if [ -e attn_cuda.cuh ]; then # its public part needs neither nvcc nor a CUDA header
+        for std in c99 c11; do
+            try "$c -std=$std cuda.c" $c -std=$std $LIST $INC -fsyntax-only tests/compile/cuda.c
+        done
+        try "$c -std=c++11 cuda.c" $c -x c++ -std=c++11 $LIST $INC -fsyntax-only \
+            tests/compile/cuda.c
+        try "$c -std=c99 user.c" $c -std=c99 -Wall -Wextra -Wpedantic $INC -Itests -fsyntax-only \
+            tests/cuda/user.c
+    fi
     for f in core cpu static_a; do
         try "$c -std=c99 $f.c" $c -std=c99 $LIST $INC -fsyntax-only tests/compile/$f.c
     done

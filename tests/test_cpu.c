@@ -4,36 +4,6 @@
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
 
-static const attn_dtype kv_types[] = {ATTN_F32,    ATTN_F16, ATTN_BF16, ATTN_F8E4M3,
-                                      ATTN_F8E5M2, ATTN_I8,  ATTN_I4};
-
-static void random_opts(test_rng *r, problem_opts *o) {
-    static const int32_t dims[] = {8, 16, 24, 40, 64, 64, 80, 96, 128, 128, 192, 256, 576};
-    static const int32_t pages[] = {1, 3, 16, 16, 48, 64, 256, 1000};
-    static const attn_dtype qo[] = {ATTN_F32, ATTN_F32, ATTN_F16, ATTN_BF16, ATTN_BF16};
-    memset(o, 0, sizeof *o);
-    o->phase = test_below(r, N_PHASES);
-    o->mask = test_below(r, N_MASKS);
-    o->layout = (attn_layout)test_below(r, 3);
-    o->contiguous = test_below(r, 5) == 0;
-    o->page_tokens = pages[test_below(r, 8)];
-    if (o->layout == ATTN_K16) o->page_tokens = (o->page_tokens + 15) / 16 * 16;
-    o->n_seq = 1 + test_below(r, 5);
-    o->max_kv = test_below(r, 4) ? 1 + test_below(r, 150) : 1 + test_below(r, 900);
-    o->n_kv_heads = 1 + test_below(r, 3);
-    o->n_heads = o->n_kv_heads * (1 + test_below(r, 5));
-    o->head_dim = dims[test_below(r, 13)];
-    o->v_head_dim = test_below(r, 3) ? o->head_dim : dims[test_below(r, 12)];
-    o->k = kv_types[test_below(r, 7)];
-    o->v = kv_types[test_below(r, 7)];
-    o->q = qo[test_below(r, 5)];
-    o->o = qo[test_below(r, 5)];
-    if (test_below(r, 6) == 0) o->k = o->v = o->q = o->o = ATTN_BF16;
-    problem_terms(o, r);
-    o->numerics = (attn_numerics)test_below(r, 2);
-    o->sharp = 3;
-}
-
 static void run(problem *p, int32_t workers) {
     size_t bytes = attn_cpu_forward_bytes(&p->d, workers);
     void *mem = aligned_alloc(64, (bytes + 63) & ~(size_t)63);
@@ -52,7 +22,7 @@ static void one(uint64_t seed) {
     size_t n;
     float *out, *plain;
     r.state = seed;
-    random_opts(&r, &o);
+    problem_random(&r, &o);
     problem_make(&p, &o, &r);
     CHECK_EQ(attn_validate(&p.d), ATTN_OK);
     CHECK_EQ(attn_ref_forward(&p.d, p.ref, p.ref_lse), ATTN_OK);
