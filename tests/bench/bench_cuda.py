@@ -22,6 +22,9 @@ import sys
 import tempfile
 
 KINDS = ["decode", "prefix", "prefill", "sparse"]
+DECODE_CELLS = [(1, 1024), (1, 4096), (1, 16384), (8, 1024), (8, 4096), (32, 1024), (32, 4096),
+                (128, 1024), (128, 4096), (32, 16384)]
+BROKEN = []  # sections that our program did not finish
 MASK64 = (1 << 64) - 1
 
 
@@ -30,11 +33,15 @@ MASK64 = (1 << 64) - 1
 def run_exe(args, kind, path):
     """Rows and ceilings of one section."""
     cmd = [args.exe, "--only", kind, "--csv", path] + (["--quick"] if args.quick else [])
-    done = subprocess.run(cmd + args.extra, stdout=subprocess.PIPE, text=True)
-    sys.stdout.write(done.stdout)
-    sys.stdout.flush()
-    if done.returncode not in (0, 1) or not os.path.exists(path):
-        raise SystemExit(f"{args.exe} failed in section {kind} ({done.returncode})")
+    try:
+        code = subprocess.run(cmd + args.extra, timeout=args.limit).returncode
+    except subprocess.TimeoutExpired:
+        code = f"stopped after {args.limit} s"
+    if not os.path.exists(path):
+        raise SystemExit(f"{' '.join(cmd)}: {code}")
+    if code not in (0, 1):  # the rows before it count
+        note(f"bench_cuda --only {kind} broke off: {code}")
+        BROKEN.append(kind)
     return read_csv(path)
 
 
@@ -90,20 +97,33 @@ class Graph:
     def us(self):
         return statistics.median(self.times)
 
+    def sustained(self):
+        """us per call in the last fifth of a second of replays, under the power limit."""
+        n = int(1e6 / (self.us() * self.n)) + 5
+        for i in range(n):
+            if i == n - n // 5:
+                self.events[0].record()
+            self.graph.replay()
+        self.events[1].record()
+        self.events[1].synchronize()
+        return 1e3 * self.events[0].elapsed_time(self.events[1]) / (n // 5) / self.n
 
-def time_calls(torch, calls, n, repeats):
-    """us of each named list of calls; their replays alternate. Calls that fail are left out."""
+
+def time_calls(torch, calls, row):
+    """{name: (us, sustained us or 0)} for the named lists of calls, with as many iterations and
+    repeats as our row had; their replays alternate. Calls that fail are left out."""
     graphs = {}
     for name, fns in calls.items():
         try:
-            graphs[name] = Graph(torch, fns, n)
+            graphs[name] = Graph(torch, fns, row["n_iter"])
         except Exception as e:  # one back end's refusal must not end the others
             torch.cuda.synchronize()
             note(f"{name}: not captured: {first_line(e)}")
-    for _ in range(repeats):
+    for _ in range(row["repeats"]):
         for g in graphs.values():
             g.sample()
-    times = {name: g.us() for name, g in graphs.items()}
+    times = {name: (g.us(), g.sustained() if row["sustained_us"] > 0 else 0.0)
+             for name, g in graphs.items()}
     graphs.clear()
     return times
 
@@ -195,7 +215,7 @@ def causal_row(torch, row):
 
 
 def time_sdpa(torch, row):
-    """{"FA2": us, "cuDNN": us, "FA2 by": way, ...} for one shape."""
+    """{"FA2": (us, sustained us, way), "cuDNN": ...} for one shape."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     backends = {"FA2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
     best, keep = {}, causal_row(torch, row)
@@ -212,9 +232,9 @@ def time_sdpa(torch, row):
                     fns = [sdpa_repeated(torch, row, *s) for s in sets]
                     if accepted(torch, f"{peer} repeated", fns[0], keep, *sets[0]):
                         calls[f"repeated {layout}"] = fns
-                for way, us in time_calls(torch, calls, row["n_iter"], row["repeats"]).items():
-                    if us < best.get(peer, float("inf")):
-                        best[peer], best[peer + " by"] = us, way
+                for way, (us, sustained) in time_calls(torch, calls, row).items():
+                    if us < best.get(peer, (float("inf"),))[0]:
+                        best[peer] = us, sustained, way
                 calls.clear()
         del sets
         torch.cuda.empty_cache()
@@ -295,7 +315,7 @@ def time_flex(torch, row):
     fns = [call(*s) for s in sets]
     if not accepted(torch, f"flex {row['key']}", fns[0], keep, *sets[0]):
         return {}
-    return time_calls(torch, {"flex": fns}, row["n_iter"], row["repeats"])
+    return {name: (*t, "") for name, t in time_calls(torch, {"flex": fns}, row).items()}
 
 
 # ---- torch: sections
@@ -311,7 +331,7 @@ def peer_shape(row):
 
 
 def run_peers(torch, args, rows):
-    """{shape: {peer: us}} of one section."""
+    """{shape: {peer: (us, sustained us, way)}} of one section."""
     found = {}
     for row in rows:
         shape = peer_shape(row)
@@ -327,9 +347,8 @@ def run_peers(torch, args, rows):
             note(f"peers of {row['key']}: {first_line(e)}")
         torch.cuda.empty_cache()
         if found[shape]:
-            print("peers", row["key"], " ".join(
-                f"{k} {v:.2f}" if isinstance(v, float) else f"({v})"
-                for k, v in found[shape].items()), flush=True)
+            print("peers", row["key"], ", ".join(
+                f"{k} {us:.2f} us ({way})" for k, (us, _, way) in found[shape].items()), flush=True)
     return found
 
 
@@ -350,7 +369,7 @@ def collect(rounds):
     for rows, peers in rounds:
         for row in rows:
             t = table.setdefault(row["key"], {"row": row, "us": [], "pct": [], "ratio": {},
-                                              "peer": {}, "by": {}, "bad": None, "long": []})
+                                              "peer": {}, "bad": None, "long": []})
             if row["status"] != "ok":
                 t["bad"] = row["status"]
                 continue
@@ -360,11 +379,8 @@ def collect(rounds):
                 t["long"].append(row["sustained_us"])
             for name, us, judged in row["limits"]:
                 t["ratio"].setdefault((name, judged), []).append(row["us"] / us)
-            for name, us in peers.get(peer_shape(row), {}).items():
-                if name.endswith(" by"):
-                    t["by"][name[:-3]] = us
-                    continue
-                t["peer"].setdefault(name, []).append(us)
+            for name, (us, sustained, way) in peers.get(peer_shape(row), {}).items():
+                t["peer"].setdefault(name, []).append((us, sustained, way))
                 judged, factor = peer_limit(row, name)
                 t["ratio"].setdefault((name, judged), []).append(row["us"] * factor / us)
     return table
@@ -372,7 +388,7 @@ def collect(rounds):
 
 def peer_limit(row, name):
     if row["kind"] == "decode" and name == "cuDNN":
-        return int(row["page"] in (16, 64)), 1.0
+        return int(row["page"] in (16, 64) and (row["B"], row["ctx"]) in DECODE_CELLS), 1.0
     if row["kind"] == "prefill" and name == "FA2":
         return 1, 1.05
     return 0, 1.0
@@ -384,6 +400,15 @@ def verdict(t):
     judged = {n: statistics.median(v) for (n, j), v in t["ratio"].items() if j}
     missed = [n for n, x in judged.items() if x > 1]
     return "MISSED " + ", ".join(missed) if missed else "ok" if judged else "-"
+
+
+def peer_cell(row, name, values):
+    us, sustained = (statistics.median(v[i] for v in values) for i in (0, 1))
+    way = values[-1][2]
+    text = f"{name} {us:.1f}" + (f" ({way})" if way else "")
+    if sustained > 0:
+        text += f" sustained {row['flops'] / sustained * 1e-6:.0f} TFLOP/s"
+    return text
 
 
 def table_lines(table, kind, matmul):
@@ -399,9 +424,7 @@ def table_lines(table, kind, matmul):
             continue
         us = statistics.median(t["us"])
         spread = 50 * (max(t["us"]) - min(t["us"])) / us
-        peers = ", ".join(f"{n} {statistics.median(v):.1f}" +
-                          (f" ({t['by'][n]})" if t["by"].get(n) else "")
-                          for n, v in t["peer"].items())
+        peers = ", ".join(peer_cell(row, n, v) for n, v in t["peer"].items())
         ratios = ", ".join((f"{n} {statistics.median(v):.2f}" if j else
                             f"({n} {statistics.median(v):.2f})")
                            for (n, j), v in t["ratio"].items())
@@ -449,6 +472,7 @@ def arguments():
     p.add_argument("--flex", action="store_true", help="FlexAttention too (compiles for a minute)")
     p.add_argument("--no-peers", action="store_true", help="our program alone; needs no torch")
     p.add_argument("--rounds", type=int, default=2)
+    p.add_argument("--limit", type=float, default=200, help="seconds for one run of our program")
     p.add_argument("--out", help="markdown file (default: standard output)")
     p.add_argument("--csv", help="keep our program's rows as PREFIX.<section>.<round>.csv")
     p.add_argument("extra", nargs="*", help="after --: further arguments of bench_cuda")
@@ -485,7 +509,7 @@ def main():
                     with open(args.out, "w", encoding="ascii") as f:
                         f.write(text)
     print(text)
-    return 1 if bad else 0
+    return 1 if bad or BROKEN else 0
 
 
 if __name__ == "__main__":
