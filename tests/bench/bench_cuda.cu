@@ -2,7 +2,7 @@
    nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -I. -Itests \
        tests/bench/bench_cuda.cu -o bench_cuda
    bench_cuda [--quick] [--only decode,prefix,prefill,sparse] [--rows SUBSTRING] [--csv FILE]
-              [--capacity X] [--share 0|1|2] [--list] [--plant]
+              [--capacity X] [--share 0|1|2] [--list] [--plant] [--skip N]
 
    Every time is that of a CUDA graph which runs one plan over several sets of inputs in turn, as
    the layers of a model: together they exceed the L2 cache several times. Replays alternate with
@@ -17,9 +17,11 @@
      floor            1.5 x (2.5 x below 60 us) the larger of bytes / read rate and FLOPs / dense
                       rate
      kept             1.15 x kept share x own dense time
+     cuDNN*, FA2*     as PERFORMANCE.md lists them, decode scaled as cascade; for information
    bench_cuda.py adds the limits of its peers (cuDNN, FA2). --capacity X: the plan has room for X
    times the sequences and lengths. --list: makes and validates every problem; needs no GPU.
-   --plant: the check gets a wrong page table, so every row must come out as WRONG. */
+   --skip: leaves out the first N rows of each section. --plant: the check gets a wrong page table,
+   so that every row must come out as WRONG. */
 #define ATTN_IMPLEMENTATION
 #define ATTN_STATIC
 #include "test.h"
@@ -58,7 +60,7 @@ typedef struct row {
     attn_layout layout;
     int ragged;              // lengths are lognormal, b * ctx tokens in all
     int pattern, density, lists; // density: % of the blocks below the diagonal
-    double cascade_us;       // FlashInfer's
+    double listed_us;        // a peer's time in PERFORMANCE.md; 0: none
 } row;
 
 typedef struct limit {
@@ -80,7 +82,7 @@ static cudaStream_t stream;
 static cudaEvent_t event[2];
 static char *kv_arena, *other_arena;
 static size_t other_at;
-static int opt_quick, opt_list, opt_plant, opt_share, n_rows, n_bad, n_missed;
+static int opt_quick, opt_list, opt_plant, opt_share, opt_skip, n_rows, n_bad, n_missed;
 static const char *at_row = "set-up"; // for messages
 static double opt_capacity = 1, read_rate, dense_rate; // bytes/s, FLOP/s
 static const char *opt_only = "decode,prefix,prefill,sparse", *opt_rows = "";
@@ -127,7 +129,7 @@ __device__ static float normal_at(uint64_t seed, uint64_t i) {
     uint64_t z = mix64(seed * 0x9e3779b97f4a7c15u + i);
     float u = ((float)(uint32_t)(z >> 40) + 0.5f) * (1.0f / 16777216.0f);
     float v = (float)(uint32_t)(z & 0xffffff) * (1.0f / 16777216.0f);
-    return sqrtf(-2 * __logf(u)) * __cosf(6.2831853f * v);
+    return sqrtf(fmaxf(0, -2 * __logf(u))) * __cosf(6.2831853f * v); // __logf near 1 may exceed 0
 }
 
 __global__ void fill_bf16(__nv_bfloat16 *x, size_t n, uint64_t seed) {
@@ -584,11 +586,13 @@ static attn_result exec_capture(exec *e, const problem *x, double guess_us, doub
     for (i = 0; i < e->n_iter && r == ATTN_OK; i++)
         r = attn_cuda_run(&cuda, &x->d[i % x->sets], &e->g, e->partials, e->partial_bytes, stream);
     end = cudaStreamEndCapture(stream, &e->graph); // may fail with the run that did
-    if (r == ATTN_OK) {
-        CU(end);
-        CU(cudaGraphInstantiate(&e->run, e->graph, 0));
+    if (r != ATTN_OK) {
+        cudaGetLastError(); // that error is told by r
+        return r;
     }
-    return r;
+    CU(end);
+    CU(cudaGraphInstantiate(&e->run, e->graph, 0));
+    return ATTN_OK;
 }
 
 static void exec_drop_graph(exec *e) {
@@ -743,6 +747,8 @@ static void limits(const problem *x, result *t, const row *rows, const result *d
     const row *r = x->r;
     int i, decode = !strcmp(r->kind, "decode");
     double floor_us = x->bytes / t->read * 1e6;
+    if (decode && r->listed_us > 0) add_limit(t, "cuDNN*", r->listed_us * 4.5e12 / t->read, 0);
+    if (!strcmp(r->kind, "prefill") && r->listed_us > 0) add_limit(t, "FA2*", r->listed_us, 0);
     if (decode && !r->ragged && x->bytes >= 0.5e9) {
         int wide = r->kv == ATTN_BF16;
         add_limit(t, wide ? "read97" : "read85", floor_us / (wide ? 0.97 : 0.85), 1);
@@ -759,7 +765,7 @@ static void limits(const problem *x, result *t, const row *rows, const result *d
     if (!strcmp(r->kind, "prefix")) {
         if (dense_rate > 0 && x->flops / dense_rate * 1e6 > floor_us)
             floor_us = x->flops / dense_rate * 1e6;
-        if (r->cascade_us > 0) add_limit(t, "cascade", r->cascade_us * 4.5e12 / t->read, 1);
+        if (r->listed_us > 0) add_limit(t, "cascade", r->listed_us * 4.5e12 / t->read, 1);
         if (floor_us >= 15) add_limit(t, "floor", floor_us * (floor_us >= 60 ? 1.5 : 2.5), 1);
         else
             add_limit(t, "floor", floor_us * 2.5, 0);
@@ -903,13 +909,18 @@ static row *add(const char *kind, int b, int ctx, int hq, int hkv, int dim, int 
 }
 
 static void rows_decode(void) {
-    static const int cells[][2] = {{1, 1024},   {1, 4096},  {1, 16384},  {8, 1024},   {8, 4096},
-                                   {32, 1024},  {32, 4096}, {128, 1024}, {128, 4096}, {32, 16384}};
+    static const struct {
+        int b, ctx;
+        double cudnn_us;
+    } cells[] = {{1, 1024, 7.5},   {1, 4096, 11.6}, {1, 16384, 22.9}, {8, 1024, 0},
+                 {8, 4096, 36.6},  {32, 1024, 34.1}, {32, 4096, 122}, {128, 1024, 124},
+                 {128, 4096, 476}, {32, 16384, 0}};
     static const int sizes[] = {1, 16, 64, 256};
     static const attn_dtype types[] = {ATTN_F8E4M3, ATTN_I8};
     int i, p;
     for (i = 0; i < 10; i++)
-        for (p = 16; p <= 64; p += 48) add("decode", cells[i][0], cells[i][1], 32, 8, 128, p);
+        for (p = 16; p <= 64; p += 48)
+            add("decode", cells[i].b, cells[i].ctx, 32, 8, 128, p)->listed_us = cells[i].cudnn_us;
     for (i = 0; i < 2; i++)
         for (p = 16; p <= 64; p += 48) {
             add("decode", 128, 4096, 32, 8, 128, p)->kv = types[i];
@@ -947,18 +958,26 @@ static void rows_prefix(void) {
             if (opt_quick && p == 64 && i % 4) continue;
             r = add("prefix", cells[i].b, cells[i].shared + cells[i].own, 32, cells[i].hkv, 128, p);
             r->shared = cells[i].shared;
-            r->cascade_us = cells[i].us;
+            r->listed_us = cells[i].us;
         }
 }
 
 static void rows_prefill(void) {
-    static const int families[][3] = {{16, 16, 128}, {32, 32, 64}, {32, 8, 128}};
-    int f, n;
+    static const struct {
+        int hq, hkv, dim;
+        double fa2[3]; // TFLOP/s at 1k, 4k, 16k
+    } families[] = {{16, 16, 128, {246, 308, 304}},
+                    {32, 32, 64, {170, 285, 288}},
+                    {32, 8, 128, {239, 300, 332}}};
+    int f, n, i;
     for (f = 0; f < 3; f++)
-        for (n = 1024; n <= 32768; n *= 2) {
-            if (opt_quick && n != 1024 && n != 4096 && n != 16384) continue;
-            add("prefill", n > 16384 ? 1 : 16384 / n, n, families[f][0], families[f][1],
-                families[f][2], 64);
+        for (n = 1024, i = 0; n <= 32768; n *= 2, i++) {
+            int b = n > 16384 ? 1 : 16384 / n;
+            row *r;
+            if (opt_quick && (i % 2 || i > 4)) continue;
+            r = add("prefill", b, n, families[f].hq, families[f].hkv, families[f].dim, 64);
+            if (i % 2 == 0)
+                r->listed_us = 2e-6 * b * n * (double)n * r->hq * r->dim / families[f].fa2[i / 2];
         }
 }
 
@@ -1055,13 +1074,15 @@ static void options(int argc, char **argv) {
         else if (!strcmp(a, "--only") && v) opt_only = v, i++;
         else if (!strcmp(a, "--rows") && v) opt_rows = v, i++;
         else if (!strcmp(a, "--share") && v) opt_share = atoi(v), i++;
+        else if (!strcmp(a, "--skip") && v) opt_skip = atoi(v), i++;
         else if (!strcmp(a, "--capacity") && v) opt_capacity = atof(v), i++;
         else if (!strcmp(a, "--csv") && v) {
             if (!(csv = fopen(v, "w"))) DIE("cannot write %s", v);
             i++;
         } else
             DIE("usage: bench_cuda [--quick] [--only decode,prefix,prefill,sparse] [--rows "
-                "SUBSTRING] [--csv FILE] [--capacity X] [--share 0|1|2] [--list] [--plant]");
+                "SUBSTRING] [--csv FILE] [--capacity X] [--share 0|1|2] [--list] [--plant] "
+                "[--skip N]");
     }
 }
 
@@ -1078,7 +1099,8 @@ int main(int argc, char **argv) {
         if (!strstr(opt_only, kinds[k])) continue;
         rows_make(kinds[k]);
         if (!opt_list) print_head();
-        for (i = 0; i < n_table; i++) run_row(table, done, i);
+        memset(done, 0, sizeof done);
+        for (i = opt_skip; i < n_table; i++) run_row(table, done, i);
     }
     printf("\n%d rows, %d wrong or failed, %d over a limit\n", n_rows, n_bad, n_missed);
     if (csv) fclose(csv);

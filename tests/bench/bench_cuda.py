@@ -31,18 +31,30 @@ MASK64 = (1 << 64) - 1
 # ---- our program
 
 def run_exe(args, kind, path):
-    """Rows and ceilings of one section."""
-    cmd = [args.exe, "--only", kind, "--csv", path] + (["--quick"] if args.quick else [])
-    try:
-        code = subprocess.run(cmd + args.extra, timeout=args.limit).returncode
-    except subprocess.TimeoutExpired:
-        code = f"stopped after {args.limit} s"
-    if not os.path.exists(path):
-        raise SystemExit(f"{' '.join(cmd)}: {code}")
-    if code not in (0, 1):  # the rows before it count
-        note(f"bench_cuda --only {kind} broke off: {code}")
+    """Rows and ceilings of one section. After a crash the rows behind the culprit are run."""
+    rows, ceilings = [], {}
+    for crashes in range(3):
+        cmd = [args.exe, "--only", kind, "--csv", path] + (["--quick"] if args.quick else [])
+        if crashes:
+            cmd += ["--skip", str(len(rows) + crashes)]
+        try:
+            code = subprocess.run(cmd + args.extra, timeout=args.limit).returncode
+        except subprocess.TimeoutExpired:
+            code = f"stopped after {args.limit:.0f} s"
+        if not os.path.exists(path):
+            raise SystemExit(f"{' '.join(cmd)}: {code}")
+        more, found = read_csv(path)
+        rows += more
+        ceilings = ceilings or found
+        if code in (0, 1):
+            break
+        note(f"bench_cuda --only {kind} broke off after {rows[-1]['key'] if rows else 'no row'}: "
+             f"{code}")
         BROKEN.append(kind)
-    return read_csv(path)
+        os.remove(path)
+        if "--rows" in args.extra:  # rows left out are not in the file, so they cannot be counted
+            break
+    return rows, ceilings
 
 
 def read_csv(path):
@@ -214,31 +226,46 @@ def causal_row(torch, row):
     return lambda head, t: at <= t + ctx - n
 
 
+CHOSEN = {}  # (shape, peer): its fastest way in the first round, the only one in later rounds
+
+
 def time_sdpa(torch, row):
     """{"FA2": (us, sustained us, way), "cuDNN": ...} for one shape."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     backends = {"FA2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-    best, keep = {}, causal_row(torch, row)
+    shape, best, keep = peer_shape(row), {}, causal_row(torch, row)
     for layout in ("bshd", "bhsd"):
-        sets = inputs(torch, row, layout)
-        for peer, backend in backends.items():
-            with sdpa_kernel(backend):
-                calls = {}
-                for way in sdpa_ways(torch, row, *sets[0]):
-                    fns = [sdpa_ways(torch, row, *s)[way] for s in sets]
-                    if accepted(torch, f"{peer} {row['kind']} {way}", fns[0], keep, *sets[0]):
-                        calls[f"{way} {layout}".strip()] = fns
-                if not calls and row["Hq"] != row["Hkv"]:
-                    fns = [sdpa_repeated(torch, row, *s) for s in sets]
-                    if accepted(torch, f"{peer} repeated", fns[0], keep, *sets[0]):
-                        calls[f"repeated {layout}"] = fns
+        wanted = {p: CHOSEN.get((shape, p)) for p in backends}
+        wanted = {p: w for p, w in wanted.items() if w is None or w.endswith(layout)}
+        sets = inputs(torch, row, layout) if wanted else []
+        for peer, only in wanted.items():
+            with sdpa_kernel(backends[peer]):
+                calls = sdpa_calls(torch, row, peer, layout, only, sets, keep)
                 for way, (us, sustained) in time_calls(torch, calls, row).items():
                     if us < best.get(peer, (float("inf"),))[0]:
                         best[peer] = us, sustained, way
                 calls.clear()
         del sets
         torch.cuda.empty_cache()
+    CHOSEN.update({(shape, peer): t[2] for peer, t in best.items()})
     return best
+
+
+def sdpa_calls(torch, row, peer, layout, only, sets, keep):
+    """{way: a call per set} of what the back end in force accepts; only: that way alone."""
+    calls = {}
+    for way in sdpa_ways(torch, row, *sets[0]):
+        name = f"{way} {layout}".strip()
+        if only not in (None, name):
+            continue
+        fns = [sdpa_ways(torch, row, *s)[way] for s in sets]
+        if accepted(torch, f"{peer} {row['kind']} {way}".strip(), fns[0], keep, *sets[0]):
+            calls[name] = fns
+    if not calls and row["Hq"] != row["Hkv"]:
+        fns = [sdpa_repeated(torch, row, *s) for s in sets]
+        if accepted(torch, f"{peer} {row['kind']} repeated", fns[0], keep, *sets[0]):
+            calls[f"repeated {layout}"] = fns
+    return calls
 
 
 # ---- torch: FlexAttention over the blocks that bench_cuda draws
@@ -438,6 +465,20 @@ def table_lines(table, kind, matmul):
                f"{verdict(t)} |")
 
 
+def limit_lines(table):
+    limits = {}
+    for key, t in table.items():
+        for (name, judged), v in t["ratio"].items():
+            if judged:
+                limits.setdefault((t["row"]["kind"], name), []).append((statistics.median(v), key))
+    yield "| section | limit | kept by | worst, time / limit | at |"
+    yield "|---|---|---|---|---|"
+    for (kind, name), v in limits.items():
+        worst, key = max(v)
+        yield (f"| {kind} | {name} | {sum(x <= 1 for x, _ in v)} of {len(v)} | {worst:.3f} | "
+               f"{key} |")
+
+
 def document(args, table, ceilings, matmul, machine):
     lines = [f"{machine}; {args.rounds} round(s){', quick' if args.quick else ''}.", ""]
     rate = {k: statistics.median(c[k] for c in ceilings if c.get(k)) for k in
@@ -452,6 +493,7 @@ def document(args, table, ceilings, matmul, machine):
     verdicts = [verdict(t) for t in table.values()]
     ok, missed = verdicts.count("ok"), sum(v.startswith("MISSED") for v in verdicts)
     bad = sum(bool(t["bad"]) for t in table.values())
+    lines += ["", "## limits", ""] + list(limit_lines(table))
     for kind in KINDS:
         if any(t["row"]["kind"] == kind for t in table.values()):
             lines += ["", f"## {kind}", ""] + list(table_lines(table, kind, matmul))
