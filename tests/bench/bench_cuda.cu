@@ -656,10 +656,10 @@ static double set_error(const problem *x, int set, const int32_t *table) {
             den += ref * ref;
         }
         err = sqrt(num / den);
-        if (!(err <= worst)) worst = err; // NaN too
+        if (!(err <= worst)) worst = err <= 1e30 ? err : HUGE_VAL; // NaN too
     }
     other_at = at;
-    return worst <= 1e30 ? worst : HUGE_VAL;
+    return worst;
 }
 
 // Poisons O, runs the graph once and looks at the first and the last set; 1 when all is well.
