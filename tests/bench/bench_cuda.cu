@@ -551,6 +551,7 @@ static attn_result exec_make(exec *e, problem *x) {
     attn_plan_params p;
     attn_result r;
     size_t bytes;
+    void *image;
     memset(e, 0, sizeof *e);
     if ((r = attn_cuda_supports(&cuda, d)) != ATTN_OK) return r;
     memset(&p, 0, sizeof p);
@@ -565,15 +566,14 @@ static attn_result exec_make(exec *e, problem *x) {
     e->plan_mem = aligned_alloc(64, bytes + 64);
     if (!e->plan_mem) DIE("out of memory");
     if ((r = attn_plan_build(d, &p, e->plan_mem, bytes, &e->plan)) != ATTN_OK) return r;
-    if (opt_list) return ATTN_OK;
     if ((bytes = attn_cuda_plan_bytes(&cuda, d, &p)) == 0) return ATTN_ERR_OVERFLOW;
-    if ((r = attn_cuda_plan_init(&cuda, d, &p, carve(bytes), bytes, &e->g)) != ATTN_OK) return r;
-    CU(cudaMallocHost(&e->staging, bytes));
-    if ((r = attn_cuda_upload(&cuda, d, e->plan, &e->g, e->staging, bytes, stream)) != ATTN_OK)
-        return r;
+    image = carve(bytes);
     e->partial_bytes = p.partial_bytes;
     e->partials = carve(p.partial_bytes + 64);
-    return ATTN_OK;
+    if (opt_list) return ATTN_OK;
+    if ((r = attn_cuda_plan_init(&cuda, d, &p, image, bytes, &e->g)) != ATTN_OK) return r;
+    CU(cudaMallocHost(&e->staging, bytes));
+    return attn_cuda_upload(&cuda, d, e->plan, &e->g, e->staging, bytes, stream);
 }
 
 // Whole rounds over the sets, so long that what a replay costs itself (a few us) is lost in it.
@@ -797,9 +797,10 @@ static void print_row(const problem *x, const result *t, const exec *e) {
         return;
     }
     if (opt_list) {
-        printf("%-58s %7.1f MB %9.3f GFLOP  kept %.3f  %d sets, %d pages, %d tasks, %d merges\n",
-               t->key, x->bytes * 1e-6, x->flops * 1e-9, x->kept, x->sets, x->d[0].kv.n_pages,
-               e->plan->n_tasks, e->plan->n_merges);
+        printf("%-58s %7.1f MB %9.3f GFLOP  kept %.3f  %d sets, %d pages, %d tasks, %d merges, "
+               "partials %.1f of %.1f MB\n", t->key, x->bytes * 1e-6, x->flops * 1e-9, x->kept,
+               x->sets, x->d[0].kv.n_pages, e->plan->n_tasks, e->plan->n_merges,
+               (double)attn_plan_partial_bytes(e->plan) * 1e-6, (double)e->partial_bytes * 1e-6);
         return;
     }
     for (i = 0; i < t->n_limits; i++) {
@@ -1091,7 +1092,11 @@ int main(int argc, char **argv) {
     static result done[MAX_ROWS];
     int k, i;
     options(argc, argv);
-    if (!opt_list) {
+    if (opt_list) { // for the plans' parameters: an H200
+        cuda.arch = 90;
+        cuda.n_sm = 132;
+        cuda.smem_bytes = 227 << 10;
+    } else {
         device_open();
         ceilings();
     }
