@@ -12,7 +12,7 @@
 #   make mutants [MUTANTS=40 SEED=1]   planted and random bugs that the tests must notice
 #   make cuda | test-cuda         attn_cuda.cuh for every architecture | its tests, on a GPU
 #   make proof | proof-planted    Frama-C on attn.h; bugs that the proofs must notice
-#   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
+#   make examples | bench | bench-cuda | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
 CLANG ?= clang
@@ -292,6 +292,14 @@ bench: build/bench_cpu
 
 build/bench_cpu: tests/bench/bench_cpu.c $(DEPS) | build
 	$(CC) -O2 $(INCLUDES) $< -o $@ $(LIBS)
+
+# On a machine with a GPU. Beside torch's attention: $(PYTHON) tests/bench/bench_cuda.py
+NVCC ?= nvcc
+bench-cuda: build/bench_cuda
+	./build/bench_cuda $(ARGS)
+
+build/bench_cuda: tests/bench/bench_cuda.cu $(DEPS) | build
+	$(NVCC) -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a $(INCLUDES) $< -o $@
 
 # Proofs of attn.h's reference counts and offsets; needs frama-c-base, why3, cvc4 and z3 (Debian).
 proof:
