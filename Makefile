@@ -11,6 +11,7 @@
 #   make sim [OPS=10000000 SIM_SEED=1000]   the simulator, in shards of their own seeds
 #   make mutants [MUTANTS=40 SEED=1]   planted and random bugs that the tests must notice
 #   make proof | proof-planted    Frama-C on attn.h; bugs that the proofs must notice
+#   make examples-cuda | test-generate-cuda    examples/*.cu and generate --device cuda (nvcc)
 #   make examples | bench | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -72,6 +73,25 @@ examples: $(EXAMPLES:%=build/%) $(NAIVE:%=build/%) build/generate build/frame_bu
 
 $(EXAMPLES:%=build/%) $(NAIVE:%=build/%): build/%: examples/%.c $(DEPS) | build
 	$(CC) -O2 -g -Wall -Wextra $(INCLUDES) $< -o $@ $(LIBS)
+
+# On a GPU; nvcc also compiles generate.c with the C compiler, as above.
+NVCC ?= nvcc
+CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=compute_80
+CUDA_EXAMPLES = cuda_decode cuda_prefill cuda_graph
+CUDA_DEPS = $(DEPS) examples/generate.c examples/llama_cuda.cu
+
+$(CUDA_EXAMPLES:%=build/%): build/%: examples/%.cu $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_ARCH) $(INCLUDES) $< -o $@
+build/generate_cuda: $(CUDA_DEPS) | build
+	$(NVCC) -O3 $(CUDA_ARCH) $(addprefix -Xcompiler ,$(ARCH) -ffp-contract=fast) -DGENERATE_CUDA \
+	    $(INCLUDES) $(filter examples/%.c %.cu,$^) -o $@ -lcublas
+examples-cuda:
+	+@if command -v $(NVCC) >/dev/null; then \
+	    $(MAKE_J) $(CUDA_EXAMPLES:%=build/%) build/generate_cuda; \
+	else echo "skipped: no $(NVCC)"; fi
+test-generate-cuda: build/generate examples-cuda
+	@$(PYTHON) tests/cuda/test_generate_cuda.py
+.PHONY: examples-cuda test-generate-cuda
 
 # What taking the headers in costs a program that has its own attention.
 naive-diff:
@@ -300,8 +320,8 @@ proof-planted:
 
 # ---- house rules that a compiler does not know
 
-SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*.cjs \
-    tests/*/*.[ch] tests/*/*.cpp tests/*/*.sh tests/*/*.py) .ci/run
+SOURCES = $(HEADERS) $(wildcard examples/*.[ch] examples/*.cu tests/*.[ch] tests/*.sh \
+    tests/*.py tests/*.cjs tests/*/*.[ch] tests/*/*.cpp tests/*/*.sh tests/*/*.py) .ci/run
 
 build/lint.o: $(HEADERS) | build
 	printf '#define ATTN_IMPLEMENTATION\n#include "attn.h"\n#include "attn_cpu.h"\n' > build/lint.c
