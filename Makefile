@@ -78,19 +78,24 @@ $(EXAMPLES:%=build/%) $(NAIVE:%=build/%): build/%: examples/%.c $(DEPS) | build
 NVCC ?= nvcc
 CUDA_ARCH ?= -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=compute_80
 CUDA_EXAMPLES = cuda_decode cuda_prefill cuda_graph
-CUDA_DEPS = $(DEPS) examples/generate.c examples/llama_cuda.cu
+CUDA_HOST = $(addprefix -Xcompiler ,$(ARCH) -ffp-contract=fast)
 
 $(CUDA_EXAMPLES:%=build/%): build/%: examples/%.cu $(DEPS) | build
 	$(NVCC) -O3 $(CUDA_ARCH) $(INCLUDES) $< -o $@
-build/generate_cuda: $(CUDA_DEPS) | build
-	$(NVCC) -O3 $(CUDA_ARCH) $(addprefix -Xcompiler ,$(ARCH) -ffp-contract=fast) -DGENERATE_CUDA \
-	    $(INCLUDES) $(filter examples/%.c %.cu,$^) -o $@ -lcublas
+build/generate_cuda: examples/generate.c examples/llama_cuda.cu $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_ARCH) $(CUDA_HOST) -DGENERATE_CUDA $(INCLUDES) $(filter %.c %.cu,$^) \
+	    -o $@ -lcublas
+build/test_llama_cuda: tests/cuda/test_llama_cuda.c examples/llama_cuda.cu $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_ARCH) $(CUDA_HOST) $(INCLUDES) $(filter %.c %.cu,$^) -o $@ -lcublas
 examples-cuda:
 	+@if command -v $(NVCC) >/dev/null; then \
-	    $(MAKE_J) $(CUDA_EXAMPLES:%=build/%) build/generate_cuda; \
+	    $(MAKE_J) $(CUDA_EXAMPLES:%=build/%) build/generate_cuda build/test_llama_cuda; \
 	else echo "skipped: no $(NVCC)"; fi
 test-generate-cuda: build/generate examples-cuda
-	@$(PYTHON) tests/cuda/test_generate_cuda.py
+	@if command -v $(NVCC) >/dev/null; then \
+	    $(RUNNER) -v ./build/test_llama_cuda -v "python3 tests/cuda/test_generate_cuda.py" \
+	        $(foreach e,$(CUDA_EXAMPLES),-x ./build/$e); \
+	else echo "skipped: no $(NVCC)"; fi
 .PHONY: examples-cuda test-generate-cuda
 
 # What taking the headers in costs a program that has its own attention.

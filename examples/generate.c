@@ -829,6 +829,7 @@ typedef struct gpu {
     int64_t *slots;                    /* device: (max_rows) */
     attn_cuda_plan plan;
     void *staging, *partials;
+    size_t bytes;                      /* of the plan's image and of staging */
     char err[LLAMA_ERR_BYTES];
 } gpu;
 
@@ -879,12 +880,12 @@ static int gpu_open_plan(engine *e, const attn_plan_params *p) {
     gpu *g = (gpu *)e->gpu;
     attn_result r = attn_cuda_supports(&g->attn, &e->d);
     if (r) return attn_failed("attention", r);
-    size_t bytes = attn_cuda_plan_bytes(&g->attn, &e->d, p);
-    void *image = llama_cuda_alloc(&g->model, bytes, 0, g->err);
-    g->staging = image ? llama_cuda_alloc(&g->model, bytes, 1, g->err) : NULL;
+    g->bytes = attn_cuda_plan_bytes(&g->attn, &e->d, p);
+    void *image = llama_cuda_alloc(&g->model, g->bytes, 0, g->err);
+    g->staging = image ? llama_cuda_alloc(&g->model, g->bytes, 1, g->err) : NULL;
     g->partials = g->staging ? llama_cuda_alloc(&g->model, p->partial_bytes, 0, g->err) : NULL;
     if (!g->partials) return gpu_failed(g);
-    r = attn_cuda_plan_init(&g->attn, &e->d, p, image, bytes, &g->plan);
+    r = attn_cuda_plan_init(&g->attn, &e->d, p, image, g->bytes, &g->plan);
     return r ? attn_failed("planning attention", r) : 0;
 }
 
@@ -915,7 +916,7 @@ static int gpu_forward(engine *e) {
     llama_cuda *m = &g->model;
     double attention = 0;
     int32_t error = 0;
-    attn_result r = attn_cuda_upload(&g->attn, &e->d, e->plan, &g->plan, g->staging, g->plan.bytes,
+    attn_result r = attn_cuda_upload(&g->attn, &e->d, e->plan, &g->plan, g->staging, g->bytes,
                                      m->stream);
     if (r) return attn_failed("planning attention", r);
     if (llama_cuda_upload(m, g->slots, e->slots, (size_t)e->n_rows * sizeof *e->slots, g->err) ||
