@@ -92,10 +92,10 @@ examples-cuda:
 	    $(MAKE_J) $(CUDA_EXAMPLES:%=build/%) build/generate_cuda build/test_llama_cuda; \
 	else echo "skipped: no $(NVCC)"; fi
 test-generate-cuda: build/generate examples-cuda
-	@if command -v $(NVCC) >/dev/null; then \
+	@if nvidia-smi -L >/dev/null 2>&1 && command -v $(NVCC) >/dev/null; then \
 	    $(RUNNER) -v ./build/test_llama_cuda -v "python3 tests/cuda/test_generate_cuda.py" \
 	        $(foreach e,$(CUDA_EXAMPLES),-x ./build/$e); \
-	else echo "skipped: no $(NVCC)"; fi
+	else echo "skipped: no GPU or no $(NVCC)"; fi
 .PHONY: examples-cuda test-generate-cuda
 
 # What taking the headers in costs a program that has its own attention.

@@ -91,7 +91,8 @@ static void run_layers(test_rng *r, const llama_model *m, llama_pool *pool, llam
     char err[LLAMA_ERR_BYTES] = "";
     int32_t ids[CAP], pos[CAP], rows[3];
     size_t att = (size_t)n * (size_t)(m->n_heads * m->v_head_dim);
-    float *host = random_row(r, 3 * m->n_vocab, 0, 1), *device = random_row(r, 3 * m->n_vocab, 0, 1);
+    float *host = random_row(r, 3 * m->n_vocab, 0, 1);
+    float *device = random_row(r, 3 * m->n_vocab, 0, 1);
     double seconds = -1;
     for (int32_t i = 0; i < n; i++) {
         ids[i] = test_below(r, m->n_vocab);
