@@ -12,6 +12,7 @@
 #   make mutants [MUTANTS=40 SEED=1]   planted and random bugs that the tests must notice
 #   make cuda | test-cuda         attn_cuda.cuh for every architecture | its tests, on a GPU
 #   make proof | proof-planted    Frama-C on attn.h; bugs that the proofs must notice
+#   make examples-cuda | test-generate-cuda    examples/*.cu and generate --device cuda (nvcc)
 #   make examples | bench | bench-cuda | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -73,6 +74,30 @@ examples: $(EXAMPLES:%=build/%) $(NAIVE:%=build/%) build/generate build/frame_bu
 
 $(EXAMPLES:%=build/%) $(NAIVE:%=build/%): build/%: examples/%.c $(DEPS) | build
 	$(CC) -O2 -g -Wall -Wextra $(INCLUDES) $< -o $@ $(LIBS)
+
+# On a GPU; nvcc also compiles generate.c with the C compiler, as above.
+NVCC ?= nvcc
+CUDA_CODE ?= -gencode arch=compute_90a,code=sm_90a -gencode arch=compute_80,code=compute_80
+CUDA_EXAMPLES = cuda_decode cuda_prefill cuda_graph
+CUDA_HOST = $(addprefix -Xcompiler ,$(ARCH) -ffp-contract=fast)
+
+$(CUDA_EXAMPLES:%=build/%): build/%: examples/%.cu $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_CODE) $(INCLUDES) $< -o $@
+build/generate_cuda: examples/generate.c examples/llama_cuda.cu $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_CODE) $(CUDA_HOST) -DGENERATE_CUDA $(INCLUDES) $(filter %.c %.cu,$^) \
+	    -o $@ -lcublas
+build/test_llama_cuda: tests/cuda/test_llama_cuda.c examples/llama_cuda.cu $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_CODE) $(CUDA_HOST) $(INCLUDES) $(filter %.c %.cu,$^) -o $@ -lcublas
+examples-cuda:
+	+@if command -v $(NVCC) >/dev/null; then \
+	    $(MAKE_J) $(CUDA_EXAMPLES:%=build/%) build/generate_cuda build/test_llama_cuda; \
+	else echo "skipped: no $(NVCC)"; fi
+test-generate-cuda: build/generate examples-cuda
+	@if nvidia-smi -L >/dev/null 2>&1 && command -v $(NVCC) >/dev/null; then \
+	    $(RUNNER) -v ./build/test_llama_cuda -v "python3 tests/cuda/test_generate_cuda.py" \
+	        $(foreach e,$(CUDA_EXAMPLES),-x ./build/$e); \
+	else echo "skipped: no GPU or no $(NVCC)"; fi
+.PHONY: examples-cuda test-generate-cuda
 
 # What taking the headers in costs a program that has its own attention.
 naive-diff:
@@ -361,8 +386,9 @@ build/cuda:
 
 # ---- house rules that a compiler does not know
 
-SOURCES = $(HEADERS) $(wildcard examples/*.[ch] tests/*.[ch] tests/*.sh tests/*.py tests/*.cjs \
-    tests/*/*.[ch] tests/*/*.cpp tests/*/*.cu tests/*/*.sh tests/*/*.py) .ci/run
+SOURCES = $(HEADERS) $(wildcard examples/*.[ch] examples/*.cu tests/*.[ch] tests/*.sh \
+    tests/*.py tests/*.cjs tests/*/*.[ch] tests/*/*.cpp tests/*/*.cu tests/*/*.sh \
+    tests/*/*.py) .ci/run
 
 build/lint.o: $(HEADERS) | build
 	printf '#define ATTN_IMPLEMENTATION\n#include "attn.h"\n#include "attn_cpu.h"\n' > build/lint.c

@@ -3,6 +3,11 @@
  *
  *   cc -O3 -march=native -ffp-contract=fast -I. examples/generate.c -o generate -pthread -lm
  *
+ * and with --device cuda, which runs the same batches of the same tree on a GPU:
+ *
+ *   nvcc -O3 -arch=native -DGENERATE_CUDA -I. examples/generate.c examples/llama_cuda.cu
+ *        -o generate_cuda -lcublas          (in one line)
+ *
  * Every scheduler step builds one ragged batch: a row for each answer being decoded and chunks of
  * the prompts still being read. The tree says which tokens of a prompt have their K and V in some
  * page already, so no chunk is computed twice. `generate --help` lists the options. */
@@ -11,6 +16,11 @@
 #define ATTN_IMPLEMENTATION
 #include "attn.h"
 #include "attn_cpu.h"
+#ifdef GENERATE_CUDA
+#undef ATTN_IMPLEMENTATION /* llama_cuda.cu has that of the CUDA backend */
+#include "attn_cuda.cuh"
+#include "llama_cuda.h"
+#endif
 
 #include <errno.h>
 #include <sys/resource.h>
@@ -19,7 +29,7 @@
 /* ==== options ==== */
 
 typedef struct options {
-    const char *model, *document, *questions, *prompt, *mask_text, *kv_text, *isa;
+    const char *model, *document, *questions, *prompt, *mask_text, *kv_text, *isa, *device;
     int32_t no_share, json, threads, n_predict, page, chunk, batch, every, kv_mem, top_k, seed;
     float temp, top_p;
     attn_dtype kv;
@@ -42,6 +52,7 @@ static const char usage[] =
     "  --chunk N          tokens per scheduler step    (512)\n"
     "  --batch N          requests at a time           (64)\n"
     "  --every N          a request arrives every N steps (1)\n"
+    "  --device D         cpu | cuda                   (cpu)\n"
     "  --threads N        (all cores)\n"
     "  --numerics X       fast | portable | approx     (fast)\n"
     "  --isa NAME         force an instruction set     (the best one)\n"
@@ -149,6 +160,7 @@ static void default_options(options *o) {
     o->questions = "examples/data/questions.txt";
     o->mask_text = "dense";
     o->kv_text = "f32";
+    o->device = "cpu";
     o->threads = cores < 1 ? 1 : cores > 256 ? 256 : (int32_t)cores;
     o->page = 32;
     o->chunk = 512;
@@ -171,6 +183,7 @@ static int parse_options(int argc, char **argv, options *o) {
         {"--mask", &o->mask_text, NULL, 0, 0, NULL, 0},
         {"--kv", &o->kv_text, NULL, 0, 0, NULL, 0},
         {"--isa", &o->isa, NULL, 0, 0, NULL, 0},
+        {"--device", &o->device, NULL, 0, 0, NULL, 0},
         {"--numerics", &numerics, NULL, 0, 0, NULL, 0},
         {"--no-share", NULL, &o->no_share, 0, 1, NULL, 1},
         {"--json", NULL, &o->json, 0, 1, NULL, 1},
@@ -201,6 +214,8 @@ static int parse_options(int argc, char **argv, options *o) {
         if (parse_value(&table[k], argv[++i])) return -1;
     }
     if (!o->n_predict) o->n_predict = o->prompt ? 128 : 32;
+    if (strcmp(o->device, "cpu") && strcmp(o->device, "cuda"))
+        return complain("--device %s: want cpu or cuda", o->device);
     return parse_mask(o->mask_text, &o->mask) || parse_kv(o->kv_text, &o->kv) ||
                    parse_numerics(numerics, &o->numerics)
                ? -1
@@ -382,8 +397,26 @@ typedef struct totals {
     int32_t steps, peak_pages, plans_rebuilt;
 } totals;
 
-typedef struct engine {
+typedef struct engine engine;
+
+/* What depends on where the model runs. 0, or -1 after a message. */
+typedef struct device {
+    int k16;                                             /* wants keys in the layout K16 */
+    size_t f32_bytes;                                    /* for llama_load */
+    int (*find)(engine *e);                              /* before the model is loaded */
+    int (*open)(engine *e);                              /* layers; sets d.q.data, d.o.data */
+    void *(*alloc_pages)(engine *e, size_t n, size_t each); /* zeroed; NULL after a message */
+    void (*plan_params)(engine *e, attn_plan_params *p);
+    int (*open_plan)(engine *e, const attn_plan_params *p); /* what a run needs beside it */
+    int (*forward)(engine *e);                           /* the planned batch; fills in logits */
+    const char *(*executor)(const engine *e);
+    void (*close)(engine *e);
+} device;
+
+struct engine {
     const options *o;
+    const device *on;
+    void *gpu;                                   /* what --device cuda keeps */
     const llama_model *m;
     llama_pool *pool;
     llama_state *s;
@@ -411,7 +444,7 @@ typedef struct engine {
     attn_page_copy *copies;                      /* (max_seq) */
     float *logits;                               /* (max_seq, n_vocab) */
     totals t;
-} engine;
+};
 
 static double seconds(void) {
     struct timespec t;
@@ -486,7 +519,7 @@ static void describe(engine *e) {
     d->q.dtype = d->o.dtype = ATTN_F32;
     d->kv.k.dtype = d->kv.v.dtype = e->o->kv;
     d->kv.page_tokens = e->o->page;
-    d->kv.layout = e->o->page % 16 ? ATTN_HEAD_MAJOR : ATTN_K16;
+    d->kv.layout = e->on->k16 && e->o->page % 16 == 0 ? ATTN_K16 : ATTN_HEAD_MAJOR;
     d->mask = e->o->mask;
     d->numerics = e->o->numerics;
 }
@@ -501,8 +534,9 @@ static int open_kv(engine *e) {
     if (size_pages(e)) return -1;
     each = (size_t)e->n_pages * (k + v) + 128; /* fits: n_pages was bounded by --kv-mem */
     e->kv = (kv_layer *)calloc(layers, sizeof *e->kv);
-    e->kv_mem = calloc(layers, each);
-    if (!e->kv || !e->kv_mem) return complain("out of memory for the KV pages");
+    e->kv_mem = e->on->alloc_pages(e, layers, each);
+    if (!e->kv) return complain("out of memory for the KV pages");
+    if (!e->kv_mem) return -1;
     uint8_t *at = (uint8_t *)aligned(e->kv_mem);
     for (size_t l = 0; l < layers; l++) {
         e->kv[l].k = at;
@@ -534,9 +568,7 @@ static int open_batch(engine *e) {
     e->table = (int32_t *)calloc(seqs, (size_t)e->max_pages * sizeof(int32_t));
     e->copies = (attn_page_copy *)calloc(seqs, sizeof *e->copies);
     e->logits = (float *)calloc(seqs, (size_t)e->m->n_vocab * sizeof(float));
-    e->s = llama_state_create(e->m, e->max_rows);
-    if (!e->ids || !e->pos || !e->slots || !e->q_start || !e->table || !e->copies || !e->logits ||
-        !e->s)
+    if (!e->ids || !e->pos || !e->slots || !e->q_start || !e->table || !e->copies || !e->logits)
         return complain("out of memory for a batch of %d tokens", (int)e->max_rows);
     e->q_pos0 = e->q_start + seqs;
     e->kv_len = e->q_pos0 + seqs;
@@ -549,8 +581,6 @@ static int open_batch(engine *e) {
     e->d.q_start = e->q_start;
     e->d.q_pos0 = e->q_pos0;
     e->d.seq_order = e->order;
-    e->d.q.data = e->s->q;
-    e->d.o.data = e->s->att;
     e->d.kv.kv_len = e->kv_len;
     e->d.kv.page_table = e->table;
     e->d.kv.page_table_stride = e->max_pages;
@@ -676,7 +706,7 @@ static int build_batch(engine *e) {
     return 0;
 }
 
-/* ---- one step of the model ---- */
+/* ---- on the CPU ---- */
 
 /* What one thread pool task needs of the attention of a layer. */
 typedef struct attend_ctx {
@@ -733,27 +763,224 @@ static int attend(engine *e, int32_t layer) {
     return c.status ? attn_failed("attention", (attn_result)c.status) : 0;
 }
 
+static int cpu_find(engine *e) { return choose_isa(e->o->isa); }
+
+static int cpu_open(engine *e) {
+    e->s = llama_state_create(e->m, e->max_rows);
+    if (!e->s) return complain("out of memory for a batch of %d tokens", (int)e->max_rows);
+    e->d.q.data = e->s->q;
+    e->d.o.data = e->s->att;
+    return 0;
+}
+
+static void *cpu_alloc_pages(engine *e, size_t n, size_t each) {
+    void *pages = calloc(n, each);
+    (void)e;
+    if (!pages) complain("out of memory for the KV pages");
+    return pages;
+}
+
+static void cpu_plan_params(engine *e, attn_plan_params *p) {
+    attn_cpu_plan_params(&e->d, llama_pool_threads(e->pool), p);
+}
+
+static int cpu_open_plan(engine *e, const attn_plan_params *p) {
+    (void)p;
+    e->partial_mem = malloc(e->partial_bytes + 64);
+    e->scratch_bytes = (attn_cpu_scratch_bytes(&e->d, e->plan) + 63) / 64 * 64;
+    e->scratch_mem = malloc((size_t)llama_pool_threads(e->pool) * e->scratch_bytes + 64);
+    return e->partial_mem && e->scratch_mem ? 0
+                                            : complain("out of memory for the attention kernels");
+}
+
+static int cpu_forward(engine *e) {
+    double t0, attention = 0;
+    llama_embed(e->m, e->pool, e->s, e->ids, e->pos, e->n_rows);
+    for (int32_t l = 0; l < e->m->n_layers; l++) {
+        llama_qkv(e->m, e->pool, e->s, l);
+        t0 = seconds();
+        if (attend(e, l)) return -1;
+        attention += seconds() - t0;
+        llama_out(e->m, e->pool, e->s, l);
+    }
+    if (e->n_out) llama_logits(e->m, e->pool, e->s, e->out_row, e->n_out, e->logits);
+    e->t.attention_s += attention;
+    return 0;
+}
+
+static const char *cpu_executor(const engine *e) { return attn_cpu_executor(&e->d); }
+
+static void cpu_close(engine *e) {
+    free(e->kv_mem);
+    free(e->partial_mem);
+    free(e->scratch_mem);
+    llama_state_free(e->s);
+}
+
+static const device on_cpu = {1, 0, cpu_find, cpu_open, cpu_alloc_pages, cpu_plan_params,
+                              cpu_open_plan, cpu_forward, cpu_executor, cpu_close};
+
+/* ---- on a CUDA device ---- */
+
+#ifdef GENERATE_CUDA
+typedef struct gpu {
+    attn_cuda attn;
+    llama_cuda model;
+    int64_t *slots;                    /* device: (max_rows) */
+    attn_cuda_plan plan;
+    void *staging, *partials;
+    size_t bytes;                      /* of the plan's image and of staging */
+    char err[LLAMA_ERR_BYTES];
+} gpu;
+
+enum { PARTIAL_BYTES = 64 << 20 };     /* at least: the first batch says little about the others */
+
+static int gpu_failed(const gpu *g) { return complain("CUDA: %s", g->err); }
+
+static int gpu_find(engine *e) {
+    if (e->o->numerics == ATTN_NUMERICS_PORTABLE)
+        return complain("--numerics portable: --device cpu has it, --device cuda has not");
+    gpu *g = (gpu *)calloc(1, sizeof *g);
+    if (!g) return complain("out of memory");
+    e->gpu = g;
+    attn_result r = attn_cuda_open(&g->attn, 0);
+    return r ? complain("--device cuda: no CUDA device that can be used (%s)",
+                        attn_result_string(r))
+             : 0;
+}
+
+static int gpu_open(engine *e) {
+    gpu *g = (gpu *)e->gpu;
+    size_t rows = (size_t)e->max_rows;
+    if (llama_cuda_open(&g->model, e->m, e->pool, e->max_rows, e->max_seq, g->err))
+        return gpu_failed(g);
+    g->slots = (int64_t *)llama_cuda_alloc(&g->model, rows * sizeof *g->slots, 0, g->err);
+    if (!g->slots) return gpu_failed(g);
+    g->attn.error = (int32_t *)llama_cuda_alloc(&g->model, sizeof(int32_t), 0, g->err);
+    if (!g->attn.error) return gpu_failed(g);
+    e->d.q.data = g->model.q;
+    e->d.o.data = g->model.att;
+    return 0;
+}
+
+static void *gpu_alloc_pages(engine *e, size_t n, size_t each) {
+    gpu *g = (gpu *)e->gpu;
+    void *pages = llama_cuda_alloc(&g->model, n * each, 0, g->err);
+    if (!pages) gpu_failed(g);
+    return pages;
+}
+
+static void gpu_plan_params(engine *e, attn_plan_params *p) {
+    gpu *g = (gpu *)e->gpu;
+    attn_cuda_plan_params(&g->attn, &e->d, p);
+    if (p->partial_bytes < PARTIAL_BYTES) p->partial_bytes = PARTIAL_BYTES;
+}
+
+static int gpu_open_plan(engine *e, const attn_plan_params *p) {
+    gpu *g = (gpu *)e->gpu;
+    attn_result r = attn_cuda_supports(&g->attn, &e->d);
+    if (r) return attn_failed("attention", r);
+    g->bytes = attn_cuda_plan_bytes(&g->attn, &e->d, p);
+    void *image = llama_cuda_alloc(&g->model, g->bytes, 0, g->err);
+    g->staging = image ? llama_cuda_alloc(&g->model, g->bytes, 1, g->err) : NULL;
+    g->partials = g->staging ? llama_cuda_alloc(&g->model, p->partial_bytes, 0, g->err) : NULL;
+    if (!g->partials) return gpu_failed(g);
+    r = attn_cuda_plan_init(&g->attn, &e->d, p, image, g->bytes, &g->plan);
+    return r ? attn_failed("planning attention", r) : 0;
+}
+
+/* attend() for the device; every call is queued and none waits. */
+static int gpu_attend(engine *e, int32_t layer) {
+    gpu *g = (gpu *)e->gpu;
+    attn_cuda_stream stream = g->model.stream;
+    attn_tensor k, v;
+    attn_result r;
+    memset(&k, 0, sizeof k);
+    k.dtype = ATTN_F32;
+    v = k;
+    k.data = g->model.k;
+    v.data = g->model.v;
+    e->d.kv.k.data = e->kv[layer].k;
+    e->d.kv.v.data = e->kv[layer].v;
+    r = attn_cuda_copy_pages(&g->attn, &e->d, e->copies, e->n_copies, stream);
+    if (r) return attn_failed("copying pages", r);
+    r = attn_cuda_store(&g->attn, &e->d, &g->plan, &k, &v, g->slots, 0, e->n_rows, stream);
+    if (r) return attn_failed("storing keys and values", r);
+    r = attn_cuda_run(&g->attn, &e->d, &g->plan, g->partials, e->partial_bytes, stream);
+    return r ? attn_failed("attention", r) : 0;
+}
+
+/* The step ends when the host has what it asked for, so one staging buffer is enough. */
+static int gpu_forward(engine *e) {
+    gpu *g = (gpu *)e->gpu;
+    llama_cuda *m = &g->model;
+    double attention = 0;
+    int32_t error = 0;
+    attn_result r = attn_cuda_upload(&g->attn, &e->d, e->plan, &g->plan, g->staging, g->bytes,
+                                     m->stream);
+    if (r) return attn_failed("planning attention", r);
+    if (llama_cuda_upload(m, g->slots, e->slots, (size_t)e->n_rows * sizeof *e->slots, g->err) ||
+        llama_cuda_embed(m, e->ids, e->pos, e->n_rows, g->err))
+        return gpu_failed(g);
+    for (int32_t l = 0; l < e->m->n_layers; l++) {
+        if (llama_cuda_qkv(m, l, g->err) || llama_cuda_mark(m, 2 * l, g->err))
+            return gpu_failed(g);
+        if (gpu_attend(e, l)) return -1;
+        if (llama_cuda_mark(m, 2 * l + 1, g->err) || llama_cuda_out(m, l, g->err))
+            return gpu_failed(g);
+    }
+    if ((e->n_out && llama_cuda_logits(m, e->out_row, e->n_out, e->logits, g->err)) ||
+        llama_cuda_download(m, &error, g->attn.error, sizeof error, g->err) ||
+        llama_cuda_seconds(m, &attention, g->err))
+        return gpu_failed(g);
+    e->t.attention_s += attention;
+    return error ? attn_failed("attention on the device", (attn_result)error) : 0;
+}
+
+static const char *gpu_executor(const engine *e) {
+    return attn_cuda_executor(&((const gpu *)e->gpu)->attn, &e->d);
+}
+
+static void gpu_close(engine *e) {
+    gpu *g = (gpu *)e->gpu;
+    if (g) llama_cuda_close(&g->model); /* the pages as well */
+    free(g);
+}
+
+static const device on_cuda = {0, 1, gpu_find, gpu_open, gpu_alloc_pages, gpu_plan_params,
+                               gpu_open_plan, gpu_forward, gpu_executor, gpu_close};
+#endif
+
+static const device *choose_device(const options *o) {
+    if (!strcmp(o->device, "cpu")) return &on_cpu;
+#ifdef GENERATE_CUDA
+    return &on_cuda;
+#else
+    complain("--device cuda: this program was built without it; make build/generate_cuda, or\n"
+             "  nvcc -O3 -arch=native -DGENERATE_CUDA -I. examples/generate.c "
+             "examples/llama_cuda.cu -o generate_cuda -lcublas");
+    return NULL;
+#endif
+}
+
+/* ---- one step of the model ---- */
+
 /* Buffers for the largest problem that can come; sized when the first one is known. */
 static int open_plan(engine *e) {
     attn_plan_params p;
     attn_result r = attn_validate(&e->d);
     if (r) return attn_failed("attention", r);
     memset(&p, 0, sizeof p);
-    attn_cpu_plan_params(&e->d, llama_pool_threads(e->pool), &p);
+    e->on->plan_params(e, &p);
     p.max_seq = e->max_seq;
     p.max_tokens = e->max_rows;
     p.max_kv_len = e->max_pages * e->o->page;
     e->partial_bytes = p.partial_bytes;
     e->plan_bytes = attn_plan_bytes(&e->d, &p);
     e->plan_mem = malloc(e->plan_bytes + 64);
-    e->partial_mem = malloc(e->partial_bytes + 64);
-    if (!e->plan_bytes || !e->plan_mem || !e->partial_mem)
-        return complain("out of memory for the attention plan");
+    if (!e->plan_bytes || !e->plan_mem) return complain("out of memory for the attention plan");
     r = attn_plan_build(&e->d, &p, aligned(e->plan_mem), e->plan_bytes, &e->plan);
-    if (r) return attn_failed("planning attention", r);
-    e->scratch_bytes = (attn_cpu_scratch_bytes(&e->d, e->plan) + 63) / 64 * 64;
-    e->scratch_mem = malloc((size_t)llama_pool_threads(e->pool) * e->scratch_bytes + 64);
-    return e->scratch_mem ? 0 : complain("out of memory for the attention kernels");
+    return r ? attn_failed("planning attention", r) : e->on->open_plan(e, &p);
 }
 
 static int plan_batch(engine *e) {
@@ -777,23 +1004,14 @@ static int plan_batch(engine *e) {
     return 0;
 }
 
+/* One step: plan, run, and the copies are done. */
 static int forward(engine *e) {
-    double t0 = seconds(), attention;
+    double t0 = seconds();
     if (plan_batch(e)) return -1;
-    attention = seconds() - t0;
-    llama_embed(e->m, e->pool, e->s, e->ids, e->pos, e->n_rows);
-    for (int32_t l = 0; l < e->m->n_layers; l++) {
-        llama_qkv(e->m, e->pool, e->s, l);
-        t0 = seconds();
-        if (attend(e, l)) return -1;
-        attention += seconds() - t0;
-        llama_out(e->m, e->pool, e->s, l);
-    }
+    e->t.attention_s += seconds() - t0;
+    if (e->on->forward(e)) return -1;
     attn_result r = attn_tree_ack(e->tree, e->copies, e->n_copies);
-    if (r) return attn_failed("prefix tree", r);
-    if (e->n_out) llama_logits(e->m, e->pool, e->s, e->out_row, e->n_out, e->logits);
-    e->t.attention_s += attention;
-    return 0;
+    return r ? attn_failed("prefix tree", r) : 0;
 }
 
 /* Keys that the head sees from position p: the closed forms of the masks of --mask. */
@@ -953,7 +1171,7 @@ static void print_table(const engine *e) {
     const totals *t = &e->t;
     double kv = (double)t->peak_pages * (double)e->page_bytes, own = unshared_bytes(e);
     printf("\n%s, %s KV, %s mask, %d threads, %s%s\n", e->o->model, e->o->kv_text,
-           e->o->mask_text, (int)llama_pool_threads(e->pool), attn_cpu_executor(&e->d),
+           e->o->mask_text, (int)llama_pool_threads(e->pool), e->on->executor(e),
            e->o->no_share ? ", nothing shared" : "");
     if (!e->o->prompt)
         printf("answers right      %d of %d\n", (int)count_right(e), (int)e->n_req);
@@ -1005,10 +1223,10 @@ static void print_json(const engine *e) {
            (long long)t->kv_read, (long long)t->kv_seen, ratio(t->attention_s, t->busy_s),
            ratio((double)t->kept, (double)t->causal));
     printf(" \"wall_s\": %.4f, \"steps\": %d, \"plans_rebuilt\": %d, \"peak_bytes\": %.0f, "
-           "\"threads\": %d,\n \"executor\": \"%s\", \"kv\": \"%s\", \"mask\": \"%s\", "
-           "\"share\": %s, \"model\": ",
+           "\"threads\": %d,\n \"device\": \"%s\", \"executor\": \"%s\", \"kv\": \"%s\", "
+           "\"mask\": \"%s\", \"share\": %s, \"model\": ",
            t->wall_s, (int)t->steps, (int)t->plans_rebuilt, peak_bytes(),
-           (int)llama_pool_threads(e->pool), attn_cpu_executor(&e->d), e->o->kv_text,
+           (int)llama_pool_threads(e->pool), e->o->device, e->on->executor(e), e->o->kv_text,
            e->o->mask_text, e->o->no_share ? "false" : "true");
     json_string(e->o->model, strlen(e->o->model));
     printf(",\n \"texts\": [");
@@ -1022,8 +1240,8 @@ static void print_json(const engine *e) {
 /* ==== main ==== */
 
 static void close_engine(engine *e) {
+    e->on->close(e);
     free(e->kv);
-    free(e->kv_mem);
     free(e->tree_mem);
     free(e->ids);
     free(e->pos);
@@ -1033,9 +1251,6 @@ static void close_engine(engine *e) {
     free(e->copies);
     free(e->logits);
     free(e->plan_mem);
-    free(e->partial_mem);
-    free(e->scratch_mem);
-    llama_state_free(e->s);
 }
 
 static int answer_all(engine *e) {
@@ -1043,7 +1258,7 @@ static int answer_all(engine *e) {
     e->max_rows = e->o->chunk + e->max_seq + 1;
     for (int32_t i = 0; i < e->n_req; i++) e->t.prompt_tokens += e->req[i].n_prompt;
     describe(e);
-    if (open_kv(e) || open_batch(e)) return -1;
+    if (e->on->open(e) || open_kv(e) || open_batch(e)) return -1;
     if (e->o->prompt && !e->o->json) printf("%s", e->o->prompt);
     if (serve(e)) return -1;
     if (e->o->prompt && !e->o->json) printf("\n");
@@ -1062,11 +1277,15 @@ int main(int argc, char **argv) {
     default_options(&o);
     bad = parse_options(argc, argv, &o);
     if (bad) return bad > 0 ? 0 : 2;
-    if (choose_isa(o.isa)) return 1;
     e.o = &o;
-    e.pool = llama_pool_create(o.threads);
-    if (!e.pool) bad = complain("cannot start %d threads", (int)o.threads);
-    if (!bad && !(m = llama_load(o.model, e.pool, 0, err))) bad = complain("%s: %s", o.model, err);
+    e.on = choose_device(&o);
+    if (!e.on) return 1;
+    bad = e.on->find(&e);
+    if (!bad && !(e.pool = llama_pool_create(o.threads)))
+        bad = complain("cannot start %d threads", (int)o.threads);
+    /* only the CPU has a use for weights converted in its memory */
+    if (!bad && !(m = llama_load(o.model, e.pool, e.on->f32_bytes, err)))
+        bad = complain("%s: %s", o.model, err);
     e.m = m;
     if (!bad && !(e.req = load_requests(m, &o, &e.n_req))) bad = -1;
     if (!bad) bad = answer_all(&e);

@@ -59,6 +59,8 @@ for c in $compilers; do
         try "$c $e.c" $c -std=c99 $LIST -I. -fsyntax-only examples/$e.c
     done
     try "$c generate.c" $c -std=gnu99 $LIST -I. -Iexamples -fsyntax-only examples/generate.c
+    try "$c generate.c, CUDA" $c -std=gnu99 $LIST -DGENERATE_CUDA -I. -Iexamples -fsyntax-only \
+        examples/generate.c
 done
 # 32-bit targets: where the C library's headers for them are installed.
 if echo '#include <stdint.h>' | gcc -m32 -fsyntax-only -x c - 2>/dev/null; then
