@@ -235,6 +235,7 @@ typedef struct attni_cu_args {
     int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
     int32_t mods;             // scores need more than a positive scale
     int32_t sparse;
+    int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
 
@@ -470,7 +471,7 @@ ATTNI_DEV void attni_cu_report(const attni_cu_args &a, attn_result r) {
 // What a tile keeps in shared memory besides Q, K and V.
 typedef struct attni_cu_shared {
     int64_t koff[ATTNI_CU_BLOCK], voff[ATTNI_CU_BLOCK]; // of the block loaded next; -1: no token
-    int32_t slot[ATTNI_CU_BLOCK];
+    int32_t place[ATTNI_CU_BLOCK];
     uint64_t bits[ATTNI_CU_ROWS];                       // of the partial block at hand
     uint64_t seen;                                      // by any row
     attni_cu_row row[ATTNI_CU_ROWS];
@@ -540,21 +541,22 @@ ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, in
     return s->all[at >> 5] >> (at & 31) & 1;
 }
 
-// Page and place of thread i's token (of ATTNI_CU_BLOCK) in block b: page * page_tokens + place, or
-// -1 when it is not read.
-ATTNI_DEV int64_t attni_cu_slot(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i) {
+// Page of thread i's token (of ATTNI_CU_BLOCK) in block b, or -1 when it is not read; its place.
+ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
+                                int32_t *place) {
     int64_t pos = (int64_t)b * ATTNI_CU_BLOCK + i;
-    int32_t j, page, pt = a.d.kv.page_tokens;
+    int32_t j, n, page = w.seq;
+    *place = 0;
     if (i >= ATTNI_CU_BLOCK) return -1;
     if (pos >= w.hi || pos < w.pos0 || (pos < w.lo && pos >= w.sink_end)) return -1;
-    j = (int32_t)pos - w.pos0;
-    if (!a.d.kv.page_table) return (int64_t)w.seq * pt + j;
-    page = a.d.kv.page_table[w.seq * a.d.kv.page_table_stride + j / pt];
-    if ((uint32_t)page >= (uint32_t)a.d.kv.n_pages) {
-        attni_cu_report(a, ATTN_ERR_PAGE);
-        return -1;
-    }
-    return (int64_t)page * pt + j % pt;
+    j = *place = (int32_t)pos - w.pos0;
+    if (!a.d.kv.page_table) return page;
+    n = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+    *place = j - n * a.d.kv.page_tokens;
+    page = __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
+    if ((uint32_t)page < (uint32_t)a.d.kv.n_pages) return page;
+    attni_cu_report(a, ATTN_ERR_PAGE);
+    return -1;
 }
 
 // Byte offsets of that token's rows of K and V.
@@ -868,7 +870,9 @@ ATTNI_DEV_FAR void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, i
 
 // Blocks of K and V in flight.
 __host__ __device__ constexpr int attni_cu_stages(int arch, int q8, int dk, int r) {
-    return arch < 80 || dk > 256 ? 1 : dk > 128 ? (q8 || r ? 1 : 2) : r == 2 ? 2 : dk > 64 ? 3 : 4;
+    return arch < 80 || dk > 256 ? 1
+           : dk > 128            ? q8 || r ? 1 : 2
+           : dk > 64             ? r ? 2 : 3 : r == 2 ? 2 : 4;
 }
 __host__ __device__ constexpr int attni_cu_rows(int r) { return r ? 64 * r : 16; }
 __host__ __device__ constexpr int attni_cu_stage_bytes(int q8, int dk, int dv) {
@@ -949,17 +953,15 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
         }
     }
 
-    // Where the tokens of block b lie, for load(); all threads call.
+    // Notes where a token lies, for load(); all threads call.
     __device__ __forceinline__ void locate(const attni_cu_args &a, attni_cu_shared *s,
-                                           int64_t slot) {
+                                           int32_t page, int32_t place) {
         if (threadIdx.x >= ATTNI_CU_BLOCK) return;
-        int64_t page = slot / a.d.kv.page_tokens;
-        int32_t place = (int32_t)(slot - page * a.d.kv.page_tokens);
         s->koff[threadIdx.x] =
-            slot < 0 ? -1 : attni_cu_offset(a.k, page, place, s->task.kv_head);
+            page < 0 ? -1 : attni_cu_offset(a.k, page, place, s->task.kv_head);
         s->voff[threadIdx.x] =
-            slot < 0 ? -1 : attni_cu_offset(a.v, page, place, s->task.kv_head);
-        s->slot[threadIdx.x] = slot < 0 ? -1 : place;
+            page < 0 ? -1 : attni_cu_offset(a.v, page, place, s->task.kv_head);
+        s->place[threadIdx.x] = place;
     }
 
     __device__ __forceinline__ void load(const attni_cu_args &a, attni_cu_shared *s,
@@ -992,7 +994,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
         if (i >= ATTNI_CU_BLOCK) return;
         const void *from = side.data;
         if (off[i] >= 0) {
-            int32_t place = s->slot[i], head = s->task.kv_head;
+            int32_t place = s->place[i], head = s->task.kv_head;
             int64_t page = off[i] - place * side.token_bytes - head * side.head_bytes;
             from = side.head_scale ? (const void *)(side.head_scale + head)
                                    : side.data + page + side.scale_offset +
@@ -1314,6 +1316,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
         uint8_t *tiles = smem + (sizeof(attni_cu_shared) + 127) / 128 * 128;
         int32_t queue[STAGES], b, end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK, span = -1;
         int32_t per = w.span / ATTNI_CU_BLOCK;
+        int32_t page, place;
         int stage = 0, i;
         warp = (int)threadIdx.x >> 5;
         lane = (int)threadIdx.x & 31;
@@ -1339,7 +1342,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
         for (i = 0; i < AHEAD; i++) {
             queue[i] = b;
             if (b < end) {
-                locate(a, s, attni_cu_slot(a, w, b, (int)threadIdx.x));
+                page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
+                locate(a, s, page, place);
                 __syncthreads();
                 load(a, s, i);
                 __syncthreads();
@@ -1349,7 +1353,10 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
                 attni_cp_commit();
             }
         }
-        if (b < end) locate(a, s, attni_cu_slot(a, w, b, (int)threadIdx.x));
+        if (b < end) {
+            page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
+            locate(a, s, page, place);
+        }
         for (;;) {
             int32_t cur = AHEAD ? queue[0] : b, more = cur < end;
             int32_t next = more ? cur / per : w.span1;
@@ -1376,7 +1383,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
                 }
             }
             if (b < end) b = attni_cu_next(a, s, b + 1);
-            int64_t slot = b < end ? attni_cu_slot(a, w, b, (int)threadIdx.x) : -1;
+            if (b < end) page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
 
             float c[RS][NT][4];
             uint32_t kt = ring + (uint32_t)(stage * STAGE), vt = kt + ATTNI_CU_BLOCK * KROW;
@@ -1420,7 +1427,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
             __syncthreads();
             if (!Q8 && !full && a.sparse) blank(s, vt, VROW, NULL);
             values(c, vt);
-            if (b < end) locate(a, s, slot);
+            if (b < end) locate(a, s, page, place);
 #pragma unroll
             for (i = 0; i < AHEAD; i++) queue[i] = queue[i + 1];
             stage = stage == AHEAD ? 0 : stage + 1;
@@ -1618,14 +1625,13 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
         }
         __syncthreads();
         if (tid < ATTNI_CU_BLOCK) {
-            int64_t slot = attni_cu_slot(a, w, b, tid), page = slot / a.d.kv.page_tokens;
-            int32_t place = (int32_t)(slot - page * a.d.kv.page_tokens);
-            s->koff[tid] = slot < 0 ? -1 : attni_cu_offset(a.k, page, place, w.kv_head);
-            s->voff[tid] = slot < 0 ? -1 : attni_cu_offset(a.v, page, place, w.kv_head);
+            int32_t place, page = attni_cu_page(a, w, b, tid, &place);
+            s->koff[tid] = page < 0 ? -1 : attni_cu_offset(a.k, page, place, w.kv_head);
+            s->voff[tid] = page < 0 ? -1 : attni_cu_offset(a.v, page, place, w.kv_head);
             x->scale[0][tid] =
-                slot < 0 ? 0 : attni_cu_token_scale(a.k, s->koff[tid], place, w.kv_head);
+                page < 0 ? 0 : attni_cu_token_scale(a.k, s->koff[tid], place, w.kv_head);
             x->scale[1][tid] =
-                slot < 0 ? 0 : attni_cu_token_scale(a.v, s->voff[tid], place, w.kv_head);
+                page < 0 ? 0 : attni_cu_token_scale(a.v, s->voff[tid], place, w.kv_head);
         }
         attni_cu_mask_rows(a, s, b);
         attni_cu_simt_scores(a, s, x, c);
@@ -2060,6 +2066,7 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
                 (!one.rule[i].max_kv_len || d->kv.kv_len[s] <= one.rule[i].max_kv_len))
                 span = one.rule[i].span, no_fold = one.rule[i].no_fold;
         rows = (int64_t)q_len * d->n_heads * (d->kv.kv_len[s] / span + 2);
+        if (span == whole) rows = 0; // tasks of all keys write O
         bytes += rows * 4 * (attni_v_dim(d) + 2);
         if (no_fold) must += rows * 4 * (attni_v_dim(d) + 2);
         if (bytes > (int64_t)1 << 50) return;
@@ -2455,8 +2462,8 @@ static attn_result attni_cu_same_plan(const attn_desc *d, const attn_plan *p,
 static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                   attni_cu_choice *k) {
     attn_result r;
-    if (!c || !d || !g || !g->device) return ATTN_ERR_ARGUMENT;
     if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
+    if (!g || !g->device) return ATTN_ERR_ARGUMENT;
     if ((r = attni_cu_choose(c, d, k)) != ATTN_OK) return r;
     if (!d->kv.k.data || !d->kv.v.data || !d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
@@ -2532,7 +2539,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     int64_t rows;
     int i;
     if (r != ATTN_OK) return r;
-    rows = (int64_t)(partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2)) / 4 * 4;
+    rows = (int64_t)(partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
     if (rows < g->n[4] || (g->n[4] && !partials) || (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
@@ -2559,6 +2566,9 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.group = g->shape[6] > 1 ? 1 : d->n_heads / d->n_kv_heads;
     a.unit_heads = g->shape[6] > 1 ? d->n_heads : d->n_kv_heads;
     a.sparse = attni_has_sparse(&d->mask);
+    for (a.page_shift = 0; a.page_shift < 31 && d->kv.page_tokens >> a.page_shift > 1;)
+        a.page_shift++;
+    if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a.page_shift = -1;
     a.scale = attni_scale(d);
     a.mods = d->logits.softcap > 0 || d->logits.alibi || d->logits.bias.data || a.scale <= 0;
     if (!a.mods) a.scale *= ATTNI_LOG2E;
