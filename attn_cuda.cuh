@@ -199,7 +199,7 @@ typedef struct attni_cu_task {
     int32_t sink_end;
     int32_t full_lo, full_hi; // every row sees all of these
     int32_t slots;          // 0: writes O; 1: leaves one folded partial; 2: one for each span
-    int32_t pad;
+    int32_t span_shift;     // a span is 1 << span_shift blocks
 } attni_cu_task;
 
 typedef struct attni_cu_link { // what a segment left of a sequence
@@ -234,7 +234,7 @@ typedef struct attni_cu_args {
     int32_t kind, group;      // group: heads in a tile: of a KV head, or 1 with per-head lists
     int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
     int32_t mods;             // scores need more than a positive scale
-    int32_t sparse;
+    int32_t sparse, closed;   // closed: a row sees one run of keys
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
@@ -379,6 +379,7 @@ typedef struct attni_cu_row {
     int32_t head;
     int32_t seq, t; // its place in the sequence's queries
     int32_t pos;    // absolute position
+    int32_t lo, hi; // positions that kind and window leave, sinks apart
 } attni_cu_row;
 
 // Query token f of all places -> its sequence and index there.
@@ -395,7 +396,9 @@ ATTNI_DEV void attni_cu_find(const attni_cu_args &a, const attni_cu_task &w, int
 }
 
 ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_task &w, int r) {
-    attni_cu_row x = {-1, 0, 0, 0, 0};
+    const attn_mask *m = &a.d.mask;
+    attni_cu_row x = {-1, 0, 0, 0, 0, 0, 0};
+    int64_t lo, hi;
     int token = r / a.group;
     if (token >= w.n_tokens) return x;
     attni_cu_find(a, w, w.token0 + w.first_token + token, &x.seq, &x.t);
@@ -403,32 +406,33 @@ ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_t
     x.token = s->q_begin + x.t;
     x.head = w.head >= 0 ? w.head : w.kv_head * a.group + (r - token * a.group);
     x.pos = s->q_pos0 + x.t;
-    if (a.d.mask.kind == ATTN_MASK_TREE) x.pos = s->q_pos0 + attni_tree_depth(&a.d, s->q_begin, x.t);
+    if (m->kind == ATTN_MASK_TREE) x.pos = s->q_pos0 + attni_tree_depth(&a.d, s->q_begin, x.t);
+    lo = s->kv_pos0;
+    hi = lo + s->kv_len;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, (int64_t)x.pos + 1);
+    if (m->window_left) lo = attni_max64(lo, (int64_t)x.pos - (m->window_left - 1));
+    if (m->window_right) hi = attni_min64(hi, (int64_t)x.pos + m->window_right);
+    x.lo = (int32_t)attni_min64(lo, INT32_MAX);
+    x.hi = (int32_t)attni_max64(hi, 0);
     return x;
 }
 
 // ==== >>impl-masks  Which keys of a block a row sees =============================================
 
-// Bits of the 64 keys from b0 on. The closed forms straight away, the rest as the CPU has it.
+// Bits of the 64 keys from b0 on. A row that sees one run of keys: kind, window.
+ATTNI_DEV uint64_t attni_cu_closed_bits(const attni_cu_row &x, int32_t b0) {
+    int32_t lo = attni_max32(x.lo - b0, 0), hi = attni_min32(x.hi - b0, 64);
+    return lo >= hi ? 0 : ~(uint64_t)0 >> (64 - (hi - lo)) << lo;
+}
+
+// Whatever the mask is: as the CPU has it.
 ATTNI_DEV uint64_t attni_cu_bits(const attni_cu_args &a, const attni_cu_row &x, int32_t b0) {
-    const attn_mask *m = &a.d.mask;
-    const attn_plan_seq *s = a.seq + x.seq;
-    if (x.token < 0) return 0;
-    if (!a.sparse && !m->n_sink && m->kind != ATTN_MASK_TREE) {
-        int64_t lo = s->kv_pos0, hi = (int64_t)s->kv_pos0 + s->kv_len;
-        if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, (int64_t)x.pos + 1);
-        if (m->window_left) lo = attni_max64(lo, (int64_t)x.pos - (m->window_left - 1));
-        if (m->window_right) hi = attni_min64(hi, (int64_t)x.pos + m->window_right);
-        lo = attni_max64(lo - b0, 0);
-        hi = attni_min64(hi - b0, 64);
-        if (lo >= hi) return 0;
-        return (hi - lo == 64 ? ~(uint64_t)0 : ((uint64_t)1 << (hi - lo)) - 1) << lo;
-    }
     uint64_t bits[4];
     attni_masker mk;
     int word = b0 >> 6 & 3;
+    if (x.token < 0) return 0;
     attni_masker_init(&mk, &a.d);
-    attni_span_bits(&mk, s, x.seq, x.t, x.pos, x.head, b0 / ATTN_SPAN, bits);
+    attni_span_bits(&mk, a.seq + x.seq, x.seq, x.t, x.pos, x.head, b0 / ATTN_SPAN, bits);
     return word == 0 ? bits[0] : word == 1 ? bits[1] : word == 2 ? bits[2] : bits[3];
 }
 
@@ -480,7 +484,7 @@ typedef struct attni_cu_shared {
     int32_t scan0;                                      // first block of any and all
     float wide_max[4][16], wide_sum[4][16];             // of rows that four warps share
     int32_t n_merge, merge_seq[ATTNI_CU_ROWS], merge_t[ATTNI_CU_ROWS];
-    int32_t next;
+    int32_t next, bad;                                  // bad: a page of the task is none
     attni_cu_task task;
 } attni_cu_shared;
 
@@ -543,7 +547,7 @@ ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, in
 
 // Page of thread i's token (of ATTNI_CU_BLOCK) in block b, or -1 when it is not read; its place.
 ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
-                                int32_t *place) {
+                                int32_t *place, int32_t *bad) {
     int64_t pos = (int64_t)b * ATTNI_CU_BLOCK + i;
     int32_t j, n, page = w.seq;
     *place = 0;
@@ -556,6 +560,7 @@ ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, 
     page = __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
     if ((uint32_t)page < (uint32_t)a.d.kv.n_pages) return page;
     attni_cu_report(a, ATTN_ERR_PAGE);
+    *bad = 1;
     return -1;
 }
 
@@ -570,7 +575,7 @@ ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, in
     int r, tid = (int)threadIdx.x;
     __syncthreads(); // the task before is done with s
     if (tid < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[tid] = from[tid];
-    if (tid == 0) s->n_merge = 0, s->n_distinct = 0, s->scan0 = INT32_MIN / 2;
+    if (tid == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
     __syncthreads();
     for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS) s->row[r] = attni_cu_get_row(a, s->task, r);
     __syncthreads();
@@ -582,19 +587,23 @@ ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, in
 }
 
 // Bits of a partial block for every row; all threads call. seen: what any row sees.
-ATTNI_DEV_FAR void attni_cu_mask_rows(const attni_cu_args &a, attni_cu_shared *s,
-                                          int32_t b) {
-    int r, tid = (int)threadIdx.x;
+ATTNI_DEV_FAR void attni_cu_mask_any(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
+    int r = (int)threadIdx.x; // a row each
     uint32_t *seen = (uint32_t *)&s->seen;
-    if (tid < 2) seen[tid] = 0;
-    __syncthreads();
-    for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS) {
-        uint64_t bits = attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK);
-        s->bits[r] = bits;
-        if (a.sparse && (uint32_t)bits) atomicOr(seen, (uint32_t)bits);
-        if (a.sparse && bits >> 32) atomicOr(seen + 1, (uint32_t)(bits >> 32));
+    uint64_t bits = attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK);
+    s->bits[r] = bits;
+    if (a.sparse && (uint32_t)bits) atomicOr(seen, (uint32_t)bits);
+    if (a.sparse && bits >> 32) atomicOr(seen + 1, (uint32_t)(bits >> 32));
+}
+
+ATTNI_DEV void attni_cu_mask_rows(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
+    if (threadIdx.x == 0) s->seen = a.sparse ? 0 : ~(uint64_t)0; // else what none sees is not read
+    if (a.closed)
+        s->bits[threadIdx.x] = attni_cu_closed_bits(s->row[threadIdx.x], b * ATTNI_CU_BLOCK);
+    else {
+        __syncthreads();
+        attni_cu_mask_any(a, s, b);
     }
-    if (tid == 0 && !a.sparse) s->seen = ~(uint64_t)0; // what no row sees was not read
     __syncthreads();
 }
 
@@ -884,19 +893,30 @@ __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, 
            (q8 ? ATTNI_CU_BLOCK * (dk > dv ? dk : dv) * 2 : 0) + (r ? 0 : 16 * 128);
 }
 
-// Rows of bytes n (16-byte chunks; up to `chunks` of them, zeros behind n) to shared memory.
+// Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
+// WHOLE: every token is there and has all its chunks. chunks is a constant where it can be.
+template <int STRIDE, int SWIZZLE, int WHOLE>
+ATTNI_DEV void attni_cu_load_rows(uint32_t dst, const uint8_t *base, const int64_t *off, int n,
+                                  int chunks) {
+    const int tid = (int)threadIdx.x, turns = ATTNI_CU_BLOCK * chunks / ATTNI_CU_THREADS;
+#pragma unroll
+    for (int x = 0; x < turns; x++) { // ATTNI_CU_BLOCK * chunks is a multiple of the threads
+        int i = tid + ATTNI_CU_THREADS * x, row = i / chunks, c = i - row * chunks;
+        int64_t at = off[row];
+        uint32_t to = dst + (uint32_t)(row * STRIDE + ((SWIZZLE ? c ^ (row & 7) : c) << 4));
+        if (WHOLE) attni_cp_async16(to, base + at + 16 * c, 16);
+        else {
+            int some = at >= 0 && 16 * c < n;
+            attni_cp_async16(to, base + (some ? at + 16 * c : 0), some ? 16 : 0);
+        }
+    }
+}
+
 template <int STRIDE, int SWIZZLE>
 ATTNI_DEV void attni_cu_load_tile(uint32_t dst, const uint8_t *base, const int64_t *off, int n,
-                                  int chunks) {
-    const int tid = (int)threadIdx.x;
-#pragma unroll
-    for (int i = tid; i < ATTNI_CU_BLOCK * chunks; i += ATTNI_CU_THREADS) {
-        int row = i / chunks, c = i - row * chunks;
-        int64_t at = off[row];
-        int some = at >= 0 && 16 * c < n;
-        attni_cp_async16(dst + (uint32_t)(row * STRIDE + ((SWIZZLE ? c ^ (row & 7) : c) << 4)),
-                         base + (some ? at + 16 * c : 0), some ? 16 : 0);
-    }
+                                  int chunks, int whole) {
+    if (whole) attni_cu_load_rows<STRIDE, SWIZZLE, 1>(dst, base, off, n, chunks);
+    else attni_cu_load_rows<STRIDE, SWIZZLE, 0>(dst, base, off, n, chunks);
 }
 
 template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
@@ -919,6 +939,9 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
     float to[FOLD ? RS : 1][FOLD ? 2 * NP : 1][4], tm[RS][2], tl[RS][2]; // spans folded so far
     uint32_t q, ring, conv, p;   // shared memory addresses
     int warp, lane, dk, dv;
+
+    // Chunks of n bytes, an even number of them.
+    __device__ __forceinline__ static int even(int n) { return (n + 31) / 32 * 2; }
 
     // Column of the first of pair j's tiles.
     __device__ __forceinline__ int column(int j) const { return R ? 16 * j : 16 * (4 * j + warp); }
@@ -964,25 +987,30 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
         s->place[threadIdx.x] = place;
     }
 
-    __device__ __forceinline__ void load(const attni_cu_args &a, attni_cu_shared *s,
+    // Block b, which is located, to a stage of the ring.
+    __device__ __forceinline__ void load(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
                                          int stage) {
         uint32_t at = ring + (uint32_t)(stage * STAGE);
-        const int kn = attni_bits_of(a.k.dtype) * dk / 8, vn = attni_bits_of(a.v.dtype) * dv / 8;
+        const int32_t p = b * ATTNI_CU_BLOCK;
+        const int kn = Q8 ? attni_bits_of(a.k.dtype) * dk / 8 : 2 * dk;
+        const int vn = Q8 ? attni_bits_of(a.v.dtype) * dv / 8 : 2 * dv;
+        const int whole = p >= s->task.lo && s->task.hi - p >= ATTNI_CU_BLOCK && !s->bad &&
+                          (EXACT || (dk % 16 == 0 && dv % 16 == 0));
         if (Q8) {
-            attni_cu_load_tile<KROW, 0>(at, a.k.data, s->koff, kn, (kn + 15) / 16);
+            attni_cu_load_tile<KROW, 0>(at, a.k.data, s->koff, kn, even(kn), whole && kn % 32 == 0);
             scales(a, a.k, s, s->koff, at + ATTNI_CU_BLOCK * (KROW + VROW));
         } else {
-            attni_cu_load_tile<KROW, 1>(at, a.k.data, s->koff, kn,
-                                        EXACT ? DK / 8 : (dk + 15) / 16 * 2);
+            attni_cu_load_tile<KROW, 1>(at, a.k.data, s->koff, kn, EXACT ? DK / 8 : even(kn),
+                                        whole);
         }
         attni_cp_commit();
         at += ATTNI_CU_BLOCK * KROW;
         if (Q8) {
-            attni_cu_load_tile<VROW, 0>(at, a.v.data, s->voff, vn, (vn + 15) / 16);
+            attni_cu_load_tile<VROW, 0>(at, a.v.data, s->voff, vn, even(vn), whole && vn % 32 == 0);
             scales(a, a.v, s, s->voff, at + ATTNI_CU_BLOCK * (VROW + 4));
         } else {
-            attni_cu_load_tile<VROW, 1>(at, a.v.data, s->voff, vn,
-                                        EXACT ? DV / 8 : (dv + 15) / 16 * 2);
+            attni_cu_load_tile<VROW, 1>(at, a.v.data, s->voff, vn, EXACT ? DV / 8 : even(vn),
+                                        whole);
         }
         attni_cp_commit();
     }
@@ -1005,7 +1033,12 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
 
     // Scores of the warp's rows against its tokens.
     __device__ __forceinline__ void scores(float c[RS][NT][4], uint32_t k) {
-        const int t0 = R ? 0 : 16 * warp;
+        // a chunk's place is its number xor the row's low bits: constants but for the lane's part
+        const uint32_t qx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
+        const uint32_t kx = (uint32_t)(((lane >> 3 & 1) ^ (lane & 7)) << 4);
+        const uint32_t q0 = q + (uint32_t)(((R ? 16 * RS * warp : 0) + (lane & 15)) * DK * 2);
+        const uint32_t k0 = k + (uint32_t)(((R ? 0 : 16 * warp) + (lane & 7) + (lane >> 4 << 3)) *
+                                           DK * 2);
 #pragma unroll
         for (int i = 0; i < RS; i++)
 #pragma unroll
@@ -1015,17 +1048,12 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
             uint32_t qa[RS][4];
             if (!EXACT && 16 * ks >= dk) break;
 #pragma unroll
-            for (int i = 0; i < RS; i++) {
-                int r = (R ? 16 * (warp * RS + i) : 0) + (lane & 15);
-                attni_ldmatrix(qa[i], q + (uint32_t)(r * DK * 2 +
-                                                     (((2 * ks + (lane >> 4)) ^ (r & 7)) << 4)));
-            }
+            for (int i = 0; i < RS; i++)
+                attni_ldmatrix(qa[i], q0 + (uint32_t)(32 * i * DK) + (32u * ks ^ qx));
 #pragma unroll
             for (int j = 0; j < NT / 2; j++) {
                 uint32_t kb[4];
-                int r = t0 + 16 * j + (lane & 7) + (lane >> 4 << 3);
-                attni_ldmatrix(kb, k + (uint32_t)(r * DK * 2 +
-                                                  (((2 * ks + (lane >> 3 & 1)) ^ (r & 7)) << 4)));
+                attni_ldmatrix(kb, k0 + (uint32_t)(32 * j * DK) + (32u * ks ^ kx));
 #pragma unroll
                 for (int i = 0; i < RS; i++) {
                     attni_mma<BF>(c[i][2 * j], qa[i], kb[0], kb[1]);
@@ -1164,6 +1192,9 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
     }
 
     __device__ __forceinline__ void values(float c[RS][NT][4], uint32_t v) {
+        const uint32_t vx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
+        const uint32_t v0 = v + (uint32_t)((lane & 15) * DV * 2);
+        const uint32_t p0 = p + (uint32_t)((lane & 15) * 128);
 #pragma unroll
         for (int kk = 0; kk < ATTNI_CU_BLOCK / 16; kk++) {
             uint32_t pa[RS][4];
@@ -1177,18 +1208,14 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
                     pa[i][2] = attni_pair<BF>(c[i][j1][0], c[i][j1][1]);
                     pa[i][3] = attni_pair<BF>(c[i][j1][2], c[i][j1][3]);
                 } else {
-                    int r = lane & 15;
-                    attni_ldmatrix(pa[i],
-                                   p + (uint32_t)(r * 128 +
-                                                  (((2 * kk + (lane >> 4)) ^ (r & 7)) << 4)));
+                    attni_ldmatrix(pa[i], p0 + (32u * kk ^ vx));
                 }
 #pragma unroll
             for (int j = 0; j < NP; j++) {
                 uint32_t vb[4];
-                int t = 16 * kk + (lane & 15), col = column(j);
-                if (!EXACT && col >= dv) break;
-                attni_ldmatrix_trans(
-                    vb, v + (uint32_t)(t * DV * 2 + (((col / 8 + (lane >> 4)) ^ (t & 7)) << 4)));
+                if (!EXACT && column(j) >= dv) break;
+                attni_ldmatrix_trans(vb, v0 + (uint32_t)(32 * kk * DV) +
+                                             (2u * (uint32_t)column(j) ^ vx));
 #pragma unroll
                 for (int i = 0; i < RS; i++) {
                     attni_mma<BF>(o[i][2 * j], pa[i], vb[0], vb[1]);
@@ -1315,7 +1342,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
         const attni_cu_task &w = s->task;
         uint8_t *tiles = smem + (sizeof(attni_cu_shared) + 127) / 128 * 128;
         int32_t queue[STAGES], b, end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK, span = -1;
-        int32_t per = w.span / ATTNI_CU_BLOCK;
+        const int32_t shift = w.span_shift;
         int32_t page, place;
         int stage = 0, i;
         warp = (int)threadIdx.x >> 5;
@@ -1337,15 +1364,15 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
                 for (int j = 0; j < 2 * NP && FOLD; j++)
                     to[x][j][2 * h] = to[x][j][2 * h + 1] = 0;
             }
-        b = attni_cu_next(a, s, attni_max32(w.span0 * per, w.pos0 / ATTNI_CU_BLOCK));
+        b = attni_cu_next(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
 #pragma unroll
         for (i = 0; i < AHEAD; i++) {
             queue[i] = b;
             if (b < end) {
-                page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
+                page = attni_cu_page(a, w, b, (int)threadIdx.x, &place, &s->bad);
                 locate(a, s, page, place);
                 __syncthreads();
-                load(a, s, i);
+                load(a, s, b, i);
                 __syncthreads();
                 b = attni_cu_next(a, s, b + 1);
             } else {
@@ -1354,15 +1381,15 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
             }
         }
         if (b < end) {
-            page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
+            page = attni_cu_page(a, w, b, (int)threadIdx.x, &place, &s->bad);
             locate(a, s, page, place);
         }
         for (;;) {
             int32_t cur = AHEAD ? queue[0] : b, more = cur < end;
-            int32_t next = more ? cur / per : w.span1;
+            int32_t next = more ? cur >> shift : w.span1;
             if (AHEAD == 0 && more) {
                 __syncthreads();
-                load(a, s, 0);
+                load(a, s, b, 0);
             }
             attni_cp_wait<AHEAD ? 2 * AHEAD - 1 : 1>();
             __syncthreads();
@@ -1376,14 +1403,14 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
             }
             if (AHEAD) {
                 queue[AHEAD] = b;
-                if (b < end) load(a, s, stage ? stage - 1 : AHEAD);
+                if (b < end) load(a, s, b, stage ? stage - 1 : AHEAD);
                 else {
                     attni_cp_commit();
                     attni_cp_commit();
                 }
             }
             if (b < end) b = attni_cu_next(a, s, b + 1);
-            if (b < end) page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
+            if (b < end) page = attni_cu_page(a, w, b, (int)threadIdx.x, &place, &s->bad);
 
             float c[RS][NT][4];
             uint32_t kt = ring + (uint32_t)(stage * STAGE), vt = kt + ATTNI_CU_BLOCK * KROW;
@@ -1625,7 +1652,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
         }
         __syncthreads();
         if (tid < ATTNI_CU_BLOCK) {
-            int32_t place, page = attni_cu_page(a, w, b, tid, &place);
+            int32_t place, page = attni_cu_page(a, w, b, tid, &place, &s->bad);
             s->koff[tid] = page < 0 ? -1 : attni_cu_offset(a.k, page, place, w.kv_head);
             s->voff[tid] = page < 0 ? -1 : attni_cu_offset(a.v, page, place, w.kv_head);
             x->scale[0][tid] =
@@ -2294,6 +2321,7 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->seq = p->order[g->seq0];
     w->pos0 = first->kv_pos0;
     w->span = first->span;
+    for (i = ATTNI_CU_BLOCK; i < w->span; i *= 2) w->span_shift++;
     w->span0 = g->span0;
     w->span1 = g->span1;
     w->slots = g->n_slots == 0 ? 0 : g->n_slots == 1 && g->span1 - g->span0 > 1 ? 1 : 2;
@@ -2566,6 +2594,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.group = g->shape[6] > 1 ? 1 : d->n_heads / d->n_kv_heads;
     a.unit_heads = g->shape[6] > 1 ? d->n_heads : d->n_kv_heads;
     a.sparse = attni_has_sparse(&d->mask);
+    a.closed = !a.sparse && !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
     for (a.page_shift = 0; a.page_shift < 31 && d->kv.page_tokens >> a.page_shift > 1;)
         a.page_shift++;
     if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a.page_shift = -1;
