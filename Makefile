@@ -324,6 +324,8 @@ cuda: | build/cuda
 	    $(RUNNER) $(foreach a,$(CUDA_ARCHS),-v "$(PYTHON) tests/cuda/compile.py $a \
 	        build/cuda/all_$a.o $(NVCC) $(NVCC_FLAGS) -I. -c tests/cuda/all.cu \
 	        -gencode arch=compute_$a,code=sm_$a -o build/cuda/all_$a.o") \
+	        -x "$(NVCC) -O1 -std=c++17 -Xcompiler -Wall,-Wextra,-Werror -Werror all-warnings -I. \
+	        -c tests/cuda/cpu.cu -o build/cuda/cpu.o" \
 	        -s "$(CC) -std=c99 -Wall -Wextra $(INCLUDES) -c tests/cuda/user.c \
 	        -o build/cuda/user.o && $(NVCC) build/cuda/user.o \
 	        build/cuda/all_$(firstword $(CUDA_ARCHS)).o -o build/cuda/user && ./build/cuda/user"; \
