@@ -151,7 +151,7 @@ test-ports-fast test-ports:
 # test-compile is part of test.
 
 ALL_CHECKS = test test-asan test-clang test-ports test-tsan test-msan test-valgrind fuzz-short sim \
-    mutants coverage proof
+    mutants coverage proof cuda test-cuda
 ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
     binutils pkg-config python3-venv libstb-dev valgrind frama-c-base why3 cvc4 z3 qemu-user \
     gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross \
