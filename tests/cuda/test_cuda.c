@@ -246,6 +246,7 @@ static void random_how(test_rng *r, how *h) {
     h->max = test_below(r, 3) == 0;
     h->device_tables = test_below(r, 4);
     if (test_below(r, 4) == 0) h->workers = 1 + test_below(r, 300);
+    if (test_below(r, 5) == 0) h->tasks_per_worker = (float)(1 + test_below(r, 12));
     if (test_below(r, 6) == 0) h->row_tile = tiles[test_below(r, 4)];
 }
 
@@ -773,6 +774,7 @@ static void graph_round(uint64_t seed, int round) {
     if (p.d.mask.tree_parent) memcpy(parent, p.d.mask.tree_parent, 4 * (size_t)p.n_tokens);
     h.max = 1;
     job_make(&j, &t.d, &h); // capacities: the whole batch at its longest
+    if (o.phase == VERIFY) j.g.max_q_len = 17;
     DEV(cudaDeviceSynchronize());
     DEV(cudaStreamBeginCapture(dev_stream, cudaStreamCaptureModeGlobal));
     CHECK_EQ(attn_cuda_upload(&cu, &t.d, j.plan, &j.g, j.staging, j.bytes, dev_stream), ATTN_OK);
