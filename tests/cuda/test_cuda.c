@@ -1382,12 +1382,12 @@ static void part_errors(uint64_t seed, uint64_t count) {
     free(out);
     job_free(&j);
     problem_free(&p);
+    errors_slots(ATTN_BF16);
+    errors_slots(ATTN_I8);
     errors_tables(ATTN_BF16, M_CAUSAL);
     errors_tables(ATTN_F32, M_CAUSAL);
     errors_tables(ATTN_BF16, M_BLOCKS);
     errors_tables(ATTN_F32, M_BLOCKS);
-    errors_slots(ATTN_BF16);
-    errors_slots(ATTN_I8);
 }
 
 // ---- store, copy_pages, swap_pages
@@ -1738,16 +1738,11 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*part)(uint64_t seed, uint64_t count);
-    } parts[] = {{"store", part_store},
-                 {"copies", part_copies},
-                 {"merge", part_merge},
-                 {"errors", part_errors},
-                 {"differential", part_differential},
-                 {"tensor", part_tensor},
-                 {"bits", part_bits},
-                 {"graph", part_graph},
-                 {"layers", part_layers},
-                 {"nan", part_nan}};
+    } parts[] = {{"store", part_store},   {"copies", part_copies},
+                 {"merge", part_merge},   {"differential", part_differential},
+                 {"tensor", part_tensor}, {"bits", part_bits},
+                 {"graph", part_graph},   {"layers", part_layers},
+                 {"nan", part_nan},       {"errors", part_errors}}; // a fault there ends it all
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 150);
     int i, found = 0, status = dev_open();
     if (status == 77) return 77;
