@@ -76,6 +76,7 @@ static void tensor_opts(test_rng *r, problem_opts *o) {
 }
 
 static void describe(const problem_opts *o, uint64_t seed, const char *name) {
+    if (test_failed > 40) return; // the first ones say enough
     printf(
         "  seed %llu %s: %s %s layout %d page %d%s k %s v %s q %s o %s heads %d/%d d %d/%d seq %d "
         "kv %d shared %d cap %d alibi %d sink %d bias %d evict %d hs %d alias %d lse %d\n",
