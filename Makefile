@@ -176,7 +176,7 @@ test-ports-fast test-ports:
 # test-compile is part of test.
 
 ALL_CHECKS = test test-asan test-clang test-ports test-tsan test-msan test-valgrind fuzz-short sim \
-    mutants coverage proof
+    mutants coverage proof cuda test-cuda
 ALL_PACKAGES = gcc g++ libc6-dev make clang libclang-rt-dev clang-19 llvm-19 libclang-rt-19-dev \
     binutils pkg-config python3-venv libstb-dev valgrind frama-c-base why3 cvc4 z3 qemu-user \
     gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-i686-linux-gnu libc6-dev-i386-cross \
@@ -357,6 +357,8 @@ cuda: | build/cuda
 	    $(RUNNER) $(foreach a,$(CUDA_ARCHS),-v "$(PYTHON) tests/cuda/compile.py $a \
 	        build/cuda/all_$a.o $(NVCC) $(NVCC_FLAGS) -I. -c tests/cuda/all.cu \
 	        -gencode arch=compute_$a,code=sm_$a -o build/cuda/all_$a.o") \
+	        -x "$(NVCC) -O1 -std=c++17 -Xcompiler -Wall,-Wextra,-Werror -Werror all-warnings -I. \
+	        -c tests/cuda/cpu.cu -o build/cuda/cpu.o" \
 	        -s "$(CC) -std=c99 -Wall -Wextra $(INCLUDES) -c tests/cuda/user.c \
 	        -o build/cuda/user.o && $(NVCC) build/cuda/user.o \
 	        build/cuda/all_$(firstword $(CUDA_ARCHS)).o -o build/cuda/user && ./build/cuda/user"; \

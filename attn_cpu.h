@@ -1054,6 +1054,10 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_PREFETCH_L2(p) ((void)(p))
 #define ATTNI_HIDE(p) ((void)0)
 #endif
+#ifdef __NVCC__ // it hands GCC's pragma to gcc, and complains
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1675
+#endif
 #if defined(__clang__)
 #define ATTNI_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
@@ -2511,11 +2515,11 @@ static int attni_x86_bits; // cached features, with bit 30 set once known
 // Bits: 1 AVX2+FMA+F16C, 2 AVX-512 F BW VL DQ, 4 VNNI, 8 BF16, 16 AMX-BF16, 32 BF16 faster than
 // FMA; the OS saves the registers.
 static int attni_x86_look(void) {
-    unsigned a, b, c, d, lo, hi, leaf7b, leaf7c, leaf7d;
+    unsigned a, b, c, d, lo, leaf7b, leaf7c, leaf7d;
     int f = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
     if (!(c & (1u << 27)) || !(c & (1u << 28)) || !(c & (1u << 12)) || !(c & (1u << 29))) return 0;
-    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    __asm__ volatile("xgetbv" : "=a"(lo) : "c"(0) : "edx");
     if ((lo & 6u) != 6u || !__get_cpuid_count(7, 0, &a, &leaf7b, &leaf7c, &leaf7d)) return 0;
     if (!(leaf7b & (1u << 5))) return 0;
     f = 1;
@@ -3971,6 +3975,9 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 #undef ATTNI_TD
 #undef ATTNI_TILE_FENCE
 #undef ATTNI_UNROLL
+#ifdef __NVCC__
+#pragma nv_diagnostic pop
+#endif
 #undef ATTNI_WASM
 #undef ATTNI_X86
 #undef attni_math_fast_scalar

@@ -283,7 +283,7 @@ typedef struct how { // zero: the defaults
     int partials;      // 0: all that the parameters allow, 1: what the plan needs, 2: little, 3: 0
     int max;           // capacities beyond the problem's
     int device_tables; // page table and block list in device memory
-    float max_task_cost;
+    float max_task_cost, tasks_per_worker;
 } how;
 
 typedef struct job {
@@ -316,12 +316,14 @@ static void job_tables(job *j, const attn_desc *d, int which) {
 }
 
 static void job_make(job *j, const attn_desc *d, const how *h) {
-    size_t n;
+    size_t n, room;
     attn_result r;
     memset(j, 0, sizeof *j);
     memset(&j->g, 0xff, sizeof j->g);
     memset(&j->params, 0xff, sizeof j->params);
     attn_cuda_plan_params(&cu, d, &j->params);
+    room = j->params.partial_bytes;
+    if (h->tasks_per_worker > 0) j->params.tasks_per_worker = h->tasks_per_worker;
     if (h->share) j->params.share = h->share;
     if (h->workers) j->params.workers = h->workers;
     if (h->row_tile) j->params.row_tile = h->row_tile;
@@ -336,14 +338,19 @@ static void job_make(job *j, const attn_desc *d, const how *h) {
         j->params.max_tokens = d->q_start[d->n_seq] + 40;
         j->params.max_kv_len = most + 700;
     }
-    for (;; j->params.max_task_cost = 0, free(j->mem)) {
+    for (;;) {
         n = attn_plan_bytes(d, &j->params);
         CHECK(n > 0);
         j->mem = aligned_alloc(64, (n + 127) & ~(size_t)63);
         memset(j->mem, 0xff, n);
         r = attn_plan_build(d, &j->params, j->mem, n, &j->plan);
-        if (r != ATTN_ERR_BUFFER || !(j->params.max_task_cost > 0)) break;
-    } // with a bound on costs there may be too little room for the cuts
+        // there may be too little room for what rules and a bound on costs cut
+        if (r != ATTN_ERR_BUFFER || (h->partials < 2 && !(j->params.max_task_cost > 0))) break;
+        if (j->params.max_task_cost <= 0 && j->params.partial_bytes == room) break;
+        j->params.max_task_cost = 0;
+        j->params.partial_bytes = room;
+        free(j->mem);
+    }
     if (!CHECK_EQ(r, ATTN_OK)) return;
     j->bytes = attn_cuda_plan_bytes(&cu, d, &j->params);
     CHECK(j->bytes > 0);

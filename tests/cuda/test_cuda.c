@@ -76,6 +76,7 @@ static void tensor_opts(test_rng *r, problem_opts *o) {
 }
 
 static void describe(const problem_opts *o, uint64_t seed, const char *name) {
+    if (test_failed > 40) return; // the first ones say enough
     printf(
         "  seed %llu %s: %s %s layout %d page %d%s k %s v %s q %s o %s heads %d/%d d %d/%d seq %d "
         "kv %d shared %d cap %d alibi %d sink %d bias %d evict %d hs %d alias %d lse %d\n",
@@ -104,6 +105,22 @@ typedef struct sample { // one random problem with all that the host has to know
     void *k, *v;
 } sample;
 
+// What problem.h always says alike: defaults left out, an order given, a scale of one's own.
+static void sample_vary(problem *p, test_rng *r) {
+    int32_t i, n = p->d.n_seq, *order;
+    if (!p->opt.evicted && test_below(r, 2)) p->d.kv.kv_pos0 = NULL;
+    if (test_below(r, 3) == 0) p->d.q_pos0 = NULL;
+    if (test_below(r, 4) == 0)
+        p->d.logits.scale = (float)(test_uniform(r, 0.5, 1) / sqrt(p->d.head_dim));
+    if (test_below(r, 3)) return;
+    p->d.seq_order = order = (int32_t *)problem_alloc(p, 4 * (size_t)n);
+    for (i = 0; i < n; i++) order[i] = i;
+    for (i = n - 1; i > 0; i--) {
+        int32_t x = test_below(r, i + 1), y = order[x];
+        order[x] = order[i], order[i] = y;
+    }
+}
+
 static void sample_make(sample *s, uint64_t seed, int tensor) {
     static const attn_dtype sources[] = {ATTN_F32, ATTN_F16, ATTN_BF16};
     problem_opts o;
@@ -120,6 +137,7 @@ static void sample_make(sample *s, uint64_t seed, int tensor) {
     if (o.layout == ATTN_K16) o.layout = ATTN_HEAD_MAJOR;
     o.numerics = ATTN_NUMERICS_FAST;
     problem_make(&s->p, &o, &r);
+    sample_vary(&s->p, &r);
     CHECK_EQ(attn_validate(&s->p.d), ATTN_OK);
     s->src = sources[test_below(&r, 3)];
     rows = s->p.n_rows * o.n_kv_heads;
@@ -229,6 +247,7 @@ static void random_how(test_rng *r, how *h) {
     h->max = test_below(r, 3) == 0;
     h->device_tables = test_below(r, 4);
     if (test_below(r, 4) == 0) h->workers = 1 + test_below(r, 300);
+    if (test_below(r, 5) == 0) h->tasks_per_worker = (float)(1 + test_below(r, 12));
     if (test_below(r, 6) == 0) h->row_tile = tiles[test_below(r, 4)];
 }
 
@@ -274,6 +293,7 @@ static void differential(uint64_t seed, uint64_t count, int tensor) {
         for (i = 0; i < n; i++) sample_run(&s[i], counts), sample_free(&s[i]);
         device += seconds() - t0;
     }
+    if (tensor && count >= 20) CHECK(counts[1] + counts[2] > (int)count / 5);
     printf("  %llu problems: %d simt, %d mma, %d mma with dequantisation; %.1f s of references, "
            "%.1f s of runs\n",
            (unsigned long long)count, counts[0], counts[1], counts[2], host, device);
@@ -576,6 +596,109 @@ static void part_bits(uint64_t seed, uint64_t count) {
     printf("  %d variants of %d batches\n", runs, (int)rounds);
 }
 
+// ---- one upload for many layers, two plans on two streams
+
+// Other contents in the same places: another layer of the same step.
+static void next_layer(problem *p, uint64_t seed) {
+    test_rng r;
+    attn_tensor k, v;
+    size_t i, n = (size_t)(p->n_tokens * p->d.n_heads * p->d.head_dim);
+    r.state = seed;
+    test_fill_normal(&r, p->k_rows, (size_t)(p->n_rows * p->d.n_kv_heads * p->d.head_dim), 1);
+    test_fill_normal(&r, p->v_rows, (size_t)(p->n_rows * p->d.n_kv_heads * p->d.v_head_dim), 1);
+    for (i = 0; i < n; i++)
+        attni_put(p->d.q.data, p->d.q.dtype, (int64_t)i, (float)(3 * test_normal(&r)));
+    memset(&k, 0, sizeof k);
+    k.dtype = ATTN_F32;
+    v = k;
+    k.data = p->k_rows, v.data = p->v_rows;
+    CHECK_EQ(attn_cpu_store(&p->d, &k, p->opt.alias ? NULL : &v, p->slots, 0, p->n_rows), ATTN_OK);
+}
+
+typedef struct layers { // of one step: their data, what each gives when run by itself
+    problem p[3];
+    twin t[3];
+    result want[3], got;
+    job j;
+} layers;
+
+static void layers_make(layers *l, uint64_t seed, int round) {
+    problem_opts o;
+    how h;
+    int i;
+    memset(&h, 0, sizeof h);
+    h.share = round % 3;
+    for (i = 0; i < 3; i++) {
+        test_rng r;
+        r.state = seed;
+        bits_opts(&r, &o, (uint64_t)round);
+        problem_make(&l->p[i], &o, &r);
+        if (i) next_layer(&l->p[i], seed + (uint64_t)i);
+        result_make(&l->want[i], &l->p[i]);
+        twin_make(&l->t[i], &l->p[i], 1, NULL);
+        twin_run(&l->t[i], &h, l->want[i].o, l->want[i].lse);
+        twin_clear(&l->t[i]);
+    }
+    result_make(&l->got, &l->p[0]);
+    job_make(&l->j, &l->t[0].d, &h);
+}
+
+static void layers_check(layers *l, uint64_t seed, const char *what) {
+    int i;
+    for (i = 0; i < 3; i++) {
+        CHECK(twin_output(&l->t[i], l->got.o, l->got.lse));
+        if (CHECK(same_rows(&l->p[i], &l->want[i], 0, &l->got, 0, l->p[i].n_tokens))) continue;
+        describe(&l->p[0].opt, seed, attn_cuda_executor(&cu, &l->t[0].d));
+        printf("  layer %d, %s\n", i, what);
+    }
+}
+
+static void layers_free(layers *l) {
+    int i;
+    for (i = 0; i < 3; i++) result_free(&l->want[i]), problem_free(&l->p[i]);
+    result_free(&l->got);
+    job_free(&l->j);
+}
+
+static attn_result layers_run(layers *l, int i, cudaStream_t stream) {
+    return attn_cuda_run(&cu, &l->t[i].d, &l->j.g, l->j.partials, l->j.partial_bytes, stream);
+}
+
+static void part_layers(uint64_t seed, uint64_t count) {
+    static layers a, b;
+    int round, i, n = (int)attni_min64((int64_t)count / 10 + 1, 12);
+    cudaStream_t second;
+    DEV(cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
+    for (round = 0; round < n; round++) {
+        uint64_t s = seed * 300 + (uint64_t)round * 2;
+        layers_make(&a, s, round);
+        layers_make(&b, s + 1, round + 1);
+        DEV(cudaDeviceSynchronize());
+        CHECK_EQ(job_upload(&a.j, &a.t[0].d), ATTN_OK);
+        CHECK_EQ(attn_cuda_upload(&cu, &b.t[0].d, b.j.plan, &b.j.g, b.j.staging, b.j.bytes, second),
+                 ATTN_OK);
+        for (i = 0; i < 7; i++) CHECK_EQ(layers_run(&a, i % 3, dev_stream), ATTN_OK);
+        dev_sync();
+        layers_check(&a, s, "runs behind one another");
+        for (i = 0; i < 3; i++) twin_clear(&a.t[i]);
+        DEV(cudaDeviceSynchronize());
+        for (i = 0; i < 15; i++) { // both at once
+            CHECK_EQ(layers_run(&a, i % 3, dev_stream), ATTN_OK);
+            CHECK_EQ(layers_run(&b, i % 3, second), ATTN_OK);
+        }
+        DEV(cudaStreamSynchronize(second));
+        dev_sync();
+        layers_check(&a, s, "beside another stream");
+        layers_check(&b, s + 1, "beside another stream");
+        CHECK_EQ(dev_error(), 0);
+        CHECK(dev_guards(0));
+        dev_release(0);
+        layers_free(&a);
+        layers_free(&b);
+    }
+    DEV(cudaStreamDestroy(second));
+}
+
 // ---- a captured graph, replayed over uploads of a growing batch
 
 typedef struct grown { // the first n sequences and up to `step` more tokens of each
@@ -652,6 +775,7 @@ static void graph_round(uint64_t seed, int round) {
     if (p.d.mask.tree_parent) memcpy(parent, p.d.mask.tree_parent, 4 * (size_t)p.n_tokens);
     h.max = 1;
     job_make(&j, &t.d, &h); // capacities: the whole batch at its longest
+    if (o.phase == VERIFY) j.g.max_q_len = 17;
     DEV(cudaDeviceSynchronize());
     DEV(cudaStreamBeginCapture(dev_stream, cudaStreamCaptureModeGlobal));
     CHECK_EQ(attn_cuda_upload(&cu, &t.d, j.plan, &j.g, j.staging, j.bytes, dev_stream), ATTN_OK);
@@ -1259,12 +1383,12 @@ static void part_errors(uint64_t seed, uint64_t count) {
     free(out);
     job_free(&j);
     problem_free(&p);
+    errors_slots(ATTN_BF16);
+    errors_slots(ATTN_I8);
     errors_tables(ATTN_BF16, M_CAUSAL);
     errors_tables(ATTN_F32, M_CAUSAL);
     errors_tables(ATTN_BF16, M_BLOCKS);
     errors_tables(ATTN_F32, M_BLOCKS);
-    errors_slots(ATTN_BF16);
-    errors_slots(ATTN_I8);
 }
 
 // ---- store, copy_pages, swap_pages
@@ -1615,15 +1739,11 @@ int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*part)(uint64_t seed, uint64_t count);
-    } parts[] = {{"store", part_store},
-                 {"copies", part_copies},
-                 {"merge", part_merge},
-                 {"errors", part_errors},
-                 {"differential", part_differential},
-                 {"tensor", part_tensor},
-                 {"bits", part_bits},
-                 {"graph", part_graph},
-                 {"nan", part_nan}};
+    } parts[] = {{"store", part_store},   {"copies", part_copies},
+                 {"merge", part_merge},   {"differential", part_differential},
+                 {"tensor", part_tensor}, {"bits", part_bits},
+                 {"graph", part_graph},   {"layers", part_layers},
+                 {"nan", part_nan},       {"errors", part_errors}}; // a fault there ends it all
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 150);
     int i, found = 0, status = dev_open();
     if (status == 77) return 77;
