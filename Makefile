@@ -83,11 +83,12 @@ CUDA_HOST = $(addprefix -Xcompiler ,$(ARCH) -ffp-contract=fast)
 
 $(CUDA_EXAMPLES:%=build/%): build/%: examples/%.cu $(DEPS) | build
 	$(NVCC) -O3 $(CUDA_CODE) $(INCLUDES) $< -o $@
-build/generate_cuda: examples/generate.c examples/llama_cuda.cu $(DEPS) | build
-	$(NVCC) -O3 $(CUDA_CODE) $(CUDA_HOST) -DGENERATE_CUDA $(INCLUDES) $(filter %.c %.cu,$^) \
-	    -o $@ -lcublas
-build/test_llama_cuda: tests/cuda/test_llama_cuda.c examples/llama_cuda.cu $(DEPS) | build
-	$(NVCC) -O3 $(CUDA_CODE) $(CUDA_HOST) $(INCLUDES) $(filter %.c %.cu,$^) -o $@ -lcublas
+build/llama_cuda.o: examples/llama_cuda.cu $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_CODE) $(INCLUDES) -c $< -o $@
+build/generate_cuda: examples/generate.c build/llama_cuda.o $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_HOST) -DGENERATE_CUDA $(INCLUDES) $(filter %.c %.o,$^) -o $@ -lcublas
+build/test_llama_cuda: tests/cuda/test_llama_cuda.c build/llama_cuda.o $(DEPS) | build
+	$(NVCC) -O3 $(CUDA_HOST) $(INCLUDES) $(filter %.c %.o,$^) -o $@ -lcublas
 examples-cuda:
 	+@if command -v $(NVCC) >/dev/null; then \
 	    $(MAKE_J) $(CUDA_EXAMPLES:%=build/%) build/generate_cuda build/test_llama_cuda; \

@@ -230,7 +230,7 @@ typedef struct attni_cu_args {
     int32_t *ticket;          // (ATTNI_CU_KINDS, 2) next task, blocks that are through
     int32_t *error;
     float *partial_o, *partial_ml; // (rows, v_head_dim), (rows, 2)
-    int64_t n_entries;        // of the block list
+    int64_t n_entries;        // of a block list that kernels have to check; else -1
     int32_t kind, group;      // group: heads in a tile: of a KV head, or 1 with per-head lists
     int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
     int32_t mods;             // scores need more than a positive scale
@@ -569,6 +569,25 @@ ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int64_t page, int32_t pla
     return page * s.page_bytes + place * s.token_bytes + head * s.head_bytes;
 }
 
+// Block lists that nobody has validated: a tile with a bad one reads nothing. All threads call.
+ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &a, attni_cu_shared *s) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    int bad = 0;
+    for (int i = 0; i < s->n_distinct && !bad && l->row_start; i++) {
+        const attni_cu_row &x = s->row[s->distinct[i]];
+        const int64_t *rs = l->row_start + attni_list_of(&a.d, l->n_lists, x.head) *
+                                               ((int64_t)l->n_rows + 1) +
+                            attni_list_row(&a.d, x.seq, x.pos);
+        bad = rs[0] < 0 || rs[1] < rs[0] || rs[1] > a.n_entries;
+        for (int64_t e = rs[0] + threadIdx.x; e < rs[1] && !bad; e += ATTNI_CU_THREADS)
+            bad = l->block[e] < 0 || (e > rs[0] && l->block[e] <= l->block[e - 1]);
+    }
+    bad = __syncthreads_or(bad);
+    if (bad) attni_cu_report(a, ATTN_ERR_MASK);
+    if (bad && threadIdx.x == 0) s->task.hi = s->task.lo = s->task.sink_end = 0;
+    __syncthreads();
+}
+
 // Takes over task i of its kind: rows, distinct rows, scan. All threads call.
 ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int32_t i) {
     const int *from = (const int *)(a.task + a.header->first[a.kind] + i);
@@ -584,6 +603,7 @@ ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, in
         if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
             s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
     __syncthreads();
+    if (a.n_entries >= 0) attni_cu_check_lists(a, s);
 }
 
 // Bits of a partial block for every row; all threads call. seen: what any row sees.
@@ -874,7 +894,8 @@ ATTNI_DEV_FAR void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, i
 // BF: Q (and the tiles) are bf16, else f16. Q8: pages hold 8- or 4-bit codes, converted tile by
 // tile. DK, DV: head dims, exact for 64 and 128, else the most (d says how many). R: 16-row strips
 // of a warp; 0: 16 rows in all, whose tokens (scores) and output columns four warps share. FOLD:
-// spans are folded in registers. Tiles lie in shared memory row by row, their 16-byte chunks
+// spans are folded in registers. MODS: scores may need more than a scale; such calls would take
+// registers from the tallest tiles, which do without. Tiles lie in shared memory row by row, their 16-byte chunks
 // permuted by the row's low bits, so that ldmatrix and stores meet no bank twice.
 
 // Blocks of K and V in flight.
@@ -919,7 +940,7 @@ ATTNI_DEV void attni_cu_load_tile(uint32_t dst, const uint8_t *base, const int64
     else attni_cu_load_rows<STRIDE, SWIZZLE, 0>(dst, base, off, n, chunks);
 }
 
-template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
+template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attni_cu_mma {
     static constexpr int ARCH =
 #ifdef __CUDA_ARCH__
         __CUDA_ARCH__ / 10;
@@ -1134,7 +1155,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
     // Scores -> weights in place; sums.
     __device__ __forceinline__ void weights(const attni_cu_args &a, attni_cu_shared *s,
                                             float c[RS][NT][4]) {
-        const float f = a.mods ? 1.0f : a.scale;
+        const float f = MODS && a.mods ? 1.0f : a.scale;
         float top[RS][2];
 #pragma unroll
         for (int i = 0; i < RS; i++)
@@ -1432,7 +1453,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
                         c[x][e >> 2][e & 3] *= scale[(R ? 0 : 16 * warp) + 8 * (e >> 2) +
                                                      2 * (lane & 3) + (e & 1)];
             }
-            if (a.mods) logits(a, s, c, cur);
+            if (MODS && a.mods) logits(a, s, c, cur);
             if (!full) hide(s, c);
             weights(a, s, c);
             attni_cp_wait<2 * AHEAD>();
@@ -1463,34 +1484,29 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD> struct attni_cu_mma {
     }
 };
 
-// Tiles of 16 rows, and of 64 where a head dim leaves room for their sums.
+// Tiles of 16 rows, and of 64 where a head dim leaves room for their sums and scores are plain.
 template <int BF, int Q8, int DK, int DV>
-__global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
     attni_cu_few(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
     ATTNI_CU_TASKS({
         if (DK <= 128 && s->task.n_tokens * a.group > 16) {
-            attni_cu_mma<BF, Q8, DK, DV, DK <= 128, 1> t;
+            attni_cu_mma<BF, Q8, DK, DV, DK <= 128, 1, 0> t;
             t.run(a, s, smem);
         } else {
-            attni_cu_mma<BF, Q8, DK, DV, 0, 1> t;
+            attni_cu_mma<BF, Q8, DK, DV, 0, 1, 1> t;
             t.run(a, s, smem);
         }
     })
 }
 
-// Tiles of 128 rows (64 of wide heads), for long queries.
-template <int BF, int Q8, int DK, int DV>
-__global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
+// Tiles of 128 rows (R 2), or 64 (wide heads, scores with extras), for long queries.
+template <int BF, int Q8, int DK, int DV, int R>
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-    constexpr int R = 1;
-#else
-    constexpr int R = DK > 128 ? 1 : 2;
-#endif
     ATTNI_CU_TASKS({
-        attni_cu_mma<BF, Q8, DK, DV, R, 0> t;
+        attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
         t.run(a, s, smem);
     })
 }
@@ -1694,7 +1710,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
 }
 
 template <int NC>
-__global__ void __launch_bounds__(ATTNI_CU_THREADS)
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
     attni_cu_simt(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
     ATTNI_CU_TASKS(attni_cu_simt_run<NC>(
@@ -1766,7 +1782,7 @@ ATTNI_DEV void attni_cu_store_row(const attni_side &s, const attn_tensor &from, 
         }
 }
 
-__global__ void __launch_bounds__(128)
+static __global__ void __launch_bounds__(128)
     attni_cu_store_rows(const __grid_constant__ attni_cu_store_args a) {
     const int64_t heads = a.d.n_kv_heads, n = a.count * heads;
     for (int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5); i < n; i += gridDim.x * 4) {
@@ -1795,7 +1811,7 @@ typedef struct attni_cu_copy_args {
 } attni_cu_copy_args;
 
 // Copies that do not depend on each other: block x is the copy, y one of its tokens.
-__global__ void __launch_bounds__(128)
+static __global__ void __launch_bounds__(128)
     attni_cu_copy_rows(const __grid_constant__ attni_cu_copy_args a) {
     const attn_page_copy c = a.copy[blockIdx.x];
     for (int v = 0; v < a.n_sides; v++) {
@@ -1824,7 +1840,7 @@ typedef struct attni_cu_merge_args {
 } attni_cu_merge_args;
 
 // One warp for a row.
-__global__ void __launch_bounds__(128)
+static __global__ void __launch_bounds__(128)
     attni_cu_merge_states(const __grid_constant__ attni_cu_merge_args a) {
     const int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
     const int lane = (int)threadIdx.x & 31;
@@ -1873,18 +1889,19 @@ typedef struct attni_cu_choice { // kernels of a problem
 static int attni_cu_max2(int a, int b) { return a > b ? a : b; }
 
 template <int BF, int Q8, int DK, int DV>
-static void attni_cu_fill(int arch, attni_cu_choice *c) {
-    const int r = DK > 128 || arch < 80 ? 1 : 2;
+static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
+    constexpr int MK = DK <= 256 ? DK : 64, MV = DK <= 256 ? DV : 64; // MANY's, if any
+    const int tall = DK <= 128 && arch >= 80 && !mods;
     c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, DK, DV>;
     c->smem[ATTNI_CU_FEW] =
         attni_cu_max2(attni_cu_smem_bytes(arch, Q8, DK, DV, 0),
                       DK <= 128 ? attni_cu_smem_bytes(arch, Q8, DK, DV, 1) : 0);
-    c->rows[ATTNI_CU_FEW] = DK <= 128 ? 64 : 16;
-    if (DK <= 256) {
-        c->kernel[ATTNI_CU_MANY] = attni_cu_many<BF, Q8, DK <= 256 ? DK : 64, DK <= 256 ? DV : 64>;
-        c->smem[ATTNI_CU_MANY] = attni_cu_smem_bytes(arch, Q8, DK, DV, r);
-        c->rows[ATTNI_CU_MANY] = 64 * r;
-    }
+    c->rows[ATTNI_CU_FEW] = DK <= 128 && !mods ? 64 : 16;
+    if (DK > 256) return;
+    c->kernel[ATTNI_CU_MANY] = tall ? attni_cu_many<BF, Q8, MK, MV, MK <= 128 ? 2 : 1>
+                                    : attni_cu_many<BF, Q8, MK, MV, 1>;
+    c->smem[ATTNI_CU_MANY] = attni_cu_smem_bytes(arch, Q8, DK, DV, tall ? 2 : 1);
+    c->rows[ATTNI_CU_MANY] = tall ? 128 : 64;
 }
 
 static void attni_cu_fill_simt(int32_t vd, attni_cu_choice *c) {
@@ -1933,6 +1950,11 @@ static attn_desc attni_cu_resolved(const attn_desc *d) {
     return c;
 }
 
+// Do scores need more than a positive scale?
+static int attni_cu_mods(const attn_desc *d) {
+    return d->logits.softcap > 0 || d->logits.alibi || d->logits.bias.data || attni_scale(d) <= 0;
+}
+
 static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni_cu_choice *out) {
     attn_desc x;
     attni_side k, v;
@@ -1962,18 +1984,20 @@ static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni
          : x.head_dim == 128 && x.v_head_dim == 128 ? 128
          : dk <= 256 ? 256 : x.v_head_dim <= 512 ? 576 : 0;
     dv = dk == 576 ? 512 : dk;
+    (void)bf, (void)q8, (void)dv;
 #define ATTNI_X(B, Q, DK, DV)                                                                      \
-    if (bf == B && q8 == Q && dk == DK && dv == DV) attni_cu_fill<B, Q, DK, DV>(c->arch, &m);
+    if (bf == B && q8 == Q && dk == DK && dv == DV)                                                \
+        attni_cu_fill<B, Q, DK, DV>(c->arch, attni_cu_mods(d), &m);
     ATTN_CUDA_KERNELS(ATTNI_X)
 #undef ATTNI_X
     if (!m.kernel[0] || m.smem[0] > c->smem_bytes || m.smem[1] > c->smem_bytes) return ATTN_OK;
-    m.id = 16 + dk * 4 + bf * 2 + q8;
+    m.id = 16 + dk * 8 + attni_cu_mods(d) * 4 + bf * 2 + q8;
     m.name = bf ? q8 ? "mma.bf16+dequant" : "mma.bf16" : q8 ? "mma.f16+dequant" : "mma.f16";
     *out = m;
     return ATTN_OK;
 }
 
-__global__ void attni_cu_probe(void) {}
+static __global__ void attni_cu_probe(void) {}
 
 // Lets the kernels have the shared memory they want.
 static attn_result attni_cu_allow(const attn_cuda *c, const attni_cu_choice *k) {
@@ -2006,9 +2030,11 @@ ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device) {
     c->device = device;
     c->arch = attr.ptxVersion; // of the text: an older one may have been compiled for a newer GPU
 #define ATTNI_X(B, Q, DK, DV)                                                                      \
-    memset(&k, 0, sizeof k);                                                                       \
-    attni_cu_fill<B, Q, DK, DV>(c->arch, &k);                                                      \
-    if ((r = attni_cu_allow(c, &k)) != ATTN_OK) return r;
+    for (n = 0; n < 2; n++) {                                                                      \
+        memset(&k, 0, sizeof k);                                                                   \
+        attni_cu_fill<B, Q, DK, DV>(c->arch, n, &k);                                               \
+        if ((r = attni_cu_allow(c, &k)) != ATTN_OK) return r;                                      \
+    }
     ATTN_CUDA_KERNELS(ATTNI_X)
 #undef ATTNI_X
     for (n = 256; n <= 512; n *= 2) {
@@ -2404,6 +2430,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     b->used[ATTNI_CU_EXPECTED] = 4 * (int64_t)units;
     g->n[4] = (int64_t)p->partial_rows;
     g->n[5] = p->n_tokens;
+    g->n[6] = p->n_seq;
     return ATTN_OK;
 }
 
@@ -2486,14 +2513,28 @@ static attn_result attni_cu_same_plan(const attn_desc *d, const attn_plan *p,
     return ATTN_OK;
 }
 
+// Negative or absurd strides; rows of O that would be written over each other (dim 0: not asked).
+static int attni_cu_overlap(int64_t st, int64_t sh, int64_t tokens, int64_t heads, int64_t dim) {
+    const int64_t most = (int64_t)1 << 42;
+    if (st < 0 || sh < 0 || st > most || sh > most) return 1;
+    if (!dim || !tokens) return 0;
+    return ((heads > 1 && sh < dim) || (tokens > 1 && st < (heads - 1) * sh + dim)) &&
+           ((tokens > 1 && st < dim) || (heads > 1 && sh < (tokens - 1) * st + dim));
+}
+
 // d against what the image was laid out for; the kernels it runs on.
 static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                   attni_cu_choice *k) {
     attn_result r;
+    attn_desc x;
     if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
     if (!g || !g->device) return ATTN_ERR_ARGUMENT;
     if ((r = attni_cu_choose(c, d, k)) != ATTN_OK) return r;
     if (!d->kv.k.data || !d->kv.v.data || !d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
+    x = attni_cu_resolved(d);
+    if (attni_cu_overlap(x.q.stride_token, x.q.stride_head, 0, 0, 0) ||
+        attni_cu_overlap(x.o.stride_token, x.o.stride_head, g->n[5], d->n_heads, x.v_head_dim))
+        return ATTN_ERR_LAYOUT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
         attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
         (attni_cu_per_head(d) ? d->n_heads / d->n_kv_heads : 1) != g->shape[6])
@@ -2567,6 +2608,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     int64_t rows;
     int i;
     if (r != ATTN_OK) return r;
+    if (d->n_seq != g->n[6]) return ATTN_ERR_STALE;
     rows = (int64_t)(partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
     if (rows < g->n[4] || (g->n[4] && !partials) || (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
@@ -2590,7 +2632,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.error = c->error;
     a.partial_o = (float *)partials;
     a.partial_ml = a.partial_o + rows * attni_v_dim(d);
-    a.n_entries = g->tables.n_entries;
+    a.n_entries = g->tables.row_start || g->tables.block ? g->tables.n_entries : -1;
     a.group = g->shape[6] > 1 ? 1 : d->n_heads / d->n_kv_heads;
     a.unit_heads = g->shape[6] > 1 ? d->n_heads : d->n_kv_heads;
     a.sparse = attni_has_sparse(&d->mask);
@@ -2599,7 +2641,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
         a.page_shift++;
     if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a.page_shift = -1;
     a.scale = attni_scale(d);
-    a.mods = d->logits.softcap > 0 || d->logits.alibi || d->logits.bias.data || a.scale <= 0;
+    a.mods = attni_cu_mods(d);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
         // a captured launch must do for every later upload

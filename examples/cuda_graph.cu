@@ -153,13 +153,12 @@ static void open_plan(engine *e) {
     e->params.max_seq = MAX_SEQ;
     e->params.max_tokens = MAX_ROWS;
     e->params.max_kv_len = MAX_LEN;
-    if (e->params.partial_bytes < 8 << 20) e->params.partial_bytes = 8 << 20;
     size_t bytes = attn_plan_bytes(&e->d, &e->params);
     need(attn_plan_build(&e->d, &e->params, aligned(&e->plan_mem, bytes), bytes, &e->plan), "plan");
     e->bytes = attn_cuda_plan_bytes(&e->c, &e->d, &e->params);
     need(attn_cuda_plan_init(&e->c, &e->d, &e->params, buffer<char>(e->bytes), e->bytes, &e->g),
          "plan");
-    e->partials = buffer<char>(e->params.partial_bytes);
+    e->partials = buffer<char>(e->params.partial_bytes + 64);
     for (int i = 0; i < 2; i++) e->staging[i] = buffer<char>(e->bytes, true);
 }
 

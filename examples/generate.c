@@ -833,8 +833,6 @@ typedef struct gpu {
     char err[LLAMA_ERR_BYTES];
 } gpu;
 
-enum { PARTIAL_BYTES = 64 << 20 };     /* at least: the first batch says little about the others */
-
 static int gpu_failed(const gpu *g) { return complain("CUDA: %s", g->err); }
 
 static int gpu_find(engine *e) {
@@ -870,10 +868,22 @@ static void *gpu_alloc_pages(engine *e, size_t n, size_t each) {
     return pages;
 }
 
+/* The first batch says little about the later ones: room for splitting, and for what must be split
+ * whatever the batch is, if all its rows are of the length with the most spans. */
 static void gpu_plan_params(engine *e, attn_plan_params *p) {
     gpu *g = (gpu *)e->gpu;
+    size_t spans = 0, bytes;
+    int32_t longest = e->max_pages * e->o->page;
     attn_cuda_plan_params(&g->attn, &e->d, p);
-    if (p->partial_bytes < PARTIAL_BYTES) p->partial_bytes = PARTIAL_BYTES;
+    for (int i = 0; i < ATTN_SPAN_RULES && p->rule[i].span; i++) {
+        const attn_span_rule *r = &p->rule[i];
+        int32_t n = r->max_kv_len && r->max_kv_len < longest ? r->max_kv_len : longest;
+        if (r->no_fold && (size_t)(n / r->span) + 2 > spans) spans = (size_t)(n / r->span) + 2;
+    }
+    bytes = (size_t)e->max_rows * (size_t)e->m->n_heads * spans *
+            ((size_t)e->m->v_head_dim + 2) * sizeof(float);
+    if (bytes < (size_t)64 << 20) bytes = (size_t)64 << 20;
+    if (p->partial_bytes < bytes) p->partial_bytes = bytes;
 }
 
 static int gpu_open_plan(engine *e, const attn_plan_params *p) {

@@ -5,6 +5,8 @@
 #define LLAMA_IMPLEMENTATION
 #include "llama.h"
 #include "llama_cuda.h"
+#define ATTN_CORE_IMPLEMENTATION /* llama_cuda.cu has the CUDA backend in it */
+#include "attn.h"
 #include "test.h"
 
 enum { CAP = 70, LAYERS = 2 };
