@@ -200,6 +200,9 @@ typedef struct attni_cu_task {
     int32_t full_lo, full_hi; // every row sees all of these
     int32_t slots;          // 0: writes O; 1: leaves one folded partial; 2: one for each span
     int32_t span_shift;     // a span is 1 << span_shift blocks
+    int32_t sink_block, lo_block, end_block; // behind the sinks, of lo, behind hi
+    int32_t full_block, full_end; // blocks that every row sees
+    int32_t q_begin, q_pos0, kv_len; // of seq
 } attni_cu_task;
 
 typedef struct attni_cu_link { // what a segment left of a sequence
@@ -212,7 +215,6 @@ enum { ATTNI_CU_FEW, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 typedef struct attni_cu_header {
     int32_t n_tasks[ATTNI_CU_KINDS];
     int32_t n_places, n_seq, n_units, n_tokens;
-    int32_t first[ATTNI_CU_KINDS]; // in task[]
 } attni_cu_header;
 
 typedef struct attni_cu_args {
@@ -231,9 +233,11 @@ typedef struct attni_cu_args {
     int32_t *error;
     float *partial_o, *partial_ml; // (rows, v_head_dim), (rows, 2)
     int64_t n_entries;        // of a block list that kernels have to check; else -1
+    int64_t last_task;        // in task[], where tasks of MANY begin and go down from
     int32_t kind, group;      // group: heads in a tile: of a KV head, or 1 with per-head lists
     int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
     int32_t mods;             // scores need more than a positive scale
+    int32_t bytes;            // K and V have 8 bits an element
     int32_t sparse, closed;   // closed: a row sees one run of keys
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
@@ -401,14 +405,21 @@ ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_t
     int64_t lo, hi;
     int token = r / a.group;
     if (token >= w.n_tokens) return x;
-    attni_cu_find(a, w, w.token0 + w.first_token + token, &x.seq, &x.t);
-    const attn_plan_seq *s = a.seq + x.seq;
-    x.token = s->q_begin + x.t;
+    int32_t q_begin = w.q_begin, q_pos0 = w.q_pos0, kv_len = w.kv_len;
+    x.seq = w.seq;
+    x.t = w.first_token + token;
+    if (w.n_places > 1) {
+        attni_cu_find(a, w, w.token0 + w.first_token + token, &x.seq, &x.t);
+        q_begin = a.seq[x.seq].q_begin;
+        q_pos0 = a.seq[x.seq].q_pos0;
+        kv_len = a.seq[x.seq].kv_len;
+    }
+    x.token = q_begin + x.t;
     x.head = w.head >= 0 ? w.head : w.kv_head * a.group + (r - token * a.group);
-    x.pos = s->q_pos0 + x.t;
-    if (m->kind == ATTN_MASK_TREE) x.pos = s->q_pos0 + attni_tree_depth(&a.d, s->q_begin, x.t);
-    lo = s->kv_pos0;
-    hi = lo + s->kv_len;
+    x.pos = q_pos0 + x.t;
+    if (m->kind == ATTN_MASK_TREE) x.pos = q_pos0 + attni_tree_depth(&a.d, q_begin, x.t);
+    lo = w.pos0;
+    hi = lo + kv_len;
     if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, (int64_t)x.pos + 1);
     if (m->window_left) lo = attni_max64(lo, (int64_t)x.pos - (m->window_left - 1));
     if (m->window_right) hi = attni_min64(hi, (int64_t)x.pos + m->window_right);
@@ -474,8 +485,8 @@ ATTNI_DEV void attni_cu_report(const attni_cu_args &a, attn_result r) {
 
 // What a tile keeps in shared memory besides Q, K and V.
 typedef struct attni_cu_shared {
-    int64_t koff[ATTNI_CU_BLOCK], voff[ATTNI_CU_BLOCK]; // of the block loaded next; -1: no token
-    int32_t place[ATTNI_CU_BLOCK];
+    const uint8_t *k[ATTNI_CU_BLOCK], *v[ATTNI_CU_BLOCK]; // rows of the block loaded next, or NULL
+    const uint8_t *kscale[ATTNI_CU_BLOCK], *vscale[ATTNI_CU_BLOCK];
     uint64_t bits[ATTNI_CU_ROWS];                       // of the partial block at hand
     uint64_t seen;                                      // by any row
     attni_cu_row row[ATTNI_CU_ROWS];
@@ -483,7 +494,8 @@ typedef struct attni_cu_shared {
     uint32_t any[ATTNI_CU_SCAN / 32], all[ATTNI_CU_SCAN / 32];
     int32_t scan0;                                      // first block of any and all
     float wide_max[4][16], wide_sum[4][16];             // of rows that four warps share
-    int32_t n_merge, merge_seq[ATTNI_CU_ROWS], merge_t[ATTNI_CU_ROWS];
+    int32_t n_merge, merge[ATTNI_CU_ROWS];              // first rows of units to merge
+    int32_t unit[ATTNI_CU_ROWS], expected[ATTNI_CU_ROWS]; // of a token that is its tile's first
     int32_t next, bad;                                  // bad: a page of the task is none
     attni_cu_task task;
 } attni_cu_shared;
@@ -518,11 +530,9 @@ ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, attni_cu_shared *s, int
 // The first block from b on that the task reads, or its end. All threads call with the same b.
 ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
     const attni_cu_task &w = s->task;
-    int32_t end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
     for (;;) {
-        if ((int64_t)b * ATTNI_CU_BLOCK >= w.sink_end)
-            b = attni_max32(b, w.lo / ATTNI_CU_BLOCK);
-        if (b >= end || !a.sparse) return attni_min32(b, end);
+        if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
+        if (!a.sparse || b >= w.end_block) return attni_min32(b, w.end_block);
         int32_t at = b - s->scan0;
         if (at < 0 || at >= ATTNI_CU_SCAN) {
             attni_cu_scan(a, s, b);
@@ -536,9 +546,7 @@ ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, attni_cu_shared *s, int3
 
 // Every row of the tile sees every token of the block.
 ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, int32_t b) {
-    const attni_cu_task &w = s->task;
-    int64_t p = (int64_t)b * ATTNI_CU_BLOCK;
-    if (p < w.full_lo || p + ATTNI_CU_BLOCK > w.full_hi) return 0;
+    if (b < s->task.full_block || b >= s->task.full_end) return 0;
     if (!a.sparse) return 1;
     int32_t at = b - s->scan0;
     if (at < 0 || at >= ATTNI_CU_SCAN) return 0; // its scan has been written over: look at each row
@@ -548,12 +556,11 @@ ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, in
 // Page of thread i's token (of ATTNI_CU_BLOCK) in block b, or -1 when it is not read; its place.
 ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
                                 int32_t *place, int32_t *bad) {
-    int64_t pos = (int64_t)b * ATTNI_CU_BLOCK + i;
-    int32_t j, n, page = w.seq;
+    int32_t j, n, page = w.seq, pos = b * ATTNI_CU_BLOCK + i; // hi is at most INT32_MAX
     *place = 0;
-    if (i >= ATTNI_CU_BLOCK) return -1;
-    if (pos >= w.hi || pos < w.pos0 || (pos < w.lo && pos >= w.sink_end)) return -1;
-    j = *place = (int32_t)pos - w.pos0;
+    if (i >= ATTNI_CU_BLOCK || pos < 0 || pos >= w.hi || pos < w.pos0) return -1;
+    if (pos < w.lo && pos >= w.sink_end) return -1;
+    j = *place = pos - w.pos0;
     if (!a.d.kv.page_table) return page;
     n = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
     *place = j - n * a.d.kv.page_tokens;
@@ -584,13 +591,19 @@ ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &a, attni_cu_shared 
     }
     bad = __syncthreads_or(bad);
     if (bad) attni_cu_report(a, ATTN_ERR_MASK);
-    if (bad && threadIdx.x == 0) s->task.hi = s->task.lo = s->task.sink_end = 0;
+    if (bad && threadIdx.x == 0) s->task.hi = s->task.end_block = 0;
     __syncthreads();
+}
+
+ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, int32_t place,
+                                           int32_t head) {
+    if (s.head_scale) return (const uint8_t *)(s.head_scale + head);
+    return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
 }
 
 // Takes over task i of its kind: rows, distinct rows, scan. All threads call.
 ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int32_t i) {
-    const int *from = (const int *)(a.task + a.header->first[a.kind] + i);
+    const int *from = (const int *)(a.task + (a.kind == ATTNI_CU_MANY ? a.last_task - i : i));
     int r, tid = (int)threadIdx.x;
     __syncthreads(); // the task before is done with s
     if (tid < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[tid] = from[tid];
@@ -598,6 +611,12 @@ ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, in
     __syncthreads();
     for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS) s->row[r] = attni_cu_get_row(a, s->task, r);
     __syncthreads();
+    for (r = tid; r < s->task.n_tokens && s->task.slots; r += ATTNI_CU_THREADS) {
+        const attni_cu_row &x = s->row[r * a.group];
+        int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
+        s->unit[r] = first ? a.unit0[x.seq] + x.t / ATTNI_CU_UNIT : -1;
+        if (first) s->expected[r] = a.expected[s->unit[r]];
+    }
     if (!a.sparse) return;
     for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS)
         if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
@@ -705,20 +724,24 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, int32_t seq, int32_t t
         const attni_cu_link k = a.link[s->chain + c];
         int64_t at = k.partial + (int64_t)(k.token_at + t) * a.d.n_heads + head;
         int64_t step = (int64_t)k.seg_tokens * a.d.n_heads;
-#pragma unroll 4
-        for (int i = 0; i < k.n_slots; i++, at += step) {
-            float2 ml = __ldcg((const float2 *)a.partial_ml + at);
-            float4 p = make_float4(0, 0, 0, 0);
-            float w0, w1;
-            int some = ml.x != ATTNI_NINF || ml.y != 0.0f; // else its O was not written
-            if (some && mine)
-                p = __ldcg((const float4 *)(a.partial_o + at * vd + col + 4 * lane));
-            attni_cu_fold(&m, &l, ml.x, ml.y, &w0, &w1);
-            if (!some) continue;
-            o.x = attni_cu_blend(o.x, w0, p.x, w1);
-            o.y = attni_cu_blend(o.y, w0, p.y, w1);
-            o.z = attni_cu_blend(o.z, w0, p.z, w1);
-            o.w = attni_cu_blend(o.w, w0, p.w, w1);
+        for (int i0 = 0; i0 < k.n_slots; i0 += 32, at += 32 * step) {
+            int n = attni_min32(32, k.n_slots - i0);
+            float2 mine2 = make_float2(0, 0); // (m, l) of a slot a lane
+            if (lane < n) mine2 = __ldcg((const float2 *)a.partial_ml + at + lane * step);
+#pragma unroll 8
+            for (int i = 0; i < n; i++) {
+                float mi = __shfl_sync(~0u, mine2.x, i), li = __shfl_sync(~0u, mine2.y, i), w0, w1;
+                float4 p = make_float4(0, 0, 0, 0);
+                int some = mi != ATTNI_NINF || li != 0.0f; // else its O was not written
+                if (mine)
+                    p = __ldcg((const float4 *)(a.partial_o + (at + i * step) * vd + col +
+                                                4 * lane));
+                attni_cu_fold(&m, &l, mi, li, &w0, &w1);
+                o.x = some ? attni_cu_blend(o.x, w0, p.x, w1) : o.x;
+                o.y = some ? attni_cu_blend(o.y, w0, p.y, w1) : o.y;
+                o.z = some ? attni_cu_blend(o.z, w0, p.z, w1) : o.z;
+                o.w = some ? attni_cu_blend(o.w, w0, p.w, w1) : o.w;
+            }
         }
     }
     f = attni_cu_close(a, head, m, l, &lse);
@@ -741,22 +764,19 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
     __threadfence();
     __syncthreads();
     for (i = tid; i < w.n_tokens; i += ATTNI_CU_THREADS) {
-        const attni_cu_row &x = s->row[i * a.group];
-        if (i > 0 && x.t % ATTNI_CU_UNIT && s->row[(i - 1) * a.group].seq == x.seq) continue;
-        int32_t unit = a.unit0[x.seq] + x.t / ATTNI_CU_UNIT;
+        if (s->unit[i] < 0) continue;
         int32_t *n = a.arrived +
-                     (int64_t)unit * a.unit_heads + (w.head >= 0 ? w.head : w.kv_head);
-        if (atomicAdd(n, 1) != a.expected[unit] - 1) continue;
+                     (int64_t)s->unit[i] * a.unit_heads + (w.head >= 0 ? w.head : w.kv_head);
+        if (atomicAdd(n, 1) != s->expected[i] - 1) continue;
         *n = 0; // for the next run
-        int at = atomicAdd(&s->n_merge, 1);
-        s->merge_seq[at] = x.seq;
-        s->merge_t[at] = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
+        s->merge[atomicAdd(&s->n_merge, 1)] = i;
     }
     __syncthreads();
     if (s->n_merge == 0) return;
     __threadfence();
     for (int u = 0; u < s->n_merge; u++) {
-        int32_t seq = s->merge_seq[u], t0 = s->merge_t[u];
+        const attni_cu_row &x = s->row[s->merge[u] * a.group];
+        int32_t seq = x.seq, t0 = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
         int32_t chunks = (a.d.v_head_dim + 127) / 128;
         int32_t n = attni_min32(ATTNI_CU_UNIT, a.seq[seq].q_len - t0) * a.group * chunks;
         for (i = tid >> 5; i < n; i += ATTNI_CU_THREADS / 32) {
@@ -872,20 +892,22 @@ ATTNI_DEV void attni_cu_convert16(attn_dtype t, const uint8_t *src, uint32_t out
 }
 
 // Raw codes of a tile (rows of n elements, `row` bytes apart) to 16-bit elements (`to` bytes apart,
-// swizzled). All threads call.
-template <int BF>
-ATTNI_DEV_FAR void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n, uint32_t dst,
-                                    int to) {
-    const int per = n / 16, bits = attni_bits_of(t);
-    for (int i = (int)threadIdx.x; i < ATTNI_CU_BLOCK * per; i += ATTNI_CU_THREADS) {
-        int r = i / per, c = i - r * per;
-        uint32_t x[8], at = dst + (uint32_t)(r * to);
-        attni_cu_convert16<BF>(t, raw + r * row + 2 * bits * c, x);
+// swizzled). All threads call. D: n where it is a constant, else 0.
+template <int BF, int D>
+ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n, uint32_t dst,
+                                int to) {
+    const int per = D ? D / 16 : n / 16, bits = attni_bits_of(t);
+#pragma unroll 4
+    for (int x = 0; x < ATTNI_CU_BLOCK * per / ATTNI_CU_THREADS + (D ? 0 : 1); x++) {
+        int i = (int)threadIdx.x + ATTNI_CU_THREADS * x, r = i / per, c = i - r * per;
+        uint32_t u[8], at = dst + (uint32_t)(r * to);
+        if (!D && i >= ATTNI_CU_BLOCK * per) break;
+        attni_cu_convert16<BF>(t, raw + r * row + 2 * bits * c, u);
 #pragma unroll
         for (int h = 0; h < 2; h++)
             asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                         ::"r"(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4)), "r"(x[4 * h]),
-                         "r"(x[4 * h + 1]), "r"(x[4 * h + 2]), "r"(x[4 * h + 3]) : "memory");
+                         ::"r"(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4)), "r"(u[4 * h]),
+                         "r"(u[4 * h + 1]), "r"(u[4 * h + 2]), "r"(u[4 * h + 3]) : "memory");
     }
 }
 
@@ -917,27 +939,23 @@ __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
 // WHOLE: every token is there and has all its chunks. chunks is a constant where it can be.
 template <int STRIDE, int SWIZZLE, int WHOLE>
-ATTNI_DEV void attni_cu_load_rows(uint32_t dst, const uint8_t *base, const int64_t *off, int n,
-                                  int chunks) {
+ATTNI_DEV void attni_cu_load_rows(uint32_t dst, const uint8_t *const *rows, int n, int chunks) {
     const int tid = (int)threadIdx.x, turns = ATTNI_CU_BLOCK * chunks / ATTNI_CU_THREADS;
 #pragma unroll
     for (int x = 0; x < turns; x++) { // ATTNI_CU_BLOCK * chunks is a multiple of the threads
         int i = tid + ATTNI_CU_THREADS * x, row = i / chunks, c = i - row * chunks;
-        int64_t at = off[row];
+        const uint8_t *from = rows[row];
         uint32_t to = dst + (uint32_t)(row * STRIDE + ((SWIZZLE ? c ^ (row & 7) : c) << 4));
-        if (WHOLE) attni_cp_async16(to, base + at + 16 * c, 16);
-        else {
-            int some = at >= 0 && 16 * c < n;
-            attni_cp_async16(to, base + (some ? at + 16 * c : 0), some ? 16 : 0);
-        }
+        int some = WHOLE || (from && 16 * c < n);
+        attni_cp_async16(to, from + (some ? 16 * c : 0), some ? 16 : 0);
     }
 }
 
 template <int STRIDE, int SWIZZLE>
-ATTNI_DEV void attni_cu_load_tile(uint32_t dst, const uint8_t *base, const int64_t *off, int n,
-                                  int chunks, int whole) {
-    if (whole) attni_cu_load_rows<STRIDE, SWIZZLE, 1>(dst, base, off, n, chunks);
-    else attni_cu_load_rows<STRIDE, SWIZZLE, 0>(dst, base, off, n, chunks);
+ATTNI_DEV void attni_cu_load_tile(uint32_t dst, const uint8_t *const *rows, int n, int chunks,
+                                  int whole) {
+    if (whole) attni_cu_load_rows<STRIDE, SWIZZLE, 1>(dst, rows, n, chunks);
+    else attni_cu_load_rows<STRIDE, SWIZZLE, 0>(dst, rows, n, chunks);
 }
 
 template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attni_cu_mma {
@@ -1000,56 +1018,46 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     // Notes where a token lies, for load(); all threads call.
     __device__ __forceinline__ void locate(const attni_cu_args &a, attni_cu_shared *s,
                                            int32_t page, int32_t place) {
-        if (threadIdx.x >= ATTNI_CU_BLOCK) return;
-        s->koff[threadIdx.x] =
-            page < 0 ? -1 : attni_cu_offset(a.k, page, place, s->task.kv_head);
-        s->voff[threadIdx.x] =
-            page < 0 ? -1 : attni_cu_offset(a.v, page, place, s->task.kv_head);
-        s->place[threadIdx.x] = place;
+        const int i = (int)threadIdx.x;
+        if (i >= ATTNI_CU_BLOCK) return;
+        const int32_t head = s->task.kv_head;
+        s->k[i] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
+        s->v[i] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
+        if (!Q8) return;
+        s->kscale[i] = page < 0 ? NULL : attni_cu_scale_at(a.k, page, place, head);
+        s->vscale[i] = page < 0 ? NULL : attni_cu_scale_at(a.v, page, place, head);
     }
 
     // Block b, which is located, to a stage of the ring.
     __device__ __forceinline__ void load(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
                                          int stage) {
-        uint32_t at = ring + (uint32_t)(stage * STAGE);
-        const int32_t p = b * ATTNI_CU_BLOCK;
+        uint32_t at = ring + (uint32_t)(stage * STAGE), scale = at + ATTNI_CU_BLOCK * (KROW + VROW);
+        const int32_t pos = b * ATTNI_CU_BLOCK;
         const int kn = Q8 ? attni_bits_of(a.k.dtype) * dk / 8 : 2 * dk;
         const int vn = Q8 ? attni_bits_of(a.v.dtype) * dv / 8 : 2 * dv;
-        const int whole = p >= s->task.lo && s->task.hi - p >= ATTNI_CU_BLOCK && !s->bad &&
+        const int whole = pos >= s->task.lo && s->task.hi - pos >= ATTNI_CU_BLOCK && !s->bad &&
                           (EXACT || (dk % 16 == 0 && dv % 16 == 0));
-        if (Q8) {
-            attni_cu_load_tile<KROW, 0>(at, a.k.data, s->koff, kn, even(kn), whole && kn % 32 == 0);
-            scales(a, a.k, s, s->koff, at + ATTNI_CU_BLOCK * (KROW + VROW));
+        if (Q8 && !(EXACT && a.bytes)) {
+            attni_cu_load_tile<KROW, 0>(at, s->k, kn, even(kn), whole && kn % 32 == 0);
         } else {
-            attni_cu_load_tile<KROW, 1>(at, a.k.data, s->koff, kn, EXACT ? DK / 8 : even(kn),
-                                        whole);
+            attni_cu_load_tile<KROW, !Q8>(at, s->k, kn, EXACT ? KROW / 16 : even(kn), whole);
         }
+        if (Q8) scales(s->kscale, scale);
         attni_cp_commit();
         at += ATTNI_CU_BLOCK * KROW;
-        if (Q8) {
-            attni_cu_load_tile<VROW, 0>(at, a.v.data, s->voff, vn, even(vn), whole && vn % 32 == 0);
-            scales(a, a.v, s, s->voff, at + ATTNI_CU_BLOCK * (VROW + 4));
+        if (Q8 && !(EXACT && a.bytes)) {
+            attni_cu_load_tile<VROW, 0>(at, s->v, vn, even(vn), whole && vn % 32 == 0);
         } else {
-            attni_cu_load_tile<VROW, 1>(at, a.v.data, s->voff, vn, EXACT ? DV / 8 : even(vn),
-                                        whole);
+            attni_cu_load_tile<VROW, !Q8>(at, s->v, vn, EXACT ? VROW / 16 : even(vn), whole);
         }
+        if (Q8) scales(s->vscale, scale + 4 * ATTNI_CU_BLOCK);
         attni_cp_commit();
     }
 
-    __device__ __forceinline__ void scales(const attni_cu_args &a, const attni_side &side,
-                                           const attni_cu_shared *s, const int64_t *off,
-                                           uint32_t dst) {
-        int i = (int)threadIdx.x;
-        if (i >= ATTNI_CU_BLOCK) return;
-        const void *from = side.data;
-        if (off[i] >= 0) {
-            int32_t place = s->place[i], head = s->task.kv_head;
-            int64_t page = off[i] - place * side.token_bytes - head * side.head_bytes;
-            from = side.head_scale ? (const void *)(side.head_scale + head)
-                                   : side.data + page + side.scale_offset +
-                                         place * side.scale_token + head * side.scale_head;
-        }
-        attni_cp_async4(dst + (uint32_t)(4 * i), from, off[i] >= 0 ? 4 : 0);
+    __device__ __forceinline__ void scales(const uint8_t *const *from, uint32_t dst) {
+        const int i = (int)threadIdx.x;
+        if (i < ATTNI_CU_BLOCK)
+            attni_cp_async4(dst + (uint32_t)(4 * i), from[i], from[i] ? 4 : 0);
     }
 
     // Scores of the warp's rows against its tokens.
@@ -1362,7 +1370,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         constexpr int AHEAD = STAGES - 1;
         const attni_cu_task &w = s->task;
         uint8_t *tiles = smem + (sizeof(attni_cu_shared) + 127) / 128 * 128;
-        int32_t queue[STAGES], b, end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK, span = -1;
+        int32_t queue[STAGES], b, end = w.end_block, span = -1;
         const int32_t shift = w.span_shift;
         int32_t page, place;
         int stage = 0, i;
@@ -1439,7 +1447,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             float *scale = (float *)(void *)(raw + ATTNI_CU_BLOCK * (KROW + VROW));
             int full = attni_cu_full(a, s, cur);
             if (Q8) {
-                attni_cu_convert<BF>(a.k.dtype, raw, KROW, dk, conv, DK * 2);
+                attni_cu_convert<BF, EXACT ? DK : 0>(a.k.dtype, raw, KROW, dk, conv, DK * 2);
                 kt = vt = conv;
                 __syncthreads();
             }
@@ -1469,7 +1477,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                         c[x][e >> 2][e & 3] *=
                             scale[ATTNI_CU_BLOCK + (R ? 0 : 16 * warp) + 8 * (e >> 2) +
                                   2 * (lane & 3) + (e & 1)];
-                attni_cu_convert<BF>(a.v.dtype, raw + ATTNI_CU_BLOCK * KROW, VROW, dv, conv, DV * 2);
+                attni_cu_convert<BF, EXACT ? DV : 0>(a.v.dtype, raw + ATTNI_CU_BLOCK * KROW, VROW, dv,
+                                                     conv, DV * 2);
             }
             if (!R) spread(c[0]);
             __syncthreads();
@@ -1527,20 +1536,8 @@ typedef struct attni_cu_simt_tile {
     float m[ATTNI_CU_SIMT_ROWS], l[ATTNI_CU_SIMT_ROWS], w[ATTNI_CU_SIMT_ROWS];
 } attni_cu_simt_tile;
 
-// Element e of the row of a page at byte offset `at`.
-ATTNI_DEV_FAR float attni_cu_element(const attni_side &s, int64_t at, int32_t e) {
-    return attni_get(s.data + at, s.dtype, e);
-}
-
-ATTNI_DEV_FAR float attni_cu_token_scale(const attni_side &s, int64_t at, int32_t place,
-                                             int32_t head) {
-    float f = 1.0f;
-    if (s.head_scale) return s.head_scale[head];
-    if (s.scale_offset < 0) return 1.0f;
-    at += s.scale_offset - place * s.token_bytes - head * s.head_bytes + place * s.scale_token +
-          head * s.scale_head;
-    memcpy(&f, s.data + at, 4);
-    return f;
+ATTNI_DEV_FAR float attni_cu_element(const uint8_t *row, attn_dtype t, int32_t e) {
+    return attni_get(row, t, e);
 }
 
 // Scores of 8 rows against the thread's token, all dims.
@@ -1562,7 +1559,7 @@ ATTNI_DEV_FAR void attni_cu_simt_scores(const attni_cu_args &a, attni_cu_shared 
         for (int i = tid; i < ATTNI_CU_BLOCK * ATTNI_CU_SIMT_DIMS; i += ATTNI_CU_THREADS) {
             int t = i / ATTNI_CU_SIMT_DIMS, e = e0 + i % ATTNI_CU_SIMT_DIMS;
             x->k[t][i % ATTNI_CU_SIMT_DIMS] =
-                s->koff[t] < 0 || e >= dk ? 0 : attni_cu_element(a.k, s->koff[t], e);
+                !s->k[t] || e >= dk ? 0 : attni_cu_element(s->k[t], a.k.dtype, e);
         }
         __syncthreads();
         for (int e = 0; e < ATTNI_CU_SIMT_DIMS; e++) {
@@ -1646,18 +1643,18 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
                                          attni_cu_simt_tile *x) {
     const attni_cu_task &w = s->task;
     const int tid = (int)threadIdx.x, token = tid & 63, r0 = tid >> 6 << 3, vd = a.d.v_head_dim;
-    int32_t per = w.span / ATTNI_CU_BLOCK, span = -1;
-    int32_t b, end = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+    int32_t span = -1;
+    int32_t b, end = w.end_block;
     float o[ATTNI_CU_SIMT_ROWS][NC];
 #pragma unroll
     for (int r = 0; r < ATTNI_CU_SIMT_ROWS; r++)
 #pragma unroll
         for (int j = 0; j < NC; j++) o[r][j] = 0;
     if (tid < ATTNI_CU_SIMT_ROWS) x->m[tid] = ATTNI_NINF, x->l[tid] = 0;
-    b = attni_cu_next(a, s, attni_max32(w.span0 * per, w.pos0 / ATTNI_CU_BLOCK));
+    b = attni_cu_next(a, s, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
     for (;; b = attni_cu_next(a, s, b + 1)) {
         float c[8];
-        int32_t more = b < end, next = more ? b / per : w.span1;
+        int32_t more = b < end, next = more ? b >> w.span_shift : w.span1;
         if (!more || next != span) {
             if (w.slots == 2 ? span >= 0 : !more)
                 attni_cu_simt_close<NC>(a, s, x, o, w.slots == 2 ? span - w.span0
@@ -1669,12 +1666,10 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
         __syncthreads();
         if (tid < ATTNI_CU_BLOCK) {
             int32_t place, page = attni_cu_page(a, w, b, tid, &place, &s->bad);
-            s->koff[tid] = page < 0 ? -1 : attni_cu_offset(a.k, page, place, w.kv_head);
-            s->voff[tid] = page < 0 ? -1 : attni_cu_offset(a.v, page, place, w.kv_head);
-            x->scale[0][tid] =
-                page < 0 ? 0 : attni_cu_token_scale(a.k, s->koff[tid], place, w.kv_head);
-            x->scale[1][tid] =
-                page < 0 ? 0 : attni_cu_token_scale(a.v, s->voff[tid], place, w.kv_head);
+            s->k[tid] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, w.kv_head);
+            s->v[tid] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, w.kv_head);
+            x->scale[0][tid] = page < 0 ? 0 : attni_token_scale(&a.k, page, place, w.kv_head);
+            x->scale[1][tid] = page < 0 ? 0 : attni_token_scale(&a.v, page, place, w.kv_head);
         }
         attni_cu_mask_rows(a, s, b);
         attni_cu_simt_scores(a, s, x, c);
@@ -1695,12 +1690,12 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
 #pragma unroll
             for (int j = 0; j < NC; j++) o[r][j] *= x->w[r];
         for (int t = 0; t < ATTNI_CU_BLOCK; t++) {
-            if (s->voff[t] < 0 || !(s->seen >> t & 1)) continue;
+            if (!s->v[t] || !(s->seen >> t & 1)) continue;
 #pragma unroll
             for (int j = 0; j < NC; j++) {
                 int col = tid + ATTNI_CU_THREADS * j;
                 if (col >= vd) break;
-                float v = attni_cu_element(a.v, s->voff[t], col) * x->scale[1][t];
+                float v = attni_cu_element(s->v[t], a.v.dtype, col) * x->scale[1][t];
 #pragma unroll
                 for (int r = 0; r < ATTNI_CU_SIMT_ROWS; r++)
                     o[r][j] = fmaf(x->p[r][t], v, o[r][j]);
@@ -2271,6 +2266,7 @@ typedef struct attni_cu_packer {
     attn_cuda_plan *g;
     uint8_t *to;                       // staging
     int64_t used[ATTNI_CU_SECTIONS];   // bytes
+    int64_t tail;                      // bytes of tasks at the end of their section
     int32_t *token0, *expected, *unit0;
 } attni_cu_packer;
 
@@ -2348,6 +2344,14 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->pos0 = first->kv_pos0;
     w->span = first->span;
     for (i = ATTNI_CU_BLOCK; i < w->span; i *= 2) w->span_shift++;
+    w->sink_block = (w->sink_end + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+    w->lo_block = w->lo / ATTNI_CU_BLOCK;
+    w->end_block = (int32_t)(((int64_t)w->hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK);
+    w->full_block = (int32_t)(((int64_t)w->full_lo + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK);
+    w->full_end = w->full_hi / ATTNI_CU_BLOCK;
+    w->q_begin = first->q_begin;
+    w->q_pos0 = first->q_pos0;
+    w->kv_len = first->kv_len;
     w->span0 = g->span0;
     w->span1 = g->span1;
     w->slots = g->n_slots == 0 ? 0 : g->n_slots == 1 && g->span1 - g->span0 > 1 ? 1 : 2;
@@ -2378,7 +2382,6 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     attni_cu_task *task = (attni_cu_task *)(void *)(b->to + g->at[ATTNI_CU_TASK]);
     attni_cu_link *link = (attni_cu_link *)(void *)(b->to + g->at[ATTNI_CU_LINK]);
     int32_t i, s, c, kind, n_links = 0, units = 0, group = g->shape[6];
-    int64_t n = 0;
     memset(&head, 0, sizeof head);
     for (i = 0; i < p->n_active; i++) {
         b->token0[i + 1] = b->token0[i] + p->seq[p->order[i]].q_len;
@@ -2391,21 +2394,18 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     if (units > g->cap[5] || n_links > g->cap[4] || (int64_t)p->n_tasks * group > g->cap[3])
         return ATTN_ERR_BUFFER;
     memset(b->expected, 0, 4 * (size_t)units);
-    for (kind = 0; kind < ATTNI_CU_KINDS; kind++) {
-        head.first[kind] = (int32_t)n;
-        for (i = 0; i < p->n_tasks; i++) {
-            const attn_plan_seq *q = &p->seq[p->order[p->segment[p->task[i].segment].seq0]];
-            int many = g->shape[5] >= 16 && q->rule >= 0 && p->params.rule[q->rule].no_fold;
-            if (many != (kind == ATTNI_CU_MANY)) continue;
-            attni_cu_expect(b, &p->task[i]);
-            attni_cu_pack_task(b, &p->task[i], &task[n]);
-            for (c = 1; c < group; c++) task[n + c] = task[n];
-            for (c = 0; c < group && group > 1; c++) task[n + c].head = task[n].kv_head * group + c;
-            n += group;
+    for (i = 0; i < p->n_tasks; i++) {
+        const attn_plan_seq *q = &p->seq[p->order[p->segment[p->task[i].segment].seq0]];
+        kind = g->shape[5] >= 16 && p->params.rule[q->rule].no_fold;
+        attni_cu_expect(b, &p->task[i]);
+        for (c = 0; c < group; c++) {
+            int32_t at = head.n_tasks[kind]++;
+            attni_cu_task *w = &task[kind == ATTNI_CU_MANY ? g->cap[3] - 1 - at : at];
+            attni_cu_pack_task(b, &p->task[i], w);
+            if (group > 1) w->head = w->kv_head * group + c;
         }
-        head.n_tasks[kind] = (int32_t)(n - head.first[kind]);
-        g->n[kind] = head.n_tasks[kind];
     }
+    for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
     for (s = 0; s < p->n_seq; s++)
         for (c = 0; c < p->seq[s].n_chain; c++) {
             const attn_segment *e = &p->segment[p->chain[p->seq[s].chain + c]];
@@ -2423,7 +2423,8 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
     attni_cu_pack(b, ATTNI_CU_SEQ, p->seq, p->n_seq * (int64_t)sizeof *p->seq);
     attni_cu_pack(b, ATTNI_CU_ORDER, p->order, p->n_active * 4);
-    b->used[ATTNI_CU_TASK] = n * (int64_t)sizeof *task;
+    b->used[ATTNI_CU_TASK] = head.n_tasks[ATTNI_CU_FEW] * (int64_t)sizeof *task;
+    b->tail = head.n_tasks[ATTNI_CU_MANY] * (int64_t)sizeof *task;
     b->used[ATTNI_CU_LINK] = n_links * (int64_t)sizeof *link;
     b->used[ATTNI_CU_TOKEN0] = 4 * ((int64_t)p->n_active + 1);
     b->used[ATTNI_CU_UNIT0] = 4 * (int64_t)p->n_seq;
@@ -2479,6 +2480,13 @@ static attn_result attni_cu_send(const attni_cu_packer *b, cudaStream_t stream) 
     if (cudaMemcpyAsync(to, b->to, sizeof(attni_cu_header), cudaMemcpyHostToDevice, stream) !=
         cudaSuccess)
         return ATTN_ERR_DEVICE;
+    if (b->tail) {
+        size_t from = at[ATTNI_CU_TASK] + (size_t)b->g->cap[3] * sizeof(attni_cu_task) -
+                      (size_t)b->tail;
+        if (cudaMemcpyAsync(to + from, b->to + from, (size_t)b->tail, cudaMemcpyHostToDevice,
+                            stream) != cudaSuccess)
+            return ATTN_ERR_DEVICE;
+    }
     while (i < ATTNI_CU_SECTIONS) {
         size_t end;
         if (!b->used[i]) {
@@ -2630,6 +2638,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.arrived = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_ARRIVED]);
     a.ticket = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_TICKET]);
     a.error = c->error;
+    a.last_task = g->cap[3] - 1;
     a.partial_o = (float *)partials;
     a.partial_ml = a.partial_o + rows * attni_v_dim(d);
     a.n_entries = g->tables.row_start || g->tables.block ? g->tables.n_entries : -1;
@@ -2642,6 +2651,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a.page_shift = -1;
     a.scale = attni_scale(d);
     a.mods = attni_cu_mods(d);
+    a.bytes = attni_bits_of(d->kv.k.dtype) == 8 && attni_bits_of(d->kv.v.dtype) == 8;
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
         // a captured launch must do for every later upload
