@@ -824,12 +824,11 @@ ATTNI_FAR uint32_t attni_to_small(float x, int e, int m, uint32_t max_code, uint
 
 ATTNI_FN float attni_from_f16(uint16_t h) {
 #if defined(__CUDA_ARCH__)
-    float f;
+    float f; // a NaN would lose its sign
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-    return f;
-#else
-    return attni_from_small(h, 5, 10, 1);
+    if ((h & 0x7fffu) <= 0x7c00u) return f;
 #endif
+    return attni_from_small(h, 5, 10, 1);
 }
 ATTNI_FN uint16_t attni_to_f16(float x) {
     return (uint16_t)attni_to_small(x, 5, 10, 0x7c00u, 0x7e00u);

@@ -237,7 +237,7 @@ typedef struct attni_cu_args {
     int32_t kind, group;      // group: heads in a tile: of a KV head, or 1 with per-head lists
     int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
     int32_t mods;             // scores need more than a positive scale
-    int32_t bytes;            // K and V have 8 bits an element
+    int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
@@ -276,6 +276,11 @@ ATTNI_DEV void attni_cp_async4(uint32_t dst, const void *src, int n) {
 #endif
 }
 
+ATTNI_DEV void attni_sts16(uint32_t dst, const uint32_t x[4]) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(dst), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 ATTNI_DEV void attni_cp_commit(void) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -304,21 +309,21 @@ template <int BF> ATTNI_DEV void attni_mma(float c[4], const uint32_t a[4], uint
                                            uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
     if (BF)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else // Turing: two steps of 8; it has no bf16, and the host does not ask for it
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(b0));
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[2]), "r"(a[3]), "r"(b1));
@@ -474,6 +479,18 @@ ATTNI_DEV_FAR float attni_cu_bias(const attni_cu_args &a, const attni_cu_task &w
                      x.head * b->stride_head + x.token * b->stride_token + (pos - w.pos0));
 }
 
+// Of a row and a key; nodes of a token tree are where their depth puts them.
+ATTNI_DEV_FAR float attni_cu_alibi(const attni_cu_args &a, const attni_cu_row &x, int64_t pos) {
+    if (x.token < 0) return 0;
+    if (a.d.mask.kind == ATTN_MASK_TREE) {
+        const attn_plan_seq *s = a.seq + x.seq;
+        int64_t t = pos - s->q_pos0;
+        if (t >= 0 && t < s->q_len)
+            pos = s->q_pos0 + attni_tree_depth(&a.d, s->q_begin, (int32_t)t);
+    }
+    return __fmul_rn(a.d.logits.alibi[x.head], (float)(pos - x.pos));
+}
+
 // Entries of device tables are checked here; others were validated on the host.
 ATTNI_DEV void attni_cu_report(const attni_cu_args &a, attn_result r) {
     if (a.error) *a.error = (int32_t)r;
@@ -553,9 +570,10 @@ ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, in
     return s->all[at >> 5] >> (at & 31) & 1;
 }
 
-// Page of thread i's token (of ATTNI_CU_BLOCK) in block b, or -1 when it is not read; its place.
+// Page of thread i's token (of ATTNI_CU_BLOCK) in block b as the table has it, or -1 when it is not
+// read; its place.
 ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
-                                int32_t *place, int32_t *bad) {
+                                int32_t *place) {
     int32_t j, n, page = w.seq, pos = b * ATTNI_CU_BLOCK + i; // hi is at most INT32_MAX
     *place = 0;
     if (i >= ATTNI_CU_BLOCK || pos < 0 || pos >= w.hi || pos < w.pos0) return -1;
@@ -564,10 +582,14 @@ ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, 
     if (!a.d.kv.page_table) return page;
     n = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
     *place = j - n * a.d.kv.page_tokens;
-    page = __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
-    if ((uint32_t)page < (uint32_t)a.d.kv.n_pages) return page;
+    return __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
+}
+
+// What came of it, later: -1 as well where there is no such page.
+ATTNI_DEV int32_t attni_cu_checked(const attni_cu_args &a, attni_cu_shared *s, int32_t page) {
+    if (page == -1 || (uint32_t)page < (uint32_t)a.d.kv.n_pages) return page;
     attni_cu_report(a, ATTN_ERR_PAGE);
-    *bad = 1;
+    s->bad = 1;
     return -1;
 }
 
@@ -905,9 +927,7 @@ ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n
         attni_cu_convert16<BF>(t, raw + r * row + 2 * bits * c, u);
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                         ::"r"(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4)), "r"(u[4 * h]),
-                         "r"(u[4 * h + 1]), "r"(u[4 * h + 2]), "r"(u[4 * h + 3]) : "memory");
+            attni_sts16(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4), &u[4 * h]);
     }
 }
 
@@ -937,25 +957,53 @@ __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, 
 }
 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
-// WHOLE: every token is there and has all its chunks. chunks is a constant where it can be.
-template <int STRIDE, int SWIZZLE, int WHOLE>
-ATTNI_DEV void attni_cu_load_rows(uint32_t dst, const uint8_t *const *rows, int n, int chunks) {
-    const int tid = (int)threadIdx.x, turns = ATTNI_CU_BLOCK * chunks / ATTNI_CU_THREADS;
-#pragma unroll
-    for (int x = 0; x < turns; x++) { // ATTNI_CU_BLOCK * chunks is a multiple of the threads
-        int i = tid + ATTNI_CU_THREADS * x, row = i / chunks, c = i - row * chunks;
-        const uint8_t *from = rows[row];
-        uint32_t to = dst + (uint32_t)(row * STRIDE + ((SWIZZLE ? c ^ (row & 7) : c) << 4));
-        int some = WHOLE || (from && 16 * c < n);
-        attni_cp_async16(to, from + (some ? 16 * c : 0), some ? 16 : 0);
+// Tokens or chunks may be missing.
+template <int STRIDE, int SWIZZLE>
+ATTNI_DEV void attni_cu_load_some(uint32_t dst, const uint8_t *const *rows, int n, int chunks) {
+#pragma unroll 1
+    for (int i = (int)threadIdx.x; i < ATTNI_CU_BLOCK * chunks; i += ATTNI_CU_THREADS) {
+        int row = i / chunks, c = i - row * chunks, some = rows[row] && 16 * c < n;
+        attni_cp_async16(dst + (uint32_t)(row * STRIDE + ((SWIZZLE ? c ^ (row & 7) : c) << 4)),
+                         rows[row] + (some ? 16 * c : 0), some ? 16 : 0);
     }
 }
 
-template <int STRIDE, int SWIZZLE>
-ATTNI_DEV void attni_cu_load_tile(uint32_t dst, const uint8_t *const *rows, int n, int chunks,
-                                  int whole) {
-    if (whole) attni_cu_load_rows<STRIDE, SWIZZLE, 1>(dst, rows, n, chunks);
-    else attni_cu_load_rows<STRIDE, SWIZZLE, 0>(dst, rows, n, chunks);
+// The same with all tokens and CHUNKS whole chunks. The addresses first, so that one latency is
+// waited for and not one for each.
+template <int STRIDE, int SWIZZLE, int CHUNKS>
+ATTNI_DEV void attni_cu_load_whole(uint32_t dst, const uint8_t *const *rows) {
+    constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
+    const int row = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
+    const uint8_t *from[TURNS];
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) from[i] = rows[row + i * STEP];
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        int r = row + i * STEP;
+        attni_cp_async16(dst + (uint32_t)(r * STRIDE + ((SWIZZLE ? c ^ (r & 7) : c) << 4)),
+                         from[i] + 16 * c, 16);
+    }
+}
+
+// The same from addresses that are no multiples of 16.
+ATTNI_DEV_FAR void attni_cu_load_bytes(uint32_t dst, const uint8_t *const *rows, int n, int chunks,
+                                       int stride, int swizzle) {
+    for (int i = (int)threadIdx.x; i < ATTNI_CU_BLOCK * chunks; i += ATTNI_CU_THREADS) {
+        int row = i / chunks, c = i - row * chunks;
+        uint32_t x[4] = {0, 0, 0, 0};
+        for (int b = 0; b < 16 && rows[row] && 16 * c + b < n; b++)
+            x[b >> 2] |= (uint32_t)rows[row][16 * c + b] << 8 * (b & 3);
+        attni_sts16(dst + (uint32_t)(row * stride + ((swizzle ? c ^ (row & 7) : c) << 4)), x);
+    }
+}
+
+template <int STRIDE, int SWIZZLE, int CHUNKS>
+ATTNI_DEV void attni_cu_load_tile(const attni_cu_args &a, uint32_t dst, const uint8_t *const *rows,
+                                  int n, int chunks, int whole) {
+    if (a.odd_rows) attni_cu_load_bytes(dst, rows, n, chunks, STRIDE, SWIZZLE);
+    else if (CHUNKS && whole && n == 16 * CHUNKS)
+        attni_cu_load_whole<STRIDE, SWIZZLE, CHUNKS ? CHUNKS : 2>(dst, rows);
+    else attni_cu_load_some<STRIDE, SWIZZLE>(dst, rows, n, chunks);
 }
 
 template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attni_cu_mma {
@@ -971,11 +1019,13 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     static constexpr int NT = R ? 8 : 2;                // 8-token tiles of scores a warp has
     static constexpr int NP = R ? DV / 16 : DV / 64;    // pairs of 8-column tiles of O it has
     static constexpr int NL = FOLD && R ? 4 : 1;        // sums kept apart, by 16 tokens
+    static constexpr int QREG = !R && DK <= 256;        // Q stays in registers
     static constexpr int KROW = DK * (Q8 ? 1 : 2), VROW = DV * (Q8 ? 1 : 2);
     static constexpr int STAGE = attni_cu_stage_bytes(Q8, DK, DV);
 
     float o[RS][2 * NP][4], m[RS][2], l[RS][2][NL];
     float to[FOLD ? RS : 1][FOLD ? 2 * NP : 1][4], tm[RS][2], tl[RS][2]; // spans folded so far
+    uint32_t qf[QREG ? DK / 16 : 1][4];
     uint32_t q, ring, conv, p;   // shared memory addresses
     int warp, lane, dk, dv;
 
@@ -1004,14 +1054,20 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 
     __device__ __forceinline__ void load_q(const attni_cu_args &a, const attni_cu_shared *s) {
         const int chunks = EXACT ? DK / 8 : (dk + 15) / 16 * 2;
+#pragma unroll 1
         for (int i = (int)threadIdx.x; i < MT * chunks; i += ATTNI_CU_THREADS) {
             int r = i / chunks, c = i - r * chunks, some = s->row[r].token >= 0 && 8 * c < dk;
+            uint32_t to = q + (uint32_t)(r * DK * 2 + ((c ^ (r & 7)) << 4)), x[4] = {0, 0, 0, 0};
             const uint16_t *from = (const uint16_t *)a.d.q.data;
             if (some)
                 from += s->row[r].token * a.d.q.stride_token +
                         s->row[r].head * a.d.q.stride_head + 8 * c;
-            attni_cp_async16(q + (uint32_t)(r * DK * 2 + ((c ^ (r & 7)) << 4)), from,
-                             some ? 16 : 0);
+            if (!a.odd_q) {
+                attni_cp_async16(to, from, some ? 16 : 0);
+                continue;
+            }
+            for (int e = 0; e < 8 && some; e++) x[e >> 1] |= (uint32_t)from[e] << 16 * (e & 1);
+            attni_sts16(to, x);
         }
     }
 
@@ -1021,6 +1077,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         const int i = (int)threadIdx.x;
         if (i >= ATTNI_CU_BLOCK) return;
         const int32_t head = s->task.kv_head;
+        page = attni_cu_checked(a, s, page);
         s->k[i] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
         s->v[i] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
         if (!Q8) return;
@@ -1035,29 +1092,36 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         const int32_t pos = b * ATTNI_CU_BLOCK;
         const int kn = Q8 ? attni_bits_of(a.k.dtype) * dk / 8 : 2 * dk;
         const int vn = Q8 ? attni_bits_of(a.v.dtype) * dv / 8 : 2 * dv;
-        const int whole = pos >= s->task.lo && s->task.hi - pos >= ATTNI_CU_BLOCK && !s->bad &&
-                          (EXACT || (dk % 16 == 0 && dv % 16 == 0));
-        if (Q8 && !(EXACT && a.bytes)) {
-            attni_cu_load_tile<KROW, 0>(at, s->k, kn, even(kn), whole && kn % 32 == 0);
-        } else {
-            attni_cu_load_tile<KROW, !Q8>(at, s->k, kn, EXACT ? KROW / 16 : even(kn), whole);
-        }
-        if (Q8) scales(s->kscale, scale);
+        const int whole = pos >= s->task.lo && s->task.hi - pos >= ATTNI_CU_BLOCK && !s->bad;
+        attni_cu_load_tile<KROW, !Q8, EXACT ? KROW / 16 : 0>(a, at, s->k, kn, even(kn), whole);
+        if (Q8) scales(a, s->kscale, scale);
         attni_cp_commit();
-        at += ATTNI_CU_BLOCK * KROW;
-        if (Q8 && !(EXACT && a.bytes)) {
-            attni_cu_load_tile<VROW, 0>(at, s->v, vn, even(vn), whole && vn % 32 == 0);
-        } else {
-            attni_cu_load_tile<VROW, !Q8>(at, s->v, vn, EXACT ? VROW / 16 : even(vn), whole);
-        }
-        if (Q8) scales(s->vscale, scale + 4 * ATTNI_CU_BLOCK);
+        attni_cu_load_tile<VROW, !Q8, EXACT ? VROW / 16 : 0>(a, at + ATTNI_CU_BLOCK * KROW, s->v, vn,
+                                                             even(vn), whole);
+        if (Q8) scales(a, s->vscale, scale + 4 * ATTNI_CU_BLOCK);
         attni_cp_commit();
     }
 
-    __device__ __forceinline__ void scales(const uint8_t *const *from, uint32_t dst) {
+    __device__ __forceinline__ void scales(const attni_cu_args &a, const uint8_t *const *from,
+                                           uint32_t dst) {
         const int i = (int)threadIdx.x;
-        if (i < ATTNI_CU_BLOCK)
+        uint32_t u = 0;
+        if (i >= ATTNI_CU_BLOCK) return;
+        if (!a.odd_rows) {
             attni_cp_async4(dst + (uint32_t)(4 * i), from[i], from[i] ? 4 : 0);
+            return;
+        }
+        for (int b = 0; b < 4 && from[i]; b++) u |= (uint32_t)from[i][b] << 8 * b;
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst + (uint32_t)(4 * i)), "r"(u) : "memory");
+    }
+
+    __device__ __forceinline__ void keep_q(void) {
+        const uint32_t qx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
+#pragma unroll
+        for (int ks = 0; ks < DK / 16 && QREG; ks++)
+            if (EXACT || 16 * ks < dk)
+                attni_ldmatrix(qf[QREG ? ks : 0],
+                               q + (uint32_t)((lane & 15) * DK * 2) + (32u * ks ^ qx));
     }
 
     // Scores of the warp's rows against its tokens.
@@ -1078,7 +1142,12 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             if (!EXACT && 16 * ks >= dk) break;
 #pragma unroll
             for (int i = 0; i < RS; i++)
-                attni_ldmatrix(qa[i], q0 + (uint32_t)(32 * i * DK) + (32u * ks ^ qx));
+                if (QREG) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) qa[i][e] = qf[QREG ? ks : 0][e];
+                } else {
+                    attni_ldmatrix(qa[i], q0 + (uint32_t)(32 * i * DK) + (32u * ks ^ qx));
+                }
 #pragma unroll
             for (int j = 0; j < NT / 2; j++) {
                 uint32_t kb[4];
@@ -1109,7 +1178,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                     z = g->softcap * (1.0f - 2.0f / (z + 1.0f));
                     y = y < 0 ? -z : y != y ? y : z;
                 }
-                if (x.token >= 0 && g->alibi) y += g->alibi[x.head] * (float)(pos - x.pos);
+                if (g->alibi) y += attni_cu_alibi(a, x, pos);
                 if (g->bias.data) y += attni_cu_bias(a, s->task, x, pos);
                 c[i][e >> 2][e & 3] = y * ATTNI_LOG2E;
             }
@@ -1314,7 +1383,9 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         for (int j = 0; j < 2 * NP; j++) {
             int col = column(j / 2) + 8 * (j & 1) + 2 * (lane & 3);
             float u = none ? 0 : x[j][2 * h] * f, v = none ? 0 : x[j][2 * h + 1] * f;
-            if (EXACT || col < dv) out[col / 2] = bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v);
+            if (!EXACT && col >= dv) continue;
+            if (a.odd_o) attni_cu_put2(a, out, col, u, v);
+            else out[col / 2] = bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v);
         }
     }
 
@@ -1394,34 +1465,40 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                     to[x][j][2 * h] = to[x][j][2 * h + 1] = 0;
             }
         b = attni_cu_next(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
+        page = b < end ? attni_cu_page(a, w, b, (int)threadIdx.x, &place) : -1;
+        locate(a, s, page, place);
 #pragma unroll
-        for (i = 0; i < AHEAD; i++) {
-            queue[i] = b;
-            if (b < end) {
-                page = attni_cu_page(a, w, b, (int)threadIdx.x, &place, &s->bad);
-                locate(a, s, page, place);
-                __syncthreads();
-                load(a, s, b, i);
-                __syncthreads();
-                b = attni_cu_next(a, s, b + 1);
-            } else {
-                attni_cp_commit();
-                attni_cp_commit();
-            }
-        }
-        if (b < end) {
-            page = attni_cu_page(a, w, b, (int)threadIdx.x, &place, &s->bad);
-            locate(a, s, page, place);
-        }
+        for (i = 0; i < STAGES; i++) queue[i] = -1; // the first turns only load
+#pragma unroll 1
         for (;;) {
-            int32_t cur = AHEAD ? queue[0] : b, more = cur < end;
-            int32_t next = more ? cur >> shift : w.span1;
-            if (AHEAD == 0 && more) {
+            // b is what is loaded now, AHEAD blocks before its turn
+            queue[AHEAD] = b;
+            if (AHEAD == 0) __syncthreads();
+            else {
+                attni_cp_wait<AHEAD ? 2 * AHEAD - 1 : 0>();
                 __syncthreads();
-                load(a, s, b, 0);
             }
-            attni_cp_wait<AHEAD ? 2 * AHEAD - 1 : 1>();
-            __syncthreads();
+            const int32_t cur = queue[0], more = cur < end;
+            if (b < end) load(a, s, b, stage ? stage - 1 : AHEAD);
+            else {
+                attni_cp_commit();
+                attni_cp_commit();
+            }
+            if (AHEAD == 0) {
+                attni_cp_wait<1>();
+                __syncthreads();
+            }
+            if (b < end) b = attni_cu_next(a, s, b + 1);
+            page = b < end ? attni_cu_page(a, w, b, (int)threadIdx.x, &place) : -1;
+            stage = stage == AHEAD ? 0 : stage + 1;
+#pragma unroll
+            for (i = 0; i < AHEAD; i++) queue[i] = queue[i + 1];
+            if (cur < 0) { // nothing to compute yet
+                __syncthreads();
+                locate(a, s, page, place);
+                continue;
+            }
+            const int32_t next = more ? cur >> shift : w.span1;
             if (!more || next != span) {
                 if (w.slots == 2 ? span >= 0 : !more || (FOLD && span >= 0))
                     close_span(a, s, span, more);
@@ -1429,21 +1506,13 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                     attni_cu_empty_spans(a, s, span < 0 ? w.span0 : span + 1, next);
                 if (!more) break;
                 span = next;
+                keep_q();
             }
-            if (AHEAD) {
-                queue[AHEAD] = b;
-                if (b < end) load(a, s, b, stage ? stage - 1 : AHEAD);
-                else {
-                    attni_cp_commit();
-                    attni_cp_commit();
-                }
-            }
-            if (b < end) b = attni_cu_next(a, s, b + 1);
-            if (b < end) page = attni_cu_page(a, w, b, (int)threadIdx.x, &place, &s->bad);
+            const int at = stage ? stage - 1 : AHEAD; // of cur
 
             float c[RS][NT][4];
-            uint32_t kt = ring + (uint32_t)(stage * STAGE), vt = kt + ATTNI_CU_BLOCK * KROW;
-            uint8_t *raw = tiles + MT * DK * 2 + stage * STAGE;
+            uint32_t kt = ring + (uint32_t)(at * STAGE), vt = kt + ATTNI_CU_BLOCK * KROW;
+            uint8_t *raw = tiles + MT * DK * 2 + at * STAGE;
             float *scale = (float *)(void *)(raw + ATTNI_CU_BLOCK * (KROW + VROW));
             int full = attni_cu_full(a, s, cur);
             if (Q8) {
@@ -1468,7 +1537,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             if (Q8) {
                 __syncthreads(); // V is there, and K's tile has been read
                 if (!full && a.sparse)
-                    blank(s, ring + (uint32_t)(stage * STAGE) + ATTNI_CU_BLOCK * KROW, VROW,
+                    blank(s, ring + (uint32_t)(at * STAGE) + ATTNI_CU_BLOCK * KROW, VROW,
                           scale + ATTNI_CU_BLOCK);
 #pragma unroll
                 for (int x = 0; x < RS; x++)
@@ -1484,10 +1553,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             __syncthreads();
             if (!Q8 && !full && a.sparse) blank(s, vt, VROW, NULL);
             values(c, vt);
-            if (b < end) locate(a, s, page, place);
-#pragma unroll
-            for (i = 0; i < AHEAD; i++) queue[i] = queue[i + 1];
-            stage = stage == AHEAD ? 0 : stage + 1;
+            locate(a, s, page, place);
         }
         attni_cp_wait<0>();
     }
@@ -1601,7 +1667,7 @@ ATTNI_DEV float attni_cu_simt_logit(const attni_cu_args &a, const attni_cu_share
     if (!a.mods) return c * a.scale;
     c *= a.scale;
     if (g->softcap > 0) c = g->softcap * tanhf(c / g->softcap);
-    if (g->alibi) c += g->alibi[y.head] * (float)(pos - y.pos);
+    if (g->alibi) c += attni_cu_alibi(a, y, pos);
     if (g->bias.data) c += attni_cu_bias(a, s->task, y, pos);
     return c * ATTNI_LOG2E;
 }
@@ -1665,7 +1731,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
         }
         __syncthreads();
         if (tid < ATTNI_CU_BLOCK) {
-            int32_t place, page = attni_cu_page(a, w, b, tid, &place, &s->bad);
+            int32_t place, page = attni_cu_checked(a, s, attni_cu_page(a, w, b, tid, &place));
             s->k[tid] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, w.kv_head);
             s->v[tid] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, w.kv_head);
             x->scale[0][tid] = page < 0 ? 0 : attni_token_scale(&a.k, page, place, w.kv_head);
@@ -1913,25 +1979,35 @@ static int attni_cu_misaligned(int64_t a, int64_t b, int64_t c, int64_t n) {
     return ((a | b | c) & (n - 1)) != 0;
 }
 
-// Can rows of a side be read 16 bytes at a time? bits: of Q's type when not quantised.
+// Do the tensor-core kernels know this dtype and head dim? What follows must not depend on strides
+// or addresses: another executor has other bits.
 static int attni_cu_side_fits(const attni_side *s, attn_dtype q) {
     if (s->dtype != q && !attni_is_scaled(s->dtype)) return 0;
     if (attni_is_scaled(s->dtype) && s->dim % 16) return 0;
-    if ((int64_t)s->dim * attni_bits_of(s->dtype) / 8 % 16) return 0;
-    return !attni_cu_misaligned(s->page_bytes | (int64_t)(uintptr_t)s->data, s->token_bytes,
-                                s->head_bytes, 16);
+    return s->dim * attni_bits_of(s->dtype) / 8 % 16 == 0;
 }
 
 static int attni_cu_mma_fits(const attn_cuda *c, const attn_desc *d, const attni_side *k,
                              const attni_side *v) {
-    int64_t qt = d->q.stride_token, qh = d->q.stride_head;
-    int64_t ot = d->o.stride_token, oh = d->o.stride_head;
     if (d->q.dtype == ATTN_F32 || d->o.dtype == ATTN_F32) return 0;
     if (c->arch < 80 && d->q.dtype == ATTN_BF16) return 0;
     if (attni_is_scaled(k->dtype) != attni_is_scaled(v->dtype)) return 0;
-    if (!attni_cu_side_fits(k, d->q.dtype) || !attni_cu_side_fits(v, d->q.dtype)) return 0;
-    if (attni_cu_misaligned((int64_t)(uintptr_t)d->q.data, 2 * qt, 2 * qh, 16)) return 0;
-    return !attni_cu_misaligned((int64_t)(uintptr_t)d->o.data, 2 * ot, 2 * oh, 4);
+    return attni_cu_side_fits(k, d->q.dtype) && attni_cu_side_fits(v, d->q.dtype);
+}
+
+static int attni_cu_odd_side(const attni_side *s) {
+    return attni_cu_misaligned(s->page_bytes | (int64_t)(uintptr_t)s->data, s->token_bytes,
+                               s->head_bytes, 16) ||
+           (s->head_scale && (uintptr_t)s->head_scale % 4);
+}
+
+static void attni_cu_alignment(attni_cu_args *a) {
+    const attn_tensor *q = &a->d.q, *o = &a->d.o;
+    a->odd_rows = attni_cu_odd_side(&a->k) || attni_cu_odd_side(&a->v);
+    a->odd_q = attni_cu_misaligned((int64_t)(uintptr_t)q->data, 2 * q->stride_token,
+                                   2 * q->stride_head, 16);
+    a->odd_o = attni_cu_misaligned((int64_t)(uintptr_t)o->data, 2 * o->stride_token,
+                                   2 * o->stride_head, 4);
 }
 
 // Strides and the value head dim as they are.
@@ -1969,7 +2045,7 @@ static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni
     if ((r = attni_side_init(d, 0, &k)) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 1, &v)) != ATTN_OK) return r;
     attni_cu_fill_simt(x.v_head_dim, out);
-    if (!attni_cu_mma_fits(c, &x, &k, &v)) return ATTN_OK;
+    if (!attni_cu_mma_fits(c, d, &k, &v)) return ATTN_OK;
     attni_cu_choice m;
     memset(&m, 0, sizeof m);
     bf = d->q.dtype == ATTN_BF16;
@@ -2651,7 +2727,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a.page_shift = -1;
     a.scale = attni_scale(d);
     a.mods = attni_cu_mods(d);
-    a.bytes = attni_bits_of(d->kv.k.dtype) == 8 && attni_bits_of(d->kv.v.dtype) == 8;
+    attni_cu_alignment(&a);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
         // a captured launch must do for every later upload
