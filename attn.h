@@ -2123,6 +2123,8 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
         slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
     }
     if (p->params.share == 1 || b->frugal) return 0;
+    // with a table: rows of a tile would meet weight 0 x NaN in V that only another sequence sees
+    if (attni_n_rules(&p->params) && attni_has_sparse(&b->d->mask)) return 0;
     slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
     gain = (float)(n - 1) * (float)(to - from) * (float)head->span * p->params.cost_kv_token *
            (float)p->n_kv_heads;

@@ -175,10 +175,11 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
 
 // ==== >>impl-args  What kernels are given ========================================================
 //
-// A task is a tile of query rows (tokens x heads of one KV head, packed) against a run of KV, walked
-// in blocks of 64 tokens at absolute positions. A row's scores are taken block by block in ascending
-// order with a running maximum; at a span border its state (O, m, l) is folded into the spans before
-// or left as a partial. So a row's bits follow from its own spans, whatever tile it is in.
+// A task is a tile of query rows (tokens x heads of one KV head, packed) against a run of KV,
+// walked in blocks of 64 tokens at absolute positions. A row's scores are taken block by block in
+// ascending order with a running maximum; at a span border its state (O, m, l) is folded into the
+// spans before or left as a partial. So a row's bits follow from its own spans, whatever tile it
+// is in.
 
 #define ATTNI_CU_BLOCK 64   /* KV tokens */
 #define ATTNI_CU_THREADS 128
@@ -244,7 +245,8 @@ typedef struct attni_cu_args {
 } attni_cu_args;
 
 #define ATTNI_DEV static __device__ __forceinline__
-#define ATTNI_DEV_FAR static __device__ __noinline__ // one copy for all kernels: compile time
+// One copy for all kernels: compile time.
+#define ATTNI_DEV_FAR static __device__ __noinline__
 #define ATTNI_LOG2E 1.4426950408889634f
 #define ATTNI_LN2 0.6931471805599453f
 #define ATTNI_NINF __int_as_float((int)0xff800000)
@@ -570,14 +572,14 @@ ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, in
     return s->all[at >> 5] >> (at & 31) & 1;
 }
 
-// Page of thread i's token (of ATTNI_CU_BLOCK) in block b as the table has it, or -1 when it is not
-// read; its place.
+// Page of thread i's token (of ATTNI_CU_BLOCK) in block b as the table has it; its place, -1 when
+// it is not read.
 ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
                                 int32_t *place) {
     int32_t j, n, page = w.seq, pos = b * ATTNI_CU_BLOCK + i; // hi is at most INT32_MAX
-    *place = 0;
-    if (i >= ATTNI_CU_BLOCK || pos < 0 || pos >= w.hi || pos < w.pos0) return -1;
-    if (pos < w.lo && pos >= w.sink_end) return -1;
+    *place = -1;
+    if (i >= ATTNI_CU_BLOCK || pos < 0 || pos >= w.hi || pos < w.pos0) return 0;
+    if (pos < w.lo && pos >= w.sink_end) return 0;
     j = *place = pos - w.pos0;
     if (!a.d.kv.page_table) return page;
     n = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
@@ -585,9 +587,11 @@ ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, 
     return __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
 }
 
-// What came of it, later: -1 as well where there is no such page.
-ATTNI_DEV int32_t attni_cu_checked(const attni_cu_args &a, attni_cu_shared *s, int32_t page) {
-    if (page == -1 || (uint32_t)page < (uint32_t)a.d.kv.n_pages) return page;
+// What came of it, later: -1 when it is not read, or there is no such page.
+ATTNI_DEV int32_t attni_cu_checked(const attni_cu_args &a, attni_cu_shared *s, int32_t page,
+                                   int32_t place) {
+    if (place < 0) return -1;
+    if ((uint32_t)page < (uint32_t)a.d.kv.n_pages) return page;
     attni_cu_report(a, ATTN_ERR_PAGE);
     s->bad = 1;
     return -1;
@@ -631,7 +635,7 @@ ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, in
     if (tid < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[tid] = from[tid];
     if (tid == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
     __syncthreads();
-    for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS) s->row[r] = attni_cu_get_row(a, s->task, r);
+    s->row[tid] = attni_cu_get_row(a, s->task, tid); // as many rows as threads
     __syncthreads();
     for (r = tid; r < s->task.n_tokens && s->task.slots; r += ATTNI_CU_THREADS) {
         const attni_cu_row &x = s->row[r * a.group];
@@ -755,7 +759,7 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, int32_t seq, int32_t t
                 float mi = __shfl_sync(~0u, mine2.x, i), li = __shfl_sync(~0u, mine2.y, i), w0, w1;
                 float4 p = make_float4(0, 0, 0, 0);
                 int some = mi != ATTNI_NINF || li != 0.0f; // else its O was not written
-                if (mine)
+                if (mine && some)
                     p = __ldcg((const float4 *)(a.partial_o + (at + i * step) * vd + col +
                                                 4 * lane));
                 attni_cu_fold(&m, &l, mi, li, &w0, &w1);
@@ -777,8 +781,8 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, int32_t seq, int32_t t
         a.d.lse[(int64_t)(s->q_begin + t) * a.d.n_heads + head] = lse;
 }
 
-// The tile's partials are written: whoever is the last to leave some of a unit merges it, in a fixed
-// order, so that it does not matter who that is. All threads call.
+// The tile's partials are written: whoever is the last to leave some of a unit merges it, in a
+// fixed order, so that it does not matter who that is. All threads call.
 ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
     const attni_cu_task &w = s->task;
     int tid = (int)threadIdx.x, i;
@@ -937,8 +941,8 @@ ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n
 // tile. DK, DV: head dims, exact for 64 and 128, else the most (d says how many). R: 16-row strips
 // of a warp; 0: 16 rows in all, whose tokens (scores) and output columns four warps share. FOLD:
 // spans are folded in registers. MODS: scores may need more than a scale; such calls would take
-// registers from the tallest tiles, which do without. Tiles lie in shared memory row by row, their 16-byte chunks
-// permuted by the row's low bits, so that ldmatrix and stores meet no bank twice.
+// registers from the tallest tiles, which do without. Tiles lie in shared memory row by row, their
+// 16-byte chunks permuted by the row's low bits, so that ldmatrix and stores meet no bank twice.
 
 // Blocks of K and V in flight.
 __host__ __device__ constexpr int attni_cu_stages(int arch, int q8, int dk, int r) {
@@ -1077,7 +1081,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         const int i = (int)threadIdx.x;
         if (i >= ATTNI_CU_BLOCK) return;
         const int32_t head = s->task.kv_head;
-        page = attni_cu_checked(a, s, page);
+        page = attni_cu_checked(a, s, page, place);
         s->k[i] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
         s->v[i] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
         if (!Q8) return;
@@ -1096,8 +1100,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         attni_cu_load_tile<KROW, !Q8, EXACT ? KROW / 16 : 0>(a, at, s->k, kn, even(kn), whole);
         if (Q8) scales(a, s->kscale, scale);
         attni_cp_commit();
-        attni_cu_load_tile<VROW, !Q8, EXACT ? VROW / 16 : 0>(a, at + ATTNI_CU_BLOCK * KROW, s->v, vn,
-                                                             even(vn), whole);
+        at += ATTNI_CU_BLOCK * KROW;
+        attni_cu_load_tile<VROW, !Q8, EXACT ? VROW / 16 : 0>(a, at, s->v, vn, even(vn), whole);
         if (Q8) scales(a, s->vscale, scale + 4 * ATTNI_CU_BLOCK);
         attni_cp_commit();
     }
@@ -1465,7 +1469,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                     to[x][j][2 * h] = to[x][j][2 * h + 1] = 0;
             }
         b = attni_cu_next(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
-        page = b < end ? attni_cu_page(a, w, b, (int)threadIdx.x, &place) : -1;
+        page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
         locate(a, s, page, place);
 #pragma unroll
         for (i = 0; i < STAGES; i++) queue[i] = -1; // the first turns only load
@@ -1489,7 +1493,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                 __syncthreads();
             }
             if (b < end) b = attni_cu_next(a, s, b + 1);
-            page = b < end ? attni_cu_page(a, w, b, (int)threadIdx.x, &place) : -1;
+            page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
             stage = stage == AHEAD ? 0 : stage + 1;
 #pragma unroll
             for (i = 0; i < AHEAD; i++) queue[i] = queue[i + 1];
@@ -1546,8 +1550,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                         c[x][e >> 2][e & 3] *=
                             scale[ATTNI_CU_BLOCK + (R ? 0 : 16 * warp) + 8 * (e >> 2) +
                                   2 * (lane & 3) + (e & 1)];
-                attni_cu_convert<BF, EXACT ? DV : 0>(a.v.dtype, raw + ATTNI_CU_BLOCK * KROW, VROW, dv,
-                                                     conv, DV * 2);
+                attni_cu_convert<BF, EXACT ? DV : 0>(a.v.dtype, raw + ATTNI_CU_BLOCK * KROW, VROW,
+                                                     dv, conv, DV * 2);
             }
             if (!R) spread(c[0]);
             __syncthreads();
@@ -1731,7 +1735,8 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
         }
         __syncthreads();
         if (tid < ATTNI_CU_BLOCK) {
-            int32_t place, page = attni_cu_checked(a, s, attni_cu_page(a, w, b, tid, &place));
+            int32_t place, page = attni_cu_page(a, w, b, tid, &place);
+            page = attni_cu_checked(a, s, page, place);
             s->k[tid] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, w.kv_head);
             s->v[tid] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, w.kv_head);
             x->scale[0][tid] = page < 0 ? 0 : attni_token_scale(&a.k, page, place, w.kv_head);
@@ -1990,6 +1995,7 @@ static int attni_cu_side_fits(const attni_side *s, attn_dtype q) {
 static int attni_cu_mma_fits(const attn_cuda *c, const attn_desc *d, const attni_side *k,
                              const attni_side *v) {
     if (d->q.dtype == ATTN_F32 || d->o.dtype == ATTN_F32) return 0;
+    if (d->q.dtype == ATTN_BF16 && d->o.dtype == ATTN_F16) return 0; // finer than weights in bf16
     if (c->arch < 80 && d->q.dtype == ATTN_BF16) return 0;
     if (attni_is_scaled(k->dtype) != attni_is_scaled(v->dtype)) return 0;
     return attni_cu_side_fits(k, d->q.dtype) && attni_cu_side_fits(v, d->q.dtype);
