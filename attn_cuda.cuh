@@ -119,8 +119,8 @@ struct attn_cuda_plan {
     int32_t max_q_len;             // queries of one sequence at most, for captured runs: up to 64
                                    // saves a launch (default 0: max_tokens of the params)
     void *device;                  // private from here on
-    size_t bytes, at[24];
-    int64_t cap[8], n[8];
+    size_t bytes, at[25];
+    int64_t cap[8], n[9];
     int32_t shape[8];
 };
 
@@ -203,7 +203,8 @@ typedef struct attni_cu_task {
     int32_t span_shift;     // a span is 1 << span_shift blocks
     int32_t sink_block, lo_block, end_block; // behind the sinks, of lo, behind hi
     int32_t full_block, full_end; // blocks that every row sees
-    int32_t q_begin, q_pos0, kv_len; // of seq
+    int32_t q_begin, q_pos0, kv_len, chain, n_chain; // of seq
+    int32_t unit, expected; // of the only unit that the tile has rows of, or -1: look them up
 } attni_cu_task;
 
 typedef struct attni_cu_link { // what a segment left of a sequence
@@ -215,6 +216,7 @@ enum { ATTNI_CU_FEW, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 
 typedef struct attni_cu_header {
     int32_t n_tasks[ATTNI_CU_KINDS];
+    int32_t n_merge;
     int32_t n_places, n_seq, n_units, n_tokens;
 } attni_cu_header;
 
@@ -228,12 +230,14 @@ typedef struct attni_cu_args {
     const int32_t *token0;    // (n_places + 1) query tokens before each place
     const attni_cu_link *link; // seq.chain ...
     const int32_t *unit0;     // (n_seq) first unit of a sequence
-    const int32_t *expected;  // (n_units) tasks that leave partials of it
+    const int32_t *expected;  // (n_units) tasks that leave partials of it; 0: merged afterwards
+    const int32_t *merge;     // (n_merge, 2) sequence and index of tokens to merge afterwards
     int32_t *arrived;         // (n_units, unit_heads)
     int32_t *ticket;          // (ATTNI_CU_KINDS, 2) next task, blocks that are through
     int32_t *error;
     float *partial_o, *partial_ml; // (rows, v_head_dim), (rows, 2)
     int64_t n_entries;        // of a block list that kernels have to check; else -1
+    int64_t cap_tasks;        // room for both kinds
     int64_t last_task;        // in task[], where tasks of MANY begin and go down from
     int32_t kind, group;      // group: heads in a tile: of a KV head, or 1 with per-head lists
     int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
@@ -371,6 +375,16 @@ ATTNI_DEV uint32_t attni_fma_bf16(uint32_t x, uint32_t f, uint32_t c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(f), "r"(c));
 #endif
     return r;
+}
+
+// Counts up; what this block wrote before (a barrier behind it) is seen by whoever counts later, and
+// by those that wait for that one at a barrier.
+ATTNI_DEV int32_t attni_arrive(int32_t *n) {
+    int32_t old;
+    __threadfence();
+    old = atomicAdd(n, 1);
+    __threadfence();
+    return old;
 }
 
 // Over the four lanes that hold a row.
@@ -627,28 +641,39 @@ ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, in
     return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
 }
 
-// Takes over task i of its kind: rows, distinct rows, scan. All threads call.
-ATTNI_DEV_FAR void attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int32_t i) {
+// Takes over task i of its kind, if there are so many: rows, distinct rows. All threads call.
+ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int32_t i) {
     const int *from = (const int *)(a.task + (a.kind == ATTNI_CU_MANY ? a.last_task - i : i));
     int r, tid = (int)threadIdx.x;
     __syncthreads(); // the task before is done with s
+    if (i >= a.cap_tasks) return 0;
+    int32_t n = a.header->n_tasks[a.kind]; // together with the task, which may be an old one
     if (tid < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[tid] = from[tid];
     if (tid == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
     __syncthreads();
+    if (i >= n) return 0;
     s->row[tid] = attni_cu_get_row(a, s->task, tid); // as many rows as threads
     __syncthreads();
     for (r = tid; r < s->task.n_tokens && s->task.slots; r += ATTNI_CU_THREADS) {
         const attni_cu_row &x = s->row[r * a.group];
         int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
-        s->unit[r] = first ? a.unit0[x.seq] + x.t / ATTNI_CU_UNIT : -1;
-        if (first) s->expected[r] = a.expected[s->unit[r]];
+        s->unit[r] = -1;
+        if (!first) continue;
+        if (s->task.unit >= 0) {
+            s->unit[r] = s->task.unit;
+            s->expected[r] = s->task.expected;
+        } else {
+            s->unit[r] = a.unit0[x.seq] + x.t / ATTNI_CU_UNIT;
+            s->expected[r] = a.expected[s->unit[r]];
+        }
     }
-    if (!a.sparse) return;
+    if (!a.sparse) return 1;
     for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS)
         if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
             s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
     __syncthreads();
     if (a.n_entries >= 0) attni_cu_check_lists(a, s);
+    return 1;
 }
 
 // Bits of a partial block for every row; all threads call. seen: what any row sees.
@@ -781,25 +806,36 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, int32_t seq, int32_t t
         a.d.lse[(int64_t)(s->q_begin + t) * a.d.n_heads + head] = lse;
 }
 
+// Tokens that are merged when all tasks are through; a warp takes 128 columns of a head.
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_merge_tokens(const __grid_constant__ attni_cu_args a) {
+    const int32_t chunks = (a.d.v_head_dim + 127) / 128, per = a.d.n_heads * chunks;
+    const int64_t n = (int64_t)a.header->n_merge * per;
+    int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
+    for (; i < n; i += (int64_t)gridDim.x * 4) {
+        int32_t at = (int32_t)(i / per), rest = (int32_t)(i - (int64_t)at * per);
+        attni_cu_merge_row(a, a.merge[2 * at], a.merge[2 * at + 1], rest / chunks,
+                           128 * (rest % chunks));
+    }
+}
+
 // The tile's partials are written: whoever is the last to leave some of a unit merges it, in a
 // fixed order, so that it does not matter who that is. All threads call.
 ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
     const attni_cu_task &w = s->task;
     int tid = (int)threadIdx.x, i;
-    if (w.slots == 0) return;
-    __threadfence();
+    if (w.slots == 0 || (w.unit >= 0 && w.expected == 0)) return;
     __syncthreads();
     for (i = tid; i < w.n_tokens; i += ATTNI_CU_THREADS) {
-        if (s->unit[i] < 0) continue;
+        if (s->unit[i] < 0 || s->expected[i] == 0) continue;
         int32_t *n = a.arrived +
                      (int64_t)s->unit[i] * a.unit_heads + (w.head >= 0 ? w.head : w.kv_head);
-        if (atomicAdd(n, 1) != s->expected[i] - 1) continue;
+        if (attni_arrive(n) != s->expected[i] - 1) continue;
         *n = 0; // for the next run
         s->merge[atomicAdd(&s->n_merge, 1)] = i;
     }
     __syncthreads();
     if (s->n_merge == 0) return;
-    __threadfence();
     for (int u = 0; u < s->n_merge; u++) {
         const attni_cu_row &x = s->row[s->merge[u] * a.group];
         int32_t seq = x.seq, t0 = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
@@ -817,13 +853,11 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
 // Runs every task of the kernel's kind: the arguments, with the next one's rows in s. The counter
 // is put back by the last block to leave.
 #define ATTNI_CU_TASKS(...)                                                                        \
-    attni_cu_shared *s = (attni_cu_shared *)(void *)smem;                                  \
-    int32_t n = a.header->n_tasks[a.kind], i = (int32_t)blockIdx.x;                                \
-    int32_t *ticket = a.ticket + 2 * a.kind;                                                       \
-    while (i < n) {                                                                                \
+    attni_cu_shared *s = (attni_cu_shared *)(void *)smem;                                          \
+    int32_t i = (int32_t)blockIdx.x, *ticket = a.ticket + 2 * a.kind;                              \
+    while (attni_cu_begin(a, s, i)) {                                                              \
         int32_t next = 0;                                                                          \
         if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);                    \
-        attni_cu_begin(a, s, i);                                                                   \
         __VA_ARGS__;                                                                               \
         attni_cu_arrive(a, s);                                                                     \
         if (threadIdx.x == 0) s->next = next;                                                      \
@@ -2212,7 +2246,7 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
 enum {
     ATTNI_CU_HEADER, ATTNI_CU_TICKET, ATTNI_CU_ARRIVED, ATTNI_CU_TASK, ATTNI_CU_SEQ,
     ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
-    ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START, ATTNI_CU_BLOCKS,
+    ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START, ATTNI_CU_BLOCKS,
     ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL, ATTNI_CU_DIAG_START, ATTNI_CU_DIAG,
     ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
 };
@@ -2284,6 +2318,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     bytes[ATTNI_CU_TASK] = tasks * group * (int64_t)sizeof(attni_cu_task);
     bytes[ATTNI_CU_LINK] = 2 * tasks * (int64_t)sizeof(attni_cu_link);
     bytes[ATTNI_CU_EXPECTED] = units * 4;
+    bytes[ATTNI_CU_MERGE] = tokens * 8;
     for (i = 0; i < ATTNI_CU_SECTIONS; i++) {
         if (bytes[i] < 0 || bytes[i] > (int64_t)1 << 46) return 0;
         g->at[i] = at;
@@ -2303,6 +2338,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     g->shape[4] = d->kv.page_tokens;
     g->shape[5] = k.id;
     g->shape[6] = group;
+    g->shape[7] = p->share != 1 && d->kv.page_table && !attni_has_sparse(&d->mask); // may share
     return at;
 }
 
@@ -2349,7 +2385,7 @@ typedef struct attni_cu_packer {
     uint8_t *to;                       // staging
     int64_t used[ATTNI_CU_SECTIONS];   // bytes
     int64_t tail;                      // bytes of tasks at the end of their section
-    int32_t *token0, *expected, *unit0;
+    int32_t *token0, *expected, *unit0, *merge;
 } attni_cu_packer;
 
 static void attni_cu_pack(attni_cu_packer *b, int section, const void *from, int64_t bytes) {
@@ -2434,6 +2470,12 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->q_begin = first->q_begin;
     w->q_pos0 = first->q_pos0;
     w->kv_len = first->kv_len;
+    w->chain = first->chain;
+    w->n_chain = first->n_chain;
+    w->unit = -1;
+    if (g->n_seq == 1 &&
+        t->first_token / ATTNI_CU_UNIT == (t->first_token + t->n_tokens - 1) / ATTNI_CU_UNIT)
+        w->unit = b->unit0[w->seq] + t->first_token / ATTNI_CU_UNIT;
     w->span0 = g->span0;
     w->span1 = g->span1;
     w->slots = g->n_slots == 0 ? 0 : g->n_slots == 1 && g->span1 - g->span0 > 1 ? 1 : 2;
@@ -2457,6 +2499,27 @@ static void attni_cu_expect(const attni_cu_packer *b, const attn_task *t) {
     }
 }
 
+// Tokens whose sequence has a part in a shared task are merged afterwards, by all of the device: a
+// tile that comes last would have many rows to merge. Their units expect nobody. Returns how many.
+static int32_t attni_cu_pack_merges(const attni_cu_packer *b) {
+    const attn_plan *p = b->p;
+    int32_t s, c, t, n = 0;
+    for (s = 0; s < p->n_seq; s++) {
+        const attn_plan_seq *q = &p->seq[s];
+        int shared = 0;
+        for (c = 0; c < q->n_chain; c++) {
+            const attn_segment *g = &p->segment[p->chain[q->chain + c]];
+            shared |= g->n_slots > 0 && g->n_seq > 1;
+        }
+        for (t = 0; t < q->q_len && shared; t++, n++) {
+            b->merge[2 * n] = s;
+            b->merge[2 * n + 1] = t;
+            b->expected[b->unit0[s] + t / ATTNI_CU_UNIT] = 0;
+        }
+    }
+    return n;
+}
+
 static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     const attn_plan *p = b->p;
     attn_cuda_plan *g = b->g;
@@ -2476,17 +2539,20 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     if (units > g->cap[5] || n_links > g->cap[4] || (int64_t)p->n_tasks * group > g->cap[3])
         return ATTN_ERR_BUFFER;
     memset(b->expected, 0, 4 * (size_t)units);
+    for (i = 0; i < p->n_tasks; i++) attni_cu_expect(b, &p->task[i]);
+    head.n_merge = attni_cu_pack_merges(b);
     for (i = 0; i < p->n_tasks; i++) {
         const attn_plan_seq *q = &p->seq[p->order[p->segment[p->task[i].segment].seq0]];
         kind = g->shape[5] >= 16 && p->params.rule[q->rule].no_fold;
-        attni_cu_expect(b, &p->task[i]);
         for (c = 0; c < group; c++) {
             int32_t at = head.n_tasks[kind]++;
             attni_cu_task *w = &task[kind == ATTNI_CU_MANY ? g->cap[3] - 1 - at : at];
             attni_cu_pack_task(b, &p->task[i], w);
             if (group > 1) w->head = w->kv_head * group + c;
+            if (w->unit >= 0) w->expected = b->expected[w->unit];
         }
     }
+    g->n[7] = head.n_merge;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
     for (s = 0; s < p->n_seq; s++)
         for (c = 0; c < p->seq[s].n_chain; c++) {
@@ -2511,6 +2577,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     b->used[ATTNI_CU_TOKEN0] = 4 * ((int64_t)p->n_active + 1);
     b->used[ATTNI_CU_UNIT0] = 4 * (int64_t)p->n_seq;
     b->used[ATTNI_CU_EXPECTED] = 4 * (int64_t)units;
+    b->used[ATTNI_CU_MERGE] = 8 * (int64_t)head.n_merge;
     g->n[4] = (int64_t)p->partial_rows;
     g->n[5] = p->n_tokens;
     g->n[6] = p->n_seq;
@@ -2562,6 +2629,11 @@ static attn_result attni_cu_send(const attni_cu_packer *b, cudaStream_t stream) 
     if (cudaMemcpyAsync(to, b->to, sizeof(attni_cu_header), cudaMemcpyHostToDevice, stream) !=
         cudaSuccess)
         return ATTN_ERR_DEVICE;
+    if (!b->g->n[8] && // the first time: kernels look at tasks before they know how many there are
+        cudaMemsetAsync(to + at[ATTNI_CU_TASK], 0, at[ATTNI_CU_SEQ] - at[ATTNI_CU_TASK], stream) !=
+            cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    b->g->n[8] = 1;
     if (b->tail) {
         size_t from = at[ATTNI_CU_TASK] + (size_t)b->g->cap[3] * sizeof(attni_cu_task) -
                       (size_t)b->tail;
@@ -2652,6 +2724,7 @@ ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, co
     b.token0 = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_TOKEN0]);
     b.expected = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_EXPECTED]);
     b.unit0 = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_UNIT0]);
+    b.merge = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_MERGE]);
     b.token0[0] = 0;
     if ((r = attni_cu_pack_plan(&b)) != ATTN_OK) return r;
     if ((r = attni_cu_pack_tables(&b)) != ATTN_OK) return r;
@@ -2717,9 +2790,11 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.link = ATTNI_AT(attni_cu_link, ATTNI_CU_LINK);
     a.unit0 = ATTNI_AT(int32_t, ATTNI_CU_UNIT0);
     a.expected = ATTNI_AT(int32_t, ATTNI_CU_EXPECTED);
+    a.merge = ATTNI_AT(int32_t, ATTNI_CU_MERGE);
     a.arrived = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_ARRIVED]);
     a.ticket = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_TICKET]);
     a.error = c->error;
+    a.cap_tasks = g->cap[3];
     a.last_task = g->cap[3] - 1;
     a.partial_o = (float *)partials;
     a.partial_ml = a.partial_o + rows * attni_v_dim(d);
@@ -2745,6 +2820,12 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
         a.kind = i;
         blocks = attni_min64(blocks, g->n[2 + i]);
         k.kernel[i]<<<(unsigned)blocks, ATTNI_CU_THREADS, (size_t)k.smem[i], stream>>>(a);
+        if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
+    }
+    if (capture == cudaStreamCaptureStatusNone ? g->n[7] > 0 : g->shape[7]) {
+        int64_t n = capture == cudaStreamCaptureStatusNone ? g->n[7] : g->cap[1];
+        n = attni_min64((n * d->n_heads * ((attni_v_dim(d) + 127) / 128) + 3) / 4, 8 * c->n_sm);
+        attni_cu_merge_tokens<<<(unsigned)n, ATTNI_CU_THREADS, 0, stream>>>(a);
         if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
     }
     return ATTN_OK;
