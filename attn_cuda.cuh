@@ -203,7 +203,7 @@ typedef struct attni_cu_task {
     int32_t span_shift;     // a span is 1 << span_shift blocks
     int32_t sink_block, lo_block, end_block; // behind the sinks, of lo, behind hi
     int32_t full_block, full_end; // blocks that every row sees
-    int32_t q_begin, q_pos0, kv_len, chain, n_chain; // of seq
+    int32_t q_begin, q_pos0, kv_len; // of seq
     int32_t unit, expected; // of the only unit that the tile has rows of, or -1: look them up
 } attni_cu_task;
 
@@ -377,8 +377,8 @@ ATTNI_DEV uint32_t attni_fma_bf16(uint32_t x, uint32_t f, uint32_t c) {
     return r;
 }
 
-// Counts up; what this block wrote before (a barrier behind it) is seen by whoever counts later, and
-// by those that wait for that one at a barrier.
+// Counts up; what this block wrote before (a barrier behind it) is seen by whoever counts later,
+// and by those that wait for that one at a barrier.
 ATTNI_DEV int32_t attni_arrive(int32_t *n) {
     int32_t old;
     __threadfence();
@@ -1092,7 +1092,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 
     __device__ __forceinline__ void load_q(const attni_cu_args &a, const attni_cu_shared *s) {
         const int chunks = EXACT ? DK / 8 : (dk + 15) / 16 * 2;
-#pragma unroll 1
+#pragma unroll 2
         for (int i = (int)threadIdx.x; i < MT * chunks; i += ATTNI_CU_THREADS) {
             int r = i / chunks, c = i - r * chunks, some = s->row[r].token >= 0 && 8 * c < dk;
             uint32_t to = q + (uint32_t)(r * DK * 2 + ((c ^ (r & 7)) << 4)), x[4] = {0, 0, 0, 0};
@@ -2246,7 +2246,8 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
 enum {
     ATTNI_CU_HEADER, ATTNI_CU_TICKET, ATTNI_CU_ARRIVED, ATTNI_CU_TASK, ATTNI_CU_SEQ,
     ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
-    ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START, ATTNI_CU_BLOCKS,
+    ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START,
+    ATTNI_CU_BLOCKS,
     ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL, ATTNI_CU_DIAG_START, ATTNI_CU_DIAG,
     ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
 };
@@ -2470,8 +2471,6 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->q_begin = first->q_begin;
     w->q_pos0 = first->q_pos0;
     w->kv_len = first->kv_len;
-    w->chain = first->chain;
-    w->n_chain = first->n_chain;
     w->unit = -1;
     if (g->n_seq == 1 &&
         t->first_token / ATTNI_CU_UNIT == (t->first_token + t->n_tokens - 1) / ATTNI_CU_UNIT)
@@ -2520,12 +2519,41 @@ static int32_t attni_cu_pack_merges(const attni_cu_packer *b) {
     return n;
 }
 
+// What a merge reads of each sequence. Segments whose partials lie one behind the other, as those
+// of a sequence's own pieces do, are one link.
+static void attni_cu_pack_links(const attni_cu_packer *b) {
+    const attn_plan *p = b->p;
+    attni_cu_link *link = (attni_cu_link *)(void *)(b->to + b->g->at[ATTNI_CU_LINK]);
+    attn_plan_seq *seq = (attn_plan_seq *)(void *)(b->to + b->g->at[ATTNI_CU_SEQ]);
+    int32_t s, c;
+    for (s = 0; s < p->n_seq; s++) {
+        attni_cu_link *l = &link[p->seq[s].chain] - 1;
+        seq[s] = p->seq[s];
+        seq[s].n_chain = 0;
+        for (c = 0; c < p->seq[s].n_chain; c++) {
+            const attn_segment *e = &p->segment[p->chain[p->seq[s].chain + c]];
+            int32_t at = b->token0[p->seq[s].place] - b->token0[e->seq0];
+            if (seq[s].n_chain && l->seg_tokens == e->n_tokens && l->token_at == at &&
+                l->partial + (int64_t)l->n_slots * e->n_tokens * p->n_heads == e->partial) {
+                l->n_slots += e->n_slots;
+                continue;
+            }
+            l++;
+            seq[s].n_chain++;
+            l->partial = e->partial;
+            l->seg_tokens = e->n_tokens;
+            l->token_at = at;
+            l->n_slots = e->n_slots;
+            l->pad = 0;
+        }
+    }
+}
+
 static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     const attn_plan *p = b->p;
     attn_cuda_plan *g = b->g;
     attni_cu_header head;
     attni_cu_task *task = (attni_cu_task *)(void *)(b->to + g->at[ATTNI_CU_TASK]);
-    attni_cu_link *link = (attni_cu_link *)(void *)(b->to + g->at[ATTNI_CU_LINK]);
     int32_t i, s, c, kind, n_links = 0, units = 0, group = g->shape[6];
     memset(&head, 0, sizeof head);
     for (i = 0; i < p->n_active; i++) {
@@ -2554,26 +2582,17 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     }
     g->n[7] = head.n_merge;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
-    for (s = 0; s < p->n_seq; s++)
-        for (c = 0; c < p->seq[s].n_chain; c++) {
-            const attn_segment *e = &p->segment[p->chain[p->seq[s].chain + c]];
-            attni_cu_link *l = &link[p->seq[s].chain + c];
-            l->partial = e->partial;
-            l->seg_tokens = e->n_tokens;
-            l->token_at = b->token0[p->seq[s].place] - b->token0[e->seq0];
-            l->n_slots = e->n_slots;
-            l->pad = 0;
-        }
+    attni_cu_pack_links(b);
     head.n_places = p->n_active;
     head.n_seq = p->n_seq;
     head.n_units = units;
     head.n_tokens = p->n_tokens;
     attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
-    attni_cu_pack(b, ATTNI_CU_SEQ, p->seq, p->n_seq * (int64_t)sizeof *p->seq);
+    b->used[ATTNI_CU_SEQ] = p->n_seq * (int64_t)sizeof *p->seq;
     attni_cu_pack(b, ATTNI_CU_ORDER, p->order, p->n_active * 4);
     b->used[ATTNI_CU_TASK] = head.n_tasks[ATTNI_CU_FEW] * (int64_t)sizeof *task;
     b->tail = head.n_tasks[ATTNI_CU_MANY] * (int64_t)sizeof *task;
-    b->used[ATTNI_CU_LINK] = n_links * (int64_t)sizeof *link;
+    b->used[ATTNI_CU_LINK] = n_links * (int64_t)sizeof(attni_cu_link);
     b->used[ATTNI_CU_TOKEN0] = 4 * ((int64_t)p->n_active + 1);
     b->used[ATTNI_CU_UNIT0] = 4 * (int64_t)p->n_seq;
     b->used[ATTNI_CU_EXPECTED] = 4 * (int64_t)units;
