@@ -914,20 +914,18 @@ template <int BF> ATTNI_DEV uint32_t attni_cu_nibbles(uint32_t lo, uint32_t hi, 
     return BF ? attni_fma_bf16(p, 0x3f803f80u, 0xc308c308u) : attni_sub_f16(p, 0x64086408u);
 }
 
-// 16 elements (8 of int4: see the caller) of raw codes to pairs.
+// 16 elements of raw codes (8 bytes of int4) to pairs.
 template <int BF>
-ATTNI_DEV void attni_cu_convert16(attn_dtype t, const uint8_t *src, uint32_t out[8]) {
+ATTNI_DEV void attni_cu_convert16(attn_dtype t, const uint4 &x, const uint8_t *src,
+                                  uint32_t out[8]) {
+    const uint32_t w[4] = {x.x, x.y, x.z, x.w};
     if (t == ATTN_I4) {
-        uint2 x = *(const uint2 *)(const void *)src;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            uint32_t w = i < 4 ? x.x : x.y;
-            out[i] = attni_cu_nibbles<BF>(w & 0x0f0f0f0fu, w >> 4 & 0x0f0f0f0fu, i & 3);
-        }
+        for (int i = 0; i < 8; i++)
+            out[i] = attni_cu_nibbles<BF>(w[i >> 2] & 0x0f0f0f0fu, w[i >> 2] >> 4 & 0x0f0f0f0fu,
+                                          i & 3);
         return;
     }
-    uint4 x = *(const uint4 *)(const void *)src;
-    uint32_t w[4] = {x.x, x.y, x.z, x.w};
     if (t == ATTN_I8) {
 #pragma unroll
         for (int i = 0; i < 4; i++) attni_cu_int4x8<BF>(w[i], &out[2 * i], &out[2 * i + 1]);
@@ -952,20 +950,37 @@ ATTNI_DEV void attni_cu_convert16(attn_dtype t, const uint8_t *src, uint32_t out
 }
 
 // Raw codes of a tile (rows of n elements, `row` bytes apart) to 16-bit elements (`to` bytes apart,
-// swizzled). All threads call. D: n where it is a constant, else 0.
+// swizzled), a few pieces at a time so that their latencies overlap. All threads call. D: n where
+// it is a constant, else 0.
 template <int BF, int D>
 ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n, uint32_t dst,
                                 int to) {
-    const int per = D ? D / 16 : n / 16, bits = attni_bits_of(t);
-#pragma unroll 4
-    for (int x = 0; x < ATTNI_CU_BLOCK * per / ATTNI_CU_THREADS + (D ? 0 : 1); x++) {
-        int i = (int)threadIdx.x + ATTNI_CU_THREADS * x, r = i / per, c = i - r * per;
-        uint32_t u[8], at = dst + (uint32_t)(r * to);
-        if (!D && i >= ATTNI_CU_BLOCK * per) break;
-        attni_cu_convert16<BF>(t, raw + r * row + 2 * bits * c, u);
+    constexpr int TURNS = D ? ATTNI_CU_BLOCK * D / 16 / ATTNI_CU_THREADS : 1;
+    constexpr int LOT = TURNS < 4 ? TURNS : 4;
+    const int per = D ? D / 16 : n / 16, bytes = t == ATTN_I4 ? 8 : 16;
+#pragma unroll 1
+    for (int i0 = (int)threadIdx.x; i0 < ATTNI_CU_BLOCK * per; i0 += LOT * ATTNI_CU_THREADS) {
+        uint4 x[LOT];
 #pragma unroll
-        for (int h = 0; h < 2; h++)
-            attni_sts16(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4), &u[4 * h]);
+        for (int j = 0; j < LOT; j++) {
+            int i = i0 + j * ATTNI_CU_THREADS, r = i / per;
+            const uint8_t *src = raw + r * row + bytes * (i - r * per);
+            if (t == ATTN_I4) {
+                uint2 y = *(const uint2 *)(const void *)src;
+                x[j] = make_uint4(y.x, y.y, 0, 0);
+            } else {
+                x[j] = *(const uint4 *)(const void *)src;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < LOT; j++) {
+            int i = i0 + j * ATTNI_CU_THREADS, r = i / per, c = i - r * per;
+            uint32_t u[8], at = dst + (uint32_t)(r * to);
+            attni_cu_convert16<BF>(t, x[j], raw + r * row + bytes * c, u);
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                attni_sts16(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4), &u[4 * h]);
+        }
     }
 }
 
@@ -982,7 +997,7 @@ ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n
 __host__ __device__ constexpr int attni_cu_stages(int arch, int q8, int dk, int r) {
     return arch < 80 || dk > 256 ? 1
            : dk > 128            ? q8 || r ? 1 : 2
-           : dk > 64             ? r ? 2 : 3 : r == 2 ? 2 : 4;
+           : dk > 64             ? r ? 2 : 3 : r == 2 ? 2 : 3;
 }
 __host__ __device__ constexpr int attni_cu_rows(int r) { return r ? 64 * r : 16; }
 __host__ __device__ constexpr int attni_cu_stage_bytes(int q8, int dk, int dv) {
@@ -1599,7 +1614,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 
 // Tiles of 16 rows, and of 64 where a head dim leaves room for their sums and scores are plain.
 template <int BF, int Q8, int DK, int DV>
-static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
     attni_cu_few(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
     ATTNI_CU_TASKS({
@@ -1615,7 +1630,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
 
 // Tiles of 128 rows (R 2), or 64 (wide heads, scores with extras), for long queries.
 template <int BF, int Q8, int DK, int DV, int R>
-static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : 2)
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
     ATTNI_CU_TASKS({
@@ -2339,7 +2354,8 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     g->shape[4] = d->kv.page_tokens;
     g->shape[5] = k.id;
     g->shape[6] = group;
-    g->shape[7] = p->share != 1 && d->kv.page_table && !attni_has_sparse(&d->mask); // may share
+    g->shape[7] = // may share
+        p->share != 1 && seqs > 1 && d->kv.page_table && !attni_has_sparse(&d->mask);
     return at;
 }
 
