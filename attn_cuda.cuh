@@ -914,34 +914,33 @@ template <int BF> ATTNI_DEV uint32_t attni_cu_nibbles(uint32_t lo, uint32_t hi, 
     return BF ? attni_fma_bf16(p, 0x3f803f80u, 0xc308c308u) : attni_sub_f16(p, 0x64086408u);
 }
 
-// 16 elements of raw codes (8 bytes of int4) to pairs.
-template <int BF>
-ATTNI_DEV void attni_cu_convert16(attn_dtype t, const uint4 &x, const uint8_t *src,
-                                  uint32_t out[8]) {
+// 16 elements of raw codes of dtype T (8 bytes of int4) to pairs.
+template <int BF, int T>
+ATTNI_DEV void attni_cu_convert16(const uint4 &x, const uint8_t *src, uint32_t out[8]) {
     const uint32_t w[4] = {x.x, x.y, x.z, x.w};
-    if (t == ATTN_I4) {
+    if (T == ATTN_I4) {
 #pragma unroll
         for (int i = 0; i < 8; i++)
             out[i] = attni_cu_nibbles<BF>(w[i >> 2] & 0x0f0f0f0fu, w[i >> 2] >> 4 & 0x0f0f0f0fu,
                                           i & 3);
         return;
     }
-    if (t == ATTN_I8) {
+    if (T == ATTN_I8) {
 #pragma unroll
         for (int i = 0; i < 4; i++) attni_cu_int4x8<BF>(w[i], &out[2 * i], &out[2 * i + 1]);
         return;
     }
     // codes that are no numbers: e4m3 has 7f alone, e5m2 all from 7c on
-    uint32_t odd = 0, add = t == ATTN_F8E4M3 ? 0x01010101u : 0x04040404u;
+    uint32_t odd = 0, add = T == ATTN_F8E4M3 ? 0x01010101u : 0x04040404u;
 #pragma unroll
     for (int i = 0; i < 4; i++) odd |= ((w[i] & 0x7f7f7f7fu) + add) & 0x80808080u;
     if (odd) {
-        attni_cu_convert_any<BF>(t, src, out);
+        attni_cu_convert_any<BF>((attn_dtype)T, src, out);
         return;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-        if (t == ATTN_F8E4M3) // 2^120 or 2^8
+        if (T == ATTN_F8E4M3) // 2^120 or 2^8
             attni_cu_small4<BF, BF ? 4 : 1>(w[i], BF ? 0x7b807b80u : 0x5c005c00u, &out[2 * i],
                                             &out[2 * i + 1]);
         else                  // 2^112 or 1
@@ -950,22 +949,21 @@ ATTNI_DEV void attni_cu_convert16(attn_dtype t, const uint4 &x, const uint8_t *s
 }
 
 // Raw codes of a tile (rows of n elements, `row` bytes apart) to 16-bit elements (`to` bytes apart,
-// swizzled), a few pieces at a time so that their latencies overlap. All threads call. D: n where
-// it is a constant, else 0.
-template <int BF, int D>
-ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n, uint32_t dst,
-                                int to) {
+// swizzled), a few pieces at a time so that their latencies overlap. D: n where it is a constant,
+// else 0.
+template <int BF, int D, int T>
+ATTNI_DEV void attni_cu_convert_tile(const uint8_t *raw, int row, int n, uint32_t dst, int to) {
     constexpr int TURNS = D ? ATTNI_CU_BLOCK * D / 16 / ATTNI_CU_THREADS : 1;
-    constexpr int LOT = TURNS < 4 ? TURNS : 4;
-    const int per = D ? D / 16 : n / 16, bytes = t == ATTN_I4 ? 8 : 16;
+    constexpr int LOT = TURNS < 4 ? TURNS : 4, BYTES = T == ATTN_I4 ? 8 : 16;
+    const int per = D ? D / 16 : n / 16;
 #pragma unroll 1
     for (int i0 = (int)threadIdx.x; i0 < ATTNI_CU_BLOCK * per; i0 += LOT * ATTNI_CU_THREADS) {
         uint4 x[LOT];
 #pragma unroll
         for (int j = 0; j < LOT; j++) {
             int i = i0 + j * ATTNI_CU_THREADS, r = i / per;
-            const uint8_t *src = raw + r * row + bytes * (i - r * per);
-            if (t == ATTN_I4) {
+            const uint8_t *src = raw + r * row + BYTES * (i - r * per);
+            if (T == ATTN_I4) {
                 uint2 y = *(const uint2 *)(const void *)src;
                 x[j] = make_uint4(y.x, y.y, 0, 0);
             } else {
@@ -976,11 +974,22 @@ ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n
         for (int j = 0; j < LOT; j++) {
             int i = i0 + j * ATTNI_CU_THREADS, r = i / per, c = i - r * per;
             uint32_t u[8], at = dst + (uint32_t)(r * to);
-            attni_cu_convert16<BF>(t, x[j], raw + r * row + bytes * c, u);
+            attni_cu_convert16<BF, T>(x[j], raw + r * row + BYTES * c, u);
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 attni_sts16(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4), &u[4 * h]);
         }
+    }
+}
+
+template <int BF, int D>
+ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n, uint32_t dst,
+                                int to) {
+    switch (t) {
+    case ATTN_F8E4M3: attni_cu_convert_tile<BF, D, ATTN_F8E4M3>(raw, row, n, dst, to); break;
+    case ATTN_F8E5M2: attni_cu_convert_tile<BF, D, ATTN_F8E5M2>(raw, row, n, dst, to); break;
+    case ATTN_I8: attni_cu_convert_tile<BF, D, ATTN_I8>(raw, row, n, dst, to); break;
+    default: attni_cu_convert_tile<BF, D, ATTN_I4>(raw, row, n, dst, to); break;
     }
 }
 
@@ -1006,7 +1015,7 @@ __host__ __device__ constexpr int attni_cu_stage_bytes(int q8, int dk, int dv) {
 __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, int dv, int r) {
     return ((int)sizeof(attni_cu_shared) + 127) / 128 * 128 + attni_cu_rows(r) * dk * 2 +
            attni_cu_stages(arch, q8, dk, r) * attni_cu_stage_bytes(q8, dk, dv) +
-           (q8 ? ATTNI_CU_BLOCK * (dk > dv ? dk : dv) * 2 : 0) + (r ? 0 : 16 * 128);
+           (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128);
 }
 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
@@ -1476,16 +1485,11 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     }
 
     // V of tokens that no row sees must not matter, NaN neither.
-    __device__ __forceinline__ void blank(const attni_cu_shared *s, uint32_t v, int row_bytes,
-                                          float *scale) {
-        for (int i = (int)threadIdx.x; i < ATTNI_CU_BLOCK * (row_bytes / 16);
-             i += ATTNI_CU_THREADS) {
-            int r = i / (row_bytes / 16), c = i - r * (row_bytes / 16);
-            if (s->seen >> r & 1) continue;
-            asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};"
-                         ::"r"(v + (uint32_t)(r * row_bytes + 16 * c)), "r"(0) : "memory");
-            if (scale && c == 0) scale[r] = 0;
-        }
+    __device__ __forceinline__ void blank(const attni_cu_shared *s, uint32_t v) {
+        const uint32_t zero[4] = {0, 0, 0, 0};
+#pragma unroll 1
+        for (int i = (int)threadIdx.x; i < ATTNI_CU_BLOCK * (DV / 8); i += ATTNI_CU_THREADS)
+            if (!(s->seen >> (i / (DV / 8)) & 1)) attni_sts16(v + (uint32_t)(16 * i), zero);
         __syncthreads();
     }
 
@@ -1505,7 +1509,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         q = attni_smem(tiles);
         ring = q + MT * DK * 2;
         conv = ring + STAGES * STAGE;
-        p = conv + (Q8 ? ATTNI_CU_BLOCK * (DK > DV ? DK : DV) * 2 : 0);
+        p = conv + (Q8 ? ATTNI_CU_BLOCK * (DK + DV) * 2 : 0);
         load_q(a, s);
         reset();
 #pragma unroll
@@ -1528,7 +1532,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             queue[AHEAD] = b;
             if (AHEAD == 0) __syncthreads();
             else {
-                attni_cp_wait<AHEAD ? 2 * AHEAD - 1 : 0>();
+                attni_cp_wait<AHEAD ? 2 * AHEAD - 1 - Q8 : 0>(); // quantised: V as well
                 __syncthreads();
             }
             const int32_t cur = queue[0], more = cur < end;
@@ -1538,7 +1542,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                 attni_cp_commit();
             }
             if (AHEAD == 0) {
-                attni_cp_wait<1>();
+                attni_cp_wait<1 - Q8>();
                 __syncthreads();
             }
             if (b < end) b = attni_cu_next(a, s, b + 1);
@@ -1568,9 +1572,20 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             uint8_t *raw = tiles + MT * DK * 2 + at * STAGE;
             float *scale = (float *)(void *)(raw + ATTNI_CU_BLOCK * (KROW + VROW));
             int full = attni_cu_full(a, s, cur);
-            if (Q8) {
-                attni_cu_convert<BF, EXACT ? DK : 0>(a.k.dtype, raw, KROW, dk, conv, DK * 2);
-                kt = vt = conv;
+            if (Q8) { // one copy of the code for both
+                kt = conv;
+                vt = conv + ATTNI_CU_BLOCK * DK * 2;
+                if (DK == DV) {
+#pragma unroll 1
+                    for (i = 0; i < 2; i++)
+                        attni_cu_convert<BF, EXACT ? DK : 0>(
+                            i ? a.v.dtype : a.k.dtype, raw + i * ATTNI_CU_BLOCK * KROW, KROW,
+                            i ? dv : dk, i ? vt : kt, DK * 2);
+                } else {
+                    attni_cu_convert<BF, 0>(a.k.dtype, raw, KROW, dk, kt, DK * 2);
+                    attni_cu_convert<BF, 0>(a.v.dtype, raw + ATTNI_CU_BLOCK * KROW, VROW, dv, vt,
+                                            DV * 2);
+                }
                 __syncthreads();
             }
             if (!full) attni_cu_mask_rows(a, s, cur);
@@ -1586,25 +1601,21 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             if (MODS && a.mods) logits(a, s, c, cur);
             if (!full) hide(s, c);
             weights(a, s, c);
-            attni_cp_wait<2 * AHEAD>();
             if (Q8) {
-                __syncthreads(); // V is there, and K's tile has been read
-                if (!full && a.sparse)
-                    blank(s, ring + (uint32_t)(at * STAGE) + ATTNI_CU_BLOCK * KROW, VROW,
-                          scale + ATTNI_CU_BLOCK);
 #pragma unroll
                 for (int x = 0; x < RS; x++)
 #pragma unroll
-                    for (int e = 0; e < 4 * NT; e++)
-                        c[x][e >> 2][e & 3] *=
-                            scale[ATTNI_CU_BLOCK + (R ? 0 : 16 * warp) + 8 * (e >> 2) +
-                                  2 * (lane & 3) + (e & 1)];
-                attni_cu_convert<BF, EXACT ? DV : 0>(a.v.dtype, raw + ATTNI_CU_BLOCK * KROW, VROW,
-                                                     dv, conv, DV * 2);
+                    for (int e = 0; e < 4 * NT; e++) {
+                        int t = (R ? 0 : 16 * warp) + 8 * (e >> 2) + 2 * (lane & 3) + (e & 1);
+                        float f = scale[ATTNI_CU_BLOCK + t]; // NaN where nobody looks, perhaps
+                        c[x][e >> 2][e & 3] *= full || (s->seen >> t & 1) ? f : 0.0f;
+                    }
+            } else {
+                attni_cp_wait<2 * AHEAD>();
             }
             if (!R) spread(c[0]);
             __syncthreads();
-            if (!Q8 && !full && a.sparse) blank(s, vt, VROW, NULL);
+            if (!full && a.sparse) blank(s, vt);
             values(c, vt);
             locate(a, s, page, place);
         }
