@@ -2201,6 +2201,29 @@ static int64_t attni_tokens_in(const attn_plan_seq *q, int32_t span0, int32_t sp
     return attni_max64(0, hi - lo);
 }
 
+// How many of these the window and causality leave to queries at [p0, p1], token by token: spans of
+// a rule may be longer than anything.
+static int64_t attni_reach(const attn_mask *m, const attn_plan_seq *q, int32_t span0, int32_t span1,
+                           int64_t p0, int64_t p1) {
+    int64_t lo = attni_max64((int64_t)span0 * q->span, q->kv_pos0), from = lo;
+    int64_t hi = attni_min64((int64_t)span1 * q->span, (int64_t)q->kv_pos0 + q->kv_len);
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 + 1);
+    else if (m->window_right) hi = attni_min64(hi, attni_max64(p1 + m->window_right, m->n_sink));
+    if (m->kind == ATTN_MASK_TREE) p0 = attni_min64(p0, q->q_pos0); // positions are depths there
+    if (m->window_left) from = attni_max64(lo, p0 - (m->window_left - 1));
+    return attni_max64(0, hi - from) +
+           attni_max64(0, attni_min64(m->n_sink, attni_min64(hi, from)) - lo);
+}
+
+// Of all rows of a sequence, an estimate before anything is shared or cut.
+static float attni_seq_cost(const attni_planner *b, const attn_plan_seq *q) {
+    int64_t rows = (int64_t)q->q_len * b->group, p1 = (int64_t)q->q_pos0 + q->q_len - 1;
+    if (q->rule < 0) return attni_task_cost(b->p, q->span, q->span1 - q->span0, rows);
+    if (rows == 0) return 0;
+    return attni_tokens_cost(
+        b->p, attni_reach(&b->d->mask, q, q->span0, q->span1, q->q_pos0, p1), rows);
+}
+
 static void attni_plan_tasks(attni_planner *b) {
     attn_plan *p = b->p;
     int32_t i, h, first, n, spans, tile;
@@ -2210,6 +2233,7 @@ static void attni_plan_tasks(attni_planner *b) {
         tile = attni_seq_tile(p, q);
         for (first = 0; first < g->n_tokens; first += n) {
             int64_t p0, p1, tokens, reach;
+            float cost;
             n = attni_min32(tile, g->n_tokens - first);
             // tiles of a long prefill start at multiples of the tile, as row blocks of masks do
             if (first == 0 && g->n_seq == 1 && g->n_tokens > tile && q->q_pos0 % tile)
@@ -2217,17 +2241,16 @@ static void attni_plan_tasks(attni_planner *b) {
             attni_tile_positions(p, g, first, n, &p0, &p1);
             spans = attni_span_count(&b->d->mask, q->span, g->span0, g->span1, p0, p1);
             tokens = attni_min64((int64_t)spans * q->span, attni_tokens_in(q, g->span0, g->span1));
-            reach = tokens; // spans may be longer than anything
-            if (b->d->mask.kind != ATTN_MASK_FULL)
-                reach = attni_min64(reach, p1 + 1 - (int64_t)g->span0 * q->span);
+            reach = attni_reach(&b->d->mask, q, g->span0, g->span1, p0, p1);
+            cost = q->rule < 0 ? attni_task_cost(p, q->span, spans, (int64_t)n * b->group)
+                               : attni_tokens_cost(p, reach, (int64_t)n * b->group);
             for (h = 0; h < p->n_kv_heads; h++) {
                 attn_task *t = &p->task[p->n_tasks++];
                 t->segment = i;
                 t->kv_head = h;
                 t->first_token = first;
                 t->n_tokens = n;
-                t->cost = q->rule < 0 ? attni_task_cost(p, q->span, spans, (int64_t)n * b->group)
-                                      : attni_tokens_cost(p, reach, (int64_t)n * b->group);
+                t->cost = cost;
                 p->kv_tokens_read += tokens;
             }
         }
@@ -2489,10 +2512,7 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
         attn_plan_seq *q = &p->seq[s];
         attni_seq_spans(d, &p->params, s, q);
         b.tiles_left -= attni_tile_count(p, q, q->q_len);
-        total += q->rule < 0 ? attni_task_cost(p, q->span, q->span1 - q->span0,
-                                               (int64_t)q->q_len * b.group)
-                             : attni_tokens_cost(p, attni_tokens_in(q, q->span0, q->span1),
-                                                 (int64_t)q->q_len * b.group);
+        total += attni_seq_cost(&b, q);
     }
     total *= (float)p->n_kv_heads;
     if (cost > 0) total = cost;

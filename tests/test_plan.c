@@ -112,6 +112,8 @@ static void world_make(world *w, test_rng *r) {
         w->params.cost_partial = (float)(1 + test_below(r, 400));
     }
     world_rules(w, r);
+    for (s = 0; s < ATTN_SPAN_RULES; s++) // their partials must fit: pieces() and bounded() say so
+        if (w->params.rule[s].no_fold) w->params.partial_bytes = (size_t)1 << 28;
 }
 
 // The plan in memory of exactly its size; what lies behind must stay.
@@ -142,6 +144,18 @@ static int span_seen(const attn_mask *m, int64_t first, int64_t last, int64_t p0
     if (m->kind == ATTN_MASK_FULL && m->window_right && first > p1 + m->window_right - 1) return 0;
     if (m->window_left && last < p0 - (m->window_left - 1)) return first < m->n_sink;
     return 1;
+}
+
+// Keys that a sequence holds in these spans and some query at [p0, p1] may see, one by one.
+static int64_t keys_seen(const world *w, int32_t s, int64_t span0, int64_t span1, int64_t p0,
+                         int64_t p1) {
+    const attn_mask *m = &w->d.mask;
+    int64_t span = span_of(w, s), lo = most(span0 * span, w->kv_pos0[s]), k, n = 0;
+    int64_t hi = least(span1 * span, (int64_t)w->kv_pos0[s] + w->kv_len[s]);
+    for (k = lo; k < hi; k++)
+        if (m->kind == ATTN_MASK_FULL && k < m->n_sink) n++;
+        else n += span_seen(m, k, k, p0, p1);
+    return n;
 }
 
 static int64_t tokens_in(const world *w, int32_t s, int64_t span0, int64_t span1) {
@@ -334,9 +348,11 @@ static void check_tasks(const world *w, const attn_plan *p) {
     for (s = 0; s < p->n_seq; s++) {
         const attn_plan_seq *q = &p->seq[s];
         int32_t len = q->q_len;
-        total += (q->rule < 0 ? (float)(q->span1 - q->span0) * (float)q->span
-                              : (float)tokens_in(w, s, q->span0, q->span1)) *
-                 (kv + (float)(len * group) * row);
+        if (len || q->rule < 0)
+            total += (q->rule < 0 ? (float)(q->span1 - q->span0) * (float)q->span
+                                  : (float)keys_seen(w, s, q->span0, q->span1, q->q_pos0,
+                                                     (int64_t)q->q_pos0 + len - 1)) *
+                     (kv + (float)(len * group) * row);
         if (len)
             seen += p->n_kv_heads * up(len, tile_of(p, q->rule)) *
                     tokens_in(w, s, q->span0, q->span1);
@@ -349,7 +365,7 @@ static void check_tasks(const world *w, const attn_plan *p) {
         const attn_segment *g = &p->segment[t->segment];
         const attn_plan_seq *head = &p->seq[p->order[g->seq0]];
         int32_t tile = tile_of(p, head->rule), span = head->span;
-        int64_t p0 = INT64_MAX, p1 = -1, spans = 0, at = 0, held;
+        int64_t p0 = INT64_MAX, p1 = -1, spans = 0, at = 0, keys;
         float one = (float)span * (kv + (float)(least(g->n_tokens, tile) * group) * row);
         CHECK(t->kv_head >= 0 && t->kv_head < p->n_kv_heads);
         CHECK(t->n_tokens >= 1 && t->n_tokens <= tile);
@@ -364,11 +380,9 @@ static void check_tasks(const world *w, const attn_plan *p) {
         if (g->n_seq == 1 && g->n_tokens > tile && t->first_token) CHECK_EQ(p0 % tile, 0);
         for (j = g->span0; j < g->span1; j++)
             spans += span_seen(&w->d.mask, (int64_t)j * span, (int64_t)j * span + span - 1, p0, p1);
-        held = least(spans * span, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
-        if (head->rule >= 0 && w->d.mask.kind != ATTN_MASK_FULL)
-            held = least(held, p1 + 1 - (int64_t)g->span0 * span);
-        CHECK(t->cost == (head->rule < 0 ? (float)spans * (float)span : (float)held) *
-                             (kv + (float)(t->n_tokens * group) * row));
+        keys = head->rule < 0 ? spans * span
+                              : keys_seen(w, p->order[g->seq0], g->span0, g->span1, p0, p1);
+        CHECK(t->cost == (float)keys * (kv + (float)(t->n_tokens * group) * row));
         read += least(spans * span, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
         check_cost(w, t, spans, one, top);
         if (i + 1 == p->n_tasks) break;
@@ -621,8 +635,8 @@ static void pieces(void) {
                 p = build(&w, &mem);
                 CHECK_EQ(p->n_segments, 1);
             } else {
-                CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, attn_plan_bytes(&w.d, &w.params), &p),
-                         ATTN_ERR_BUFFER);
+                size_t bytes = attn_plan_bytes(&w.d, &w.params);
+                CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, bytes, &p), ATTN_ERR_BUFFER);
             }
         }
         free(mem);
