@@ -2035,10 +2035,10 @@ static int attni_folds(const attn_plan *p, const attn_plan_seq *q) {
     return q->rule < 0 || !p->params.rule[q->rule].no_fold;
 }
 
-// May one task over all n spans of rows write O itself? Without folds bits would differ from those
-// of a cut.
+// May one task over all n spans of rows (none: rows that see no key) write O itself? Without folds
+// bits would differ from those of a cut.
 static int attni_writes(const attn_plan *p, const attn_plan_seq *q, int32_t n) {
-    return n == 1 || attni_folds(p, q);
+    return n < 2 || attni_folds(p, q);
 }
 
 // Spans per piece of n so that pieces cost about max_cost: without rules, no more than that; with
@@ -2047,7 +2047,7 @@ static int32_t attni_balanced(const attni_planner *b, float one, int32_t n, int6
     float x;
     int64_t pieces;
     if (attni_n_rules(&b->p->params) == 0) return attni_fitting(b->max_cost, one, n);
-    if (n < 2 || !(b->max_cost > 0)) return n;
+    if (n < 2 || !(b->max_cost > 0)) return attni_max32(n, 1);
     x = (float)n * one / b->max_cost;
     pieces = x >= (float)n ? n : x >= 1.5f ? (int64_t)(x + 0.5f) : 1;
     pieces = attni_max64(1, attni_min64(pieces, most));
