@@ -2120,22 +2120,25 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
         const attn_plan_seq *q = &p->seq[p->order[i]];
         *tokens += q->q_len;
         starts &= from <= q->span0;
-        slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+        if (reserved) // a row whose own spans end before
+            slots += (int64_t)q->q_len * attni_max32(0, to - attni_max32(from, q->span1));
+        else slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
     }
     if (p->params.share == 1 || b->frugal) return 0;
     // with a table: rows of a tile would meet weight 0 x NaN in V that only another sequence sees
     if (attni_n_rules(&p->params) && attni_has_sparse(&b->d->mask)) return 0;
-    slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
+    if (!reserved) slots += (int64_t)*tokens * (starts ? 1 : to - from);
+    slots *= p->n_heads;
     gain = (float)(n - 1) * (float)(to - from) * (float)head->span * p->params.cost_kv_token *
            (float)p->n_kv_heads;
-    loss = reserved ? 0 : (float)slots * p->params.cost_partial;
+    loss = (float)slots * p->params.cost_partial;
     if (p->params.share == 0 && loss >= gain) return 0;
-    if (!reserved && slots > b->rows_left) return 0;
+    if (slots > b->rows_left) return 0;
     tiles = attni_tile_count(p, head, *tokens);
     if (tiles > b->tiles_left || n > b->chain_left) return 0;
     b->tiles_left -= tiles;
     b->chain_left -= n;
-    if (!reserved) b->rows_left -= slots;
+    b->rows_left -= slots;
     return 1;
 }
 

@@ -60,6 +60,35 @@ static int32_t span_of(const world *w, int32_t s) {
     return rule_of(w, s) < 0 ? 256 : w->params.rule[rule_of(w, s)].span;
 }
 
+// The spans that any of a sequence's rows may see, from what each row sees.
+static void own_spans(const world *w, int32_t s, int64_t *span0, int64_t *span1) {
+    const attn_mask *m = &w->d.mask;
+    int64_t lo = w->kv_pos0[s], hi = lo + w->kv_len[s], p0 = w->q_pos0[s], span = span_of(w, s);
+    int64_t p1 = p0 + most(w->q_start[s + 1] - w->q_start[s], 1) - 1;
+    if (m->kind == ATTN_MASK_CAUSAL) hi = least(hi, p1 + 1);
+    else if (m->window_right) hi = least(hi, most(p1 + m->window_right, m->n_sink));
+    if (m->window_left && !m->n_sink) lo = most(lo, p0 - m->window_left + 1);
+    *span0 = lo / span;
+    *span1 = hi > lo ? up(hi, span) : *span0;
+}
+
+// Partial rows that rules without folds ask for, whatever else is planned.
+static int64_t owed_rows(const world *w) {
+    int64_t rows = 0, span0, span1;
+    int32_t s;
+    for (s = 0; s < w->d.n_seq; s++) {
+        if (rule_of(w, s) < 0 || !w->params.rule[rule_of(w, s)].no_fold) continue;
+        own_spans(w, s, &span0, &span1);
+        if (span1 - span0 > 1)
+            rows += (w->q_start[s + 1] - w->q_start[s]) * w->d.n_heads * (span1 - span0);
+    }
+    return rows;
+}
+
+static int64_t budget_rows(const world *w) {
+    return (int64_t)(w->params.partial_bytes / 4 / (size_t)(attni_v_dim(&w->d) + 2));
+}
+
 static void world_make(world *w, test_rng *r) {
     static float somewhere[4];
     attn_desc *d = &w->d;
@@ -87,6 +116,8 @@ static void world_make(world *w, test_rng *r) {
         w->kv_len[s] = len;
         w->q_start[s + 1] = w->q_start[s] + q;
         w->q_pos0[s] = w->kv_pos0[s] + len - q;
+        if (test_below(r, 8) == 0) // rows that end, or even stand, before what is held
+            w->q_pos0[s] = (int32_t)most(0, w->q_pos0[s] - test_below(r, 900));
         for (j = 0; j < STRIDE; j++)
             w->page[s * STRIDE + j] = s > mate && j < common ? w->page[mate * STRIDE + j]
                                                              : n_pages++;
@@ -96,6 +127,8 @@ static void world_make(world *w, test_rng *r) {
     if (test_below(r, 3) == 0) d->mask.window_left = 1 + test_below(r, 900);
     if (test_below(r, 3) == 0) d->mask.window_right = 1 + test_below(r, 600);
     if (test_below(r, 3) == 0) d->mask.n_sink = test_below(r, 600);
+    if (test_below(r, 6) == 0) d->mask.keep_recent = 1 + test_below(r, 500);
+    if (test_below(r, 12) == 0) d->mask.keep_sink = 1 + test_below(r, 50);
     for (s = 0; s < d->n_seq; s++) w->order[s] = s;
     for (s = d->n_seq - 1; s > 0; s--) {
         int32_t o = test_below(r, s + 1), t = w->order[o];
@@ -112,8 +145,12 @@ static void world_make(world *w, test_rng *r) {
         w->params.cost_partial = (float)(1 + test_below(r, 400));
     }
     world_rules(w, r);
-    for (s = 0; s < ATTN_SPAN_RULES; s++) // their partials must fit: pieces() and bounded() say so
-        if (w->params.rule[s].no_fold) w->params.partial_bytes = (size_t)1 << 28;
+    if (owed_rows(w) > 0 && test_below(r, 4)) { // what must fit, now and then a row more than that
+        int64_t rows = owed_rows(w) + (test_below(r, 2) ? test_below(r, 1 << 16) : 0);
+        size_t bytes = (size_t)rows * 4 * (size_t)(attni_v_dim(d) + 2) - (test_below(r, 6) == 0);
+        if (w->params.max_task_cost > 0) w->params.partial_bytes += bytes;
+        else w->params.partial_bytes = bytes;
+    }
 }
 
 // The plan in memory of exactly its size; what lies behind must stay.
@@ -124,7 +161,8 @@ static attn_plan *build(const world *w, void **mem) {
     *mem = m;
     CHECK(bytes > 0 && bytes % 64 == 0);
     memset(m, 0xa5, bytes + 64);
-    CHECK_EQ(attn_plan_build(&w->d, &w->params, m, bytes, &p), ATTN_OK);
+    CHECK_EQ(attn_plan_build(&w->d, &w->params, m, bytes, &p),
+             owed_rows(w) > budget_rows(w) ? ATTN_ERR_BUFFER : ATTN_OK);
     for (i = 0; i < 64; i++) CHECK_EQ(m[bytes + i], 0xa5);
     return p;
 }
@@ -166,22 +204,19 @@ static int64_t tokens_in(const world *w, int32_t s, int64_t span0, int64_t span1
 
 // ordered: lengths have not changed since its sequences were sorted.
 static void check_seqs(const world *w, const attn_plan *p, int ordered) {
-    const attn_mask *m = &w->d.mask;
     int32_t s, i, c, active = 0, merges = 0;
     for (s = 0; s < p->n_seq; s++) {
         const attn_plan_seq *q = &p->seq[s];
-        int64_t lo = w->kv_pos0[s], hi = lo + w->kv_len[s], at;
-        int64_t p0 = w->q_pos0[s], p1 = p0 + most(q->q_len, 1) - 1;
+        int64_t at, span0, span1;
         CHECK(q->q_begin == w->q_start[s] && q->q_len == w->q_start[s + 1] - w->q_start[s]);
-        CHECK(q->q_pos0 == p0 && q->kv_len == w->kv_len[s] && q->kv_pos0 == lo);
+        CHECK(q->q_pos0 == w->q_pos0[s] && q->kv_len == w->kv_len[s]);
+        CHECK(q->kv_pos0 == w->kv_pos0[s]);
         CHECK_EQ(q->place < 0, 0);
-        if (m->kind == ATTN_MASK_CAUSAL) hi = least(hi, p1 + 1);
-        else if (m->window_right) hi = least(hi, most(p1 + m->window_right, m->n_sink));
-        if (m->window_left && !m->n_sink) lo = most(lo, p0 - m->window_left + 1);
+        own_spans(w, s, &span0, &span1);
         CHECK_EQ(q->rule, rule_of(w, s));
         CHECK_EQ(q->span, span_of(w, s));
-        CHECK_EQ(q->span0, lo / q->span);
-        CHECK_EQ(q->span1, hi > lo ? up(hi, q->span) : q->span0);
+        CHECK_EQ(q->span0, span0);
+        CHECK_EQ(q->span1, span1);
         if (q->q_len == 0) {
             CHECK_EQ(q->n_chain, 0);
             continue;
@@ -197,7 +232,9 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
             at = g->span1;
             if (g->n_slots == 0) CHECK(q->n_chain == 1 && g->n_seq == 1);
         }
-        CHECK(at == q->span1 || (q->n_chain == 1 && at >= q->span1));
+        // what lies behind its own spans others of the segment see
+        CHECK(at == q->span1 ||
+              (at > q->span1 && p->segment[p->chain[q->chain + c - 1]].n_seq > 1));
         if (q->n_chain && p->segment[p->chain[q->chain]].n_slots > 0) {
             for (c = 0; merges < p->n_merges && p->merge[merges].seq == s; merges++) {
                 CHECK_EQ(p->merge[merges].first_token, c);
@@ -231,10 +268,32 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
     }
 }
 
+static int32_t tile_of(const attn_plan *p, int32_t rule) {
+    return rule < 0 ? p->tile_tokens : p->rule_tile[rule];
+}
+
+// Is there room left to share all sequences of one rule once more? Capacities count a tile's worth
+// of rows at both ends of every run of them.
+static int more_fits(const world *w, const attn_plan *p, int32_t rule) {
+    int64_t tiles = p->cap_tasks / p->n_kv_heads, chain = p->cap_chain - 2 * p->n_seq, need = 2;
+    int32_t i;
+    for (i = 0; i < p->n_seq; i++) {
+        int32_t tile = tile_of(p, rule_of(w, i));
+        tiles -= p->seq[i].q_len / tile + 2;
+        chain -= p->seq[i].n_chain;
+        if (rule_of(w, i) == rule) need += p->seq[i].q_len / tile + 1;
+    }
+    for (i = 0; i < p->n_segments; i++) {
+        const attn_segment *g = &p->segment[i];
+        if (g->n_seq > 1 || (i > 0 && g[-1].n_seq == 1 && g[-1].seq0 == g->seq0))
+            tiles -= g->n_tokens / tile_of(p, rule_of(w, p->order[g->seq0])) + 2;
+    }
+    return need <= tiles && chain >= 0;
+}
+
 static void check_segments(const world *w, const attn_plan *p) {
     int32_t i, s, shared = 0;
-    int64_t chain = 0, rows = 0, budget = (int64_t)w->params.partial_bytes /
-                               (4 * ((w->d.v_head_dim ? w->d.v_head_dim : w->d.head_dim) + 2));
+    int64_t chain = 0, rows = 0, budget = budget_rows(w);
     for (i = 0; i < p->n_segments; i++) {
         const attn_segment *g = &p->segment[i];
         int32_t head = p->order[g->seq0], tokens = 0, rule = rule_of(w, head);
@@ -251,6 +310,8 @@ static void check_segments(const world *w, const attn_plan *p) {
                 CHECK(same_pages(w, p->order[g->seq0], p->order[s], (int64_t)g->span1 * span));
         }
         CHECK_EQ(g->n_tokens, tokens);
+        if (i > 0 && g[-1].seq0 == g->seq0 && g[-1].n_seq == g->n_seq && g[-1].span1 == g->span0)
+            starts = 0; // a piece behind another one
         if (g->n_slots) {
             CHECK_EQ(g->n_slots, starts ? 1 : g->span1 - g->span0);
             CHECK_EQ(g->partial, rows);
@@ -267,11 +328,15 @@ static void check_segments(const world *w, const attn_plan *p) {
     CHECK_EQ(attn_plan_partial_bytes(p), 4 * rows * (p->v_head_dim + 2));
     CHECK(rows <= budget);
     if (w->params.share == 1) CHECK_EQ(shared, 0);
+    if (n_rules(w) && (w->d.mask.keep_recent || w->d.mask.keep_sink)) { // no tile of many sequences
+        CHECK_EQ(shared, 0);
+        return;
+    }
     // tiny tiles, as a bound makes them, are more than a plan has room for at every level
     if (w->params.share != 2 || budget < 1 << 20 || w->params.max_task_cost > 0) return;
     for (i = 0; i + 1 < p->n_active; i++) { // neighbours share every whole span that they can
         int32_t x = p->order[i], y = p->order[i + 1], span, c;
-        if (rule_of(w, x) != rule_of(w, y)) continue;
+        if (rule_of(w, x) != rule_of(w, y) || !more_fits(w, p, rule_of(w, x))) continue;
         for (span = (int32_t)most(p->seq[x].span0, p->seq[y].span0);
              span < least(p->seq[x].span1, p->seq[y].span1); span++) {
             if (!same_pages(w, x, y, (int64_t)(span + 1) * span_of(w, x))) break;
@@ -302,10 +367,6 @@ static int32_t expected_tile(const world *w, int32_t rule) {
         if ((float)(n * d->n_kv_heads) >= each * (float)w->params.workers) break;
     }
     return tile;
-}
-
-static int32_t tile_of(const attn_plan *p, int32_t rule) {
-    return rule < 0 ? p->tile_tokens : p->rule_tile[rule];
 }
 
 // Tiles as expected; a bound on tasks may only make them smaller, and not without need.
@@ -384,7 +445,7 @@ static void check_tasks(const world *w, const attn_plan *p) {
                               : keys_seen(w, p->order[g->seq0], g->span0, g->span1, p0, p1);
         CHECK(t->cost == (float)keys * (kv + (float)(t->n_tokens * group) * row));
         read += least(spans * span, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
-        check_cost(w, t, spans, one, top);
+        check_cost(w, t, head->rule < 0 ? spans : g->span1 - g->span0, one, top);
         if (i + 1 == p->n_tasks) break;
         CHECK(t->cost >= u->cost);
         if (t->cost == u->cost)
@@ -415,6 +476,11 @@ static void update(world *w, attn_plan *p, test_rng *r) {
     memcpy(share, p->share, 4 * (size_t)n);
     for (s = 0; s < w->d.n_seq; s++)
         if (w->kv_len[s] + step < STRIDE * PAGE) w->kv_len[s] += step, w->q_pos0[s] += step;
+    if (owed_rows(w) > budget_rows(w)) { // a span more: only planning anew could find this
+        CHECK_EQ(attn_plan_update(p, &w->d, &rebuilt), ATTN_ERR_BUFFER);
+        CHECK_EQ(rebuilt, 1);
+        return;
+    }
     CHECK_EQ(attn_plan_update(p, &w->d, &rebuilt), ATTN_OK);
     for (s = 0; s < w->d.n_seq; s++)
         same &= was[s].span0 == p->seq[s].span0 && was[s].span1 == p->seq[s].span1 &&
@@ -703,6 +769,33 @@ static void shared_cost(void) {
     free(mem);
 }
 
+// Rows whose own spans end before what they share with others leave partials there all the same:
+// those, too, are of the workspace.
+static void early_rows(void) {
+    static const int32_t len[3] = {1793, 1793, 1793};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t i, rows, with_rule, most_shared = 0;
+    for (with_rule = 0; with_rule < 3; with_rule++) {
+        decoding(&w, 3, len);
+        for (i = 32; i < STRIDE; i++) w.page[i] = 200 + i; // 512 tokens of all three, 1792 of two
+        for (i = 1; i < 3; i++) w.page[i * STRIDE + 112] = 400 + i;
+        w.d.kv.n_pages = 500;
+        w.q_pos0[1] = 600;
+        if (with_rule) rule(&w, 0, 0, 0, 256)->no_fold = with_rule == 2;
+        w.params.share = 2;
+        for (rows = with_rule == 2 ? 4 * (8 + 8 + 3) : 0; rows < 160; rows++) {
+            w.params.partial_bytes = (size_t)(4 * (attni_v_dim(&w.d) + 2) * rows);
+            p = build(&w, &mem);
+            if (p) check_all(&w, p);
+            if (p && p->n_shared > most_shared) most_shared = p->n_shared;
+            free(mem);
+        }
+    }
+    CHECK_EQ(most_shared, 2);
+}
+
 // What a bound on tasks forces without folds, and updates under it.
 static void bounded(void) {
     static const int32_t len[1] = {2000};
@@ -778,6 +871,7 @@ int main(int argc, char **argv) {
     no_keys();
     pieces();
     shared_cost();
+    early_rows();
     bounded();
     class_border();
     for (i = 0; i < count && !test_failed; i++) {
