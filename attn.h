@@ -1818,8 +1818,8 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
 // of segments
 
 // Builder state; all arrays lie in the plan's memory. Every sequence's own segment, tiles and chain
-// link are provided for by the capacities; what sharing and cutting add is charged to the *_left
-// counters.
+// link are provided for by the capacities, the partial rows that its rule asks for before anything
+// else; what sharing and cutting add is charged to the *_left counters.
 typedef struct attni_planner {
     attn_plan *p;
     const attn_desc *d;
@@ -2041,6 +2041,12 @@ static int attni_writes(const attn_plan *p, const attn_plan_seq *q, int32_t n) {
     return n < 2 || attni_folds(p, q);
 }
 
+// Partial rows that a sequence's tasks leave however it is cut.
+static int64_t attni_owed(const attn_plan *p, const attn_plan_seq *q) {
+    int32_t n = q->span1 - q->span0;
+    return attni_writes(p, q, n) ? 0 : (int64_t)q->q_len * p->n_heads * n;
+}
+
 // Spans per piece of n so that pieces cost about max_cost: without rules, no more than that; with
 // them, the nearest number of equal pieces, at most `most` (what comes later wants to share, too).
 static int32_t attni_balanced(const attni_planner *b, float one, int32_t n, int64_t most) {
@@ -2069,8 +2075,9 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
                                                          b->tiles_left / tiles));
     int32_t piece = attni_min32(must, attni_balanced(b, one, n, least + room / 2));
     int64_t extra = (n + piece - 1) / piece - least, more;
-    // rows that fold, or write O when not cut, have a slot less than spans, or none
-    more = rows * (starts ? n - piece + direct : direct ? n : 0);
+    // rows that fold have a slot less than spans, or none when they are not cut and write O; what
+    // those that do not fold leave is provided for
+    more = starts ? rows * (n - piece + direct) : 0;
     if (piece < must && more <= b->rows_left && extra <= room) {
         b->rows_left -= more;
         b->cuts_left -= extra;
@@ -2078,8 +2085,7 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
         b->tiles_left -= extra * tiles;
         return piece;
     }
-    more = must < n || (direct && !attni_writes(p, q, n))
-               ? rows * (starts ? n - must + direct : direct ? n : 0) : 0;
+    more = starts && must < n ? rows * (n - must + direct) : 0;
     if (more > b->rows_left) b->lacking = 1;
     else b->rows_left -= more;
     return must;
@@ -2111,7 +2117,7 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
                                int reserved, int32_t *tokens) {
     attn_plan *p = b->p;
     const attn_plan_seq *head = &p->seq[p->order[lo]];
-    int64_t slots = 0, n = hi - lo, tiles;
+    int64_t slots = 0, owed = 0, n = hi - lo, tiles;
     float gain, loss;
     int starts = attni_folds(p, head);
     int32_t i;
@@ -2122,7 +2128,10 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
         starts &= from <= q->span0;
         if (reserved) // a row whose own spans end before
             slots += (int64_t)q->q_len * attni_max32(0, to - attni_max32(from, q->span1));
-        else slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+        else {
+            slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+            owed += attni_owed(p, q);
+        }
     }
     if (p->params.share == 1 || b->frugal) return 0;
     // with a table: rows of a tile would meet weight 0 x NaN in V that only another sequence sees
@@ -2133,6 +2142,7 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
            (float)p->n_kv_heads;
     loss = (float)slots * p->params.cost_partial;
     if (p->params.share == 0 && loss >= gain) return 0;
+    slots -= owed; // which is charged already
     if (slots > b->rows_left) return 0;
     tiles = attni_tile_count(p, head, *tokens);
     if (tiles > b->tiles_left || n > b->chain_left) return 0;
@@ -2515,6 +2525,7 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
         attn_plan_seq *q = &p->seq[s];
         attni_seq_spans(d, &p->params, s, q);
         b.tiles_left -= attni_tile_count(p, q, q->q_len);
+        b.rows_left -= attni_owed(p, q);
         total += attni_seq_cost(&b, q);
     }
     total *= (float)p->n_kv_heads;
@@ -2523,6 +2534,7 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
                      ? total / (p->params.tasks_per_worker * (float)p->params.workers) : 0;
     if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
     p->n_active = n;
+    if (b.rows_left < 0) return ATTN_ERR_BUFFER;
     attni_plan_segments(&b, n);
     if (b.lacking) return ATTN_ERR_BUFFER;
     attni_plan_tasks(&b);

@@ -796,6 +796,47 @@ static void early_rows(void) {
     CHECK_EQ(most_shared, 2);
 }
 
+// What rules without folds ask for is set aside before anything is shared, and sharing it is free.
+static void owed_first(void) {
+    static const int32_t len[4] = {513, 513, 1025, 1025};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t i, j, less, owed = 2 * 4 * 5, folded = 2 * 4 * (1 + 1);
+    for (less = 0; less < 4; less++) {
+        decoding(&w, 4, len);
+        rule(&w, 0, 0, 600, 256);
+        rule(&w, 1, 0, 0, 256)->no_fold = 1;
+        for (i = 0; i < 4; i++) // one token of its own behind what all share
+            w.page[i * STRIDE + len[i] / PAGE] = 300 + i;
+        w.d.kv.n_pages = 400;
+        w.params.share = 2;
+        w.params.partial_bytes = (size_t)(4 * (attni_v_dim(&w.d) + 2) * (owed + folded));
+        w.params.partial_bytes -= less == 1;
+        if (less > 1) w.params.partial_bytes = (size_t)(4 * (attni_v_dim(&w.d) + 2) * owed);
+        w.params.partial_bytes -= less == 3;
+        p = build(&w, &mem); // NULL in the last round: build() expects that
+        CHECK_EQ(p == NULL, less == 3);
+        if (p) check_all(&w, p);
+        if (p) CHECK_EQ(p->n_shared, less ? 1 : 2);
+        for (j = 0; p && j < p->n_segments; j++)
+            if (less && p->segment[j].n_seq > 1)
+                CHECK_EQ(p->seq[p->order[p->segment[j].seq0]].rule, 1);
+        free(mem);
+    }
+    // a mask with sparse terms: nothing is shared with a table, as without one it is
+    for (i = 0; i < 2; i++) {
+        decoding(&w, 4, len);
+        if (i) rule(&w, 0, 0, 0, 256);
+        w.params.share = 2;
+        w.d.mask.keep_recent = 40;
+        p = build(&w, &mem);
+        CHECK_EQ(p->n_shared > 0, i == 0);
+        check_all(&w, p);
+        free(mem);
+    }
+}
+
 // What a bound on tasks forces without folds, and updates under it.
 static void bounded(void) {
     static const int32_t len[1] = {2000};
@@ -872,6 +913,7 @@ int main(int argc, char **argv) {
     pieces();
     shared_cost();
     early_rows();
+    owed_first();
     bounded();
     class_border();
     for (i = 0; i < count && !test_failed; i++) {
