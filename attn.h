@@ -2086,7 +2086,7 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
         return piece;
     }
     more = starts && must < n ? rows * (n - must + direct) : 0;
-    if (more > b->rows_left) b->lacking = 1;
+    if (more > b->rows_left) b->lacking = 1; // 0 as well, when what is provided for did not fit
     else b->rows_left -= more;
     return must;
 }
@@ -2534,7 +2534,6 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
                      ? total / (p->params.tasks_per_worker * (float)p->params.workers) : 0;
     if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
     p->n_active = n;
-    if (b.rows_left < 0) return ATTN_ERR_BUFFER;
     attni_plan_segments(&b, n);
     if (b.lacking) return ATTN_ERR_BUFFER;
     attni_plan_tasks(&b);

@@ -699,9 +699,10 @@ static void pieces(void) {
     int32_t i, j, fold;
     for (i = 0; i < 20; i++) {
         const int32_t *x = want[i % 10];
-        int32_t len = 64 * x[0];
+        int32_t len[2] = {64 * x[0], 1900};
         fold = i < 10;
-        decoding(&w, 1, &len);
+        decoding(&w, 1 + i % 2, len);
+        w.q_start[2] = 1, w.q_pos0[1] = 1900; // one without queries costs nothing
         rule(&w, 0, 0, 0, 64)->no_fold = !fold;
         w.params.workers = 2;
         w.params.tasks_per_worker = 0.5f * (float)x[1];
@@ -839,29 +840,35 @@ static void owed_first(void) {
     }
 }
 
-// What a bound on tasks forces without folds, and updates under it.
+// What a bound on tasks forces, with folds and without, and updates under it.
 static void bounded(void) {
     static const int32_t len[1] = {2000};
     world w;
     void *mem;
     attn_plan *p;
+    int32_t i;
     decoding(&w, 1, len);
-    rule(&w, 0, 0, 0, 64)->no_fold = 1;
-    w.params.max_task_cost = 10 * 64 * 6; // ten spans of two rows
-    p = build(&w, &mem);
-    check_all(&w, p);
-    CHECK(p->n_segments == 4 && attn_plan_partial_bytes(p) > 0);
-    w.params.partial_bytes = attn_plan_partial_bytes(p);
-    free(mem);
-    p = build(&w, &mem);
-    CHECK_EQ(p->n_segments, 4);
-    w.params.partial_bytes--;
-    CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, attn_plan_bytes(&w.d, &w.params), &p),
-             ATTN_ERR_BUFFER);
-    free(mem);
+    for (i = 0; i < 3; i++) {
+        decoding(&w, 1, len);
+        w.params.max_task_cost = 10 * 64 * 6; // ten spans of two rows
+        if (i == 2) w.params.max_task_cost = 2 * 256 * 6;
+        else rule(&w, 0, 0, 0, 64)->no_fold = i;
+        p = build(&w, &mem);
+        check_all(&w, p);
+        CHECK(p->n_segments == 4 && attn_plan_partial_bytes(p) > 0);
+        w.params.partial_bytes = attn_plan_partial_bytes(p);
+        free(mem);
+        p = build(&w, &mem);
+        CHECK_EQ(p->n_segments, 4);
+        w.params.partial_bytes--;
+        CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, attn_plan_bytes(&w.d, &w.params), &p),
+                 ATTN_ERR_BUFFER);
+        free(mem);
+    }
     // tiles of a rule's size, which longer KV makes smaller
     w.params.partial_bytes = (size_t)1 << 28;
-    rule(&w, 0, 0, 0, 64)->row_tile = 256;
+    rule(&w, 0, 0, 0, 64)->no_fold = 1;
+    w.params.rule[0].row_tile = 256;
     w.params.max_task_cost = 90000;
     w.params.max_kv_len = 2000;
     w.q_start[1] = w.kv_len[0] = 200, w.q_pos0[0] = 0;
