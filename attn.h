@@ -441,7 +441,7 @@ typedef struct attn_plan {
 // fits: time = cost x seconds per cost, which a host measures as it goes (one problem shape, dtype
 // and machine: keep the largest ratio seen lately). Unit: cost_row_token = 1 is one query row (one
 // head of one token) against one KV token. An estimate from above for sparse masks; closed forms
-// (causal, window) are counted by spans.
+// (causal, window) are counted by spans, those of sequences with a rule by tokens.
 // max_task_cost = (longest wait in seconds) / (seconds per cost). Query rows are cut first, since
 // that needs no workspace; where 32 rows a task are still too dear, KV is cut between spans. What
 // cannot be cut may exceed it: one span x one query token x the GQA group, and the merge of one
