@@ -441,7 +441,7 @@ typedef struct attn_plan {
 // fits: time = cost x seconds per cost, which a host measures as it goes (one problem shape, dtype
 // and machine: keep the largest ratio seen lately). Unit: cost_row_token = 1 is one query row (one
 // head of one token) against one KV token. An estimate from above for sparse masks; closed forms
-// (causal, window) are counted by spans.
+// (causal, window) are counted by spans, those of sequences with a rule by tokens.
 // max_task_cost = (longest wait in seconds) / (seconds per cost). Query rows are cut first, since
 // that needs no workspace; where 32 rows a task are still too dear, KV is cut between spans. What
 // cannot be cut may exceed it: one span x one query token x the GQA group, and the merge of one
@@ -1818,8 +1818,8 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
 // of segments
 
 // Builder state; all arrays lie in the plan's memory. Every sequence's own segment, tiles and chain
-// link are provided for by the capacities; what sharing and cutting add is charged to the *_left
-// counters.
+// link are provided for by the capacities, the partial rows that its rule asks for before anything
+// else; what sharing and cutting add is charged to the *_left counters.
 typedef struct attni_planner {
     attn_plan *p;
     const attn_desc *d;
@@ -2035,10 +2035,16 @@ static int attni_folds(const attn_plan *p, const attn_plan_seq *q) {
     return q->rule < 0 || !p->params.rule[q->rule].no_fold;
 }
 
-// May one task over all n spans of rows write O itself? Without folds bits would differ from those
-// of a cut.
+// May one task over all n spans of rows (none: rows that see no key) write O itself? Without folds
+// bits would differ from those of a cut.
 static int attni_writes(const attn_plan *p, const attn_plan_seq *q, int32_t n) {
-    return n == 1 || attni_folds(p, q);
+    return n < 2 || attni_folds(p, q);
+}
+
+// Partial rows that a sequence's tasks leave however it is cut.
+static int64_t attni_owed(const attn_plan *p, const attn_plan_seq *q) {
+    int32_t n = q->span1 - q->span0;
+    return attni_writes(p, q, n) ? 0 : (int64_t)q->q_len * p->n_heads * n;
 }
 
 // Spans per piece of n so that pieces cost about max_cost: without rules, no more than that; with
@@ -2047,7 +2053,7 @@ static int32_t attni_balanced(const attni_planner *b, float one, int32_t n, int6
     float x;
     int64_t pieces;
     if (attni_n_rules(&b->p->params) == 0) return attni_fitting(b->max_cost, one, n);
-    if (n < 2 || !(b->max_cost > 0)) return n;
+    if (n < 2 || !(b->max_cost > 0)) return attni_max32(n, 1);
     x = (float)n * one / b->max_cost;
     pieces = x >= (float)n ? n : x >= 1.5f ? (int64_t)(x + 0.5f) : 1;
     pieces = attni_max64(1, attni_min64(pieces, most));
@@ -2069,8 +2075,9 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
                                                          b->tiles_left / tiles));
     int32_t piece = attni_min32(must, attni_balanced(b, one, n, least + room / 2));
     int64_t extra = (n + piece - 1) / piece - least, more;
-    // rows that fold, or write O when not cut, have a slot less than spans, or none
-    more = rows * (starts ? n - piece + direct : direct ? n : 0);
+    // rows that fold have a slot less than spans, or none when they are not cut and write O; what
+    // those that do not fold leave is provided for
+    more = starts ? rows * (n - piece + direct) : 0;
     if (piece < must && more <= b->rows_left && extra <= room) {
         b->rows_left -= more;
         b->cuts_left -= extra;
@@ -2078,9 +2085,8 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
         b->tiles_left -= extra * tiles;
         return piece;
     }
-    more = must < n || (direct && !attni_writes(p, q, n))
-               ? rows * (starts ? n - must + direct : direct ? n : 0) : 0;
-    if (more > b->rows_left) b->lacking = 1;
+    more = starts && must < n ? rows * (n - must + direct) : 0;
+    if (more > b->rows_left) b->lacking = 1; // 0 as well, when what is provided for did not fit
     else b->rows_left -= more;
     return must;
 }
@@ -2111,7 +2117,7 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
                                int reserved, int32_t *tokens) {
     attn_plan *p = b->p;
     const attn_plan_seq *head = &p->seq[p->order[lo]];
-    int64_t slots = 0, n = hi - lo, tiles;
+    int64_t slots = 0, owed = 0, n = hi - lo, tiles;
     float gain, loss;
     int starts = attni_folds(p, head);
     int32_t i;
@@ -2120,22 +2126,29 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
         const attn_plan_seq *q = &p->seq[p->order[i]];
         *tokens += q->q_len;
         starts &= from <= q->span0;
-        slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+        if (reserved) // a row whose own spans end before
+            slots += (int64_t)q->q_len * attni_max32(0, to - attni_max32(from, q->span1));
+        else {
+            slots += (int64_t)q->q_len * attni_max32(0, q->span1 - to);
+            owed += attni_owed(p, q);
+        }
     }
     if (p->params.share == 1 || b->frugal) return 0;
     // with a table: rows of a tile would meet weight 0 x NaN in V that only another sequence sees
     if (attni_n_rules(&p->params) && attni_has_sparse(&b->d->mask)) return 0;
-    slots = (slots + (int64_t)*tokens * (starts ? 1 : to - from)) * p->n_heads;
+    if (!reserved) slots += (int64_t)*tokens * (starts ? 1 : to - from);
+    slots *= p->n_heads;
     gain = (float)(n - 1) * (float)(to - from) * (float)head->span * p->params.cost_kv_token *
            (float)p->n_kv_heads;
-    loss = reserved ? 0 : (float)slots * p->params.cost_partial;
+    loss = (float)slots * p->params.cost_partial;
     if (p->params.share == 0 && loss >= gain) return 0;
-    if (!reserved && slots > b->rows_left) return 0;
+    slots -= owed; // which is charged already
+    if (slots > b->rows_left) return 0;
     tiles = attni_tile_count(p, head, *tokens);
     if (tiles > b->tiles_left || n > b->chain_left) return 0;
     b->tiles_left -= tiles;
     b->chain_left -= n;
-    if (!reserved) b->rows_left -= slots;
+    b->rows_left -= slots;
     return 1;
 }
 
@@ -2201,6 +2214,29 @@ static int64_t attni_tokens_in(const attn_plan_seq *q, int32_t span0, int32_t sp
     return attni_max64(0, hi - lo);
 }
 
+// How many of these the window and causality leave to queries at [p0, p1], token by token: spans of
+// a rule may be longer than anything.
+static int64_t attni_reach(const attn_mask *m, const attn_plan_seq *q, int32_t span0, int32_t span1,
+                           int64_t p0, int64_t p1) {
+    int64_t lo = attni_max64((int64_t)span0 * q->span, q->kv_pos0), from = lo;
+    int64_t hi = attni_min64((int64_t)span1 * q->span, (int64_t)q->kv_pos0 + q->kv_len);
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p1 + 1);
+    else if (m->window_right) hi = attni_min64(hi, attni_max64(p1 + m->window_right, m->n_sink));
+    if (m->kind == ATTN_MASK_TREE) p0 = attni_min64(p0, q->q_pos0); // positions are depths there
+    if (m->window_left) from = attni_max64(lo, p0 - (m->window_left - 1));
+    return attni_max64(0, hi - from) +
+           attni_max64(0, attni_min64(m->n_sink, attni_min64(hi, from)) - lo);
+}
+
+// Of all rows of a sequence, an estimate before anything is shared or cut.
+static float attni_seq_cost(const attni_planner *b, const attn_plan_seq *q) {
+    int64_t rows = (int64_t)q->q_len * b->group, p1 = (int64_t)q->q_pos0 + q->q_len - 1;
+    if (q->rule < 0) return attni_task_cost(b->p, q->span, q->span1 - q->span0, rows);
+    if (rows == 0) return 0;
+    return attni_tokens_cost(
+        b->p, attni_reach(&b->d->mask, q, q->span0, q->span1, q->q_pos0, p1), rows);
+}
+
 static void attni_plan_tasks(attni_planner *b) {
     attn_plan *p = b->p;
     int32_t i, h, first, n, spans, tile;
@@ -2210,6 +2246,7 @@ static void attni_plan_tasks(attni_planner *b) {
         tile = attni_seq_tile(p, q);
         for (first = 0; first < g->n_tokens; first += n) {
             int64_t p0, p1, tokens, reach;
+            float cost;
             n = attni_min32(tile, g->n_tokens - first);
             // tiles of a long prefill start at multiples of the tile, as row blocks of masks do
             if (first == 0 && g->n_seq == 1 && g->n_tokens > tile && q->q_pos0 % tile)
@@ -2217,17 +2254,16 @@ static void attni_plan_tasks(attni_planner *b) {
             attni_tile_positions(p, g, first, n, &p0, &p1);
             spans = attni_span_count(&b->d->mask, q->span, g->span0, g->span1, p0, p1);
             tokens = attni_min64((int64_t)spans * q->span, attni_tokens_in(q, g->span0, g->span1));
-            reach = tokens; // spans may be longer than anything
-            if (b->d->mask.kind != ATTN_MASK_FULL)
-                reach = attni_min64(reach, p1 + 1 - (int64_t)g->span0 * q->span);
+            reach = attni_reach(&b->d->mask, q, g->span0, g->span1, p0, p1);
+            cost = q->rule < 0 ? attni_task_cost(p, q->span, spans, (int64_t)n * b->group)
+                               : attni_tokens_cost(p, reach, (int64_t)n * b->group);
             for (h = 0; h < p->n_kv_heads; h++) {
                 attn_task *t = &p->task[p->n_tasks++];
                 t->segment = i;
                 t->kv_head = h;
                 t->first_token = first;
                 t->n_tokens = n;
-                t->cost = q->rule < 0 ? attni_task_cost(p, q->span, spans, (int64_t)n * b->group)
-                                      : attni_tokens_cost(p, reach, (int64_t)n * b->group);
+                t->cost = cost;
                 p->kv_tokens_read += tokens;
             }
         }
@@ -2491,10 +2527,8 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
         attn_plan_seq *q = &p->seq[s];
         attni_seq_spans(d, &p->params, s, q);
         b.tiles_left -= attni_tile_count(p, q, q->q_len);
-        one = q->rule < 0 ? attni_task_cost(p, q->span, q->span1 - q->span0,
-                                            (int64_t)q->q_len * b.group)
-                          : attni_tokens_cost(p, attni_tokens_in(q, q->span0, q->span1),
-                                              (int64_t)q->q_len * b.group);
+        b.rows_left -= attni_owed(p, q);
+        one = attni_seq_cost(&b, q);
         total += one;
         longest = one > longest ? one : longest;
         active += q->q_len > 0;

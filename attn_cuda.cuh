@@ -23,9 +23,12 @@
              attn_cuda_tables names tables that lie in device memory instead.
 
    CONTENTS  >>open  >>store  >>run   and behind  >>impl-:
-             args, ptx, rows, masks, blocks, mma, simt, few, many, merge, store, host
+             args, ptx, rows, masks, blocks, merge, convert, mma, simt, store, host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
+             ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
+                                        head_dim, v_head_dim) for each; fewer compile faster, what
+                                        is left out runs on the f32 kernels; see >>impl-host
 
    MEMORY    The caller's: device image (attn_cuda_plan_bytes), staging (the same size, page-locked
              for asynchrony), partials (params.partial_bytes). Nothing is allocated.
@@ -2121,7 +2124,7 @@ static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni
          : x.head_dim == 128 && x.v_head_dim == 128 ? 128
          : dk <= 256 ? 256 : x.v_head_dim <= 512 ? 576 : 0;
     dv = dk == 576 ? 512 : dk;
-    (void)bf, (void)q8, (void)dv;
+    (void)(bf + q8 + dv); // no kernels, no use
 #define ATTNI_X(B, Q, DK, DV)                                                                      \
     if (bf == B && q8 == Q && dk == DK && dv == DV)                                                \
         attni_cu_fill<B, Q, DK, DV>(c->arch, attni_cu_mods(d), &m);

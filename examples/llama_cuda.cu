@@ -1,5 +1,6 @@
 /* llama_cuda.cu - see llama_cuda.h. It also holds the implementation of attn_cuda.cuh, so that
  * generate.c stays a C file that the C compiler builds as ever. */
+#define ATTN_CUDA_KERNELS(X) /* none for tensor cores: queries are f32 */
 #define ATTN_CUDA_IMPLEMENTATION
 #include "attn_cuda.cuh"
 #include "llama_cuda.h"

@@ -28,7 +28,7 @@ static void world_rules(world *w, test_rng *r) {
         attn_span_rule *x = &w->params.rule[i];
         x->max_q_len = test_below(r, 2) ? 0 : test_below(r, 2) ? 1 : test_below(r, 400);
         x->max_kv_len = test_below(r, 3) ? 1 + test_below(r, 2000) : 0;
-        x->span = 64 << test_below(r, 5);
+        x->span = test_below(r, 8) ? 64 << test_below(r, 5) : 1 << 30;
         x->row_tile = test_below(r, 2) ? 0 : 1 + test_below(r, 200);
         x->no_fold = test_below(r, 2);
     }
@@ -60,6 +60,35 @@ static int32_t span_of(const world *w, int32_t s) {
     return rule_of(w, s) < 0 ? 256 : w->params.rule[rule_of(w, s)].span;
 }
 
+// The spans that any of a sequence's rows may see, from what each row sees.
+static void own_spans(const world *w, int32_t s, int64_t *span0, int64_t *span1) {
+    const attn_mask *m = &w->d.mask;
+    int64_t lo = w->kv_pos0[s], hi = lo + w->kv_len[s], p0 = w->q_pos0[s], span = span_of(w, s);
+    int64_t p1 = p0 + most(w->q_start[s + 1] - w->q_start[s], 1) - 1;
+    if (m->kind == ATTN_MASK_CAUSAL) hi = least(hi, p1 + 1);
+    else if (m->window_right) hi = least(hi, most(p1 + m->window_right, m->n_sink));
+    if (m->window_left && !m->n_sink) lo = most(lo, p0 - m->window_left + 1);
+    *span0 = lo / span;
+    *span1 = hi > lo ? up(hi, span) : *span0;
+}
+
+// Partial rows that rules without folds ask for, whatever else is planned.
+static int64_t owed_rows(const world *w) {
+    int64_t rows = 0, span0, span1;
+    int32_t s;
+    for (s = 0; s < w->d.n_seq; s++) {
+        if (rule_of(w, s) < 0 || !w->params.rule[rule_of(w, s)].no_fold) continue;
+        own_spans(w, s, &span0, &span1);
+        if (span1 - span0 > 1)
+            rows += (w->q_start[s + 1] - w->q_start[s]) * w->d.n_heads * (span1 - span0);
+    }
+    return rows;
+}
+
+static int64_t budget_rows(const world *w) {
+    return (int64_t)(w->params.partial_bytes / 4 / (size_t)(attni_v_dim(&w->d) + 2));
+}
+
 static void world_make(world *w, test_rng *r) {
     static float somewhere[4];
     attn_desc *d = &w->d;
@@ -87,6 +116,8 @@ static void world_make(world *w, test_rng *r) {
         w->kv_len[s] = len;
         w->q_start[s + 1] = w->q_start[s] + q;
         w->q_pos0[s] = w->kv_pos0[s] + len - q;
+        if (test_below(r, 8) == 0) // rows that end, or even stand, before what is held
+            w->q_pos0[s] = (int32_t)most(0, w->q_pos0[s] - test_below(r, 900));
         for (j = 0; j < STRIDE; j++)
             w->page[s * STRIDE + j] = s > mate && j < common ? w->page[mate * STRIDE + j]
                                                              : n_pages++;
@@ -96,6 +127,8 @@ static void world_make(world *w, test_rng *r) {
     if (test_below(r, 3) == 0) d->mask.window_left = 1 + test_below(r, 900);
     if (test_below(r, 3) == 0) d->mask.window_right = 1 + test_below(r, 600);
     if (test_below(r, 3) == 0) d->mask.n_sink = test_below(r, 600);
+    if (test_below(r, 6) == 0) d->mask.keep_recent = 1 + test_below(r, 500);
+    if (test_below(r, 12) == 0) d->mask.keep_sink = 1 + test_below(r, 50);
     for (s = 0; s < d->n_seq; s++) w->order[s] = s;
     for (s = d->n_seq - 1; s > 0; s--) {
         int32_t o = test_below(r, s + 1), t = w->order[o];
@@ -112,8 +145,12 @@ static void world_make(world *w, test_rng *r) {
         w->params.cost_partial = (float)(1 + test_below(r, 400));
     }
     world_rules(w, r);
-    for (s = 0; s < ATTN_SPAN_RULES; s++) // their partials must fit: pieces() and bounded() say so
-        if (w->params.rule[s].no_fold) w->params.partial_bytes = (size_t)1 << 28;
+    if (owed_rows(w) > 0 && test_below(r, 4)) { // what must fit, now and then a row more than that
+        int64_t rows = owed_rows(w) + (test_below(r, 2) ? test_below(r, 1 << 16) : 0);
+        size_t bytes = (size_t)rows * 4 * (size_t)(attni_v_dim(d) + 2) - (test_below(r, 6) == 0);
+        if (w->params.max_task_cost > 0) w->params.partial_bytes += bytes;
+        else w->params.partial_bytes = bytes;
+    }
 }
 
 // The plan in memory of exactly its size; what lies behind must stay.
@@ -124,7 +161,8 @@ static attn_plan *build(const world *w, void **mem) {
     *mem = m;
     CHECK(bytes > 0 && bytes % 64 == 0);
     memset(m, 0xa5, bytes + 64);
-    CHECK_EQ(attn_plan_build(&w->d, &w->params, m, bytes, &p), ATTN_OK);
+    CHECK_EQ(attn_plan_build(&w->d, &w->params, m, bytes, &p),
+             owed_rows(w) > budget_rows(w) ? ATTN_ERR_BUFFER : ATTN_OK);
     for (i = 0; i < 64; i++) CHECK_EQ(m[bytes + i], 0xa5);
     return p;
 }
@@ -146,6 +184,18 @@ static int span_seen(const attn_mask *m, int64_t first, int64_t last, int64_t p0
     return 1;
 }
 
+// Keys that a sequence holds in these spans and some query at [p0, p1] may see, one by one.
+static int64_t keys_seen(const world *w, int32_t s, int64_t span0, int64_t span1, int64_t p0,
+                         int64_t p1) {
+    const attn_mask *m = &w->d.mask;
+    int64_t span = span_of(w, s), lo = most(span0 * span, w->kv_pos0[s]), k, n = 0;
+    int64_t hi = least(span1 * span, (int64_t)w->kv_pos0[s] + w->kv_len[s]);
+    for (k = lo; k < hi; k++)
+        if (m->kind == ATTN_MASK_FULL && k < m->n_sink) n++;
+        else n += span_seen(m, k, k, p0, p1);
+    return n;
+}
+
 static int64_t tokens_in(const world *w, int32_t s, int64_t span0, int64_t span1) {
     int64_t span = span_of(w, s);
     return most(0, least(span1 * span, w->kv_pos0[s] + w->kv_len[s]) -
@@ -154,22 +204,19 @@ static int64_t tokens_in(const world *w, int32_t s, int64_t span0, int64_t span1
 
 // ordered: lengths have not changed since its sequences were sorted.
 static void check_seqs(const world *w, const attn_plan *p, int ordered) {
-    const attn_mask *m = &w->d.mask;
     int32_t s, i, c, active = 0, merges = 0;
     for (s = 0; s < p->n_seq; s++) {
         const attn_plan_seq *q = &p->seq[s];
-        int64_t lo = w->kv_pos0[s], hi = lo + w->kv_len[s], at;
-        int64_t p0 = w->q_pos0[s], p1 = p0 + most(q->q_len, 1) - 1;
+        int64_t at, span0, span1;
         CHECK(q->q_begin == w->q_start[s] && q->q_len == w->q_start[s + 1] - w->q_start[s]);
-        CHECK(q->q_pos0 == p0 && q->kv_len == w->kv_len[s] && q->kv_pos0 == lo);
+        CHECK(q->q_pos0 == w->q_pos0[s] && q->kv_len == w->kv_len[s]);
+        CHECK(q->kv_pos0 == w->kv_pos0[s]);
         CHECK_EQ(q->place < 0, 0);
-        if (m->kind == ATTN_MASK_CAUSAL) hi = least(hi, p1 + 1);
-        else if (m->window_right) hi = least(hi, most(p1 + m->window_right, m->n_sink));
-        if (m->window_left && !m->n_sink) lo = most(lo, p0 - m->window_left + 1);
+        own_spans(w, s, &span0, &span1);
         CHECK_EQ(q->rule, rule_of(w, s));
         CHECK_EQ(q->span, span_of(w, s));
-        CHECK_EQ(q->span0, lo / q->span);
-        CHECK_EQ(q->span1, hi > lo ? up(hi, q->span) : q->span0);
+        CHECK_EQ(q->span0, span0);
+        CHECK_EQ(q->span1, span1);
         if (q->q_len == 0) {
             CHECK_EQ(q->n_chain, 0);
             continue;
@@ -185,7 +232,9 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
             at = g->span1;
             if (g->n_slots == 0) CHECK(q->n_chain == 1 && g->n_seq == 1);
         }
-        CHECK(at == q->span1 || (q->n_chain == 1 && at >= q->span1));
+        // what lies behind its own spans others of the segment see
+        CHECK(at == q->span1 ||
+              (at > q->span1 && p->segment[p->chain[q->chain + c - 1]].n_seq > 1));
         if (q->n_chain && p->segment[p->chain[q->chain]].n_slots > 0) {
             for (c = 0; merges < p->n_merges && p->merge[merges].seq == s; merges++) {
                 CHECK_EQ(p->merge[merges].first_token, c);
@@ -219,10 +268,32 @@ static void check_seqs(const world *w, const attn_plan *p, int ordered) {
     }
 }
 
+static int32_t tile_of(const attn_plan *p, int32_t rule) {
+    return rule < 0 ? p->tile_tokens : p->rule_tile[rule];
+}
+
+// Is there room left to share all sequences of one rule once more? Capacities count a tile's worth
+// of rows at both ends of every run of them.
+static int more_fits(const world *w, const attn_plan *p, int32_t rule) {
+    int64_t tiles = p->cap_tasks / p->n_kv_heads, chain = p->cap_chain - 2 * p->n_seq, need = 2;
+    int32_t i;
+    for (i = 0; i < p->n_seq; i++) {
+        int32_t tile = tile_of(p, rule_of(w, i));
+        tiles -= p->seq[i].q_len / tile + 2;
+        chain -= p->seq[i].n_chain;
+        if (rule_of(w, i) == rule) need += p->seq[i].q_len / tile + 1;
+    }
+    for (i = 0; i < p->n_segments; i++) {
+        const attn_segment *g = &p->segment[i];
+        if (g->n_seq > 1 || (i > 0 && g[-1].n_seq == 1 && g[-1].seq0 == g->seq0))
+            tiles -= g->n_tokens / tile_of(p, rule_of(w, p->order[g->seq0])) + 2;
+    }
+    return need <= tiles && chain >= 0;
+}
+
 static void check_segments(const world *w, const attn_plan *p) {
     int32_t i, s, shared = 0;
-    int64_t chain = 0, rows = 0, budget = (int64_t)w->params.partial_bytes /
-                               (4 * ((w->d.v_head_dim ? w->d.v_head_dim : w->d.head_dim) + 2));
+    int64_t chain = 0, rows = 0, budget = budget_rows(w);
     for (i = 0; i < p->n_segments; i++) {
         const attn_segment *g = &p->segment[i];
         int32_t head = p->order[g->seq0], tokens = 0, rule = rule_of(w, head);
@@ -239,11 +310,13 @@ static void check_segments(const world *w, const attn_plan *p) {
                 CHECK(same_pages(w, p->order[g->seq0], p->order[s], (int64_t)g->span1 * span));
         }
         CHECK_EQ(g->n_tokens, tokens);
+        if (i > 0 && g[-1].seq0 == g->seq0 && g[-1].n_seq == g->n_seq && g[-1].span1 == g->span0)
+            starts = 0; // a piece behind another one
         if (g->n_slots) {
             CHECK_EQ(g->n_slots, starts ? 1 : g->span1 - g->span0);
             CHECK_EQ(g->partial, rows);
         } else {
-            CHECK(starts || g->span1 - g->span0 == 1);
+            CHECK(starts || g->span1 - g->span0 < 2);
         }
         rows += (int64_t)g->n_slots * tokens * p->n_heads;
     }
@@ -255,11 +328,15 @@ static void check_segments(const world *w, const attn_plan *p) {
     CHECK_EQ(attn_plan_partial_bytes(p), 4 * rows * (p->v_head_dim + 2));
     CHECK(rows <= budget);
     if (w->params.share == 1) CHECK_EQ(shared, 0);
+    if (n_rules(w) && (w->d.mask.keep_recent || w->d.mask.keep_sink)) { // no tile of many sequences
+        CHECK_EQ(shared, 0);
+        return;
+    }
     // tiny tiles, as a bound makes them, are more than a plan has room for at every level
     if (w->params.share != 2 || budget < 1 << 20 || w->params.max_task_cost > 0) return;
     for (i = 0; i + 1 < p->n_active; i++) { // neighbours share every whole span that they can
         int32_t x = p->order[i], y = p->order[i + 1], span, c;
-        if (rule_of(w, x) != rule_of(w, y)) continue;
+        if (rule_of(w, x) != rule_of(w, y) || !more_fits(w, p, rule_of(w, x))) continue;
         for (span = (int32_t)most(p->seq[x].span0, p->seq[y].span0);
              span < least(p->seq[x].span1, p->seq[y].span1); span++) {
             if (!same_pages(w, x, y, (int64_t)(span + 1) * span_of(w, x))) break;
@@ -290,10 +367,6 @@ static int32_t expected_tile(const world *w, int32_t rule) {
         if ((float)(n * d->n_kv_heads) >= each * (float)w->params.workers) break;
     }
     return tile;
-}
-
-static int32_t tile_of(const attn_plan *p, int32_t rule) {
-    return rule < 0 ? p->tile_tokens : p->rule_tile[rule];
 }
 
 // Tiles as expected; a bound on tasks may only make them smaller, and not without need.
@@ -336,9 +409,11 @@ static void check_tasks(const world *w, const attn_plan *p) {
     for (s = 0; s < p->n_seq; s++) {
         const attn_plan_seq *q = &p->seq[s];
         int32_t len = q->q_len;
-        total += (q->rule < 0 ? (float)(q->span1 - q->span0) * (float)q->span
-                              : (float)tokens_in(w, s, q->span0, q->span1)) *
-                 (kv + (float)(len * group) * row);
+        if (len || q->rule < 0)
+            total += (q->rule < 0 ? (float)(q->span1 - q->span0) * (float)q->span
+                                  : (float)keys_seen(w, s, q->span0, q->span1, q->q_pos0,
+                                                     (int64_t)q->q_pos0 + len - 1)) *
+                     (kv + (float)(len * group) * row);
         if (len)
             seen += p->n_kv_heads * up(len, tile_of(p, q->rule)) *
                     tokens_in(w, s, q->span0, q->span1);
@@ -351,8 +426,10 @@ static void check_tasks(const world *w, const attn_plan *p) {
         const attn_segment *g = &p->segment[t->segment];
         const attn_plan_seq *head = &p->seq[p->order[g->seq0]];
         int32_t tile = tile_of(p, head->rule), span = head->span;
-        int64_t p0 = INT64_MAX, p1 = -1, spans = 0, at = 0, held;
-        float one = (float)span * (kv + (float)(least(g->n_tokens, tile) * group) * row);
+        int64_t p0 = INT64_MAX, p1 = -1, spans = 0, at = 0, keys;
+        int64_t held = tokens_in(w, p->order[g->seq0], g->span0, g->span1);
+        float one = (float)(head->rule < 0 ? span : least(span, held)) *
+                    (kv + (float)(least(g->n_tokens, tile) * group) * row);
         CHECK(t->kv_head >= 0 && t->kv_head < p->n_kv_heads);
         CHECK(t->n_tokens >= 1 && t->n_tokens <= tile);
         CHECK(t->first_token >= 0 && t->first_token + t->n_tokens <= g->n_tokens);
@@ -366,13 +443,11 @@ static void check_tasks(const world *w, const attn_plan *p) {
         if (g->n_seq == 1 && g->n_tokens > tile && t->first_token) CHECK_EQ(p0 % tile, 0);
         for (j = g->span0; j < g->span1; j++)
             spans += span_seen(&w->d.mask, (int64_t)j * span, (int64_t)j * span + span - 1, p0, p1);
-        held = least(spans * span, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
-        if (head->rule >= 0 && w->d.mask.kind != ATTN_MASK_FULL)
-            held = least(held, p1 + 1 - (int64_t)g->span0 * span);
-        CHECK(t->cost == (head->rule < 0 ? (float)spans * (float)span : (float)held) *
-                             (kv + (float)(t->n_tokens * group) * row));
-        read += least(spans * span, tokens_in(w, p->order[g->seq0], g->span0, g->span1));
-        check_cost(w, t, spans, one, top);
+        keys = head->rule < 0 ? spans * span
+                              : keys_seen(w, p->order[g->seq0], g->span0, g->span1, p0, p1);
+        CHECK(t->cost == (float)keys * (kv + (float)(t->n_tokens * group) * row));
+        read += least(spans * span, held);
+        check_cost(w, t, head->rule < 0 ? spans : g->span1 - g->span0, one, top);
         if (i + 1 == p->n_tasks) break;
         CHECK(t->cost >= u->cost);
         if (t->cost == u->cost)
@@ -403,6 +478,11 @@ static void update(world *w, attn_plan *p, test_rng *r) {
     memcpy(share, p->share, 4 * (size_t)n);
     for (s = 0; s < w->d.n_seq; s++)
         if (w->kv_len[s] + step < STRIDE * PAGE) w->kv_len[s] += step, w->q_pos0[s] += step;
+    if (owed_rows(w) > budget_rows(w)) { // a span more: only planning anew could find this
+        CHECK_EQ(attn_plan_update(p, &w->d, &rebuilt), ATTN_ERR_BUFFER);
+        CHECK_EQ(rebuilt, 1);
+        return;
+    }
     CHECK_EQ(attn_plan_update(p, &w->d, &rebuilt), ATTN_OK);
     for (s = 0; s < w->d.n_seq; s++)
         same &= was[s].span0 == p->seq[s].span0 && was[s].span1 == p->seq[s].span1 &&
@@ -583,6 +663,30 @@ static void classes(void) {
     free(mem);
 }
 
+// Rows that see no key have a task, too: it writes their O, whatever the rule.
+static void no_keys(void) {
+    static const int32_t len[2] = {300, 300};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t i, fold, rebuilt;
+    for (fold = 0; fold < 2; fold++) {
+        decoding(&w, 2, len);
+        rule(&w, 0, 0, 0, 64)->no_fold = !fold;
+        w.kv_len[0] = w.q_pos0[0] = 0;
+        w.kv_pos0[1] = 640, w.q_pos0[1] = 100; // causal, before all that is held
+        p = build(&w, &mem);
+        check_all(&w, p);
+        CHECK(p->n_tasks == 4 && p->n_merges == 0 && p->n_segments == 2);
+        for (i = 0; i < p->n_tasks; i++) CHECK_EQ(p->task[i].cost, 0);
+        w.q_pos0[1] = 640 + 63, w.kv_len[0] = 1; // a span of each
+        CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_OK);
+        CHECK(rebuilt && p->n_tasks == 4 && p->n_merges == 0);
+        check_all(&w, p);
+        free(mem);
+    }
+}
+
 // How many pieces one sequence's spans are cut into, and that they are of one length.
 static void pieces(void) {
     // spans, tasks wanted of the two heads together, pieces
@@ -595,9 +699,10 @@ static void pieces(void) {
     int32_t i, j, fold;
     for (i = 0; i < 20; i++) {
         const int32_t *x = want[i % 10];
-        int32_t len = 64 * x[0];
+        int32_t len[2] = {64 * x[0], 1900};
         fold = i < 10;
-        decoding(&w, 1, &len);
+        decoding(&w, 1 + i % 2, len);
+        w.q_start[2] = 1, w.q_pos0[1] = 1900; // one without queries costs nothing
         rule(&w, 0, 0, 0, 64)->no_fold = !fold;
         w.params.workers = 2;
         w.params.tasks_per_worker = 0.5f * (float)x[1];
@@ -667,29 +772,103 @@ static void shared_cost(void) {
     free(mem);
 }
 
-// What a bound on tasks forces without folds, and updates under it.
+// Rows whose own spans end before what they share with others leave partials there all the same:
+// those, too, are of the workspace.
+static void early_rows(void) {
+    static const int32_t len[3] = {1793, 1793, 1793};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t i, rows, with_rule, most_shared = 0;
+    for (with_rule = 0; with_rule < 3; with_rule++) {
+        decoding(&w, 3, len);
+        for (i = 32; i < STRIDE; i++) w.page[i] = 200 + i; // 512 tokens of all three, 1792 of two
+        for (i = 1; i < 3; i++) w.page[i * STRIDE + 112] = 400 + i;
+        w.d.kv.n_pages = 500;
+        w.q_pos0[1] = 600;
+        if (with_rule) rule(&w, 0, 0, 0, 256)->no_fold = with_rule == 2;
+        w.params.share = 2;
+        for (rows = with_rule == 2 ? 4 * (8 + 8 + 3) : 0; rows < 160; rows++) {
+            w.params.partial_bytes = (size_t)(4 * (attni_v_dim(&w.d) + 2) * rows);
+            p = build(&w, &mem);
+            if (p) check_all(&w, p);
+            if (p && p->n_shared > most_shared) most_shared = p->n_shared;
+            free(mem);
+        }
+    }
+    CHECK_EQ(most_shared, 2);
+}
+
+// What rules without folds ask for is set aside before anything is shared, and sharing it is free.
+static void owed_first(void) {
+    static const int32_t len[4] = {513, 513, 1025, 1025};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t i, j, less, owed = 2 * 4 * 5, folded = 2 * 4 * (1 + 1);
+    for (less = 0; less < 4; less++) {
+        decoding(&w, 4, len);
+        rule(&w, 0, 0, 600, 256);
+        rule(&w, 1, 0, 0, 256)->no_fold = 1;
+        for (i = 0; i < 4; i++) // one token of its own behind what all share
+            w.page[i * STRIDE + len[i] / PAGE] = 300 + i;
+        w.d.kv.n_pages = 400;
+        w.params.share = 2;
+        w.params.partial_bytes = (size_t)(4 * (attni_v_dim(&w.d) + 2) * (owed + folded));
+        w.params.partial_bytes -= less == 1;
+        if (less > 1) w.params.partial_bytes = (size_t)(4 * (attni_v_dim(&w.d) + 2) * owed);
+        w.params.partial_bytes -= less == 3;
+        p = build(&w, &mem); // NULL in the last round: build() expects that
+        CHECK_EQ(p == NULL, less == 3);
+        if (p) check_all(&w, p);
+        if (p) CHECK_EQ(p->n_shared, less ? 1 : 2);
+        for (j = 0; p && j < p->n_segments; j++)
+            if (less && p->segment[j].n_seq > 1)
+                CHECK_EQ(p->seq[p->order[p->segment[j].seq0]].rule, 1);
+        free(mem);
+    }
+    // a mask with sparse terms: nothing is shared with a table, as without one it is
+    for (i = 0; i < 2; i++) {
+        decoding(&w, 4, len);
+        if (i) rule(&w, 0, 0, 0, 256);
+        w.params.share = 2;
+        w.d.mask.keep_recent = 40;
+        p = build(&w, &mem);
+        CHECK_EQ(p->n_shared > 0, i == 0);
+        check_all(&w, p);
+        free(mem);
+    }
+}
+
+// What a bound on tasks forces, with folds and without, and updates under it.
 static void bounded(void) {
     static const int32_t len[1] = {2000};
     world w;
     void *mem;
     attn_plan *p;
+    int32_t i;
     decoding(&w, 1, len);
-    rule(&w, 0, 0, 0, 64)->no_fold = 1;
-    w.params.max_task_cost = 10 * 64 * 6; // ten spans of two rows
-    p = build(&w, &mem);
-    check_all(&w, p);
-    CHECK(p->n_segments == 4 && attn_plan_partial_bytes(p) > 0);
-    w.params.partial_bytes = attn_plan_partial_bytes(p);
-    free(mem);
-    p = build(&w, &mem);
-    CHECK_EQ(p->n_segments, 4);
-    w.params.partial_bytes--;
-    CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, attn_plan_bytes(&w.d, &w.params), &p),
-             ATTN_ERR_BUFFER);
-    free(mem);
+    for (i = 0; i < 3; i++) {
+        decoding(&w, 1, len);
+        w.params.max_task_cost = 10 * 64 * 6; // ten spans of two rows
+        if (i == 2) w.params.max_task_cost = 2 * 256 * 6;
+        else rule(&w, 0, 0, 0, 64)->no_fold = i;
+        p = build(&w, &mem);
+        check_all(&w, p);
+        CHECK(p->n_segments == 4 && attn_plan_partial_bytes(p) > 0);
+        w.params.partial_bytes = attn_plan_partial_bytes(p);
+        free(mem);
+        p = build(&w, &mem);
+        CHECK_EQ(p->n_segments, 4);
+        w.params.partial_bytes--;
+        CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, attn_plan_bytes(&w.d, &w.params), &p),
+                 ATTN_ERR_BUFFER);
+        free(mem);
+    }
     // tiles of a rule's size, which longer KV makes smaller
     w.params.partial_bytes = (size_t)1 << 28;
-    rule(&w, 0, 0, 0, 64)->row_tile = 256;
+    rule(&w, 0, 0, 0, 64)->no_fold = 1;
+    w.params.rule[0].row_tile = 256;
     w.params.max_task_cost = 90000;
     w.params.max_kv_len = 2000;
     w.q_start[1] = w.kv_len[0] = 200, w.q_pos0[0] = 0;
@@ -739,8 +918,11 @@ int main(int argc, char **argv) {
     one_sequence();
     rule_errors();
     classes();
+    no_keys();
     pieces();
     shared_cost();
+    early_rows();
+    owed_first();
     bounded();
     class_border();
     for (i = 0; i < count && !test_failed; i++) {
