@@ -736,6 +736,31 @@ static void pieces(void) {
     }
 }
 
+// Beside much shorter sequences a long one is cut into more pieces, beside its like it is not;
+// sequences without queries do not count.
+static void unequal(void) {
+    // tokens of the first and of three more, whether those have queries, pieces of the first
+    static const int32_t want[5][4] = {{1984, 64, 1, 7}, {1984, 1984, 1, 1}, {1984, 64, 0, 3},
+                                       {1984, 1152, 1, 1}, {1984, 960, 1, 3}};
+    int32_t i, j, n, len[4];
+    world w;
+    void *mem;
+    attn_plan *p;
+    for (i = 0; i < 5; i++) {
+        for (j = 0; j < 4; j++) len[j] = want[i][j > 0];
+        decoding(&w, 4, len);
+        rule(&w, 0, 0, 0, 64);
+        w.params.share = 1;
+        w.params.workers = 2;
+        for (j = 1; j < 4 && !want[i][2]; j++) w.q_start[j + 1] = 1;
+        p = build(&w, &mem);
+        check_all(&w, p);
+        for (j = n = 0; j < p->n_segments; j++) n += p->order[p->segment[j].seq0] == 0;
+        CHECK_EQ(n, want[i][3]);
+        free(mem);
+    }
+}
+
 // 12 sequences of 1800 tokens, 1792 of them shared. Cuts follow from what is left to compute when
 // those count once, so the common part is cut into as many pieces as make the tasks wanted.
 static void shared_cost(void) {
@@ -920,6 +945,7 @@ int main(int argc, char **argv) {
     classes();
     no_keys();
     pieces();
+    unequal();
     shared_cost();
     early_rows();
     owed_first();
