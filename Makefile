@@ -379,7 +379,7 @@ test-cuda:
 build/cuda/test_cuda.o: tests/cuda/test_cuda.c tests/cuda/device.h $(DEPS) | build/cuda
 	$(NVCC) -O2 -g -Xcompiler -std=gnu11,-fopenmp,-Wall,-Wextra $(INCLUDES) -c $< -o $@
 build/cuda/impl_ptx%.o: tests/cuda/impl.cu $(HEADERS) | build/cuda
-	$(NVCC) $(NVCC_FLAGS) -I. -gencode arch=compute_$*,code=compute_$* -c $< -o $@
+	$(NVCC) $(NVCC_FLAGS) -I. -DTEST_PTX=$* -gencode arch=compute_$*,code=compute_$* -c $< -o $@
 build/cuda/impl_%.o: tests/cuda/impl.cu $(HEADERS) | build/cuda
 	$(NVCC) $(NVCC_FLAGS) -I. -gencode arch=compute_$*,code=sm_$* -c $< -o $@
 build/cuda/test_cuda_%: build/cuda/test_cuda.o build/cuda/impl_%.o
