@@ -2671,6 +2671,7 @@ static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
 static attn_result attni_cu_send(const attni_cu_packer *b, cudaStream_t stream) {
     const size_t *at = b->g->at;
     uint8_t *to = (uint8_t *)b->g->device;
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     int i = ATTNI_CU_TASK, j;
     if (cudaMemsetAsync(to + at[ATTNI_CU_TICKET], 0, at[ATTNI_CU_TASK] - at[ATTNI_CU_TICKET],
                         stream) != cudaSuccess)
@@ -2678,11 +2679,14 @@ static attn_result attni_cu_send(const attni_cu_packer *b, cudaStream_t stream) 
     if (cudaMemcpyAsync(to, b->to, sizeof(attni_cu_header), cudaMemcpyHostToDevice, stream) !=
         cudaSuccess)
         return ATTN_ERR_DEVICE;
-    if (!b->g->n[8] && // the first time: kernels look at tasks before they know how many there are
-        cudaMemsetAsync(to + at[ATTNI_CU_TASK], 0, at[ATTNI_CU_SEQ] - at[ATTNI_CU_TASK], stream) !=
-            cudaSuccess)
+    // Kernels look at tasks before they know how many there are. Once is enough, unless this call is
+    // only written down, for a graph that may never run.
+    if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
+    if (!b->g->n[8] && cudaMemsetAsync(to + at[ATTNI_CU_TASK], 0,
+                                       at[ATTNI_CU_SEQ] - at[ATTNI_CU_TASK],
+                                       stream) != cudaSuccess)
         return ATTN_ERR_DEVICE;
-    b->g->n[8] = 1;
+    if (capture == cudaStreamCaptureStatusNone) b->g->n[8] = 1;
     if (b->tail) {
         size_t from = at[ATTNI_CU_TASK] + (size_t)b->g->cap[3] * sizeof(attni_cu_task) -
                       (size_t)b->tail;

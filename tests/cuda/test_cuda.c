@@ -293,7 +293,8 @@ static void differential(uint64_t seed, uint64_t count, int tensor) {
         for (i = 0; i < n; i++) sample_run(&s[i], counts), sample_free(&s[i]);
         device += seconds() - t0;
     }
-    if (tensor && count >= 20) CHECK(counts[1] + counts[2] > (int)count / 5);
+    if (tensor && count >= 20) // the PTX variants have fewer kernels
+        CHECK(counts[1] + counts[2] > (int)count / (cu.arch < 90 ? 10 : 5));
     printf("  %llu problems: %d simt, %d mma, %d mma with dequantisation; %.1f s of references, "
            "%.1f s of runs\n",
            (unsigned long long)count, counts[0], counts[1], counts[2], host, device);
