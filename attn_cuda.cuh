@@ -2679,8 +2679,8 @@ static attn_result attni_cu_send(const attni_cu_packer *b, cudaStream_t stream) 
     if (cudaMemcpyAsync(to, b->to, sizeof(attni_cu_header), cudaMemcpyHostToDevice, stream) !=
         cudaSuccess)
         return ATTN_ERR_DEVICE;
-    // Kernels look at tasks before they know how many there are. Once is enough, unless this call is
-    // only written down, for a graph that may never run.
+    // Kernels look at tasks before they know how many there are. Once is enough, unless this call
+    // is only written down, for a graph that may never run.
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
     if (!b->g->n[8] && cudaMemsetAsync(to + at[ATTNI_CU_TASK], 0,
                                        at[ATTNI_CU_SEQ] - at[ATTNI_CU_TASK],
