@@ -2019,7 +2019,7 @@ static int attni_cu_max2(int a, int b) { return a > b ? a : b; }
 
 template <int BF, int Q8, int DK, int DV>
 static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
-    constexpr int MK = DK <= 256 ? DK : 64, MV = DK <= 256 ? DV : 64; // MANY's, if any
+    constexpr int MK = DK <= 128 ? DK : 64, MV = DK <= 128 ? DV : 64; // of the tall tiles, if any
     const int tall = DK <= 128 && arch >= 80 && !mods;
     c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, DK, DV>;
     c->smem[ATTNI_CU_FEW] =
@@ -2027,9 +2027,11 @@ static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
                       DK <= 128 ? attni_cu_smem_bytes(arch, Q8, DK, DV, 1) : 0);
     c->rows[ATTNI_CU_FEW] = DK <= 128 && !mods ? 64 : 16;
     if (DK > 256) return;
-    c->kernel[ATTNI_CU_MANY] = tall ? attni_cu_many<BF, Q8, MK, MV, MK <= 128 ? 2 : 1>
-                                    : attni_cu_many<BF, Q8, MK, MV, 1>;
-    c->smem[ATTNI_CU_MANY] = attni_cu_smem_bytes(arch, Q8, DK, DV, tall ? 2 : 1);
+    // scores with extras in long queries are rare: one kernel for all head dims
+    c->kernel[ATTNI_CU_MANY] =
+        tall ? attni_cu_many<BF, Q8, MK, MV, 2> : attni_cu_many<BF, Q8, 256, 256, 1>;
+    c->smem[ATTNI_CU_MANY] = tall ? attni_cu_smem_bytes(arch, Q8, DK, DV, 2)
+                                  : attni_cu_smem_bytes(arch, Q8, 256, 256, 1);
     c->rows[ATTNI_CU_MANY] = tall ? 128 : 64;
 }
 
@@ -2130,7 +2132,8 @@ static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni
         attni_cu_fill<B, Q, DK, DV>(c->arch, attni_cu_mods(d), &m);
     ATTN_CUDA_KERNELS(ATTNI_X)
 #undef ATTNI_X
-    if (!m.kernel[0] || m.smem[0] > c->smem_bytes || m.smem[1] > c->smem_bytes) return ATTN_OK;
+    if (!m.kernel[ATTNI_CU_FEW] || m.smem[ATTNI_CU_FEW] > c->smem_bytes) return ATTN_OK;
+    if (m.smem[ATTNI_CU_MANY] > c->smem_bytes) m.kernel[ATTNI_CU_MANY] = NULL; // FEW does it all
     m.id = 16 + dk * 8 + attni_cu_mods(d) * 4 + bf * 2 + q8;
     m.name = bf ? q8 ? "mma.bf16+dequant" : "mma.bf16" : q8 ? "mma.f16+dequant" : "mma.f16";
     *out = m;
