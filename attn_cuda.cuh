@@ -119,8 +119,8 @@ typedef struct attn_cuda_tables {
 // which the caller may set afterwards. Plain data.
 struct attn_cuda_plan {
     attn_cuda_tables tables;
-    int32_t max_q_len;             // queries of one sequence at most, for captured runs: up to 64
-                                   // saves a launch (default 0: max_tokens of the params)
+    int32_t max_q_len;             // queries of one sequence at most, ERR_BUFFER at upload beyond:
+                                   // up to 64 saves captured runs a launch (default 0: any)
     void *device;                  // private from here on
     size_t bytes, at[25];
     int64_t cap[8], n[9];
@@ -2364,6 +2364,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     g->cap[3] = tasks * group;
     g->cap[4] = 2 * tasks;
     g->cap[5] = units;
+    g->cap[6] = (int64_t)(p->partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
     g->shape[0] = d->n_heads;
     g->shape[1] = d->n_kv_heads;
     g->shape[2] = d->head_dim;
@@ -2613,6 +2614,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
             if (w->unit >= 0) w->expected = b->expected[w->unit];
         }
     }
+    if (head.n_merge && !g->shape[7]) return ATTN_ERR_STALE; // captured runs would not merge them
     g->n[7] = head.n_merge;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
     attni_cu_pack_links(b);
@@ -2727,6 +2729,7 @@ static attn_result attni_cu_same_plan(const attn_desc *d, const attn_plan *p,
             q->kv_len != d->kv.kv_len[s] || q->q_pos0 != attni_q_pos0(d, s) ||
             q->kv_pos0 != attni_kv_pos0(d, s) || q->rule < 0)
             return ATTN_ERR_STALE;
+        if (g->max_q_len > 0 && q->q_len > g->max_q_len) return ATTN_ERR_BUFFER;
     }
     return ATTN_OK;
 }
@@ -2832,6 +2835,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     if (rows < g->n[4] || (g->n[4] && !partials) || (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
+    if (capture != cudaStreamCaptureStatusNone && rows < g->cap[6]) return ATTN_ERR_BUFFER;
     memset(&a, 0, sizeof a);
     a.d = attni_cu_resolved(d);
     attni_cu_device_tables(g, &a.d);
