@@ -123,6 +123,7 @@ struct attn_cuda_plan {
                                    // up to 64 saves captured runs a launch (default 0: any)
     void *device;                  // private from here on
     size_t bytes, at[25];
+    attn_mask mask;                // of the upload: its plan and tables are for no other
     int64_t cap[8], n[9];
     int32_t shape[8];
 };
@@ -198,10 +199,9 @@ typedef struct attni_cu_task {
     int32_t kv_head, head;  // head: the only query head (per-head lists), or -1: the whole group
     int32_t seq;            // whose page table is read
     int32_t pos0;           // its kv_pos0
-    int32_t span, span0, span1; // tokens; first and last + 1 of the segment
+    int32_t span0, span1;   // first and last + 1 of the segment
     int32_t lo, hi;         // positions to read: [lo, hi) and those below sink_end
     int32_t sink_end;
-    int32_t full_lo, full_hi; // every row sees all of these
     int32_t slots;          // 0: writes O; 1: leaves one folded partial; 2: one for each span
     int32_t span_shift;     // a span is 1 << span_shift blocks
     int32_t sink_block, lo_block, end_block; // behind the sinks, of lo, behind hi
@@ -220,7 +220,6 @@ enum { ATTNI_CU_FEW, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 typedef struct attni_cu_header {
     int32_t n_tasks[ATTNI_CU_KINDS];
     int32_t n_merge;
-    int32_t n_places, n_seq, n_units, n_tokens;
 } attni_cu_header;
 
 typedef struct attni_cu_args {
@@ -1007,9 +1006,9 @@ ATTNI_DEV void attni_cu_convert(attn_dtype t, const uint8_t *raw, int row, int n
 
 // Blocks of K and V in flight.
 __host__ __device__ constexpr int attni_cu_stages(int arch, int q8, int dk, int r) {
-    return arch < 80 || dk > 256 ? 1
-           : dk > 128            ? q8 || r ? 1 : 2
-           : dk > 64             ? r ? 2 : 3 : r == 2 ? 2 : 3;
+    // sm_90 to sm_110 have 227 KB for a block; code for sm_80 runs on devices with 99 KB, too
+    return arch < 80 || dk > 256 || (dk > 128 && (q8 || r)) ? 1
+           : (dk > 128 || r == 2 || (dk > 64 && r == 1) ? 2 : 3) - (arch < 90 || arch >= 120);
 }
 __host__ __device__ constexpr int attni_cu_rows(int r) { return r ? 64 * r : 16; }
 __host__ __device__ constexpr int attni_cu_stage_bytes(int q8, int dk, int dv) {
@@ -2254,13 +2253,12 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     if (!d->q_start || !d->kv.kv_len) return;
     bytes = 0;
     for (s = 0; s < d->n_seq; s++) {
-        attn_plan_params one = *out;
         int32_t q_len = d->q_start[s + 1] - d->q_start[s], span = whole, no_fold = 0;
         if (q_len < 0 || d->kv.kv_len[s] < 0) return;
         for (i = n - 1; i >= 0; i--)
-            if ((!one.rule[i].max_q_len || q_len <= one.rule[i].max_q_len) &&
-                (!one.rule[i].max_kv_len || d->kv.kv_len[s] <= one.rule[i].max_kv_len))
-                span = one.rule[i].span, no_fold = one.rule[i].no_fold;
+            if ((!out->rule[i].max_q_len || q_len <= out->rule[i].max_q_len) &&
+                (!out->rule[i].max_kv_len || d->kv.kv_len[s] <= out->rule[i].max_kv_len))
+                span = out->rule[i].span, no_fold = out->rule[i].no_fold;
         rows = (int64_t)q_len * d->n_heads * (d->kv.kv_len[s] / span + 2);
         if (span == whole) rows = 0; // tasks of all keys write O
         bytes += rows * 4 * (attni_v_dim(d) + 2);
@@ -2279,9 +2277,8 @@ enum {
     ATTNI_CU_HEADER, ATTNI_CU_TICKET, ATTNI_CU_ARRIVED, ATTNI_CU_TASK, ATTNI_CU_SEQ,
     ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
     ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START,
-    ATTNI_CU_BLOCKS,
-    ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL, ATTNI_CU_DIAG_START, ATTNI_CU_DIAG,
-    ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
+    ATTNI_CU_BLOCKS, ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL, ATTNI_CU_DIAG_START,
+    ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
 };
 
 static int64_t attni_cu_entries(const attn_desc *d) { // of the block list
@@ -2481,8 +2478,6 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     hi = attni_min64((int64_t)g->span1 * first->span, INT32_MAX);
     w->lo = attni_cu_clip(all[0], lo, hi);
     w->hi = attni_cu_clip(all[1], lo, hi);
-    w->full_lo = attni_cu_clip(all[2], lo, hi);
-    w->full_hi = attni_cu_clip(all[3], lo, hi);
     w->sink_end = m->window_left || m->window_right ? attni_cu_clip(m->n_sink, 0, w->hi) : 0;
     w->partial = g->partial;
     w->place0 = g->seq0;
@@ -2495,13 +2490,13 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->head = -1;
     w->seq = p->order[g->seq0];
     w->pos0 = first->kv_pos0;
-    w->span = first->span;
-    for (i = ATTNI_CU_BLOCK; i < w->span; i *= 2) w->span_shift++;
+    while (ATTNI_CU_BLOCK << w->span_shift < first->span) w->span_shift++;
     w->sink_block = (w->sink_end + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
     w->lo_block = w->lo / ATTNI_CU_BLOCK;
     w->end_block = (int32_t)(((int64_t)w->hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK);
-    w->full_block = (int32_t)(((int64_t)w->full_lo + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK);
-    w->full_end = w->full_hi / ATTNI_CU_BLOCK;
+    w->full_block = (int32_t)(((int64_t)attni_cu_clip(all[2], lo, hi) + ATTNI_CU_BLOCK - 1) /
+                              ATTNI_CU_BLOCK);
+    w->full_end = attni_cu_clip(all[3], lo, hi) / ATTNI_CU_BLOCK;
     w->q_begin = first->q_begin;
     w->q_pos0 = first->q_pos0;
     w->kv_len = first->kv_len;
@@ -2618,10 +2613,6 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     g->n[7] = head.n_merge;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
     attni_cu_pack_links(b);
-    head.n_places = p->n_active;
-    head.n_seq = p->n_seq;
-    head.n_units = units;
-    head.n_tokens = p->n_tokens;
     attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
     b->used[ATTNI_CU_SEQ] = p->n_seq * (int64_t)sizeof *p->seq;
     attni_cu_pack(b, ATTNI_CU_ORDER, p->order, p->n_active * 4);
@@ -2743,6 +2734,23 @@ static int attni_cu_overlap(int64_t st, int64_t sh, int64_t tokens, int64_t head
            ((tokens > 1 && st < dim) || (heads > 1 && sh < (tokens - 1) * st + dim));
 }
 
+// Would tasks and tables made for mask x do for y? Lists may lie elsewhere.
+static int attni_cu_same_mask(const attn_mask *x, const attn_mask *y) {
+    const attn_block_list *a = &x->blocks, *b = &y->blocks;
+    if (x->kind != y->kind || x->window_left != y->window_left ||
+        x->window_right != y->window_right || x->n_sink != y->n_sink ||
+        x->keep_sink != y->keep_sink || x->keep_recent != y->keep_recent)
+        return 0;
+    if (memcmp(&x->stride, &y->stride, sizeof x->stride) != 0) return 0; // int32 alone
+    if (x->vslash.block != y->vslash.block || x->vslash.n_lists != y->vslash.n_lists) return 0;
+    if (!a->row_start != !b->row_start) return 0;
+    return !a->row_start ||
+           (a->row_block == b->row_block && a->kv_block == b->kv_block &&
+            a->n_lists == b->n_lists && a->n_rows == b->n_rows && !a->bits == !b->bits &&
+            a->bits_rows == b->bits_rows && a->bits_cols == b->bits_cols &&
+            !a->seq_row == !b->seq_row);
+}
+
 // d against what the image was laid out for; the kernels it runs on.
 static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                   attni_cu_choice *k) {
@@ -2787,6 +2795,7 @@ ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, co
     b.token0[0] = 0;
     if ((r = attni_cu_pack_plan(&b)) != ATTN_OK) return r;
     if ((r = attni_cu_pack_tables(&b)) != ATTN_OK) return r;
+    g->mask = d->mask;
     return attni_cu_send(&b, stream);
 }
 
@@ -2830,7 +2839,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     int64_t rows;
     int i;
     if (r != ATTN_OK) return r;
-    if (d->n_seq != g->n[6]) return ATTN_ERR_STALE;
+    if (d->n_seq != g->n[6] || !attni_cu_same_mask(&d->mask, &g->mask)) return ATTN_ERR_STALE;
     rows = (int64_t)(partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
     if (rows < g->n[4] || (g->n[4] && !partials) || (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
@@ -2923,6 +2932,7 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
     if (count > INT64_MAX - first || first + count > INT64_MAX / 65536) return ATTN_ERR_OVERFLOW;
     if (!slots && (!g || !g->device)) return ATTN_ERR_ARGUMENT;
     if (!slots && first + count > g->n[5]) return ATTN_ERR_SHAPE;
+    if (!slots && d->n_seq != g->n[6]) return ATTN_ERR_STALE;
     memset(&a, 0, sizeof a);
     a.d = attni_cu_resolved(d);
     (void)attni_side_init(d, 0, &a.side[0]);
