@@ -961,6 +961,38 @@ ATTNI_FN float attni_scale(const attn_desc *d) {
     return (u & 0x7fffffffu) ? d->logits.scale : (float)(1.0 / attni_sqrt((double)d->head_dim));
 }
 
+// ---- checks that read no tables
+
+// Do n_in rows of dim elements s_in apart, repeated n_out times s_out apart, touch each other?
+ATTNI_FAR int attni_rows_overlap(int64_t n_in, int64_t s_in, int64_t n_out, int64_t s_out,
+                                 int64_t dim) {
+    if (n_in > 1 && s_in < dim) return 1;
+    return n_out > 1 && s_out < (n_in - 1) * s_in + dim;
+}
+
+ATTNI_FAR int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads, int64_t dim,
+                             int written) {
+    int64_t st = t->stride_token ? t->stride_token : heads * dim;
+    int64_t sh = t->stride_head ? t->stride_head : dim, limit = (int64_t)1 << 58;
+    if (st < 0 || sh < 0) return 1;
+    if (st > limit / attni_max64(n_tokens, 1) || sh > limit / heads) return 1;
+    if (!written || n_tokens == 0) return 0;
+    // rows that are written must not overlap, in either order of the two strides
+    return attni_rows_overlap(heads, sh, n_tokens, st, dim) &&
+           attni_rows_overlap(n_tokens, st, heads, sh, dim);
+}
+
+// Rows [0, end) of a tensor to read or, NULL, to leave out.
+ATTNI_FAR attn_result attni_check_rows(const attn_tensor *t, int64_t heads, int64_t end) {
+    int64_t limit = (int64_t)1 << 58;
+    if (!t) return ATTN_OK;
+    if (!t->data) return ATTN_ERR_ARGUMENT;
+    if (!attni_is_float(t->dtype)) return ATTN_ERR_DTYPE;
+    if (t->stride_token < 0 || t->stride_head < 0) return ATTN_ERR_LAYOUT;
+    return t->stride_token > limit / attni_max64(end, 1) || t->stride_head > limit / heads
+               ? ATTN_ERR_OVERFLOW : ATTN_OK;
+}
+
 // ---- K or V pages, resolved: where the 4-byte units and the scales of a token lie
 
 typedef struct attni_side {
@@ -1470,25 +1502,6 @@ ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_
 }
 
 // ==== >>impl-validate  ===========================================================================
-
-// Do n_in rows of dim elements s_in apart, repeated n_out times s_out apart, touch each other?
-static int attni_rows_overlap(int64_t n_in, int64_t s_in, int64_t n_out, int64_t s_out,
-                              int64_t dim) {
-    if (n_in > 1 && s_in < dim) return 1;
-    return n_out > 1 && s_out < (n_in - 1) * s_in + dim;
-}
-
-static int attni_bad_view(const attn_tensor *t, int64_t n_tokens, int64_t heads, int64_t dim,
-                          int written) {
-    int64_t st = t->stride_token ? t->stride_token : heads * dim;
-    int64_t sh = t->stride_head ? t->stride_head : dim, limit = (int64_t)1 << 58;
-    if (st < 0 || sh < 0) return 1;
-    if (st > limit / attni_max64(n_tokens, 1) || sh > limit / heads) return 1;
-    if (!written || n_tokens == 0) return 0;
-    // rows that are written must not overlap, in either order of the two strides
-    return attni_rows_overlap(heads, sh, n_tokens, st, dim) &&
-           attni_rows_overlap(n_tokens, st, heads, sh, dim);
-}
 
 static attn_result attni_check_shape(const attn_desc *d) {
     int32_t vd, s;

@@ -2830,17 +2830,6 @@ ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, co
         for (e = 0; e < units; e++) memcpy(p + 64 * (int64_t)e, code + 4 * e, 4);
 }
 
-// Rows [0, end) of k or v.
-ATTNI_CALLED attn_result attni_check_rows(const attn_desc *d, const attn_tensor *t, int64_t end) {
-    int64_t limit = (int64_t)1 << 58;
-    if (!t) return ATTN_OK;
-    if (!t->data) return ATTN_ERR_ARGUMENT;
-    if (!attni_is_float(t->dtype)) return ATTN_ERR_DTYPE;
-    if (t->stride_token < 0 || t->stride_head < 0) return ATTN_ERR_LAYOUT;
-    return t->stride_token > limit / attni_max64(end, 1) || t->stride_head > limit / d->n_kv_heads
-               ? ATTN_ERR_OVERFLOW : ATTN_OK;
-}
-
 // What run, store and merge rely on without reading tables.
 ATTNI_CALLED attn_result attni_cpu_check(const attn_desc *d) {
     int32_t vd;
@@ -2880,8 +2869,8 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     if (first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if (!slots && count > d->q_start[d->n_seq] - first) return ATTN_ERR_SHAPE;
     if (count > INT64_MAX - first) return ATTN_ERR_OVERFLOW;
-    if ((r = attni_check_rows(d, k, first + count)) != ATTN_OK) return r;
-    if ((r = attni_check_rows(d, v, first + count)) != ATTN_OK) return r;
+    if ((r = attni_check_rows(k, d->n_kv_heads, first + count)) != ATTN_OK) return r;
+    if ((r = attni_check_rows(v, d->n_kv_heads, first + count)) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
     if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
     if (slots && (r = ATTNI_CHECK_SLOTS(d, slots + first, count)) != ATTN_OK) return r;

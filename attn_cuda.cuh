@@ -2725,15 +2725,6 @@ static attn_result attni_cu_same_plan(const attn_desc *d, const attn_plan *p,
     return ATTN_OK;
 }
 
-// Negative or absurd strides; rows of O that would be written over each other (dim 0: not asked).
-static int attni_cu_overlap(int64_t st, int64_t sh, int64_t tokens, int64_t heads, int64_t dim) {
-    const int64_t most = (int64_t)1 << 42;
-    if (st < 0 || sh < 0 || st > most || sh > most) return 1;
-    if (!dim || !tokens) return 0;
-    return ((heads > 1 && sh < dim) || (tokens > 1 && st < (heads - 1) * sh + dim)) &&
-           ((tokens > 1 && st < dim) || (heads > 1 && sh < (tokens - 1) * st + dim));
-}
-
 // Would tasks and tables made for mask x do for y? Lists may lie elsewhere.
 static int attni_cu_same_mask(const attn_mask *x, const attn_mask *y) {
     const attn_block_list *a = &x->blocks, *b = &y->blocks;
@@ -2755,14 +2746,12 @@ static int attni_cu_same_mask(const attn_mask *x, const attn_mask *y) {
 static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                   attni_cu_choice *k) {
     attn_result r;
-    attn_desc x;
     if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
     if (!g || !g->device) return ATTN_ERR_ARGUMENT;
     if ((r = attni_cu_choose(c, d, k)) != ATTN_OK) return r;
     if (!d->kv.k.data || !d->kv.v.data || !d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
-    x = attni_cu_resolved(d);
-    if (attni_cu_overlap(x.q.stride_token, x.q.stride_head, 0, 0, 0) ||
-        attni_cu_overlap(x.o.stride_token, x.o.stride_head, g->n[5], d->n_heads, x.v_head_dim))
+    if (attni_bad_view(&d->q, g->n[5], d->n_heads, d->head_dim, 0) ||
+        attni_bad_view(&d->o, g->n[5], d->n_heads, attni_v_dim(d), 1))
         return ATTN_ERR_LAYOUT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
         attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
@@ -2903,19 +2892,16 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
 
 // ---- store, copies, states
 
-static attn_result attni_cu_check_rows(const attn_tensor *t, int64_t heads, int64_t dim,
-                                       int64_t end, attn_tensor *out) {
-    int64_t limit = (int64_t)1 << 58;
+// A tensor whose rows will do, with its strides as they are; NULL stays without data.
+static attn_result attni_cu_rows_of(const attn_tensor *t, int64_t heads, int64_t dim, int64_t end,
+                                    attn_tensor *out) {
+    attn_result r = attni_check_rows(t, heads, end);
     memset(out, 0, sizeof *out);
-    if (!t) return ATTN_OK;
-    if (!t->data) return ATTN_ERR_ARGUMENT;
-    if (!attni_is_float(t->dtype)) return ATTN_ERR_DTYPE;
-    if (t->stride_token < 0 || t->stride_head < 0) return ATTN_ERR_LAYOUT;
+    if (r != ATTN_OK || !t) return r;
     *out = *t;
     if (!out->stride_token) out->stride_token = heads * dim;
     if (!out->stride_head) out->stride_head = dim;
-    return out->stride_token > limit / attni_max64(end, 1) || out->stride_head > limit / heads
-               ? ATTN_ERR_OVERFLOW : ATTN_OK;
+    return ATTN_OK;
 }
 
 ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
@@ -2937,10 +2923,10 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
     a.d = attni_cu_resolved(d);
     (void)attni_side_init(d, 0, &a.side[0]);
     (void)attni_side_init(d, 1, &a.side[1]);
-    if ((r = attni_cu_check_rows(k, d->n_kv_heads, a.side[0].dim, first + count, &a.src[0])) !=
+    if ((r = attni_cu_rows_of(k, d->n_kv_heads, a.side[0].dim, first + count, &a.src[0])) !=
         ATTN_OK)
         return r;
-    if ((r = attni_cu_check_rows(v, d->n_kv_heads, a.side[1].dim, first + count, &a.src[1])) !=
+    if ((r = attni_cu_rows_of(v, d->n_kv_heads, a.side[1].dim, first + count, &a.src[1])) !=
         ATTN_OK)
         return r;
     if (!count || (!k && !v)) return ATTN_OK;
@@ -3043,11 +3029,11 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
     if (n_tokens > ((int64_t)1 << 31) / n_heads) return ATTN_ERR_OVERFLOW;
     memset(&a, 0, sizeof a);
     for (i = 0; i < n; i++) {
-        if ((r = attni_cu_check_rows(&o[i], n_heads, dim, n_tokens, &a.o[i])) != ATTN_OK) return r;
+        if ((r = attni_cu_rows_of(&o[i], n_heads, dim, n_tokens, &a.o[i])) != ATTN_OK) return r;
         if (!lse[i]) return ATTN_ERR_ARGUMENT;
         a.lse[i] = lse[i];
     }
-    if ((r = attni_cu_check_rows(o_out, n_heads, dim, n_tokens, &a.out)) != ATTN_OK) return r;
+    if ((r = attni_cu_rows_of(o_out, n_heads, dim, n_tokens, &a.out)) != ATTN_OK) return r;
     if (!n_tokens) return ATTN_OK;
     a.lse_out = lse_out;
     a.n_tokens = n_tokens;
