@@ -1155,6 +1155,14 @@ ATTNI_FN int64_t attni_list_row(const attn_desc *d, int32_t seq, int64_t p) {
     return (b->seq_row ? b->seq_row[seq] : 0) + p / b->row_block;
 }
 
+// Do masks differ between the query heads of a KV head?
+ATTNI_FN int attni_per_head(const attn_desc *d) {
+    const attn_mask *m = &d->mask;
+    return d->n_heads > d->n_kv_heads &&
+           ((m->blocks.row_start && m->blocks.n_lists == d->n_heads) ||
+            (m->vslash.block && m->vslash.n_lists == d->n_heads));
+}
+
 ATTNI_FN int attni_has_sparse(const attn_mask *m) {
     return m->blocks.row_start || m->stride.block || m->vslash.block || m->keep_sink ||
            m->keep_recent;
@@ -1267,13 +1275,11 @@ ATTNI_FAR void attni_sparse_bits(attni_masker *m, int32_t seq, int64_t p, int32_
                                  int64_t b0) {
     const attn_desc *d = m->d;
     const attn_mask *k = &d->mask;
-    int per_head = (k->blocks.row_start && k->blocks.n_lists == d->n_heads) ||
-                   (k->vslash.block && k->vslash.n_lists == d->n_heads);
     int32_t group = d->n_heads / d->n_kv_heads;
     int64_t key[6], j;
     key[0] = b0;
     key[1] = seq;
-    key[2] = per_head ? head : head / group;
+    key[2] = attni_per_head(d) ? head : head / group;
     key[3] = !k->blocks.row_start ? 0
              : k->blocks.bits     ? p / (k->blocks.row_block / k->blocks.bits_rows)
                                   : p / k->blocks.row_block;

@@ -3070,7 +3070,6 @@ ATTN_DEF size_t attn_cpu_scratch_bytes(const attn_desc *d, const attn_plan *p) {
 
 ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, const attn_plan *p) {
     attn_result r = attni_cpu_check(d);
-    const attn_mask *m;
     if (r != ATTN_OK) return r;
     if (!p || !attni_is_float(d->q.dtype) || !attni_is_float(d->o.dtype)) return ATTN_ERR_ARGUMENT;
     if (!d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
@@ -3084,11 +3083,8 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
     if ((r = attni_side_init(d, 1, &w->v)) != ATTN_OK) return r;
     attni_choose(d, &w->x);
     attni_masker_init(&w->masker, d);
-    m = &d->mask;
-    w->per_head = (m->blocks.row_start && m->blocks.n_lists == d->n_heads) ||
-                  (m->vslash.block && m->vslash.n_lists == d->n_heads);
+    w->per_head = attni_per_head(d);
     w->group = d->n_heads / d->n_kv_heads;
-    if (w->group == 1) w->per_head = 0;
     w->vdp = (p->v_head_dim + 15) & ~15;
     w->k_units = d->head_dim * attni_bits_of(d->kv.k.dtype) / 32;
     w->v_dense = w->v.token_bytes * 8 == (int64_t)w->v.dim * attni_bits_of(w->v.dtype) &&

@@ -475,9 +475,7 @@ ATTNI_DEV int attni_cu_same_terms(const attni_cu_args &a, const attni_cu_row &x,
                                   const attni_cu_row &y) {
     const attn_mask *m = &a.d.mask;
     const attn_block_list *b = &m->blocks;
-    int per_head = (b->row_start && b->n_lists == a.d.n_heads) ||
-                   (m->vslash.block && m->vslash.n_lists == a.d.n_heads);
-    if (x.seq != y.seq || (per_head && x.head != y.head)) return 0;
+    if (x.seq != y.seq || (x.head != y.head && attni_per_head(&a.d))) return 0;
     if (x.pos == y.pos) return 1;
     if (m->keep_recent) return 0;
     if (b->row_start) {
@@ -2198,11 +2196,9 @@ ATTN_DEF const char *attn_cuda_executor(const attn_cuda *c, const attn_desc *d) 
     return attni_cu_choose(c, d, &k) == ATTN_OK ? k.name : "none";
 }
 
-static int attni_cu_per_head(const attn_desc *d) {
-    const attn_mask *m = &d->mask;
-    return d->n_heads > d->n_kv_heads &&
-           ((m->blocks.row_start && m->blocks.n_lists == d->n_heads) ||
-            (m->vslash.block && m->vslash.n_lists == d->n_heads));
+// Tiles of one query head each, of which a KV head's task becomes so many; 1: a tile of them all.
+static int32_t attni_cu_split(const attn_desc *d) {
+    return attni_per_head(d) ? d->n_heads / d->n_kv_heads : 1;
 }
 
 // ---- plan parameters
@@ -2233,7 +2229,7 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     // a lone sequence should keep the device busy; more sequences do so by themselves
     h = 1;
     while (h < 8 && 2 * h * d->n_kv_heads <= 8) h *= 2;
-    tile = attni_cu_per_head(d) ? d->n_heads / d->n_kv_heads : 1;
+    tile = attni_cu_split(d);
     for (i = 0; i < 6; i++)
         attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
                       attni_max32(64, few[i][1] / h), tile * k.rows[ATTNI_CU_FEW],
@@ -2333,7 +2329,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     size_t at = 0;
     memset(g, 0, sizeof *g);
     if (!p || attni_cu_choose(c, d, &k) != ATTN_OK || attn_validate(d) != ATTN_OK) return 0;
-    group = attni_cu_per_head(d) ? d->n_heads / d->n_kv_heads : 1;
+    group = attni_cu_split(d);
     seqs = attni_max32(d->n_seq, p->max_seq);
     tokens = attni_max32(d->q_start[d->n_seq], p->max_tokens);
     pages = attni_max64(attni_cu_max_pages(d), ((int64_t)p->max_kv_len + d->kv.page_tokens - 1) /
@@ -2755,7 +2751,7 @@ static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const 
         return ATTN_ERR_LAYOUT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
         attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
-        (attni_cu_per_head(d) ? d->n_heads / d->n_kv_heads : 1) != g->shape[6])
+        attni_cu_split(d) != g->shape[6])
         return ATTN_ERR_STALE;
     return ATTN_OK;
 }
