@@ -188,7 +188,6 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
 #define ATTNI_CU_BLOCK 64   /* KV tokens */
 #define ATTNI_CU_THREADS 128
 #define ATTNI_CU_UNIT 32    /* query tokens of a sequence that are merged together */
-#define ATTNI_CU_SCAN 512   /* blocks of a sparse mask looked at in one go */
 
 typedef struct attni_cu_task {
     int64_t partial;        // first partial row of its segment
@@ -299,6 +298,40 @@ ATTNI_DEV void attni_cp_commit(void) {
 template <int N> ATTNI_DEV void attni_cp_wait(void) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// Barrier `id` of N threads.
+template <int N> ATTNI_DEV void attni_bar(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
+}
+
+// Barriers in shared memory, sm_80 and up: a phase ends with its n-th arrival.
+ATTNI_DEV void attni_mbar_init(uint64_t *b, int n) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(attni_smem(b)), "r"(n) : "memory");
+#endif
+}
+ATTNI_DEV void attni_mbar_arrive(uint64_t *b) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }"
+                 ::"r"(attni_smem(b)) : "memory");
+#endif
+}
+// Arrives when the thread's copies so far have come.
+ATTNI_DEV void attni_mbar_arrive_copies(uint64_t *b) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(attni_smem(b)) : "memory");
+#endif
+}
+// Waits for the end of a phase of this parity.
+ATTNI_DEV void attni_mbar_wait(uint64_t *b, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
+                 ::"r"(attni_smem(b)), "r"(parity) : "memory");
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("{ .reg .pred p; L: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
+                 ::"r"(attni_smem(b)), "r"(parity) : "memory");
 #endif
 }
 
@@ -516,31 +549,47 @@ ATTNI_DEV void attni_cu_report(const attni_cu_args &a, attn_result r) {
 
 #define ATTNI_CU_ROWS 128 /* of a tile at most */
 
-// What a tile keeps in shared memory besides Q, K and V.
-typedef struct attni_cu_shared {
+// Barrier of those who look after a task together: a warp, or all of the block.
+template <int CREW> ATTNI_DEV void attni_cu_sync(void) {
+    if (CREW == 32) __syncwarp();
+    else __syncthreads();
+}
+
+// A task at hand, in shared memory.
+template <int R, int C> struct attni_cu_work {
+    static constexpr int ROWS = R, CREW = C, SCAN = 4 * C; // blocks looked at in one go
+    attni_cu_task task;
+    attni_cu_row row[ROWS];
+    int32_t unit[ROWS], expected[ROWS];                 // of a token that is its tile's first
+    int32_t n_merge, merge[ROWS];                       // first rows of units to merge
+    int32_t distinct[ROWS], n_distinct;                 // rows that differ in sparse terms
+    uint32_t any[SCAN / 32], all[SCAN / 32];            // of a sparse mask
+    int32_t scan0;                                      // first block of any and all
+    int32_t bad;                                        // a page of the task is none
+
+    static __device__ __forceinline__ int me(void) {
+        return CREW == 32 ? (int)threadIdx.x & 31 : (int)threadIdx.x;
+    }
+};
+
+// What a tile of a whole block's threads keeps in shared memory besides Q, K and V.
+struct attni_cu_shared : attni_cu_work<ATTNI_CU_ROWS, ATTNI_CU_THREADS> {
     const uint8_t *k[ATTNI_CU_BLOCK], *v[ATTNI_CU_BLOCK]; // rows of the block loaded next, or NULL
     const uint8_t *kscale[ATTNI_CU_BLOCK], *vscale[ATTNI_CU_BLOCK];
     uint64_t bits[ATTNI_CU_ROWS];                       // of the partial block at hand
     uint64_t seen;                                      // by any row
-    attni_cu_row row[ATTNI_CU_ROWS];
-    int32_t distinct[ATTNI_CU_ROWS], n_distinct;        // rows that differ in sparse terms
-    uint32_t any[ATTNI_CU_SCAN / 32], all[ATTNI_CU_SCAN / 32];
-    int32_t scan0;                                      // first block of any and all
     float wide_max[4][16], wide_sum[4][16];             // of rows that four warps share
-    int32_t n_merge, merge[ATTNI_CU_ROWS];              // first rows of units to merge
-    int32_t unit[ATTNI_CU_ROWS], expected[ATTNI_CU_ROWS]; // of a token that is its tile's first
-    int32_t next, bad;                                  // bad: a page of the task is none
-    attni_cu_task task;
-} attni_cu_shared;
+    int32_t next;                                       // task
+};
 
-// Fills any and all for ATTNI_CU_SCAN blocks from b on; four blocks a thread, all threads call.
-ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
+// Fills any and all for W::SCAN blocks from b on; four blocks a thread, the crew calls.
+template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s, int32_t b) {
     const attni_cu_task &w = s->task;
-    int32_t b0 = b / 4 * 4 + 4 * (int)threadIdx.x, i, j;
+    int32_t b0 = b / 4 * 4 + 4 * W::me(), i, j;
     uint32_t any = 0, all = 15;
     attni_masker mk;
-    __syncthreads();
-    if (threadIdx.x < ATTNI_CU_SCAN / 32) s->any[threadIdx.x] = s->all[threadIdx.x] = 0;
+    attni_cu_sync<W::CREW>();
+    if (W::me() < W::SCAN / 32) s->any[W::me()] = s->all[W::me()] = 0;
     attni_masker_init(&mk, &a.d);
     if ((int64_t)b0 * ATTNI_CU_BLOCK < w.hi)
         for (i = 0; i < s->n_distinct && (any != 15 || all); i++) {
@@ -552,22 +601,22 @@ ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, attni_cu_shared *s, int
                 if (~mk.bits[j]) all &= ~(1u << j);
             }
         }
-    __syncthreads();
-    j = 4 * (int)threadIdx.x;
+    attni_cu_sync<W::CREW>();
+    j = 4 * W::me();
     if (any) atomicOr(&s->any[j >> 5], any << (j & 31));
     if (all) atomicOr(&s->all[j >> 5], all << (j & 31));
-    if (threadIdx.x == 0) s->scan0 = b / 4 * 4;
-    __syncthreads();
+    if (W::me() == 0) s->scan0 = b / 4 * 4;
+    attni_cu_sync<W::CREW>();
 }
 
-// The first block from b on that the task reads, or its end. All threads call with the same b.
-ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
+// The first block from b on that the task reads, or its end. The crew calls with the same b.
+template <class W> ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, W *s, int32_t b) {
     const attni_cu_task &w = s->task;
     for (;;) {
         if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
         if (!a.sparse || b >= w.end_block) return attni_min32(b, w.end_block);
         int32_t at = b - s->scan0;
-        if (at < 0 || at >= ATTNI_CU_SCAN) {
+        if (at < 0 || at >= W::SCAN) {
             attni_cu_scan(a, s, b);
             continue;
         }
@@ -578,11 +627,11 @@ ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, attni_cu_shared *s, int3
 }
 
 // Every row of the tile sees every token of the block.
-ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const attni_cu_shared *s, int32_t b) {
+template <class W> ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *s, int32_t b) {
     if (b < s->task.full_block || b >= s->task.full_end) return 0;
     if (!a.sparse) return 1;
     int32_t at = b - s->scan0;
-    if (at < 0 || at >= ATTNI_CU_SCAN) return 0; // its scan has been written over: look at each row
+    if (at < 0 || at >= W::SCAN) return 0; // its scan has been written over: look at each row
     return s->all[at >> 5] >> (at & 31) & 1;
 }
 
@@ -602,8 +651,8 @@ ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, 
 }
 
 // What came of it, later: -1 when it is not read, or there is no such page.
-ATTNI_DEV int32_t attni_cu_checked(const attni_cu_args &a, attni_cu_shared *s, int32_t page,
-                                   int32_t place) {
+template <class W> ATTNI_DEV int32_t attni_cu_checked(const attni_cu_args &a, W *s, int32_t page,
+                                                      int32_t place) {
     if (place < 0) return -1;
     if ((uint32_t)page < (uint32_t)a.d.kv.n_pages) return page;
     attni_cu_report(a, ATTN_ERR_PAGE);
@@ -616,8 +665,8 @@ ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int64_t page, int32_t pla
     return page * s.page_bytes + place * s.token_bytes + head * s.head_bytes;
 }
 
-// Block lists that nobody has validated: a tile with a bad one reads nothing. All threads call.
-ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &a, attni_cu_shared *s) {
+// Block lists that nobody has validated: a tile with a bad one reads nothing. The crew calls.
+template <class W> ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &a, W *s) {
     const attn_block_list *l = &a.d.mask.blocks;
     int bad = 0;
     for (int i = 0; i < s->n_distinct && !bad && l->row_start; i++) {
@@ -626,13 +675,13 @@ ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &a, attni_cu_shared 
                                                ((int64_t)l->n_rows + 1) +
                             attni_list_row(&a.d, x.seq, x.pos);
         bad = rs[0] < 0 || rs[1] < rs[0] || rs[1] > a.n_entries;
-        for (int64_t e = rs[0] + threadIdx.x; e < rs[1] && !bad; e += ATTNI_CU_THREADS)
+        for (int64_t e = rs[0] + W::me(); e < rs[1] && !bad; e += W::CREW)
             bad = l->block[e] < 0 || (e > rs[0] && l->block[e] <= l->block[e - 1]);
     }
-    bad = __syncthreads_or(bad);
+    bad = W::CREW == 32 ? __any_sync(~0u, bad) : __syncthreads_or(bad);
     if (bad) attni_cu_report(a, ATTN_ERR_MASK);
-    if (bad && threadIdx.x == 0) s->task.hi = s->task.end_block = 0;
-    __syncthreads();
+    if (bad && W::me() == 0) s->task.hi = s->task.end_block = 0;
+    attni_cu_sync<W::CREW>();
 }
 
 ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, int32_t place,
@@ -641,20 +690,21 @@ ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, in
     return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
 }
 
-// Takes over task i of its kind, if there are so many: rows, distinct rows. All threads call.
-ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int32_t i) {
+// Takes over task i of its kind, if there are so many: rows, distinct rows. The crew calls.
+template <class W> ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, W *s, int32_t i) {
     const int *from = (const int *)(a.task + (a.kind == ATTNI_CU_MANY ? a.last_task - i : i));
-    int r, tid = (int)threadIdx.x;
-    __syncthreads(); // the task before is done with s
+    int r;
+    attni_cu_sync<W::CREW>(); // the task before is done with s
     if (i >= a.cap_tasks) return 0;
     int32_t n = a.header->n_tasks[a.kind]; // together with the task, which may be an old one
-    if (tid < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[tid] = from[tid];
-    if (tid == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
-    __syncthreads();
+    for (r = W::me(); r < (int)(sizeof(attni_cu_task) / 4); r += W::CREW)
+        ((int *)&s->task)[r] = from[r];
+    if (W::me() == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
+    attni_cu_sync<W::CREW>();
     if (i >= n) return 0;
-    s->row[tid] = attni_cu_get_row(a, s->task, tid); // as many rows as threads
-    __syncthreads();
-    for (r = tid; r < s->task.n_tokens && s->task.slots; r += ATTNI_CU_THREADS) {
+    for (r = W::me(); r < W::ROWS; r += W::CREW) s->row[r] = attni_cu_get_row(a, s->task, r);
+    attni_cu_sync<W::CREW>();
+    for (r = W::me(); r < s->task.n_tokens && s->task.slots; r += W::CREW) {
         const attni_cu_row &x = s->row[r * a.group];
         int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
         s->unit[r] = -1;
@@ -668,10 +718,10 @@ ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int
         }
     }
     if (!a.sparse) return 1;
-    for (r = tid; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS)
+    for (r = W::me(); r < W::ROWS; r += W::CREW)
         if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
             s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
-    __syncthreads();
+    attni_cu_sync<W::CREW>();
     if (a.n_entries >= 0) attni_cu_check_lists(a, s);
     return 1;
 }
@@ -755,9 +805,10 @@ ATTNI_DEV int64_t attni_cu_partial(const attni_cu_args &a, const attni_cu_task &
 }
 
 // Spans [from, to) in which the tile visited no block: they are partials, too.
-ATTNI_DEV_FAR void attni_cu_empty_spans(const attni_cu_args &a, const attni_cu_shared *s,
-                                    int32_t from, int32_t to) {
-    for (int r = (int)threadIdx.x; r < ATTNI_CU_ROWS; r += ATTNI_CU_THREADS)
+template <class W>
+ATTNI_DEV_FAR void attni_cu_empty_spans(const attni_cu_args &a, const W *s, int32_t from,
+                                        int32_t to) {
+    for (int r = W::me(); r < W::ROWS; r += W::CREW)
         for (int32_t i = from; i < to && s->row[r].token >= 0; i++) {
             int64_t at = attni_cu_partial(a, s->task, r, s->row[r], i - s->task.span0);
             __stcg((float2 *)a.partial_ml + at, make_float2(ATTNI_NINF, 0.0f));
@@ -820,13 +871,14 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
 }
 
 // The tile's partials are written: whoever is the last to leave some of a unit merges it, in a
-// fixed order, so that it does not matter who that is. All threads call.
-ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
+// fixed order, so that it does not matter who that is. THREADS of the block call, from its first.
+template <int THREADS, class W>
+ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, W *s) {
     const attni_cu_task &w = s->task;
     int tid = (int)threadIdx.x, i;
     if (w.slots == 0 || (w.unit >= 0 && w.expected == 0)) return;
-    __syncthreads();
-    for (i = tid; i < w.n_tokens; i += ATTNI_CU_THREADS) {
+    attni_bar<THREADS>(1);
+    for (i = tid; i < w.n_tokens; i += THREADS) {
         if (s->unit[i] < 0 || s->expected[i] == 0) continue;
         int32_t *n = a.arrived +
                      (int64_t)s->unit[i] * a.unit_heads + (w.head >= 0 ? w.head : w.kv_head);
@@ -834,14 +886,14 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
         *n = 0; // for the next run
         s->merge[atomicAdd(&s->n_merge, 1)] = i;
     }
-    __syncthreads();
+    attni_bar<THREADS>(1);
     if (s->n_merge == 0) return;
     for (int u = 0; u < s->n_merge; u++) {
         const attni_cu_row &x = s->row[s->merge[u] * a.group];
         int32_t seq = x.seq, t0 = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
         int32_t chunks = (a.d.v_head_dim + 127) / 128;
         int32_t n = attni_min32(ATTNI_CU_UNIT, a.seq[seq].q_len - t0) * a.group * chunks;
-        for (i = tid >> 5; i < n; i += ATTNI_CU_THREADS / 32) {
+        for (i = tid >> 5; i < n; i += THREADS / 32) {
             int32_t r = i / chunks;
             attni_cu_merge_row(a, seq, t0 + r / a.group,
                                w.head >= 0 ? w.head : w.kv_head * a.group + r % a.group,
@@ -859,7 +911,7 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, attni_cu_shared *s) {
         int32_t next = 0;                                                                          \
         if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);                    \
         __VA_ARGS__;                                                                               \
-        attni_cu_arrive(a, s);                                                                     \
+        attni_cu_arrive<ATTNI_CU_THREADS>(a, s);                                                   \
         if (threadIdx.x == 0) s->next = next;                                                      \
         __syncthreads();                                                                           \
         i = s->next;                                                                               \
