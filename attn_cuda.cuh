@@ -23,7 +23,7 @@
              attn_cuda_tables names tables that lie in device memory instead.
 
    CONTENTS  >>open  >>store  >>run   and behind  >>impl-:
-             args, ptx, rows, masks, blocks, merge, convert, mma, simt, store, host
+             args, ptx, rows, masks, blocks, merge, convert, mma, flow, simt, store, host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -189,13 +189,19 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
 #define ATTNI_CU_THREADS 128
 #define ATTNI_CU_UNIT 32    /* query tokens of a sequence that are merged together */
 
+typedef struct attni_cu_link { // what a segment left of a sequence
+    int64_t partial;
+    int32_t seg_tokens, token_at, n_slots, pad;
+} attni_cu_link;
+
 typedef struct attni_cu_task {
+    attni_cu_link link;     // all of seq's, when it is one and n_places is 1; else n_slots is 0
     int64_t partial;        // first partial row of its segment
     int32_t place0, n_places; // sequences, as places in the plan's order
     int32_t token0;         // first query token of the segment, over all places
     int32_t first_token, n_tokens; // the tile's tokens in the segment
     int32_t seg_tokens;     // query tokens of the segment
-    int32_t kv_head, head;  // head: the only query head (per-head lists), or -1: the whole group
+    int32_t kv_head, head;  // head: first query head of the tile
     int32_t seq;            // whose page table is read
     int32_t pos0;           // its kv_pos0
     int32_t span0, span1;   // first and last + 1 of the segment
@@ -205,14 +211,9 @@ typedef struct attni_cu_task {
     int32_t span_shift;     // a span is 1 << span_shift blocks
     int32_t sink_block, lo_block, end_block; // behind the sinks, of lo, behind hi
     int32_t full_block, full_end; // blocks that every row sees
-    int32_t q_begin, q_pos0, kv_len; // of seq
+    int32_t q_begin, q_len, q_pos0, kv_len; // of seq
     int32_t unit, expected; // of the only unit that the tile has rows of, or -1: look them up
 } attni_cu_task;
-
-typedef struct attni_cu_link { // what a segment left of a sequence
-    int64_t partial;
-    int32_t seg_tokens, token_at, n_slots, pad;
-} attni_cu_link;
 
 enum { ATTNI_CU_FEW, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 
@@ -233,19 +234,21 @@ typedef struct attni_cu_args {
     const int32_t *unit0;     // (n_seq) first unit of a sequence
     const int32_t *expected;  // (n_units) tasks that leave partials of it; 0: merged afterwards
     const int32_t *merge;     // (n_merge, 2) sequence and index of tokens to merge afterwards
-    int32_t *arrived;         // (n_units, unit_heads)
+    int32_t *arrived;         // (n_units, n_heads / group)
     int32_t *ticket;          // (ATTNI_CU_KINDS, 2) next task, blocks that are through
     int32_t *error;
     float *partial_o, *partial_ml; // (rows, v_head_dim), (rows, 2)
     int64_t n_entries;        // of a block list that kernels have to check; else -1
     int64_t cap_tasks;        // room for both kinds
     int64_t last_task;        // in task[], where tasks of MANY begin and go down from
-    int32_t kind, group;      // group: heads in a tile: of a KV head, or 1 with per-head lists
-    int32_t unit_heads;       // n_kv_heads, or n_heads with per-head lists
+    int32_t kind, group;      // group: query heads in a tile
+    int32_t per_group;        // 65536 / group, rounded up: row * per_group >> 16 is its token
     int32_t mods;             // scores need more than a positive scale
     int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
+    int32_t runs;             // of 16 tokens in every page
+    int32_t stages, flow_rows; // of attni_cu_flow: blocks in its ring, rows of a tile at most
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
 
@@ -286,6 +289,18 @@ ATTNI_DEV void attni_cp_async4(uint32_t dst, const void *src, int n) {
 ATTNI_DEV void attni_sts16(uint32_t dst, const uint32_t x[4]) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"r"(dst), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+ATTNI_DEV void attni_sts4(uint32_t dst, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
+}
+ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
+ATTNI_DEV void attni_lds8(uint32_t x[2], uint32_t from) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1]) : "r"(from) : "memory");
 }
 
 ATTNI_DEV void attni_cp_commit(void) {
@@ -412,14 +427,14 @@ ATTNI_DEV uint32_t attni_fma_bf16(uint32_t x, uint32_t f, uint32_t c) {
     return r;
 }
 
-// Counts up; what this block wrote before (a barrier behind it) is seen by whoever counts later,
-// and by those that wait for that one at a barrier.
-ATTNI_DEV int32_t attni_arrive(int32_t *n) {
-    int32_t old;
+// Counts up; true for the last of `all`, which sees what the blocks of the others wrote before (a
+// barrier behind it), as do those that wait for it at a barrier. The counter is 0 again then.
+ATTNI_DEV int attni_arrive(int32_t *n, int32_t all) {
     __threadfence();
-    old = atomicAdd(n, 1);
+    if (atomicAdd(n, 1) != all - 1) return 0;
     __threadfence();
-    return old;
+    *n = 0;
+    return 1;
 }
 
 // Over the four lanes that hold a row.
@@ -455,11 +470,25 @@ ATTNI_DEV void attni_cu_find(const attni_cu_args &a, const attni_cu_task &w, int
     *t = f - a.token0[lo];
 }
 
+// Token in q and head of row r, or -1.
+ATTNI_DEV int32_t attni_cu_token(const attni_cu_args &a, const attni_cu_task &w, int r,
+                                 int32_t *head) {
+    const int token = r * a.per_group >> 16;
+    int32_t seq, t = w.first_token + token, q_begin = w.q_begin;
+    *head = w.head + (r - token * a.group);
+    if (token >= w.n_tokens) return -1;
+    if (w.n_places > 1) {
+        attni_cu_find(a, w, w.token0 + t, &seq, &t);
+        q_begin = a.seq[seq].q_begin;
+    }
+    return q_begin + t;
+}
+
 ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_task &w, int r) {
     const attn_mask *m = &a.d.mask;
     attni_cu_row x = {-1, 0, 0, 0, 0, 0, 0};
     int64_t lo, hi;
-    int token = r / a.group;
+    int token = r * a.per_group >> 16;
     if (token >= w.n_tokens) return x;
     int32_t q_begin = w.q_begin, q_pos0 = w.q_pos0, kv_len = w.kv_len;
     x.seq = w.seq;
@@ -471,7 +500,7 @@ ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_t
         kv_len = a.seq[x.seq].kv_len;
     }
     x.token = q_begin + x.t;
-    x.head = w.head >= 0 ? w.head : w.kv_head * a.group + (r - token * a.group);
+    x.head = w.head + (r - token * a.group);
     x.pos = q_pos0 + x.t;
     if (m->kind == ATTN_MASK_TREE) x.pos = q_pos0 + attni_tree_depth(&a.d, q_begin, x.t);
     lo = w.pos0;
@@ -610,8 +639,8 @@ template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s
 }
 
 // The first block from b on that the task reads, or its end. The crew calls with the same b.
-template <class W> ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, W *s, int32_t b) {
-    const attni_cu_task &w = s->task;
+template <class W>
+ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, W *s, const attni_cu_task &w, int32_t b) {
     for (;;) {
         if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
         if (!a.sparse || b >= w.end_block) return attni_min32(b, w.end_block);
@@ -627,27 +656,35 @@ template <class W> ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, W *s,
 }
 
 // Every row of the tile sees every token of the block.
-template <class W> ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *s, int32_t b) {
-    if (b < s->task.full_block || b >= s->task.full_end) return 0;
+template <class W>
+ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *s, const attni_cu_task &w, int32_t b) {
+    if (b < w.full_block || b >= w.full_end) return 0;
     if (!a.sparse) return 1;
     int32_t at = b - s->scan0;
     if (at < 0 || at >= W::SCAN) return 0; // its scan has been written over: look at each row
     return s->all[at >> 5] >> (at & 31) & 1;
 }
 
-// Page of thread i's token (of ATTNI_CU_BLOCK) in block b as the table has it; its place, -1 when
-// it is not read.
+// Where token i of block b lies: its page's index in the sequence and its place there, -1 when it
+// is not read.
+ATTNI_DEV int32_t attni_cu_place(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
+                                 int32_t *page) {
+    const int32_t pos = b * ATTNI_CU_BLOCK + i, j = pos - w.pos0; // hi is at most INT32_MAX
+    *page = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+    if (pos < 0 || pos >= w.hi || pos < w.pos0 || (pos < w.lo && pos >= w.sink_end)) return -1;
+    return j - *page * a.d.kv.page_tokens;
+}
+
+// The id of the page, as the table has it.
+ATTNI_DEV const int32_t *attni_cu_page_at(const attni_cu_args &a, int32_t seq, int32_t page) {
+    return a.d.kv.page_table + seq * a.d.kv.page_table_stride + page;
+}
+
 ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
                                 int32_t *place) {
-    int32_t j, n, page = w.seq, pos = b * ATTNI_CU_BLOCK + i; // hi is at most INT32_MAX
-    *place = -1;
-    if (i >= ATTNI_CU_BLOCK || pos < 0 || pos >= w.hi || pos < w.pos0) return 0;
-    if (pos < w.lo && pos >= w.sink_end) return 0;
-    j = *place = pos - w.pos0;
-    if (!a.d.kv.page_table) return page;
-    n = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
-    *place = j - n * a.d.kv.page_tokens;
-    return __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
+    int32_t page;
+    *place = i < ATTNI_CU_BLOCK ? attni_cu_place(a, w, b, i, &page) : -1;
+    return *place < 0 ? 0 : a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, page)) : w.seq;
 }
 
 // What came of it, later: -1 when it is not read, or there is no such page.
@@ -690,21 +727,35 @@ ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, in
     return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
 }
 
-// Takes over task i of its kind, if there are so many: rows, distinct rows. The crew calls.
-template <class W> ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, W *s, int32_t i) {
+// Task i of its kind to s, if there are so many. The crew calls.
+template <class W> ATTNI_DEV int attni_cu_take(const attni_cu_args &a, W *s, int32_t i) {
     const int *from = (const int *)(a.task + (a.kind == ATTNI_CU_MANY ? a.last_task - i : i));
-    int r;
     attni_cu_sync<W::CREW>(); // the task before is done with s
     if (i >= a.cap_tasks) return 0;
     int32_t n = a.header->n_tasks[a.kind]; // together with the task, which may be an old one
-    for (r = W::me(); r < (int)(sizeof(attni_cu_task) / 4); r += W::CREW)
+#pragma unroll
+    for (int r = W::me(); r < (int)(sizeof(attni_cu_task) / 4); r += W::CREW)
         ((int *)&s->task)[r] = from[r];
     if (W::me() == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
     attni_cu_sync<W::CREW>();
-    if (i >= n) return 0;
-    for (r = W::me(); r < W::ROWS; r += W::CREW) s->row[r] = attni_cu_get_row(a, s->task, r);
+    return i < n;
+}
+
+// Rows of the first n / group tokens, and which of them differ. The crew calls.
+template <class W> ATTNI_DEV void attni_cu_rows_of_task(const attni_cu_args &a, W *s, int n) {
+    for (int r = W::me(); r < n; r += W::CREW) s->row[r] = attni_cu_get_row(a, s->task, r);
     attni_cu_sync<W::CREW>();
-    for (r = W::me(); r < s->task.n_tokens && s->task.slots; r += W::CREW) {
+    if (!a.sparse) return;
+    for (int r = W::me(); r < n; r += W::CREW)
+        if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
+            s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
+    attni_cu_sync<W::CREW>();
+    if (a.n_entries >= 0) attni_cu_check_lists(a, s);
+}
+
+// Units that the task's rows are the first of. The crew calls.
+template <class W> ATTNI_DEV void attni_cu_units_of_task(const attni_cu_args &a, W *s) {
+    for (int r = W::me(); r < s->task.n_tokens && s->task.slots; r += W::CREW) {
         const attni_cu_row &x = s->row[r * a.group];
         int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
         s->unit[r] = -1;
@@ -717,12 +768,12 @@ template <class W> ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, W *s
             s->expected[r] = a.expected[s->unit[r]];
         }
     }
-    if (!a.sparse) return 1;
-    for (r = W::me(); r < W::ROWS; r += W::CREW)
-        if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
-            s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
-    attni_cu_sync<W::CREW>();
-    if (a.n_entries >= 0) attni_cu_check_lists(a, s);
+}
+
+template <class W> ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, W *s, int32_t i) {
+    if (!attni_cu_take(a, s, i)) return 0;
+    attni_cu_rows_of_task(a, s, W::ROWS);
+    attni_cu_units_of_task(a, s);
     return 1;
 }
 
@@ -801,60 +852,85 @@ ATTNI_DEV void attni_cu_put2(const attni_cu_args &a, void *o, int32_t col, float
 ATTNI_DEV int64_t attni_cu_partial(const attni_cu_args &a, const attni_cu_task &w, int r,
                                    const attni_cu_row &x, int32_t slot) {
     return w.partial +
-           ((int64_t)slot * w.seg_tokens + w.first_token + r / a.group) * a.d.n_heads + x.head;
+           ((int64_t)slot * w.seg_tokens + w.first_token + (r * a.per_group >> 16)) * a.d.n_heads +
+           x.head;
 }
 
 // Spans [from, to) in which the tile visited no block: they are partials, too.
 template <class W>
 ATTNI_DEV_FAR void attni_cu_empty_spans(const attni_cu_args &a, const W *s, int32_t from,
                                         int32_t to) {
-    for (int r = W::me(); r < W::ROWS; r += W::CREW)
-        for (int32_t i = from; i < to && s->row[r].token >= 0; i++) {
+    for (int r = W::me(); r < s->task.n_tokens * a.group; r += W::CREW)
+        for (int32_t i = from; i < to; i++) {
             int64_t at = attni_cu_partial(a, s->task, r, s->row[r], i - s->task.span0);
             __stcg((float2 *)a.partial_ml + at, make_float2(ATTNI_NINF, 0.0f));
         }
 }
 
-// Folds what all tasks left of 128 columns of a row, in span order, and writes them. One warp.
-ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, int32_t seq, int32_t t, int32_t head,
-                                  int32_t col) {
-    const attn_plan_seq *s = a.seq + seq;
+// Folds what all tasks left of 128 columns of a row, in span order, and writes them: the row of
+// query t and a head of the sequence whose first token is q_begin. One warp.
+ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, const attni_cu_link *link, int n_links,
+                                  int32_t q_begin, int32_t t, int32_t head, int32_t col) {
     const int vd = a.d.v_head_dim, lane = (int)threadIdx.x & 31, mine = col + 4 * lane < vd;
     float4 o = make_float4(0, 0, 0, 0);
     float m = ATTNI_NINF, l = 0, lse, f;
-    for (int c = 0; c < s->n_chain; c++) {
-        const attni_cu_link k = a.link[s->chain + c];
+    for (int c = 0; c < n_links; c++) {
+        const attni_cu_link k = link[c];
         int64_t at = k.partial + (int64_t)(k.token_at + t) * a.d.n_heads + head;
         int64_t step = (int64_t)k.seg_tokens * a.d.n_heads;
         for (int i0 = 0; i0 < k.n_slots; i0 += 32, at += 32 * step) {
             int n = attni_min32(32, k.n_slots - i0);
-            float2 mine2 = make_float2(0, 0); // (m, l) of a slot a lane
-            if (lane < n) mine2 = __ldcg((const float2 *)a.partial_ml + at + lane * step);
-#pragma unroll 8
-            for (int i = 0; i < n; i++) {
-                float mi = __shfl_sync(~0u, mine2.x, i), li = __shfl_sync(~0u, mine2.y, i), w0, w1;
-                float4 p = make_float4(0, 0, 0, 0);
-                int some = mi != ATTNI_NINF || li != 0.0f; // else its O was not written
-                if (mine && some)
-                    p = __ldcg((const float4 *)(a.partial_o + (at + i * step) * vd + col +
-                                                4 * lane));
-                attni_cu_fold(&m, &l, mi, li, &w0, &w1);
-                o.x = some ? attni_cu_blend(o.x, w0, p.x, w1) : o.x;
-                o.y = some ? attni_cu_blend(o.y, w0, p.y, w1) : o.y;
-                o.z = some ? attni_cu_blend(o.z, w0, p.z, w1) : o.z;
-                o.w = some ? attni_cu_blend(o.w, w0, p.w, w1) : o.w;
+            float2 x = make_float2(ATTNI_NINF, 0); // (m, l) of a slot a lane
+            if (lane < n) x = __ldcg((const float2 *)a.partial_ml + at + lane * step);
+            // what attni_cu_fold would give one slot after the other, for all of them at once
+            const int some = x.x != ATTNI_NINF || x.y != 0.0f;
+            float top = x.x, before;
+#pragma unroll
+            for (int i = 1; i < 32; i *= 2) {
+                float y = __shfl_up_sync(~0u, top, i);
+                if (lane >= i) top = fmaxf(top, y);
+            }
+            top = fmaxf(m, top);
+            before = __shfl_up_sync(~0u, top, 1);
+            if (lane == 0) before = m;
+            const float base = top == ATTNI_NINF ? 0.0f : top;
+            const float w0 = some ? attni_exp2(before - base) : 1.0f;
+            const float w1 = some ? attni_exp2(x.x - base) : 0.0f, lw = __fmul_rn(x.y, w1);
+            const uint32_t all = __ballot_sync(~0u, some);
+            m = __shfl_sync(~0u, top, 31);
+            for (int i1 = 0; i1 < n; i1 += 16) {
+                float4 part[16]; // first, so that one latency is waited for
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    const float *from = a.partial_o + (at + (i1 + i) * step) * vd + col + 4 * lane;
+                    // where nothing was seen, O was not written
+                    if (!mine || !(all >> (i1 + i) & 1))
+                        from = (const float *)(const void *)a.header;
+                    part[i] = __ldcg((const float4 *)from);
+                }
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    const float v0 = __shfl_sync(~0u, w0, i1 + i), v1 = __shfl_sync(~0u, w1, i1 + i);
+                    const float lv = __shfl_sync(~0u, lw, i1 + i);
+                    if (!(all >> (i1 + i) & 1)) continue;
+                    l = __fmaf_rn(l, v0, lv);
+                    o.x = attni_cu_blend(o.x, v0, part[i].x, v1);
+                    o.y = attni_cu_blend(o.y, v0, part[i].y, v1);
+                    o.z = attni_cu_blend(o.z, v0, part[i].z, v1);
+                    o.w = attni_cu_blend(o.w, v0, part[i].w, v1);
+                }
             }
         }
     }
     f = attni_cu_close(a, head, m, l, &lse);
     if (l == 0) o = make_float4(0, 0, 0, 0);
-    void *out = attni_cu_o(a, s->q_begin + t, head);
+    void *out = attni_cu_o(a, q_begin + t, head);
     if (mine) {
         attni_cu_put2(a, out, col + 4 * lane, o.x * f, o.y * f);
         attni_cu_put2(a, out, col + 4 * lane + 2, o.z * f, o.w * f);
     }
     if (a.d.lse && lane == 0 && col == 0)
-        a.d.lse[(int64_t)(s->q_begin + t) * a.d.n_heads + head] = lse;
+        a.d.lse[(int64_t)(q_begin + t) * a.d.n_heads + head] = lse;
 }
 
 // Tokens that are merged when all tasks are through; a warp takes 128 columns of a head.
@@ -865,15 +941,16 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
     int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
     for (; i < n; i += (int64_t)gridDim.x * 4) {
         int32_t at = (int32_t)(i / per), rest = (int32_t)(i - (int64_t)at * per);
-        attni_cu_merge_row(a, a.merge[2 * at], a.merge[2 * at + 1], rest / chunks,
-                           128 * (rest % chunks));
+        const attn_plan_seq *s = a.seq + a.merge[2 * at];
+        attni_cu_merge_row(a, a.link + s->chain, s->n_chain, s->q_begin, a.merge[2 * at + 1],
+                           rest / chunks, 128 * (rest % chunks));
     }
 }
 
 // The tile's partials are written: whoever is the last to leave some of a unit merges it, in a
 // fixed order, so that it does not matter who that is. THREADS of the block call, from its first.
 template <int THREADS, class W>
-ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, W *s) {
+ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) {
     const attni_cu_task &w = s->task;
     int tid = (int)threadIdx.x, i;
     if (w.slots == 0 || (w.unit >= 0 && w.expected == 0)) return;
@@ -881,22 +958,27 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, W *s) {
     for (i = tid; i < w.n_tokens; i += THREADS) {
         if (s->unit[i] < 0 || s->expected[i] == 0) continue;
         int32_t *n = a.arrived +
-                     (int64_t)s->unit[i] * a.unit_heads + (w.head >= 0 ? w.head : w.kv_head);
-        if (attni_arrive(n) != s->expected[i] - 1) continue;
-        *n = 0; // for the next run
+                     (int64_t)s->unit[i] * (a.d.n_heads / a.group) + w.head / a.group;
+        if (!attni_arrive(n, s->expected[i])) continue;
         s->merge[atomicAdd(&s->n_merge, 1)] = i;
     }
     attni_bar<THREADS>(1);
     if (s->n_merge == 0) return;
     for (int u = 0; u < s->n_merge; u++) {
         const attni_cu_row &x = s->row[s->merge[u] * a.group];
-        int32_t seq = x.seq, t0 = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
-        int32_t chunks = (a.d.v_head_dim + 127) / 128;
-        int32_t n = attni_min32(ATTNI_CU_UNIT, a.seq[seq].q_len - t0) * a.group * chunks;
+        const int32_t t0 = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
+        const int32_t chunks = (a.d.v_head_dim + 127) / 128;
+        const attni_cu_link *link = &s->task.link;
+        int32_t n_links = 1, q_begin = w.q_begin, q_len = w.q_len;
+        if (!link->n_slots) {
+            const attn_plan_seq *q = a.seq + x.seq;
+            link = a.link + q->chain;
+            n_links = q->n_chain, q_begin = q->q_begin, q_len = q->q_len;
+        }
+        const int32_t n = attni_min32(ATTNI_CU_UNIT, q_len - t0) * a.group * chunks;
         for (i = tid >> 5; i < n; i += THREADS / 32) {
-            int32_t r = i / chunks;
-            attni_cu_merge_row(a, seq, t0 + r / a.group,
-                               w.head >= 0 ? w.head : w.kv_head * a.group + r % a.group,
+            const int32_t r = i / chunks;
+            attni_cu_merge_row(a, link, n_links, q_begin, t0 + r / a.group, w.head + r % a.group,
                                128 * (i - r * chunks));
         }
     }
@@ -925,8 +1007,8 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, W *s) {
 
 // The slow way, which also knows NaN and infinities.
 template <int BF>
-ATTNI_DEV_FAR void attni_cu_convert_any(attn_dtype t, const uint8_t *src,
-                                                         uint32_t out[8]) {
+ATTNI_DEV_FAR void attni_cu_convert_any(attn_dtype t, uint4 x, uint32_t out[8]) {
+    const void *src = &x;
 #pragma unroll
     for (int i = 0; i < 8; i++)
         out[i] = attni_pair<BF>(attni_get(src, t, 2 * i), attni_get(src, t, 2 * i + 1));
@@ -968,7 +1050,7 @@ template <int BF> ATTNI_DEV uint32_t attni_cu_nibbles(uint32_t lo, uint32_t hi, 
 
 // 16 elements of raw codes of dtype T (8 bytes of int4) to pairs.
 template <int BF, int T>
-ATTNI_DEV void attni_cu_convert16(const uint4 &x, const uint8_t *src, uint32_t out[8]) {
+ATTNI_DEV void attni_cu_convert16(const uint4 &x, uint32_t out[8]) {
     const uint32_t w[4] = {x.x, x.y, x.z, x.w};
     if (T == ATTN_I4) {
 #pragma unroll
@@ -987,7 +1069,10 @@ ATTNI_DEV void attni_cu_convert16(const uint4 &x, const uint8_t *src, uint32_t o
 #pragma unroll
     for (int i = 0; i < 4; i++) odd |= ((w[i] & 0x7f7f7f7fu) + add) & 0x80808080u;
     if (odd) {
-        attni_cu_convert_any<BF>((attn_dtype)T, src, out);
+        uint32_t slow[8]; // where its address is taken
+        attni_cu_convert_any<BF>((attn_dtype)T, x, slow);
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[i] = slow[i];
         return;
     }
 #pragma unroll
@@ -998,6 +1083,42 @@ ATTNI_DEV void attni_cu_convert16(const uint4 &x, const uint8_t *src, uint32_t o
         else                  // 2^112 or 1
             attni_cu_small4<BF, BF ? 3 : 0>(w[i], BF ? 0x77807780u : 0x3c003c00u, &out[2 * i],
                                             &out[2 * i + 1]);
+}
+
+template <int BF>
+ATTNI_DEV void attni_cu_codes(attn_dtype t, const uint32_t r[4], uint32_t out[8]) {
+    const uint4 x = make_uint4(r[0], r[1], r[2], r[3]);
+    switch (t) {
+    case ATTN_F8E4M3: attni_cu_convert16<BF, ATTN_F8E4M3>(x, out); break;
+    case ATTN_F8E5M2: attni_cu_convert16<BF, ATTN_F8E5M2>(x, out); break;
+    case ATTN_I8: attni_cu_convert16<BF, ATTN_I8>(x, out); break;
+    default: attni_cu_convert16<BF, ATTN_I4>(x, out); break;
+    }
+}
+
+// Each r has 16 bits of codes from a token in its low half and of the next token in its high one.
+// Pairs of both tokens' codes number `first` and first + 1.
+template <int BF>
+ATTNI_DEV void attni_cu_columns(attn_dtype t, const uint32_t r[4], int first, uint32_t u[2][4]) {
+    uint32_t x[4], y[8];
+    if (t == ATTN_I4) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            y[i] = (r[i & 3] >> 4 * ((first + (i >> 2)) & 3) & 0x000f000fu) ^
+                   (BF ? 0x43084308u : 0x64086408u);
+            u[i >> 2][i & 3] = BF ? attni_fma_bf16(y[i], 0x3f803f80u, 0xc308c308u)
+                                  : attni_sub_f16(y[i], 0x64086408u);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[i] = __byte_perm(r[i], 0, 0x3120);
+    attni_cu_codes<BF>(t, x, y);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        u[0][i] = first & 1 ? y[2 * i + 1] : y[2 * i];
+        u[1][i] = y[2 * i + 1];
+    }
 }
 
 // Raw codes of a tile (rows of n elements, `row` bytes apart) to 16-bit elements (`to` bytes apart,
@@ -1026,7 +1147,7 @@ ATTNI_DEV void attni_cu_convert_tile(const uint8_t *raw, int row, int n, uint32_
         for (int j = 0; j < LOT; j++) {
             int i = i0 + j * ATTNI_CU_THREADS, r = i / per, c = i - r * per;
             uint32_t u[8], at = dst + (uint32_t)(r * to);
-            attni_cu_convert16<BF, T>(x[j], raw + r * row + BYTES * c, u);
+            attni_cu_convert16<BF, T>(x[j], u);
 #pragma unroll
             for (int h = 0; h < 2; h++)
                 attni_sts16(at + (uint32_t)(((2 * c + h) ^ (r & 7)) << 4), &u[4 * h]);
@@ -1573,7 +1694,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                 for (int j = 0; j < 2 * NP && FOLD; j++)
                     to[x][j][2 * h] = to[x][j][2 * h + 1] = 0;
             }
-        b = attni_cu_next(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
+        b = attni_cu_next(a, s, w, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
         page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
         locate(a, s, page, place);
 #pragma unroll
@@ -1597,7 +1718,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                 attni_cp_wait<1 - Q8>();
                 __syncthreads();
             }
-            if (b < end) b = attni_cu_next(a, s, b + 1);
+            if (b < end) b = attni_cu_next(a, s, w, b + 1);
             page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
             stage = stage == AHEAD ? 0 : stage + 1;
 #pragma unroll
@@ -1623,7 +1744,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             uint32_t kt = ring + (uint32_t)(at * STAGE), vt = kt + ATTNI_CU_BLOCK * KROW;
             uint8_t *raw = tiles + MT * DK * 2 + at * STAGE;
             float *scale = (float *)(void *)(raw + ATTNI_CU_BLOCK * (KROW + VROW));
-            int full = attni_cu_full(a, s, cur);
+            int full = attni_cu_full(a, s, w, cur);
             if (Q8) { // one copy of the code for both
                 kt = conv;
                 vt = conv + ATTNI_CU_BLOCK * DK * 2;
@@ -1679,16 +1800,20 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 template <int BF, int Q8, int DK, int DV>
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
     attni_cu_few(const __grid_constant__ attni_cu_args a) {
-    extern __shared__ __align__(128) uint8_t smem[];
-    ATTNI_CU_TASKS({
-        if (DK <= 128 && s->task.n_tokens * a.group > 16) {
-            attni_cu_mma<BF, Q8, DK, DV, DK <= 128, 1, 0> t;
-            t.run(a, s, smem);
-        } else {
-            attni_cu_mma<BF, Q8, DK, DV, 0, 1, 1> t;
-            t.run(a, s, smem);
-        }
-    })
+#ifdef __CUDA_ARCH__
+    if constexpr (DK > 128 || __CUDA_ARCH__ < 800) { // else attni_cu_flow does it
+        extern __shared__ __align__(128) uint8_t smem[];
+        ATTNI_CU_TASKS({
+            if (DK <= 128 && s->task.n_tokens * a.group > 16) {
+                attni_cu_mma<BF, Q8, DK, DV, DK <= 128, 1, 0> t;
+                t.run(a, s, smem);
+            } else {
+                attni_cu_mma<BF, Q8, DK, DV, 0, 1, 1> t;
+                t.run(a, s, smem);
+            }
+        })
+    }
+#endif
 }
 
 // Tiles of 128 rows (R 2), or 64 (wide heads, scores with extras), for long queries.
@@ -1700,6 +1825,858 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
         attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
         t.run(a, s, smem);
     })
+}
+
+// ==== >>impl-flow  Few rows: warps that look for, copy and compute ===============================
+//
+// Tiles of 16 S rows, S = 1, 2, 4 (decode, short queries, prefixes that sequences share), which
+// memory decides: sm_80 and up, head_dim 64 and 128, plain scores, any mask. One warp draws tasks
+// and says where the tokens of each block lie, one brings the rows of Q, two copy K and V to a ring
+// of stages, eight compute. They meet at barriers of tasks and stages alone, so that blocks come in
+// without a gap while a task ends, is merged, and the next begins.
+//
+// A strip of 16 rows is shared by 8 / S warps: each has 8 S tokens of the scores and D S / 8 columns
+// of O. Maxima and sums go by 8 tokens, so that a row's bits are the same for every S.
+
+#define ATTNI_CU_FLOW_ROWS 64
+#define ATTNI_CU_FLOW_STAGES 6
+#define ATTNI_CU_FLOW_THREADS (32 * (8 + 4))
+
+enum { ATTNI_CU_FULL = 1, ATTNI_CU_CLOSE = 2, ATTNI_CU_LAST = 4, ATTNI_CU_QUIT = 8,
+       ATTNI_CU_WHOLE = 16, ATTNI_CU_RUNS = 32 };
+
+template <int Q8> struct attni_cu_item { // a stage, as it is handed on
+    int32_t block;                       // -1: none
+    int32_t flags;                       // FULL: every row sees all, WHOLE: all tokens are read,
+                                         // RUNS: row[][i] is that of token 16 i, the next ones
+                                         // follow; CLOSE, LAST: of its span, of its task
+    int32_t slot;                        // where a closed span's partial goes
+    int32_t pad;
+    uint64_t bits[ATTNI_CU_FLOW_ROWS];   // what rows see of a partial block
+    const uint8_t *row[Q8 ? 4 : 2][ATTNI_CU_BLOCK]; // of K and V, and their scales; NULL: zeros
+};
+
+typedef attni_cu_work<ATTNI_CU_FLOW_ROWS, 32> attni_cu_flow_work;
+
+typedef struct attni_cu_flow_shared {
+    uint64_t ready[ATTNI_CU_FLOW_STAGES]; // the item is there
+    uint64_t full[ATTNI_CU_FLOW_STAGES];  // K and V, too
+    uint64_t empty[ATTNI_CU_FLOW_STAGES]; // used up
+    uint64_t taken[2], has_rows[2], has_q[2], done[2]; // of a task: what is there, all is done
+    float top[2][ATTNI_CU_FLOW_ROWS][8];  // a block's maxima, of each warp
+    float sum[2][ATTNI_CU_FLOW_ROWS][8];  // a span's sums, of each 8 tokens
+    int32_t page[2][4][ATTNI_CU_BLOCK];   // of the tokens of blocks to come
+    attni_cu_flow_work work[2];
+} attni_cu_flow_shared;
+
+// Bytes from one row of a tile to the next: no two of a ldmatrix in a bank, nor (codes, K) of the
+// 16-byte loads of 8 lanes.
+__host__ __device__ constexpr int attni_cu_flow_k(int q8, int d) {
+    return !q8 ? 2 * d + 16 : d == 128 ? 192 : 64;
+}
+__host__ __device__ constexpr int attni_cu_flow_v(int q8, int d) { return (q8 ? d : 2 * d) + 16; }
+__host__ __device__ constexpr int attni_cu_flow_stage(int q8, int d) {
+    return ATTNI_CU_BLOCK * (attni_cu_flow_k(q8, d) + attni_cu_flow_v(q8, d) + (q8 ? 8 : 0));
+}
+__host__ __device__ constexpr int attni_cu_flow_smem(int q8, int d, int rows, int stages) {
+    return ((int)sizeof(attni_cu_flow_shared) + 127) / 128 * 128 +
+           rows * (2 * (2 * d + 16) + 2 * (2 * ATTNI_CU_BLOCK + 16)) +
+           stages * (attni_cu_flow_stage(q8, d) +
+                     (int)(q8 ? sizeof(attni_cu_item<1>) : sizeof(attni_cu_item<0>)));
+}
+
+// Where in the ring a warp is.
+typedef struct attni_cu_turn {
+    int32_t stage, phase, stages;
+} attni_cu_turn;
+
+ATTNI_DEV void attni_cu_step(attni_cu_turn *t) {
+    if (++t->stage == t->stages) t->stage = 0, t->phase ^= 1;
+}
+
+// What rows see of a partial block; returns what any of them sees. A warp calls. (Not a member, as
+// objects whose address is passed on keep the arguments from being read as constants.)
+ATTNI_DEV_FAR uint64_t attni_cu_look_at_rows(const attni_cu_args &a, const attni_cu_flow_work *w,
+                                             uint64_t *bits, int32_t b) {
+    uint64_t any = 0;
+    for (int r = (int)threadIdx.x & 31; r < w->task.n_tokens * a.group; r += 32) {
+        bits[r] = attni_cu_bits(a, w->row[r], b * ATTNI_CU_BLOCK);
+        any |= bits[r];
+    }
+#if __CUDA_ARCH__ >= 800
+    any = (uint64_t)__reduce_or_sync(~0u, (uint32_t)(any >> 32)) << 32 |
+          __reduce_or_sync(~0u, (uint32_t)any);
+#endif
+    return any;
+}
+
+// Rows of n bytes from addresses that are no multiples of 16. A warp calls.
+ATTNI_DEV_FAR void attni_cu_copy_bytes(uint8_t *to, const uint8_t *const *row, int n, int stride) {
+    for (int i = (int)threadIdx.x & 31; i < ATTNI_CU_BLOCK * n; i += 32)
+        to[i / n * stride + i % n] = row[i / n] ? row[i / n][i % n] : 0;
+}
+
+template <int BF, int Q8, int D> struct attni_cu_flow {
+    static constexpr int KS = attni_cu_flow_k(Q8, D), VS = attni_cu_flow_v(Q8, D);
+    static constexpr int QS = 2 * D + 16, PS = 2 * ATTNI_CU_BLOCK + 16;
+    static constexpr int STAGE = attni_cu_flow_stage(Q8, D);
+    static constexpr int LOT = 4;
+    typedef attni_cu_item<Q8> item_t;
+    const attni_cu_args &a;
+    attni_cu_flow_shared *f;
+    item_t *item;        // of every stage
+    uint32_t q, p, ring; // shared memory addresses
+
+    __device__ __forceinline__ attni_cu_flow(const attni_cu_args &args, uint8_t *smem) : a(args) {
+        f = (attni_cu_flow_shared *)(void *)smem;
+        q = attni_smem(smem) + (sizeof(attni_cu_flow_shared) + 127) / 128 * 128;
+        p = q + 2 * (uint32_t)a.flow_rows * QS;
+        ring = p + 2 * (uint32_t)a.flow_rows * PS;
+        item = (item_t *)(void *)(smem + (ring - attni_smem(smem)) + a.stages * STAGE);
+    }
+
+    // ---- the warp that looks for blocks
+    //
+    // LOT blocks at a time, so that eight lanes have one: where each 16 tokens follow each other a
+    // lane has 16 of K and V. The pages of the next lot are asked for by way of shared memory, so
+    // that nothing waits for them.
+
+    typedef struct lot {
+        int32_t b[LOT];  // blocks; from the task's end on: none
+        int32_t full;    // bit i: every row sees all of block i
+        int32_t run;     // bit i: all its tokens are read, in runs of 16
+    } lot;
+
+    __device__ __forceinline__ static int32_t pick(const lot &x, int i) {
+        int32_t b = x.b[0];
+#pragma unroll
+        for (int j = 1; j < LOT; j++) b = i == j ? x.b[j] : b;
+        return b;
+    }
+
+    // The next blocks behind `at`, which moves on; their pages.
+    __device__ __forceinline__ lot next_lot(attni_cu_flow_work *work, const attni_cu_task &w,
+                                            int runs, int slot, int32_t *at) const {
+        const int lane = (int)threadIdx.x & 31;
+        lot x = {{w.end_block, w.end_block, w.end_block, w.end_block}, 0, 0};
+#pragma unroll
+        for (int i = 0; i < LOT && *at < w.end_block; i++) {
+            int32_t b = attni_cu_next(a, work, w, *at + 1), pos;
+            *at = x.b[i] = b;
+            if (b >= w.end_block) break;
+            pos = b * ATTNI_CU_BLOCK;
+            if (attni_cu_full(a, work, w, b)) x.full |= 1 << i;
+            if (runs && pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK &&
+                (!a.sparse || x.full >> i & 1))
+                x.run |= 1 << i;
+        }
+#pragma unroll 1
+        for (int e = lane; e < LOT * ATTNI_CU_BLOCK && x.run != (1 << LOT) - 1; e += 32) {
+            const int i = e / ATTNI_CU_BLOCK, b = pick(x, i);
+            if (b >= w.end_block || !a.d.kv.page_table) break;
+            if (!(x.run >> i & 1))
+                fetch(w, b, e % ATTNI_CU_BLOCK, &f->page[slot][i][e % ATTNI_CU_BLOCK]);
+        }
+        if (x.run >> (lane >> 3) & 1 && !(lane & 4) && a.d.kv.page_table)
+            fetch(w, pick(x, lane >> 3), 16 * (lane & 3), &f->page[slot][lane >> 3][lane & 3]);
+        attni_cp_commit();
+        return x;
+    }
+    __device__ __forceinline__ void fetch(const attni_cu_task &w, int32_t b, int e,
+                                          int32_t *to) const {
+        int32_t page, place = attni_cu_place(a, w, b, e, &page);
+        if (place >= 0) attni_cp_async4(attni_smem(to), attni_cu_page_at(a, w.seq, page), 4);
+    }
+
+    // Rows of K (v = 0) and V of token e, and their scales, to row and row + 2 * stride; false when
+    // there are none.
+    __device__ __forceinline__ int locate(attni_cu_flow_work *work, const attni_cu_task &w,
+                                          int32_t b, int e, int32_t page, int seen, int v,
+                                          const uint8_t **row) const {
+        const attni_side &s = v ? a.v : a.k;
+        int32_t at, place = attni_cu_place(a, w, b, e, &at);
+        at = attni_cu_checked(a, work, a.d.kv.page_table ? page : w.seq, place);
+        if (!seen) at = -1;
+        *row = at < 0 ? NULL : s.data + attni_cu_offset(s, at, place, w.kv_head);
+        if (Q8)
+            row[2 * ATTNI_CU_BLOCK] =
+                at < 0 ? NULL : attni_cu_scale_at(s, at, place, w.kv_head);
+        return at >= 0;
+    }
+
+    // A block token by token. Returns its flags.
+    __device__ __forceinline__ int32_t spell(attni_cu_flow_work *work, const attni_cu_task &w,
+                                             int32_t b, int full, uint64_t *has_rows,
+                                             uint32_t turn, const int32_t *page,
+                                             item_t *x) const {
+        const int lane = (int)threadIdx.x & 31;
+        uint64_t seen = ~(uint64_t)0;
+        int ok = 1;
+        if (!full && !a.closed) {
+            attni_mbar_wait(has_rows, turn);
+            seen = attni_cu_look_at_rows(a, work, x->bits, b);
+            if (!a.sparse) seen = ~(uint64_t)0; // what no row sees is not read
+        }
+#pragma unroll 1
+        for (int e = lane; e < 2 * ATTNI_CU_BLOCK; e += 32) {
+            const int i = e % ATTNI_CU_BLOCK, v = e / ATTNI_CU_BLOCK;
+            ok &= locate(work, w, b, i, page[i], (int)(seen >> i & 1), v, &x->row[v][i]);
+        }
+        return __all_sync(~0u, ok) ? ATTNI_CU_WHOLE : 0;
+    }
+
+    // Hands a stage on: for the lane that has written its item.
+    __device__ __forceinline__ void hand_on(attni_cu_turn *t, int mine) {
+        __syncwarp();
+        if (mine) {
+            attni_mbar_arrive(&f->ready[t->stage]);
+            attni_mbar_arrive(&f->full[t->stage]);
+        }
+        attni_cu_step(t);
+    }
+
+    __device__ __forceinline__ void hand_on_none(attni_cu_turn *t, int32_t flags) {
+        item_t *x = &item[t->stage];
+        attni_mbar_wait(&f->empty[t->stage], (uint32_t)(t->phase ^ 1));
+        if ((threadIdx.x & 31) == 0) x->block = -1, x->flags = flags, x->slot = 0;
+        hand_on(t, (threadIdx.x & 31) == 0);
+    }
+
+    // All blocks of a task.
+    __device__ __forceinline__ void look_at(attni_cu_flow_work *work, uint64_t *has_rows,
+                                            uint32_t turn, attni_cu_turn *t) {
+        const attni_cu_task w = work->task; // asm clobbers memory, but not this
+        const int lane = (int)threadIdx.x & 31, i = lane >> 3, runs = a.runs && w.pos0 % 16 == 0;
+        const int32_t shift = w.span_shift, end = w.end_block, all = w.slots == 2;
+        int32_t at = attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK) - 1;
+        int32_t span = w.span0 - 1, slot = 0;
+        lot x = {{0, 0, 0, 0}, 0, 0}, next;
+        for (int n = 0;; n++, slot ^= 1, x = next) {
+            next = next_lot(work, w, runs, slot ^ 1, &at);
+            if (n == 0) continue;
+            if (x.b[0] >= end) break;
+            // of this lane's block
+            const int32_t b = pick(x, i), behind = i == LOT - 1 ? next.b[0] : pick(x, i + 1);
+            const int32_t s = b >> shift, before = i ? pick(x, i - 1) >> shift : span;
+            const int last = behind >= end, run = x.run >> i & 1;
+            const int gap = all && (s > before + 1 || (last && s + 1 < w.span1));
+            const uint8_t *row[3 * ATTNI_CU_BLOCK]; // [0], and with codes [2 * ATTNI_CU_BLOCK]
+            int32_t flags = x.full >> i & 1 ? ATTNI_CU_FULL : 0;
+            int ok = 1;
+            if (last) flags |= ATTNI_CU_LAST;
+            if (last || behind >> shift != s) flags |= ATTNI_CU_CLOSE;
+            attni_cp_wait<1>();
+            __syncwarp();
+            if (run)
+                ok = locate(work, w, b, 16 * (lane & 3), f->page[slot][i][lane & 3], 1,
+                            lane >> 2 & 1, row);
+            if (run) flags |= ATTNI_CU_RUNS;
+            const uint32_t oks = __ballot_sync(~0u, ok), gaps = __ballot_sync(~0u, gap && b < end);
+            if ((oks >> 8 * i & 255) == 255 && run) flags |= ATTNI_CU_WHOLE;
+#pragma unroll 1
+            for (int q = 0; q < LOT; q++) {
+                const int32_t bq = pick(x, q), sq = bq >> shift;
+                item_t *to = &item[t->stage];
+                if (bq >= end) break;
+                attni_mbar_wait(&f->empty[t->stage], (uint32_t)(t->phase ^ 1));
+                if (gaps >> 8 * q & 1) {
+                    attni_mbar_wait(has_rows, turn);
+                    attni_cu_empty_spans(a, work, span + 1, sq);
+                    if (__shfl_sync(~0u, last, 8 * q))
+                        attni_cu_empty_spans(a, work, sq + 1, w.span1);
+                }
+                if (!(x.run >> q & 1)) {
+                    const int32_t more = spell(work, w, bq, x.full >> q & 1, has_rows, turn,
+                                               f->page[slot][q], to);
+                    if (i == q) flags |= more;
+                } else if (i == q) {
+                    to->row[lane >> 2 & 1][lane & 3] = row[0];
+                    if (Q8)
+                        to->row[(Q8 ? 2 : 0) + (lane >> 2 & 1)][lane & 3] =
+                            row[2 * ATTNI_CU_BLOCK];
+                }
+                if (lane == 8 * q)
+                    to->block = b, to->flags = flags, to->slot = all ? s - w.span0 : 0;
+                hand_on(t, lane == 8 * q);
+                span = sq;
+            }
+        }
+        if (span < w.span0) { // nothing to read
+            attni_mbar_wait(has_rows, turn);
+            if (all) attni_cu_empty_spans(a, work, w.span0, w.span1);
+            hand_on_none(t, ATTNI_CU_LAST | (all ? 0 : ATTNI_CU_CLOSE));
+        }
+    }
+
+    __device__ __forceinline__ void look(attni_cu_turn t) {
+        const int lane = (int)threadIdx.x & 31;
+        int32_t i = (int32_t)blockIdx.x, *ticket = a.ticket + 2 * a.kind;
+        for (int n = 0;; n++) {
+            attni_cu_flow_work *work = &f->work[n & 1];
+            const uint32_t turn = (uint32_t)(n >> 1 & 1);
+            int32_t next = 0;
+            if (n > 1) attni_mbar_wait(&f->done[n & 1], turn ^ 1);
+            const int some = attni_cu_take(a, work, i);
+            if (!some && lane == 0) work->task.n_tokens = 0; // the end
+            __syncwarp();
+            if (lane == 0) attni_mbar_arrive(&f->taken[n & 1]);
+            if (!some) break;
+            if (lane == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);
+            if (a.sparse) attni_mbar_wait(&f->has_rows[n & 1], turn);
+            look_at(work, &f->has_rows[n & 1], turn, &t);
+            i = __shfl_sync(~0u, next, 0);
+        }
+        hand_on_none(&t, ATTNI_CU_QUIT);
+        if (lane == 0) { // the last block to leave puts the counter back
+            __threadfence();
+            if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;
+        }
+    }
+
+    // ---- the warp that brings rows and Q
+
+    __device__ __forceinline__ void ask(void) {
+        constexpr int STEP = 32 / (D / 8);
+        const int lane = (int)threadIdx.x & 31, c = lane % (D / 8);
+        for (int n = 0;; n++) {
+            attni_cu_flow_work *w = &f->work[n & 1];
+            const uint32_t to = q + (uint32_t)((n & 1) * a.flow_rows * QS);
+            attni_mbar_wait(&f->taken[n & 1], (uint32_t)(n >> 1 & 1));
+            if (!w->task.n_tokens) return;
+            const int rows = (w->task.n_tokens * a.group + 15) / 16 * 16;
+#pragma unroll 1
+            for (int r0 = 0; r0 < rows; r0 += 32) {
+                int32_t head, token = attni_cu_token(a, w->task, r0 + lane, &head);
+                const uint16_t *mine = token < 0 ? NULL : (const uint16_t *)a.d.q.data +
+                                       token * a.d.q.stride_token + head * a.d.q.stride_head;
+#pragma unroll 4
+                for (int i = 0; i < 32 / STEP; i++) {
+                    const int r = i * STEP + lane / (D / 8);
+                    const uint16_t *from =
+                        (const uint16_t *)__shfl_sync(~0u, (unsigned long long)mine, r);
+                    const uint32_t at = to + (uint32_t)((r0 + r) * QS + 16 * c);
+                    uint32_t x[4] = {0, 0, 0, 0};
+                    if (r0 + r >= rows) continue;
+                    if (!a.odd_q) {
+                        attni_cp_async16(at, from ? from + 8 * c : a.d.q.data, from ? 16 : 0);
+                        continue;
+                    }
+                    for (int e = 0; e < 8 && from; e++)
+                        x[e >> 1] |= (uint32_t)from[8 * c + e] << 16 * (e & 1);
+                    attni_sts16(at, x);
+                }
+            }
+            attni_cu_rows_of_task(a, w, rows);
+            if (lane == 0) attni_mbar_arrive(&f->has_rows[n & 1]);
+            attni_cu_units_of_task(a, w);
+            if (a.odd_q) attni_mbar_arrive(&f->has_q[n & 1]);
+            else attni_mbar_arrive_copies(&f->has_q[n & 1]);
+            if (lane == 0) attni_mbar_arrive(&f->has_q[n & 1]); // rows and units
+        }
+    }
+
+    // ---- the warps that copy: one K, one V
+
+    template <int WHOLE>
+    __device__ __forceinline__ void copy_rows(const uint8_t *const *row, uint32_t to, int stride,
+                                              int n) {
+        constexpr int CHUNKS = (Q8 ? D : 2 * D) / 16, STEP = 32 / CHUNKS, LOT = 16;
+        const int lane = (int)threadIdx.x & 31, c = lane % CHUNKS;
+        row += lane / CHUNKS;
+        to += (uint32_t)(lane / CHUNKS * stride + 16 * c);
+        if (16 * c >= n) return;
+#pragma unroll
+        for (int i0 = 0; i0 < ATTNI_CU_BLOCK; i0 += LOT * STEP) {
+            const uint8_t *from[LOT]; // first, so that one latency is waited for
+#pragma unroll
+            for (int i = 0; i < LOT; i++) from[i] = row[i0 + i * STEP];
+#pragma unroll
+            for (int i = 0; i < LOT; i++)
+                attni_cp_async16(to + (uint32_t)((i0 + i * STEP) * stride),
+                                 WHOLE || from[i] ? from[i] + 16 * c : a.k.data,
+                                 WHOLE || from[i] ? 16 : 0);
+        }
+    }
+
+    // The same where every 16 tokens follow each other.
+    __device__ __forceinline__ void copy_runs(const uint8_t *const *row, uint32_t to, int stride,
+                                              int n, int64_t token_bytes) {
+        constexpr int CHUNKS = (Q8 ? D : 2 * D) / 16, STEP = 32 / CHUNKS;
+        const int lane = (int)threadIdx.x & 31, c = lane % CHUNKS;
+        const uint8_t *from[4];
+        to += (uint32_t)(lane / CHUNKS * stride + 16 * c);
+        if (16 * c >= n) return;
+#pragma unroll
+        for (int g = 0; g < 4; g++) from[g] = row[g];
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            const uint8_t *at = from[g] ? from[g] + lane / CHUNKS * token_bytes + 16 * c : a.k.data;
+            const int64_t step = from[g] ? STEP * token_bytes : 0;
+#pragma unroll
+            for (int i = 0; i < 16; i += STEP, at += step)
+                attni_cp_async16(to + (uint32_t)((16 * g + i) * stride), at, from[g] ? 16 : 0);
+        }
+    }
+
+    template <int V> __device__ __forceinline__ void copy(attni_cu_turn t) {
+        constexpr int STRIDE = V ? VS : KS;
+        const int lane = (int)threadIdx.x & 31;
+        const int n = attni_bits_of(V ? a.v.dtype : a.k.dtype) * D / 8; // bytes of a row
+        const uint32_t scales = ring + (uint32_t)(ATTNI_CU_BLOCK * (KS + VS + 4 * V));
+        for (;; attni_cu_step(&t)) {
+            const item_t *x = &item[t.stage];
+            attni_mbar_wait(&f->ready[t.stage], (uint32_t)t.phase);
+            const int flags = x->flags;
+            const uint32_t stage = (uint32_t)(t.stage * STAGE);
+            const uint32_t to = ring + stage + (uint32_t)(V ? ATTNI_CU_BLOCK * KS : 0);
+            if (x->block < 0 || a.odd_rows) {
+                uint8_t *at = (uint8_t *)f + (ring - attni_smem(f)) + stage;
+                if (x->block >= 0)
+                    attni_cu_copy_bytes(at + (V ? ATTNI_CU_BLOCK * KS : 0), x->row[V], n, STRIDE);
+                if (x->block >= 0 && Q8)
+                    attni_cu_copy_bytes(at + ATTNI_CU_BLOCK * (KS + VS + 4 * V),
+                                        x->row[Q8 * (2 + V)], 4, 4);
+                attni_mbar_arrive(&f->full[t.stage]);
+                if (flags & ATTNI_CU_QUIT) return;
+                continue;
+            }
+            const int runs = flags & ATTNI_CU_RUNS;
+            if (runs) copy_runs(x->row[V], to, STRIDE, n, V ? a.v.token_bytes : a.k.token_bytes);
+            else if (flags & ATTNI_CU_WHOLE) copy_rows<1>(x->row[V], to, STRIDE, n);
+            else copy_rows<0>(x->row[V], to, STRIDE, n);
+#pragma unroll
+            for (int i = lane; i < ATTNI_CU_BLOCK && Q8; i += 32) {
+                const uint8_t *from = x->row[Q8 * (2 + V)][runs ? i >> 4 : i];
+                if (runs && from && !(V ? a.v.head_scale : a.k.head_scale))
+                    from += (i & 15) * (V ? a.v.scale_token : a.k.scale_token);
+                attni_cp_async4(scales + stage + (uint32_t)(4 * i), from ? from : a.k.data,
+                                from ? 4 : 0);
+            }
+            attni_mbar_arrive_copies(&f->full[t.stage]);
+        }
+    }
+
+    // ---- the warps that compute
+
+    template <int S> struct tile {
+        static constexpr int WARPS = 8 / S;     // of a strip
+        static constexpr int NT = S;            // 8-token tiles of scores a warp has
+        static constexpr int NO = S * D / 64;   // 8-column tiles of O
+        static constexpr int EARLY = S < 4;     // room for V while the warps meet
+        const attni_cu_flow &x;
+        const attni_cu_args &a;
+        attni_cu_flow_shared *f;
+        attni_cu_flow_work *w;
+        int lane, strip, warp;                  // warp: in the strip
+        int vsh;                                // columns of a V code word go to 1 << vsh tiles
+        uint32_t qf[D / 16][4];
+        float o[NO][4], m[2], l[2][NT];
+        float to[NO][4], tm[2], tl[2];          // spans folded so far
+        int32_t lo[2], hi[2];                   // of the rows, where masks are closed
+
+        __device__ __forceinline__ tile(const attni_cu_flow &flow, int n)
+            : x(flow), a(flow.a), f(flow.f), w(&flow.f->work[n & 1]) {
+            const int t = (int)threadIdx.x >> 5;
+            lane = (int)threadIdx.x & 31;
+            strip = t / WARPS;
+            warp = t % WARPS;
+            vsh = !Q8 ? 0 : a.v.dtype == ATTN_I4 ? 2 : 1;
+        }
+
+        __device__ __forceinline__ int row(int h) const { return 16 * strip + (lane >> 2) + 8 * h; }
+        // First token of tile j of scores, minus the lane's.
+        __device__ __forceinline__ int token(int j) const { return 8 * (warp * NT + j); }
+        // Column of element e of tile j of O.
+        __device__ __forceinline__ int column(int j, int e) const {
+            const int i = warp * NO + j, part = (1 << vsh) - 1;
+            return ((i >> vsh) << (3 + vsh)) + ((2 * (lane & 3) + e) << vsh) + (i & part);
+        }
+        __device__ __forceinline__ void meet(void) const { attni_bar<32 * WARPS>(2 + strip); }
+
+        __device__ __forceinline__ void reset(void) {
+#pragma unroll
+            for (int j = 0; j < NO; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                m[h] = ATTNI_NINF;
+#pragma unroll
+                for (int j = 0; j < NT; j++) l[h][j] = 0;
+            }
+        }
+
+        // Q as the left operand. Codes of K are taken 16 neighbouring dims at a time, so then the
+        // dims of Q are shuffled in the same way.
+        __device__ __forceinline__ void keep_q(uint32_t from) {
+            from += (uint32_t)(16 * strip * QS);
+#pragma unroll
+            for (int i = 0; i < D / 16; i++)
+                if (!Q8) attni_ldmatrix(qf[i], from + (uint32_t)((lane & 15) * QS + 32 * i +
+                                                                 16 * (lane >> 4)));
+#pragma unroll
+            for (int i = 0; i < D / 32 && Q8; i++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    uint32_t r[4];
+                    attni_lds16(r, from + (uint32_t)(((lane >> 2) + 8 * h) * QS + 128 * (i >> 1) +
+                                                     32 * (lane & 3) + 16 * (i & 1)));
+                    qf[2 * i][h] = r[0], qf[2 * i][2 + h] = r[1];
+                    qf[2 * i + 1][h] = r[2], qf[2 * i + 1][2 + h] = r[3];
+                }
+        }
+
+        // Even and odd steps apart: half the way from one product to the next.
+        __device__ __forceinline__ void scores(float c[NT][4], uint32_t k) const {
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                float d[4] = {0, 0, 0, 0};
+                c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0;
+#pragma unroll
+                for (int i = 0; i < D / 32 && !Q8; i++) {
+                    uint32_t kb[4];
+                    attni_ldmatrix(kb, k + (uint32_t)((token(j) + (lane & 7)) * KS + 64 * i +
+                                                      16 * (lane >> 3)));
+                    attni_mma<BF>(c[j], qf[2 * i], kb[0], kb[1]);
+                    attni_mma<BF>(d, qf[2 * i + 1], kb[2], kb[3]);
+                }
+#pragma unroll
+                for (int i = 0; i < D / 64 && Q8; i++) {
+                    const uint32_t at = k + (uint32_t)((token(j) + (lane >> 2)) * KS);
+                    uint32_t r[4], u[8];
+                    if (a.k.dtype == ATTN_I4) attni_lds8(r, at + 32u * i + 8u * (lane & 3));
+                    else attni_lds16(r, at + 64u * i + 16u * (lane & 3));
+                    attni_cu_codes<BF>(a.k.dtype, r, u);
+#pragma unroll
+                    for (int s = 0; s < 4; s++)
+                        attni_mma<BF>(s & 1 ? d : c[j], qf[4 * i + s], u[2 * s], u[2 * s + 1]);
+                }
+#pragma unroll
+                for (int e = 0; e < 4; e++) c[j][e] += d[e];
+            }
+        }
+
+        __device__ __forceinline__ void hide(float c[NT][4], const item_t *t) const {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint64_t bits;
+                if (a.closed) {
+                    int32_t b0 = t->block * ATTNI_CU_BLOCK;
+                    int32_t from = attni_max32(lo[h] - b0, 0), end = attni_min32(hi[h] - b0, 64);
+                    bits = from >= end ? 0 : ~(uint64_t)0 >> (64 - (end - from)) << from;
+                } else {
+                    bits = t->bits[row(h)];
+                }
+                bits >>= token(0) + 2 * (lane & 3);
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    if (!(bits >> (8 * j) & 1)) c[j][2 * h] = ATTNI_NINF;
+                    if (!(bits >> (8 * j) & 2)) c[j][2 * h + 1] = ATTNI_NINF;
+                }
+            }
+        }
+
+        // What the strip's other warps have to know of a block's scores.
+        __device__ __forceinline__ void tell(const float c[NT][4], int turn) const {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float top = fmaxf(c[0][2 * h], c[0][2 * h + 1]);
+#pragma unroll
+                for (int j = 1; j < NT; j++)
+                    top = fmaxf(top, fmaxf(c[j][2 * h], c[j][2 * h + 1]));
+                top = attni_quad_max(top) * a.scale;
+                if ((lane & 3) == 0) f->top[turn][row(h)][warp] = top;
+            }
+        }
+
+        // Scores -> weights, by the running maximum as it is.
+        __device__ __forceinline__ void weigh(const float c[NT][4], float y[NT][4]) const {
+#pragma unroll
+            for (int e = 0; e < 4 * NT; e++) {
+                const float base = m[e >> 1 & 1] == ATTNI_NINF ? 0.0f : m[e >> 1 & 1];
+                y[e >> 2][e & 3] = attni_exp2(__fmaf_rn(c[e >> 2][e & 3], a.scale, -base));
+            }
+        }
+
+        // The running maximum is raised where a row's own scores have grown much, and what was
+        // summed scaled: weights are to be taken again then. All of the strip agree.
+        __device__ __forceinline__ int raise(int turn) {
+            float s[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *from = f->top[turn][row(h)];
+                float top = from[0];
+#pragma unroll
+                for (int i = 1; i < WARPS; i++) top = fmaxf(top, from[i]);
+                s[h] = 1.0f;
+                if (top > m[h] + 8.0f) { // from -inf, too
+                    s[h] = attni_exp2(m[h] - top);
+                    m[h] = top;
+                }
+            }
+            if (!__any_sync(~0u, s[0] != 1.0f || s[1] != 1.0f)) return 0;
+#pragma unroll
+            for (int j = 0; j < NT; j++) l[0][j] *= s[0], l[1][j] *= s[1];
+#pragma unroll
+            for (int j = 0; j < NO; j++) {
+                o[j][0] *= s[0], o[j][1] *= s[0];
+                o[j][2] *= s[1], o[j][3] *= s[1];
+            }
+            return 1;
+        }
+
+        // Weights to shared memory, for the strip's other warps.
+        __device__ __forceinline__ void spread(const float y[NT][4], uint32_t scale,
+                                               uint32_t to) const {
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                float s[2] = {1, 1};
+                if (Q8)
+                    attni_lds8((uint32_t *)s, scale + (uint32_t)(4 * (token(j) + 2 * (lane & 3))));
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    attni_sts4(to + (uint32_t)(row(h) * PS + 2 * token(j) + 4 * (lane & 3)),
+                               attni_pair<BF>(y[j][2 * h] * s[0], y[j][2 * h + 1] * s[1]));
+            }
+        }
+
+        // V of 32 tokens as right operands. Codes: a lane gets the columns of 1 << vsh neighbouring
+        // tiles at once.
+        __device__ __forceinline__ void keep_v(uint32_t vb[NO][4], uint32_t v, int h) const {
+            const uint32_t at = v + (uint32_t)((32 * h + lane) * VS);
+#pragma unroll
+            for (int j = 0; j < NO && !Q8; j++)
+                attni_ldmatrix_trans(vb[j], at + (uint32_t)(16 * (warp * NO + j)));
+#pragma unroll
+            for (int j = 0; j < NO && Q8; j += NO > 1 ? 2 : 1) {
+                uint32_t r[4], u[2][4];
+                attni_ldmatrix_trans(r, at + (uint32_t)(16 * ((warp * NO + j) >> vsh)));
+                attni_cu_columns<BF>(a.v.dtype, r, warp * NO + j, u);
+#pragma unroll
+                for (int e = 0; e < (NO > 1 ? 2 : 1); e++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) vb[j + e][i] = u[e][i];
+            }
+        }
+
+        __device__ __forceinline__ void values(const uint32_t vb[NO][4], uint32_t p, int h) {
+            uint32_t pa[2][4];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                attni_ldmatrix(pa[i], p + (uint32_t)((16 * strip + (lane & 15)) * PS + 64 * h +
+                                                     32 * i + 16 * (lane >> 4)));
+#pragma unroll
+            for (int j = 0; j < NO; j++) {
+                attni_mma<BF>(o[j], pa[0], vb[j][0], vb[j][1]);
+                attni_mma<BF>(o[j], pa[1], vb[j][2], vb[j][3]);
+            }
+        }
+
+        // Whole sums of the rows, 8 tokens after 8 tokens. turn: not that of the call before.
+        __device__ __forceinline__ void total(float sum[2], int turn) const {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    float y = attni_quad_sum(l[h][j]);
+                    if ((lane & 3) == 0) f->sum[turn][row(h)][warp * NT + j] = y;
+                }
+            meet();
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float *from = f->sum[turn][row(h)];
+                sum[h] = ((from[0] + from[1]) + (from[2] + from[3])) +
+                         ((from[4] + from[5]) + (from[6] + from[7]));
+            }
+        }
+
+        // A row's state as a partial.
+        __device__ __forceinline__ void leave(int h, float sum, int32_t slot) const {
+            const attni_cu_row &y = w->row[row(h)];
+            if (y.token < 0) return;
+            const int64_t at = attni_cu_partial(a, w->task, row(h), y, slot);
+            float *out = a.partial_o + at * D;
+            if ((lane & 3) == 0 && warp == 0)
+                __stcg((float2 *)a.partial_ml + at, make_float2(m[h], sum));
+#pragma unroll
+            for (int j = 0; j < NO; j++) {
+                if (Q8) {
+                    __stcg(out + column(j, 0), o[j][2 * h]);
+                    __stcg(out + column(j, 1), o[j][2 * h + 1]);
+                } else {
+                    __stcg((float2 *)(out + column(j, 0)),
+                           make_float2(o[j][2 * h], o[j][2 * h + 1]));
+                }
+            }
+        }
+
+        // A row's state as its result.
+        __device__ __forceinline__ void finish(int h, float sum) const {
+            const attni_cu_row &y = w->row[row(h)];
+            float lse, s;
+            if (y.token < 0) return;
+            s = attni_cu_close(a, y.head, m[h], sum, &lse);
+            if (a.d.lse && (lane & 3) == 0 && warp == 0)
+                a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
+            uint32_t *out = (uint32_t *)attni_cu_o(a, y.token, y.head);
+            const int none = sum == 0.0f, bf = a.d.o.dtype == ATTN_BF16;
+#pragma unroll
+            for (int j = 0; j < NO; j++) {
+                float u = none ? 0 : o[j][2 * h] * s, v = none ? 0 : o[j][2 * h + 1] * s;
+                if (Q8 || a.odd_o) {
+                    attni_cu_put(a, out, column(j, 0), u);
+                    attni_cu_put(a, out, column(j, 1), v);
+                } else {
+                    out[column(j, 0) / 2] = bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v);
+                }
+            }
+        }
+
+        // A span is through: leave it, or fold it and, with the last one, leave or finish the sum.
+        __device__ __forceinline__ void close(int32_t slots, int32_t slot, int last, int turn) {
+            float sum[2];
+            total(sum, turn);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (slots != 2) {
+                    float w0, w1;
+                    const int empty = m[h] == ATTNI_NINF && sum[h] == 0.0f;
+                    attni_cu_fold(&tm[h], &tl[h], m[h], sum[h], &w0, &w1);
+#pragma unroll
+                    for (int j = 0; j < NO; j++)
+#pragma unroll
+                        for (int e = 2 * h; e < 2 * h + 2; e++) {
+                            float y = attni_cu_blend(to[j][e], w0, o[j][e], w1);
+                            o[j][e] = to[j][e] = empty ? to[j][e] : y;
+                        }
+                    m[h] = tm[h];
+                    sum[h] = tl[h];
+                    if (!last) continue;
+                }
+                if (slots) leave(h, sum[h], slot);
+                else finish(h, sum[h]);
+            }
+            reset();
+        }
+
+        // Task n, whose items begin at t.
+        __device__ __forceinline__ void run(int n, attni_cu_turn *t) {
+            const int some = w->task.n_tokens * a.group > 16 * strip;
+            int32_t flags;
+            reset();
+#pragma unroll
+            for (int h = 0; h < 2; h++) tm[h] = ATTNI_NINF, tl[h] = 0;
+#pragma unroll
+            for (int j = 0; j < NO; j++) to[j][0] = to[j][1] = to[j][2] = to[j][3] = 0;
+            attni_mbar_wait(&f->has_q[n & 1], (uint32_t)(n >> 1 & 1));
+            keep_q(x.q + (uint32_t)((n & 1) * a.flow_rows * QS));
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                lo[h] = w->row[row(h)].lo, hi[h] = w->row[row(h)].hi;
+            const int32_t slots = w->task.slots;
+            int turn = 0, closed = 0;
+            do {
+                const item_t *item = &x.item[t->stage];
+                const uint32_t k = x.ring + (uint32_t)(t->stage * STAGE);
+                attni_mbar_wait(&f->full[t->stage], (uint32_t)t->phase);
+                const int32_t slot = item->slot;
+                flags = item->flags;
+                if (item->block >= 0 && some) {
+                    const uint32_t v = k + ATTNI_CU_BLOCK * KS, scale = v + ATTNI_CU_BLOCK * VS;
+                    const uint32_t p = x.p + (uint32_t)(turn * a.flow_rows * PS);
+                    float c[NT][4], y[NT][4];
+                    uint32_t vb[1 + EARLY][NO][4];
+                    scores(c, k);
+                    if (Q8) times(c, scale);
+                    if (!(flags & ATTNI_CU_FULL)) hide(c, item);
+                    tell(c, turn);
+                    weigh(c, y); // most blocks do not raise the maximum
+                    spread(y, scale + 4 * ATTNI_CU_BLOCK, p);
+                    if (EARLY) keep_v(vb[0], v, 0);
+                    if (EARLY) keep_v(vb[EARLY], v, 1);
+                    meet();
+                    if (raise(turn)) {
+                        weigh(c, y);
+                        spread(y, scale + 4 * ATTNI_CU_BLOCK, p);
+                        meet();
+                    }
+#pragma unroll
+                    for (int e = 0; e < 2 * NT; e++)
+                        l[e & 1][e >> 1] += y[e >> 1][2 * (e & 1)] + y[e >> 1][2 * (e & 1) + 1];
+                    if (!EARLY) keep_v(vb[0], v, 0);
+                    values(vb[0], p, 0);
+                    if (!EARLY) keep_v(vb[0], v, 1);
+                    values(vb[EARLY], p, 1);
+                    turn ^= 1;
+                }
+                __syncwarp();
+                if (lane == 0) attni_mbar_arrive(&f->empty[t->stage]);
+                attni_cu_step(t);
+                if (flags & ATTNI_CU_CLOSE && some)
+                    close(slots, slot, flags & ATTNI_CU_LAST, closed ^= 1);
+            } while (!(flags & ATTNI_CU_LAST));
+        }
+
+        // By the scales of the tokens.
+        __device__ __forceinline__ void times(float c[NT][4], uint32_t at) const {
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                float s[2];
+                attni_lds8((uint32_t *)s, at + (uint32_t)(4 * (token(j) + 2 * (lane & 3))));
+                c[j][0] *= s[0], c[j][1] *= s[1], c[j][2] *= s[0], c[j][3] *= s[1];
+            }
+        }
+    };
+
+    __device__ __forceinline__ void compute(attni_cu_turn t) {
+        for (int n = 0;; n++) {
+            attni_cu_flow_work *w = &f->work[n & 1];
+            attni_mbar_wait(&f->full[t.stage], (uint32_t)t.phase);
+            if (item[t.stage].flags & ATTNI_CU_QUIT) return;
+            const int rows = w->task.n_tokens * a.group;
+            if (rows <= 16) {
+                tile<1> x(*this, n);
+                x.run(n, &t);
+            } else if (rows <= 32) {
+                tile<2> x(*this, n);
+                x.run(n, &t);
+            } else if (!Q8) {
+                tile<Q8 ? 2 : 4> x(*this, n);
+                x.run(n, &t);
+            }
+            attni_cu_arrive<256>(a, w);
+            __syncwarp();
+            if ((threadIdx.x & 31) == 0) attni_mbar_arrive(&f->done[n & 1]);
+        }
+    }
+};
+
+template <int BF, int Q8, int D>
+static __global__ void __launch_bounds__(ATTNI_CU_FLOW_THREADS, 1)
+    attni_cu_flow_tasks(const __grid_constant__ attni_cu_args a) {
+#if __CUDA_ARCH__ >= 800
+    extern __shared__ __align__(128) uint8_t smem[];
+    attni_cu_flow<BF, Q8, D> x(a, smem);
+    const int warp = (int)threadIdx.x >> 5;
+    const attni_cu_turn t = {0, 0, a.stages};
+    if (threadIdx.x < ATTNI_CU_FLOW_STAGES) {
+        attni_mbar_init(&x.f->ready[threadIdx.x], 1);
+        attni_mbar_init(&x.f->full[threadIdx.x], 1 + 2 * 32);
+        attni_mbar_init(&x.f->empty[threadIdx.x], 8);
+    } else if (threadIdx.x >= 32 && threadIdx.x < 34) {
+        attni_mbar_init(&x.f->taken[threadIdx.x & 1], 1);
+        attni_mbar_init(&x.f->has_rows[threadIdx.x & 1], 1);
+        attni_mbar_init(&x.f->has_q[threadIdx.x & 1], 33);
+        attni_mbar_init(&x.f->done[threadIdx.x & 1], 8);
+    }
+    // what all will read of the arguments, before each warp waits for it line by line
+    for (int i = warp; i < (int)(sizeof a / 64); i += 12)
+        asm volatile("" ::"r"(((const int32_t *)(const void *)&a)[16 * i]));
+    __syncthreads();
+    if (warp < 8) x.compute(t);
+    else if (warp == 8) x.look(t);
+    else if (warp == 9) x.template copy<0>(t);
+    else if (warp == 10) x.template copy<1>(t);
+    else x.ask();
+#endif
 }
 
 // ==== >>impl-simt  Any dtypes and dims, in f32 ===================================================
@@ -1833,8 +2810,8 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
 #pragma unroll
         for (int j = 0; j < NC; j++) o[r][j] = 0;
     if (tid < ATTNI_CU_SIMT_ROWS) x->m[tid] = ATTNI_NINF, x->l[tid] = 0;
-    b = attni_cu_next(a, s, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
-    for (;; b = attni_cu_next(a, s, b + 1)) {
+    b = attni_cu_next(a, s, w, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
+    for (;; b = attni_cu_next(a, s, w, b + 1)) {
         float c[8];
         int32_t more = b < end, next = more ? b >> w.span_shift : w.span1;
         if (!more || next != span) {
@@ -2059,29 +3036,58 @@ typedef void (*attni_cu_kernel)(attni_cu_args);
 typedef struct attni_cu_choice { // kernels of a problem
     attni_cu_kernel kernel[ATTNI_CU_KINDS]; // MANY may be NULL: FEW does it all
     int smem[ATTNI_CU_KINDS];
+    int threads[ATTNI_CU_KINDS];
     int rows[ATTNI_CU_KINDS];               // of a tile
+    int stages;                             // of attni_cu_flow
     int32_t id;                             // the same for the same kernels
     const char *name;
 } attni_cu_choice;
 
 static int attni_cu_max2(int a, int b) { return a > b ? a : b; }
 
+// As many rows as leave room for three stages, else one strip and two.
+template <int BF, int Q8, int D>
+static void attni_cu_fill_flow(int smem_bytes, attni_cu_choice *c) {
+    int rows = Q8 ? 32 : 64, stages;
+    for (;; rows /= 2) {
+        stages = (smem_bytes - attni_cu_flow_smem(Q8, D, rows, 0)) /
+                 (attni_cu_flow_smem(Q8, D, 0, 1) - attni_cu_flow_smem(Q8, D, 0, 0));
+        if (stages >= 3 || rows == 16) break;
+    }
+    stages = stages < 2 ? 2 : stages > ATTNI_CU_FLOW_STAGES ? ATTNI_CU_FLOW_STAGES : stages;
+    c->kernel[ATTNI_CU_FEW] = attni_cu_flow_tasks<BF, Q8, D>;
+    c->smem[ATTNI_CU_FEW] = attni_cu_flow_smem(Q8, D, rows, stages);
+    c->threads[ATTNI_CU_FEW] = ATTNI_CU_FLOW_THREADS;
+    c->rows[ATTNI_CU_FEW] = rows;
+    c->stages = stages;
+}
+
 template <int BF, int Q8, int DK, int DV>
-static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
-    constexpr int MK = DK <= 128 ? DK : 64, MV = DK <= 128 ? DV : 64; // of the tall tiles, if any
-    const int tall = DK <= 128 && arch >= 80 && !mods;
-    c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, DK, DV>;
-    c->smem[ATTNI_CU_FEW] =
-        attni_cu_max2(attni_cu_smem_bytes(arch, Q8, DK, DV, 0),
-                      DK <= 128 ? attni_cu_smem_bytes(arch, Q8, DK, DV, 1) : 0);
-    c->rows[ATTNI_CU_FEW] = DK <= 128 && !mods ? 64 : 16;
+static void attni_cu_fill(int arch, int smem_bytes, int mods, attni_cu_choice *c) {
+    constexpr int EXACT = DK <= 128, MK = EXACT ? DK : 64, MV = EXACT ? DV : 64;
+    // scores with extras are rare: one kernel for all head dims
+    constexpr int WK = EXACT ? 256 : DK, WV = EXACT ? 256 : DV;
+    const int plain = EXACT && arch >= 80 && !mods;
+    c->threads[ATTNI_CU_FEW] = c->threads[ATTNI_CU_MANY] = ATTNI_CU_THREADS;
+    if (plain) {
+        attni_cu_fill_flow<BF, Q8, MK>(smem_bytes, c);
+    } else if (EXACT && arch >= 80) {
+        c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, WK, WV>;
+        c->smem[ATTNI_CU_FEW] = attni_cu_smem_bytes(arch, Q8, WK, WV, 0);
+        c->rows[ATTNI_CU_FEW] = 16;
+    } else {
+        c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, DK, DV>;
+        c->smem[ATTNI_CU_FEW] =
+            attni_cu_max2(attni_cu_smem_bytes(arch, Q8, DK, DV, 0),
+                          EXACT ? attni_cu_smem_bytes(arch, Q8, DK, DV, 1) : 0);
+        c->rows[ATTNI_CU_FEW] = EXACT && !mods ? 64 : 16;
+    }
     if (DK > 256) return;
-    // scores with extras in long queries are rare: one kernel for all head dims
     c->kernel[ATTNI_CU_MANY] =
-        tall ? attni_cu_many<BF, Q8, MK, MV, 2> : attni_cu_many<BF, Q8, 256, 256, 1>;
-    c->smem[ATTNI_CU_MANY] = tall ? attni_cu_smem_bytes(arch, Q8, DK, DV, 2)
-                                  : attni_cu_smem_bytes(arch, Q8, 256, 256, 1);
-    c->rows[ATTNI_CU_MANY] = tall ? 128 : 64;
+        plain ? attni_cu_many<BF, Q8, MK, MV, 2> : attni_cu_many<BF, Q8, 256, 256, 1>;
+    c->smem[ATTNI_CU_MANY] = plain ? attni_cu_smem_bytes(arch, Q8, DK, DV, 2)
+                                   : attni_cu_smem_bytes(arch, Q8, 256, 256, 1);
+    c->rows[ATTNI_CU_MANY] = plain ? 128 : 64;
 }
 
 static void attni_cu_fill_simt(int32_t vd, attni_cu_choice *c) {
@@ -2089,6 +3095,7 @@ static void attni_cu_fill_simt(int32_t vd, attni_cu_choice *c) {
     c->kernel[ATTNI_CU_FEW] = vd <= 256 ? attni_cu_simt<2> : attni_cu_simt<5>;
     c->smem[ATTNI_CU_FEW] =
         (int)((sizeof(attni_cu_shared) + 127) / 128 * 128 + sizeof(attni_cu_simt_tile));
+    c->threads[ATTNI_CU_FEW] = ATTNI_CU_THREADS;
     c->rows[ATTNI_CU_FEW] = ATTNI_CU_SIMT_ROWS;
     c->id = vd <= 256 ? 1 : 2;
     c->name = "simt";
@@ -2178,7 +3185,7 @@ static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni
     (void)(bf + q8 + dv); // no kernels, no use
 #define ATTNI_X(B, Q, DK, DV)                                                                      \
     if (bf == B && q8 == Q && dk == DK && dv == DV)                                                \
-        attni_cu_fill<B, Q, DK, DV>(c->arch, attni_cu_mods(d), &m);
+        attni_cu_fill<B, Q, DK, DV>(c->arch, c->smem_bytes, attni_cu_mods(d), &m);
     ATTN_CUDA_KERNELS(ATTNI_X)
 #undef ATTNI_X
     if (!m.kernel[ATTNI_CU_FEW] || m.smem[ATTNI_CU_FEW] > c->smem_bytes) return ATTN_OK;
@@ -2224,7 +3231,7 @@ ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device) {
 #define ATTNI_X(B, Q, DK, DV)                                                                      \
     for (n = 0; n < 2; n++) {                                                                      \
         memset(&k, 0, sizeof k);                                                                   \
-        attni_cu_fill<B, Q, DK, DV>(c->arch, n, &k);                                               \
+        attni_cu_fill<B, Q, DK, DV>(c->arch, c->smem_bytes, n, &k);                                \
         if ((r = attni_cu_allow(c, &k)) != ATTN_OK) return r;                                      \
     }
     ATTN_CUDA_KERNELS(ATTNI_X)
@@ -2248,9 +3255,13 @@ ATTN_DEF const char *attn_cuda_executor(const attn_cuda *c, const attn_desc *d) 
     return attni_cu_choose(c, d, &k) == ATTN_OK ? k.name : "none";
 }
 
-// Tiles of one query head each, of which a KV head's task becomes so many; 1: a tile of them all.
-static int32_t attni_cu_split(const attn_desc *d) {
-    return attni_per_head(d) ? d->n_heads / d->n_kv_heads : 1;
+// So many tiles become of a KV head's task: one for each query head where masks differ between them,
+// more than one where the group is larger than a tile.
+static int32_t attni_cu_split(const attn_desc *d, const attni_cu_choice *k) {
+    int32_t group = d->n_heads / d->n_kv_heads, part = k->rows[ATTNI_CU_FEW];
+    if (attni_per_head(d)) return group;
+    for (part = attni_min32(part, group); group % part;) part--;
+    return group / part;
 }
 
 // ---- plan parameters
@@ -2268,8 +3279,8 @@ static void attni_cu_rule(attn_plan_params *p, int *n, int32_t q, int32_t kv, in
 }
 
 ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn_plan_params *out) {
-    static const int32_t few[6][2] = {{1024, 64},   {2048, 128},    {8192, 256},
-                                      {32768, 512}, {131072, 2048}, {0, 4096}};
+    static const int32_t few[5][2] = {
+        {2048, 128}, {8192, 256}, {32768, 512}, {131072, 2048}, {0, 4096}};
     const int32_t whole = 1 << 30;
     attni_cu_choice k;
     int64_t rows, bytes, must = 0, most = (int64_t)256 << 20, least = (int64_t)16 << 20;
@@ -2281,8 +3292,8 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     // a lone sequence should keep the device busy; more sequences do so by themselves
     h = 1;
     while (h < 8 && 2 * h * d->n_kv_heads <= 8) h *= 2;
-    tile = attni_cu_split(d);
-    for (i = 0; i < 6; i++)
+    tile = attni_cu_split(d, &k);
+    for (i = 0; i < 5; i++)
         attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
                       attni_max32(64, few[i][1] / h), tile * k.rows[ATTNI_CU_FEW],
                       k.id < 16);
@@ -2381,7 +3392,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     size_t at = 0;
     memset(g, 0, sizeof *g);
     if (!p || attni_cu_choose(c, d, &k) != ATTN_OK || attn_validate(d) != ATTN_OK) return 0;
-    group = attni_cu_split(d);
+    group = attni_cu_split(d, &k);
     seqs = attni_max32(d->n_seq, p->max_seq);
     tokens = attni_max32(d->q_start[d->n_seq], p->max_tokens);
     pages = attni_max64(attni_cu_max_pages(d), ((int64_t)p->max_kv_len + d->kv.page_tokens - 1) /
@@ -2392,7 +3403,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     memset(bytes, 0, sizeof bytes);
     attni_cu_table_bytes(d, seqs, tokens, pages, bytes);
     bytes[ATTNI_CU_TICKET] = 4 * 2 * ATTNI_CU_KINDS;
-    bytes[ATTNI_CU_ARRIVED] = units * (group > 1 ? d->n_heads : d->n_kv_heads) * 4;
+    bytes[ATTNI_CU_ARRIVED] = units * d->n_kv_heads * group * 4;
     bytes[ATTNI_CU_TASK] = tasks * group * (int64_t)sizeof(attni_cu_task);
     bytes[ATTNI_CU_LINK] = 2 * tasks * (int64_t)sizeof(attni_cu_link);
     bytes[ATTNI_CU_EXPECTED] = units * 4;
@@ -2446,7 +3457,7 @@ ATTN_DEF attn_result attn_cuda_plan_init(const attn_cuda *c, const attn_desc *d,
         int blocks = 0;
         if (k.kernel[i] &&
             cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, (const void *)k.kernel[i],
-                                                          ATTNI_CU_THREADS, (size_t)k.smem[i]) !=
+                                                          k.threads[i], (size_t)k.smem[i]) !=
                 cudaSuccess)
             return ATTN_ERR_DEVICE;
         if (k.kernel[i] && blocks < 1) return ATTN_ERR_DEVICE;
@@ -2465,6 +3476,7 @@ typedef struct attni_cu_packer {
     uint8_t *to;                       // staging
     int64_t used[ATTNI_CU_SECTIONS];   // bytes
     int64_t tail;                      // bytes of tasks at the end of their section
+    const attni_cu_choice *k;
     int32_t *token0, *expected, *unit0, *merge;
 } attni_cu_packer;
 
@@ -2502,6 +3514,8 @@ static int32_t attni_cu_clip(int64_t x, int64_t lo, int64_t hi) {
 
 // A plan's task as kernels take it; false when it reads nothing and leaves nothing.
 static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, attni_cu_task *w) {
+    const attni_cu_link *link = (attni_cu_link *)(void *)(b->to + b->g->at[ATTNI_CU_LINK]);
+    const attn_plan_seq *packed = (attn_plan_seq *)(void *)(b->to + b->g->at[ATTNI_CU_SEQ]);
     const attn_plan *p = b->p;
     const attn_segment *g = &p->segment[t->segment];
     const attn_plan_seq *first = &p->seq[p->order[g->seq0]];
@@ -2535,7 +3549,6 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->n_tokens = t->n_tokens;
     w->seg_tokens = g->n_tokens;
     w->kv_head = t->kv_head;
-    w->head = -1;
     w->seq = p->order[g->seq0];
     w->pos0 = first->kv_pos0;
     while (ATTNI_CU_BLOCK << w->span_shift < first->span) w->span_shift++;
@@ -2545,7 +3558,9 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->full_block = (int32_t)(((int64_t)attni_cu_clip(all[2], lo, hi) + ATTNI_CU_BLOCK - 1) /
                               ATTNI_CU_BLOCK);
     w->full_end = attni_cu_clip(all[3], lo, hi) / ATTNI_CU_BLOCK;
+    if (g->n_seq == 1 && packed[w->seq].n_chain == 1) w->link = link[first->chain];
     w->q_begin = first->q_begin;
+    w->q_len = first->q_len;
     w->q_pos0 = first->q_pos0;
     w->kv_len = first->kv_len;
     w->unit = -1;
@@ -2632,6 +3647,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     attni_cu_header head;
     attni_cu_task *task = (attni_cu_task *)(void *)(b->to + g->at[ATTNI_CU_TASK]);
     int32_t i, s, c, kind, n_links = 0, units = 0, group = g->shape[6];
+    const int32_t part = p->n_heads / p->n_kv_heads / group; // heads of a tile
     memset(&head, 0, sizeof head);
     for (i = 0; i < p->n_active; i++) {
         b->token0[i + 1] = b->token0[i] + p->seq[p->order[i]].q_len;
@@ -2646,6 +3662,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     memset(b->expected, 0, 4 * (size_t)units);
     for (i = 0; i < p->n_tasks; i++) attni_cu_expect(b, &p->task[i]);
     head.n_merge = attni_cu_pack_merges(b);
+    attni_cu_pack_links(b);
     for (i = 0; i < p->n_tasks; i++) {
         const attn_plan_seq *q = &p->seq[p->order[p->segment[p->task[i].segment].seq0]];
         kind = g->shape[5] >= 16 && p->params.rule[q->rule].no_fold;
@@ -2653,14 +3670,14 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
             int32_t at = head.n_tasks[kind]++;
             attni_cu_task *w = &task[kind == ATTNI_CU_MANY ? g->cap[3] - 1 - at : at];
             attni_cu_pack_task(b, &p->task[i], w);
-            if (group > 1) w->head = w->kv_head * group + c;
+            w->head = (w->kv_head * group + c) * part;
+            if (w->n_tokens * part > b->k->rows[kind]) return ATTN_ERR_STALE; // other kernels' plan
             if (w->unit >= 0) w->expected = b->expected[w->unit];
         }
     }
     if (head.n_merge && !g->shape[7]) return ATTN_ERR_STALE; // captured runs would not merge them
     g->n[7] = head.n_merge;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
-    attni_cu_pack_links(b);
     attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
     b->used[ATTNI_CU_SEQ] = p->n_seq * (int64_t)sizeof *p->seq;
     attni_cu_pack(b, ATTNI_CU_ORDER, p->order, p->n_active * 4);
@@ -2803,7 +3820,7 @@ static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const 
         return ATTN_ERR_LAYOUT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
         attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
-        attni_cu_split(d) != g->shape[6])
+        attni_cu_split(d, k) != g->shape[6])
         return ATTN_ERR_STALE;
     return ATTN_OK;
 }
@@ -2824,6 +3841,7 @@ ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, co
     b.d = d;
     b.p = plan;
     b.g = g;
+    b.k = &k;
     b.to = (uint8_t *)staging;
     b.token0 = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_TOKEN0]);
     b.expected = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_EXPECTED]);
@@ -2902,11 +3920,14 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.error = c->error;
     a.cap_tasks = g->cap[3];
     a.last_task = g->cap[3] - 1;
+    a.runs = d->kv.page_tokens % 16 == 0;
+    a.stages = k.stages;
+    a.flow_rows = k.rows[ATTNI_CU_FEW];
     a.partial_o = (float *)partials;
     a.partial_ml = a.partial_o + rows * attni_v_dim(d);
     a.n_entries = g->tables.row_start || g->tables.block ? g->tables.n_entries : -1;
-    a.group = g->shape[6] > 1 ? 1 : d->n_heads / d->n_kv_heads;
-    a.unit_heads = g->shape[6] > 1 ? d->n_heads : d->n_kv_heads;
+    a.group = d->n_heads / d->n_kv_heads / g->shape[6];
+    a.per_group = 65536 / a.group + 1; // rows and groups go up to 128
     a.sparse = attni_has_sparse(&d->mask);
     a.closed = !a.sparse && !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
     for (a.page_shift = 0; a.page_shift < 31 && d->kv.page_tokens >> a.page_shift > 1;)
@@ -2925,7 +3946,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
             continue;
         a.kind = i;
         blocks = attni_min64(blocks, g->n[2 + i]);
-        k.kernel[i]<<<(unsigned)blocks, ATTNI_CU_THREADS, (size_t)k.smem[i], stream>>>(a);
+        k.kernel[i]<<<(unsigned)blocks, (unsigned)k.threads[i], (size_t)k.smem[i], stream>>>(a);
         if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
     }
     if (capture == cudaStreamCaptureStatusNone ? g->n[7] > 0 : g->shape[7]) {
