@@ -1863,7 +1863,8 @@ typedef struct attni_cu_flow_shared {
     uint64_t full[ATTNI_CU_FLOW_STAGES];  // K and V, too
     uint64_t empty[ATTNI_CU_FLOW_STAGES]; // used up
     uint64_t taken[2], has_rows[2], has_q[2], done[2]; // of a task: what is there, all is done
-    float top[2][ATTNI_CU_FLOW_ROWS][8];  // a block's maxima, of each warp
+    float top[ATTNI_CU_FLOW_ROWS][8];     // a block's maxima, of each warp
+    int32_t grown[3][4];                  // of a strip: a maximum has; blocks take turns
     float sum[2][ATTNI_CU_FLOW_ROWS][8];  // a span's sums, of each 8 tokens
     int32_t page[2][4][ATTNI_CU_BLOCK];   // of the tokens of blocks to come
     attni_cu_flow_work work[2];
@@ -2262,6 +2263,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
         static constexpr int WARPS = 8 / S;     // of a strip
         static constexpr int NT = S;            // 8-token tiles of scores a warp has
         static constexpr int NO = S * D / 64;   // 8-column tiles of O
+        static constexpr int QREG = S < 4;      // Q stays in registers
         static constexpr int EARLY = S < 4;     // room for V while the warps meet
         const attni_cu_flow &x;
         const attni_cu_args &a;
@@ -2269,7 +2271,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
         attni_cu_flow_work *w;
         int lane, strip, warp;                  // warp: in the strip
         int vsh;                                // columns of a V code word go to 1 << vsh tiles
-        uint32_t qf[D / 16][4];
+        uint32_t qf[QREG ? D / 16 : 1][4], q;
         float o[NO][4], m[2], l[2][NT];
         float to[NO][4], tm[2], tl[2];          // spans folded so far
         int32_t lo[2], hi[2];                   // of the rows, where masks are closed
@@ -2304,54 +2306,75 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             }
         }
 
-        // Q as the left operand. Codes of K are taken 16 neighbouring dims at a time, so then the
-        // dims of Q are shuffled in the same way.
+        // Q's steps 2 i and 2 i + 1 as left operands. Codes of K are taken 16 neighbouring dims at a
+        // time, so then the dims of Q are shuffled in the same way.
+        __device__ __forceinline__ void load_q(uint32_t r0[4], uint32_t r1[4], int i) const {
+            if (!Q8) {
+                const uint32_t at = q + (uint32_t)((lane & 15) * QS + 64 * i + 16 * (lane >> 4));
+                attni_ldmatrix(r0, at);
+                attni_ldmatrix(r1, at + 32);
+                return;
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint32_t r[4];
+                attni_lds16(r, q + (uint32_t)(((lane >> 2) + 8 * h) * QS + 128 * (i >> 1) +
+                                              32 * (lane & 3) + 16 * (i & 1)));
+                r0[h] = r[0], r0[2 + h] = r[1], r1[h] = r[2], r1[2 + h] = r[3];
+            }
+        }
+
         __device__ __forceinline__ void keep_q(uint32_t from) {
-            from += (uint32_t)(16 * strip * QS);
+            q = from + (uint32_t)(16 * strip * QS);
 #pragma unroll
-            for (int i = 0; i < D / 16; i++)
-                if (!Q8) attni_ldmatrix(qf[i], from + (uint32_t)((lane & 15) * QS + 32 * i +
-                                                                 16 * (lane >> 4)));
-#pragma unroll
-            for (int i = 0; i < D / 32 && Q8; i++)
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    uint32_t r[4];
-                    attni_lds16(r, from + (uint32_t)(((lane >> 2) + 8 * h) * QS + 128 * (i >> 1) +
-                                                     32 * (lane & 3) + 16 * (i & 1)));
-                    qf[2 * i][h] = r[0], qf[2 * i][2 + h] = r[1];
-                    qf[2 * i + 1][h] = r[2], qf[2 * i + 1][2 + h] = r[3];
-                }
+            for (int i = 0; i < D / 32 && QREG; i++)
+                load_q(qf[QREG ? 2 * i : 0], qf[QREG ? 2 * i + 1 : 0], i);
         }
 
         // Even and odd steps apart: half the way from one product to the next.
         __device__ __forceinline__ void scores(float c[NT][4], uint32_t k) const {
+            float d[NT][4];
 #pragma unroll
-            for (int j = 0; j < NT; j++) {
-                float d[4] = {0, 0, 0, 0};
-                c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0;
+            for (int e = 0; e < 4 * NT; e++) c[e >> 2][e & 3] = d[e >> 2][e & 3] = 0;
 #pragma unroll
-                for (int i = 0; i < D / 32 && !Q8; i++) {
-                    uint32_t kb[4];
-                    attni_ldmatrix(kb, k + (uint32_t)((token(j) + (lane & 7)) * KS + 64 * i +
-                                                      16 * (lane >> 3)));
-                    attni_mma<BF>(c[j], qf[2 * i], kb[0], kb[1]);
-                    attni_mma<BF>(d, qf[2 * i + 1], kb[2], kb[3]);
+            for (int i = 0; i < D / 32; i += Q8 ? 2 : 1) {
+                uint32_t r[4][4];
+#pragma unroll
+                for (int s = 0; s < 2; s++)
+#pragma unroll
+                    for (int e = 0; e < 4 && QREG; e++) {
+                        r[2 * s][e] = qf[QREG ? 2 * (i + (s & Q8)) : 0][e];
+                        r[2 * s + 1][e] = qf[QREG ? 2 * (i + (s & Q8)) + 1 : 0][e];
+                    }
+                if (!QREG) load_q(r[0], r[1], i);
+                if (!QREG && Q8) load_q(r[2], r[3], i + 1);
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    uint32_t kb[8];
+                    right_k(kb, k, j, i);
+                    attni_mma<BF>(c[j], r[0], kb[0], kb[1]);
+                    attni_mma<BF>(d[j], r[1], kb[2], kb[3]);
+                    if (!Q8) continue;
+                    attni_mma<BF>(c[j], r[2], kb[4], kb[5]);
+                    attni_mma<BF>(d[j], r[3], kb[6], kb[7]);
                 }
-#pragma unroll
-                for (int i = 0; i < D / 64 && Q8; i++) {
-                    const uint32_t at = k + (uint32_t)((token(j) + (lane >> 2)) * KS);
-                    uint32_t r[4], u[8];
-                    if (a.k.dtype == ATTN_I4) attni_lds8(r, at + 32u * i + 8u * (lane & 3));
-                    else attni_lds16(r, at + 64u * i + 16u * (lane & 3));
-                    attni_cu_codes<BF>(a.k.dtype, r, u);
-#pragma unroll
-                    for (int s = 0; s < 4; s++)
-                        attni_mma<BF>(s & 1 ? d : c[j], qf[4 * i + s], u[2 * s], u[2 * s + 1]);
-                }
-#pragma unroll
-                for (int e = 0; e < 4; e++) c[j][e] += d[e];
             }
+#pragma unroll
+            for (int e = 0; e < 4 * NT; e++) c[e >> 2][e & 3] += d[e >> 2][e & 3];
+        }
+
+        // K of 8 tokens as right operands: 32 dims, or (codes) 64.
+        __device__ __forceinline__ void right_k(uint32_t kb[8], uint32_t k, int j, int i) const {
+            if (!Q8) {
+                attni_ldmatrix(kb, k + (uint32_t)((token(j) + (lane & 7)) * KS + 64 * i +
+                                                  16 * (lane >> 3)));
+                return;
+            }
+            const uint32_t at = k + (uint32_t)((token(j) + (lane >> 2)) * KS);
+            uint32_t r[4] = {0, 0, 0, 0};
+            if (a.k.dtype == ATTN_I4) attni_lds8(r, at + 16u * i + 8u * (lane & 3));
+            else attni_lds16(r, at + 32u * i + 16u * (lane & 3));
+            attni_cu_codes<BF>(a.k.dtype, r, kb);
         }
 
         __device__ __forceinline__ void hide(float c[NT][4], const item_t *t) const {
@@ -2374,8 +2397,22 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             }
         }
 
-        // What the strip's other warps have to know of a block's scores.
-        __device__ __forceinline__ void tell(const float c[NT][4], int turn) const {
+        // Scores -> weights, by the running maximum as it is; true when a score is far above it.
+        __device__ __forceinline__ int weigh(const float c[NT][4], float y[NT][4]) const {
+            int grown = 0;
+#pragma unroll
+            for (int e = 0; e < 4 * NT; e++) {
+                const float top = m[e >> 1 & 1], base = top == ATTNI_NINF ? 0.0f : top;
+                const float s = c[e >> 2][e & 3];
+                y[e >> 2][e & 3] = attni_exp2(__fmaf_rn(s, a.scale, -base));
+                grown |= s * a.scale > top + 8.0f; // above -inf, too
+            }
+            return grown;
+        }
+
+        // Raises the running maximum where a row's scores have grown much, and scales what was
+        // summed; weights are to be taken again then. The strip calls.
+        __device__ __forceinline__ void raise(const float c[NT][4]) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 float top = fmaxf(c[0][2 * h], c[0][2 * h + 1]);
@@ -2383,44 +2420,23 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                 for (int j = 1; j < NT; j++)
                     top = fmaxf(top, fmaxf(c[j][2 * h], c[j][2 * h + 1]));
                 top = attni_quad_max(top) * a.scale;
-                if ((lane & 3) == 0) f->top[turn][row(h)][warp] = top;
+                if ((lane & 3) == 0) f->top[row(h)][warp] = top;
             }
-        }
-
-        // Scores -> weights, by the running maximum as it is.
-        __device__ __forceinline__ void weigh(const float c[NT][4], float y[NT][4]) const {
-#pragma unroll
-            for (int e = 0; e < 4 * NT; e++) {
-                const float base = m[e >> 1 & 1] == ATTNI_NINF ? 0.0f : m[e >> 1 & 1];
-                y[e >> 2][e & 3] = attni_exp2(__fmaf_rn(c[e >> 2][e & 3], a.scale, -base));
-            }
-        }
-
-        // The running maximum is raised where a row's own scores have grown much, and what was
-        // summed scaled: weights are to be taken again then. All of the strip agree.
-        __device__ __forceinline__ int raise(int turn) {
-            float s[2];
+            meet();
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const float *from = f->top[turn][row(h)];
-                float top = from[0];
+                float top = f->top[row(h)][0], s = 1.0f;
 #pragma unroll
-                for (int i = 1; i < WARPS; i++) top = fmaxf(top, from[i]);
-                s[h] = 1.0f;
-                if (top > m[h] + 8.0f) { // from -inf, too
-                    s[h] = attni_exp2(m[h] - top);
+                for (int i = 1; i < WARPS; i++) top = fmaxf(top, f->top[row(h)][i]);
+                if (top > m[h] + 8.0f) {
+                    s = attni_exp2(m[h] - top);
                     m[h] = top;
                 }
-            }
-            if (!__any_sync(~0u, s[0] != 1.0f || s[1] != 1.0f)) return 0;
 #pragma unroll
-            for (int j = 0; j < NT; j++) l[0][j] *= s[0], l[1][j] *= s[1];
+                for (int j = 0; j < NT; j++) l[h][j] *= s;
 #pragma unroll
-            for (int j = 0; j < NO; j++) {
-                o[j][0] *= s[0], o[j][1] *= s[0];
-                o[j][2] *= s[1], o[j][3] *= s[1];
+                for (int j = 0; j < NO; j++) o[j][2 * h] *= s, o[j][2 * h + 1] *= s;
             }
-            return 1;
         }
 
         // Weights to shared memory, for the strip's other warps.
@@ -2572,7 +2588,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             for (int h = 0; h < 2; h++)
                 lo[h] = w->row[row(h)].lo, hi[h] = w->row[row(h)].hi;
             const int32_t slots = w->task.slots;
-            int turn = 0, closed = 0;
+            int turn = 0, closed = 0, third = 0;
             do {
                 const item_t *item = &x.item[t->stage];
                 const uint32_t k = x.ring + (uint32_t)(t->stage * STAGE);
@@ -2587,13 +2603,16 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                     scores(c, k);
                     if (Q8) times(c, scale);
                     if (!(flags & ATTNI_CU_FULL)) hide(c, item);
-                    tell(c, turn);
-                    weigh(c, y); // most blocks do not raise the maximum
+                    if (__any_sync(~0u, weigh(c, y)) && lane == 0) f->grown[third][strip] = 1;
                     spread(y, scale + 4 * ATTNI_CU_BLOCK, p);
                     if (EARLY) keep_v(vb[0], v, 0);
                     if (EARLY) keep_v(vb[EARLY], v, 1);
                     meet();
-                    if (raise(turn)) {
+                    const int grown = f->grown[third][strip];
+                    third = third == 2 ? 0 : third + 1;
+                    if (warp == 0 && lane == 0) f->grown[third == 2 ? 0 : third + 1][strip] = 0;
+                    if (grown) { // rare
+                        raise(c);
                         weigh(c, y);
                         spread(y, scale + 4 * ATTNI_CU_BLOCK, p);
                         meet();
@@ -2613,6 +2632,8 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                 if (flags & ATTNI_CU_CLOSE && some)
                     close(slots, slot, flags & ATTNI_CU_LAST, closed ^= 1);
             } while (!(flags & ATTNI_CU_LAST));
+            // close() has brought the strip together; the next task may have other strips
+            if (S > 1) attni_bar<256>(1);
         }
 
         // By the scales of the tokens.
