@@ -1085,14 +1085,60 @@ ATTNI_DEV void attni_cu_convert16(const uint4 &x, uint32_t out[8]) {
                                             &out[2 * i + 1]);
 }
 
+// Codes 0 and 2, and 1 and 3, of a word of dtype T: what lies a half word apart needs no shuffling.
+template <int BF, int T> ATTNI_DEV void attni_cu_every_other(uint32_t w, uint32_t out[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (T == ATTN_I8) {
+            const uint32_t u = i ? w >> 8 : w;
+            if (BF) // 128 + the low bits, minus 128 or (negative) 256
+                out[i] = attni_fma_bf16((u & 0x00800080u) ^ 0x43004300u, 0xbf80bf80u,
+                                        (u & 0x007f007fu) ^ 0x43004300u);
+            else // 1024 + 128 + code
+                out[i] = attni_sub_f16((u & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+            continue;
+        }
+        // the fields are moved as in attni_cu_small4
+        constexpr int E4 = T == ATTN_F8E4M3, DOWN = BF ? E4 ? 4 : 3 : E4 ? 1 : 0;
+        constexpr uint32_t MASK = (0x7f007f00u >> DOWN) & (0x7f00u >> DOWN | 0x7f000000u >> DOWN);
+        constexpr uint32_t UP = BF ? E4 ? 0x7b807b80u : 0x77807780u : E4 ? 0x5c005c00u : 0x3c003c00u;
+        const uint32_t v = i ? w >> DOWN : w << (8 - DOWN), s = i ? w : w << 8;
+        const uint32_t u = (s & 0x80008000u) | (v & MASK);
+        out[i] = BF ? attni_fma_bf16(u, UP, 0x80008000u) : attni_mul_f16(u, UP);
+    }
+}
+
+// Four words of codes in this order; int4: nibble after nibble.
+template <int BF, int T>
+ATTNI_DEV void attni_cu_codes16(const uint32_t r[4], uint32_t out[8]) {
+    const uint4 x = make_uint4(r[0], r[1], r[2], r[3]);
+    uint32_t odd = 0, add = T == ATTN_F8E4M3 ? 0x01010101u : 0x04040404u;
+    if (T == ATTN_I4) {
+        attni_cu_convert16<BF, T>(x, out);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) attni_cu_every_other<BF, T>(r[i], out + 2 * i);
+    if (T == ATTN_I8) return;
+#pragma unroll
+    for (int i = 0; i < 4; i++) odd |= ((r[i] & 0x7f7f7f7fu) + add) & 0x80808080u;
+    if (!odd) return;
+    uint32_t slow[8]; // where its address is taken
+    attni_cu_convert_any<BF>((attn_dtype)T, x, slow);
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        out[i] = __byte_perm(slow[i], slow[i + 1], 0x5410);
+        out[i + 1] = __byte_perm(slow[i], slow[i + 1], 0x7632);
+    }
+}
+
 template <int BF>
 ATTNI_DEV void attni_cu_codes(attn_dtype t, const uint32_t r[4], uint32_t out[8]) {
-    const uint4 x = make_uint4(r[0], r[1], r[2], r[3]);
     switch (t) {
-    case ATTN_F8E4M3: attni_cu_convert16<BF, ATTN_F8E4M3>(x, out); break;
-    case ATTN_F8E5M2: attni_cu_convert16<BF, ATTN_F8E5M2>(x, out); break;
-    case ATTN_I8: attni_cu_convert16<BF, ATTN_I8>(x, out); break;
-    default: attni_cu_convert16<BF, ATTN_I4>(x, out); break;
+    case ATTN_F8E4M3: attni_cu_codes16<BF, ATTN_F8E4M3>(r, out); break;
+    case ATTN_F8E5M2: attni_cu_codes16<BF, ATTN_F8E5M2>(r, out); break;
+    case ATTN_I8: attni_cu_codes16<BF, ATTN_I8>(r, out); break;
+    default: attni_cu_codes16<BF, ATTN_I4>(r, out); break;
     }
 }
 
@@ -1100,7 +1146,7 @@ ATTNI_DEV void attni_cu_codes(attn_dtype t, const uint32_t r[4], uint32_t out[8]
 // Pairs of both tokens' codes number `first` and first + 1.
 template <int BF>
 ATTNI_DEV void attni_cu_columns(attn_dtype t, const uint32_t r[4], int first, uint32_t u[2][4]) {
-    uint32_t x[4], y[8];
+    uint32_t y[8];
     if (t == ATTN_I4) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -1111,9 +1157,7 @@ ATTNI_DEV void attni_cu_columns(attn_dtype t, const uint32_t r[4], int first, ui
         }
         return;
     }
-#pragma unroll
-    for (int i = 0; i < 4; i++) x[i] = __byte_perm(r[i], 0, 0x3120);
-    attni_cu_codes<BF>(t, x, y);
+    attni_cu_codes<BF>(t, r, y);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         u[0][i] = first & 1 ? y[2 * i + 1] : y[2 * i];
@@ -2181,7 +2225,8 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
     template <int WHOLE>
     __device__ __forceinline__ void copy_rows(const uint8_t *const *row, uint32_t to, int stride,
                                               int n) {
-        constexpr int CHUNKS = (Q8 ? D : 2 * D) / 16, STEP = 32 / CHUNKS, LOT = 16;
+        constexpr int CHUNKS = (Q8 ? D : 2 * D) / 16, STEP = 32 / CHUNKS;
+        constexpr int LOT = STEP < 4 ? 16 : ATTNI_CU_BLOCK / STEP;
         const int lane = (int)threadIdx.x & 31, c = lane % CHUNKS;
         row += lane / CHUNKS;
         to += (uint32_t)(lane / CHUNKS * stride + 16 * c);
@@ -2320,6 +2365,11 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                 uint32_t r[4];
                 attni_lds16(r, q + (uint32_t)(((lane >> 2) + 8 * h) * QS + 128 * (i >> 1) +
                                               32 * (lane & 3) + 16 * (i & 1)));
+                if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
+                    const uint32_t x = r[0], y = r[2];
+                    r[0] = __byte_perm(x, r[1], 0x5410), r[1] = __byte_perm(x, r[1], 0x7632);
+                    r[2] = __byte_perm(y, r[3], 0x5410), r[3] = __byte_perm(y, r[3], 0x7632);
+                }
                 r0[h] = r[0], r0[2 + h] = r[1], r1[h] = r[2], r1[2 + h] = r[3];
             }
         }
@@ -3941,7 +3991,6 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.error = c->error;
     a.cap_tasks = g->cap[3];
     a.last_task = g->cap[3] - 1;
-    a.runs = d->kv.page_tokens % 16 == 0;
     a.stages = k.stages;
     a.flow_rows = k.rows[ATTNI_CU_FEW];
     a.partial_o = (float *)partials;
@@ -3957,6 +4006,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.scale = attni_scale(d);
     a.mods = attni_cu_mods(d);
     attni_cu_alignment(&a);
+    a.runs = d->kv.page_tokens % 16 == 0 && !a.odd_rows;
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
         // a captured launch must do for every later upload
