@@ -245,6 +245,7 @@ typedef struct attni_cu_args {
     int32_t mods;             // scores need more than a positive scale
     int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
+    int32_t run;              // it does so as far as sparse terms let it
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
@@ -286,6 +287,11 @@ ATTNI_DEV void attni_cp_async4(uint32_t dst, const void *src, int n) {
 ATTNI_DEV void attni_sts16(uint32_t dst, const uint32_t x[4]) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"r"(dst), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
+ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
 }
 
 ATTNI_DEV void attni_cp_commit(void) {
@@ -635,6 +641,14 @@ template <class W> ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *
     return s->all[at >> 5] >> (at & 31) & 1;
 }
 
+// The sparse terms of every row of the tile keep the whole block.
+template <class W> ATTNI_DEV int attni_cu_kept(const attni_cu_args &a, const W *s, int32_t b) {
+    int32_t at = b - s->scan0;
+    if (!a.sparse) return 1;
+    if (at < 0 || at >= W::SCAN) return 0; // its scan has been written over: look at each row
+    return s->all[at >> 5] >> (at & 31) & 1;
+}
+
 // Page of thread i's token (of ATTNI_CU_BLOCK) in block b as the table has it; its place, -1 when
 // it is not read.
 ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
@@ -789,6 +803,12 @@ ATTNI_DEV void attni_cu_put(const attni_cu_args &a, void *o, int32_t col, float 
     else
         ((uint16_t *)o)[col] =
             (uint16_t)(a.d.o.dtype == ATTN_BF16 ? attni_pair<1>(x, 0) : attni_pair<0>(x, 0));
+}
+
+// Are its rows no multiples of 16 bytes?
+ATTNI_DEV int attni_cu_odd16(const attn_tensor &o) {
+    return (((uintptr_t)o.data | (uintptr_t)(2 * o.stride_token) |
+             (uintptr_t)(2 * o.stride_head)) & 15) != 0;
 }
 
 // Two neighbouring elements of a row of O.
@@ -1675,6 +1695,332 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     }
 };
 
+#ifndef T64
+#define T64 2
+#endif
+// Tall tiles over 16-bit pages, on devices whose shared memory takes two stages: the whole of the
+// next block is under way while one is at work, so a block costs one barrier; what a thread needs
+// of a page is one pointer where blocks lie in one piece; exponentials run between the matrix
+// products of the keys before.
+template <int BF, int DK, int DV, int R>
+struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
+    typedef attni_cu_mma<BF, 0, DK, DV, R, 0, 0> base;
+    using base::l;
+    using base::lane;
+    using base::m;
+    using base::o;
+    using base::q;
+    using base::ring;
+    using base::row;
+    using base::warp;
+    static constexpr int RS = R, NT = 8, NP = DV / 16;
+    static constexpr int FITS = base::EXACT && DK == DV && base::STAGES > 1;
+
+    int flat; // a block lies in one page, its rows one stride apart
+
+    // The page table's word for block b: of its first token, or of the thread's own.
+    __device__ __forceinline__ int32_t look_up(const attni_cu_args &a, const attni_cu_task &w,
+                                               int32_t b, int32_t *place) const {
+        if (!flat) return attni_cu_page(a, w, b, (int)threadIdx.x, place);
+        int32_t j = b * ATTNI_CU_BLOCK - w.pos0, n;
+        *place = j;
+        if (threadIdx.x || b >= w.end_block || !a.d.kv.page_table) return w.seq;
+        n = j >> a.page_shift;
+        *place = j - (n << a.page_shift);
+        return __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
+    }
+
+    // Notes where block b lies, for fetch(); buf: pointers are written while others are read.
+    __device__ __forceinline__ void locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
+                                           int32_t page, int32_t place, int buf) {
+        const int i = (int)threadIdx.x;
+        const int32_t head = s->task.kv_head;
+        if (i >= (flat ? 1 : ATTNI_CU_BLOCK) || b >= s->task.end_block) return;
+        page = attni_cu_checked(a, s, page, flat ? 0 : place);
+        (buf ? s->kscale : s->k)[i] =
+            page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
+        (buf ? s->vscale : s->v)[i] =
+            page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
+    }
+
+    // Rows of K or V from one piece of memory, the first at block position 0. some: look at each,
+    // zeros where the task does not read.
+    template <int CHUNKS>
+    __device__ __forceinline__ static void fetch_piece(uint32_t dst, const uint8_t *from,
+                                                       int64_t stride, int some,
+                                                       const attni_cu_task &w, int32_t pos) {
+        constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
+        const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
+        const int good = from != NULL;
+        from += r * stride + 16 * c;
+        dst += (uint32_t)(r * CHUNKS * 16 + ((c ^ (r & 7)) << 4));
+        stride *= STEP;
+        if (!some) {
+#pragma unroll
+            for (int i = 0; i < TURNS; i++, from += stride)
+                attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
+            return;
+        }
+#pragma unroll 1
+        for (int i = r; i < ATTNI_CU_BLOCK; i += STEP, from += stride) {
+            int32_t p = pos + i;
+            int there = good && p >= w.pos0 && p < w.hi && (p >= w.lo || p < w.sink_end);
+            attni_cp_async16(dst, from, there ? 16 : 0);
+            dst += STEP * CHUNKS * 16;
+        }
+    }
+
+    // Block b, which is located, to a stage.
+    __device__ __forceinline__ void fetch(const attni_cu_args &a, const attni_cu_shared *s,
+                                          int32_t b, int stage, int buf) const {
+        const attni_cu_task &w = s->task;
+        const int32_t pos = b * ATTNI_CU_BLOCK;
+        const int whole = pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK && !s->bad;
+        const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
+        const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
+        const uint8_t *const *kp = buf ? s->kscale : s->k, *const *vp = buf ? s->vscale : s->v;
+        if (flat) {
+            fetch_piece<DK / 8>(k, kp[0], a.k.token_bytes, !whole, w, pos);
+            fetch_piece<DV / 8>(v, vp[0], a.v.token_bytes, !whole, w, pos);
+        } else {
+            attni_cu_load_tile<DK * 2, 1, DK / 8>(a, k, kp, 2 * DK, DK / 8, whole);
+            attni_cu_load_tile<DV * 2, 1, DV / 8>(a, v, vp, 2 * DV, DV / 8, whole);
+        }
+    }
+
+    // As base's, the operands of a step on their way during the step before.
+    __device__ __forceinline__ void scores(float c[RS][NT][4], uint32_t k) {
+        const uint32_t qx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
+        const uint32_t kx = (uint32_t)(((lane >> 3 & 1) ^ (lane & 7)) << 4);
+        const uint32_t q0 = q + (uint32_t)((16 * RS * warp + (lane & 15)) * DK * 2);
+        const uint32_t k0 = k + (uint32_t)(((lane & 7) + (lane >> 4 << 3)) * DK * 2);
+        uint32_t qa[2][RS][4], kb[2][4];
+#pragma unroll
+        for (int i = 0; i < RS; i++) {
+#pragma unroll
+            for (int j = 0; j < NT; j++) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0;
+            attni_ldmatrix(qa[0][i], q0 + (uint32_t)(32 * i * DK) + qx);
+        }
+        attni_ldmatrix(kb[0], k0 + kx);
+#pragma unroll
+        for (int t = 0; t < DK / 4; t++) {
+            const int ks = t / 4, j = t % 4, u = t + 1;
+            if (u < DK / 4)
+                attni_ldmatrix(kb[u & 1], k0 + (uint32_t)(32 * (u % 4) * DK) + (32u * (u / 4) ^ kx));
+#pragma unroll
+            for (int i = 0; i < RS; i++) {
+                if (j == 1 && ks + 1 < DK / 16)
+                    attni_ldmatrix(qa[(ks + 1) & 1][i],
+                                   q0 + (uint32_t)(32 * i * DK) + (32u * (ks + 1) ^ qx));
+                attni_mma<BF>(c[i][2 * j], qa[ks & 1][i], kb[t & 1][0], kb[t & 1][1]);
+                attni_mma<BF>(c[i][2 * j + 1], qa[ks & 1][i], kb[t & 1][2], kb[t & 1][3]);
+            }
+        }
+    }
+
+    // Raises the rows' maxima as far as the scores demand.
+    __device__ __forceinline__ void maxima(const attni_cu_args &a, const float c[RS][NT][4]) {
+        float top[RS][2];
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float x = fmaxf(c[i][0][2 * h], c[i][0][2 * h + 1]);
+#pragma unroll
+                for (int j = 1; j < NT; j++)
+                    x = fmaxf(x, fmaxf(c[i][j][2 * h], c[i][j][2 * h + 1]));
+                top[i][h] = attni_quad_max(x) * a.scale;
+            }
+        base::raise(top);
+    }
+
+    // Weights n of the 4 RS pairs that a lane has of 16 keys.
+    __device__ __forceinline__ void weigh(const float c[RS][NT][4], float f, int kk, int n,
+                                          const float low[RS][2], uint32_t pa[RS][4]) {
+        const int i = n / 4, h = n & 1;
+        const float *y = &c[i][2 * kk + (n >> 1 & 1)][2 * h];
+        const float u = attni_exp2(__fmaf_rn(y[0], f, low[i][h]));
+        const float v = attni_exp2(__fmaf_rn(y[1], f, low[i][h]));
+        l[i][h][0] += u + v;
+        pa[i][n & 3] = attni_pair<BF>(u, v);
+    }
+
+    // O += weights x V, the weights of 16 keys being made between the products of those before.
+    __device__ __forceinline__ void values(const attni_cu_args &a, const float c[RS][NT][4],
+                                           uint32_t v) {
+        constexpr int STEPS = ATTNI_CU_BLOCK / 16 * NP, EACH = 4 * RS / NP ? 4 * RS / NP : 1;
+        const uint32_t vx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
+        const uint32_t v0 = v + (uint32_t)((lane & 15) * DV * 2);
+        uint32_t pa[2][RS][4], vb[2][4];
+        float low[RS][2];
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) low[i][h] = m[i][h] == ATTNI_NINF ? 0.0f : -m[i][h];
+        attni_ldmatrix_trans(vb[0], v0 + vx);
+#pragma unroll
+        for (int n = 0; n < 4 * RS; n++) weigh(c, a.scale, 0, n, low, pa[0]);
+#pragma unroll
+        for (int t = 0; t < STEPS; t++) {
+            const int kk = t / NP, j = t % NP, u = t + 1;
+            if (u < STEPS)
+                attni_ldmatrix_trans(vb[u & 1], v0 + (uint32_t)(32 * (u / NP) * DV) +
+                                                    (32u * (uint32_t)(u % NP) ^ vx));
+#pragma unroll
+            for (int n = EACH * j; n < EACH * (j + 1) && n < 4 * RS && t + NP < STEPS; n++)
+                weigh(c, a.scale, kk + 1, n, low, pa[(kk + 1) & 1]);
+#pragma unroll
+            for (int i = 0; i < RS; i++) {
+                attni_mma<BF>(o[i][2 * j], pa[kk & 1][i], vb[t & 1][0], vb[t & 1][1]);
+                attni_mma<BF>(o[i][2 * j + 1], pa[kk & 1][i], vb[t & 1][2], vb[t & 1][3]);
+            }
+        }
+    }
+
+    // What row (i, h) sees of block b. open: the masks of all rows lie in s->bits.
+    __device__ __forceinline__ uint64_t seen(const attni_cu_shared *s, int32_t b, int open, int i,
+                                             int h) const {
+        return open ? s->bits[row(i, h)]
+                    : attni_cu_closed_bits(s->row[row(i, h)], b * ATTNI_CU_BLOCK);
+    }
+
+    __device__ __forceinline__ void hide(const attni_cu_shared *s, float c[RS][NT][4], int32_t b,
+                                         int open) const {
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint64_t bits = seen(s, b, open, i, h) >> 2 * (lane & 3);
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    if (!(bits >> (8 * j) & 1)) c[i][j][2 * h] = ATTNI_NINF;
+                    if (!(bits >> (8 * j) & 2)) c[i][j][2 * h + 1] = ATTNI_NINF;
+                }
+            }
+    }
+
+    // A block that rows see in part: their masks, and whether the warp's rows see any of it. Masks
+    // that are one run of keys where the sparse terms keep the block (kept) need no exchange.
+    __device__ __forceinline__ int look(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
+                                        int kept, int *open, uint32_t v) {
+        uint64_t any = 0;
+        *open = !(a.run && kept);
+        if (*open) {
+            attni_cu_mask_rows(a, s, b);
+            if (s->seen != ~(uint64_t)0) base::blank(s, v);
+        }
+#pragma unroll
+        for (int i = 0; i < RS; i++) any |= seen(s, b, *open, i, 0) | seen(s, b, *open, i, 1);
+        return __any_sync(~0u, any != 0);
+    }
+
+    // The rows' results, through the warp's part of Q so that stores are wide.
+    __device__ __forceinline__ void write(const attni_cu_args &a, const attni_cu_shared *s) {
+        const int bf = BF || a.d.o.dtype == ATTN_BF16;
+        float sum[RS][2];
+        base::total((attni_cu_shared *)NULL, sum);
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = row(i, h);
+                const attni_cu_row &y = s->row[r];
+                float lse, f = attni_cu_close(a, y.head, m[i][h], sum[i][h], &lse);
+                if (a.d.lse && (lane & 3) == 0 && y.token >= 0)
+                    a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
+                const uint32_t to = q + (uint32_t)(r * DV * 2 + 4 * (lane & 3));
+                const uint32_t rx = (uint32_t)((r & 7) << 4);
+#pragma unroll
+                for (int j = 0; j < 2 * NP; j++) {
+                    float u = sum[i][h] == 0.0f ? 0 : o[i][j][2 * h] * f;
+                    float v = sum[i][h] == 0.0f ? 0 : o[i][j][2 * h + 1] * f;
+                    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + (16u * j ^ rx)),
+                                 "r"(bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v)) : "memory");
+                }
+            }
+        __syncwarp();
+        const int odd = attni_cu_odd16(a.d.o);
+#pragma unroll 2
+        for (int n = lane; n < 16 * RS * (DV / 8); n += 32) {
+            const int r = 16 * RS * warp + n / (DV / 8), c = n % (DV / 8);
+            const attni_cu_row &y = s->row[r];
+            uint32_t x[4];
+            if (y.token < 0) continue;
+            attni_lds16(x, q + (uint32_t)(r * DV * 2 + ((c ^ (r & 7)) << 4)));
+            uint16_t *out = (uint16_t *)attni_cu_o(a, y.token, y.head) + 8 * c;
+            if (!odd) *(uint4 *)out = make_uint4(x[0], x[1], x[2], x[3]);
+            else
+#pragma unroll
+                for (int e = 0; e < 8; e++) out[e] = (uint16_t)(x[e >> 1] >> 16 * (e & 1));
+        }
+    }
+
+    __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_shared *s,
+                                        uint8_t *smem) {
+        const attni_cu_task &w = s->task;
+        const int32_t end = w.end_block, shift = w.span_shift;
+        int32_t b, next, after, page, place, span = -1;
+        int stage = 0, kept, next_kept;
+        warp = (int)threadIdx.x >> 5;
+        lane = (int)threadIdx.x & 31;
+        base::dk = DK;
+        base::dv = DV;
+        q = attni_smem(smem + (sizeof(attni_cu_shared) + 127) / 128 * 128);
+        ring = q + base::MT * DK * 2;
+        flat = !a.odd_rows && (!a.d.kv.page_table || (a.page_shift >= 6 && w.pos0 % 64 == 0));
+        b = attni_cu_next(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
+        kept = attni_cu_kept(a, s, b);
+        page = look_up(a, w, b, &place);
+        base::load_q(a, s);
+        base::reset();
+        locate(a, s, b, page, place, 0);
+        next = b < end ? attni_cu_next(a, s, b + 1) : end;
+        next_kept = attni_cu_kept(a, s, next);
+        page = look_up(a, w, next, &place);
+        __syncthreads();
+        if (b < end) fetch(a, s, b, 0, 0);
+        attni_cp_commit();
+        locate(a, s, next, page, place, 1);
+#pragma unroll 1
+        for (;; b = next, next = after, kept = next_kept, next_kept = attni_cu_kept(a, s, next)) {
+            const int32_t at = b < end ? b >> shift : w.span1;
+            if (at != span) {
+                if (w.slots && span >= 0 && (w.slots == 2 || b >= end))
+                    base::close_span(a, s, span, 1);
+                if (w.slots == 2)
+                    attni_cu_empty_spans(a, s, span < 0 ? w.span0 : span + 1, at);
+                if (b >= end) break;
+                span = at;
+            }
+            attni_cp_wait<0>();
+            __syncthreads(); // b has come, next is located, the other stage is done with
+            if (next < end) fetch(a, s, next, stage ^ 1, stage ^ 1);
+            attni_cp_commit();
+            after = next < end ? attni_cu_next(a, s, next + 1) : end;
+            page = look_up(a, w, after, &place);
+            const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
+            const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
+            const int full = kept && b >= w.full_block && b < w.full_end;
+            int open = 0;
+            if (full || look(a, s, b, kept, &open, v)) {
+                float c[RS][NT][4];
+                scores(c, k);
+                if (!full) hide(s, c, b, open);
+                maxima(a, c);
+                values(a, c, v);
+            }
+            locate(a, s, after, page, place, stage);
+            stage ^= 1;
+        }
+        if (w.slots) return;
+        if (span < 0) { // Q is not there yet, whose place write() takes
+            attni_cp_wait<0>();
+            __syncthreads();
+        }
+        write(a, s);
+    }
+};
+
 // Tiles of 16 rows, and of 64 where a head dim leaves room for their sums and scores are plain.
 template <int BF, int Q8, int DK, int DV>
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
@@ -1693,12 +2039,17 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
 
 // Tiles of 128 rows (R 2), or 64 (wide heads, scores with extras), for long queries.
 template <int BF, int Q8, int DK, int DV, int R>
-static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : T64)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
     ATTNI_CU_TASKS({
-        attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
-        t.run(a, s, smem);
+        if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
+            attni_cu_tall<BF, DK, DV, R> t;
+            t.run(a, s, smem);
+        } else {
+            attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
+            t.run(a, s, smem);
+        }
     })
 }
 
@@ -2908,7 +3259,8 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.group = g->shape[6] > 1 ? 1 : d->n_heads / d->n_kv_heads;
     a.unit_heads = g->shape[6] > 1 ? d->n_heads : d->n_kv_heads;
     a.sparse = attni_has_sparse(&d->mask);
-    a.closed = !a.sparse && !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
+    a.run = !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
+    a.closed = !a.sparse && a.run;
     for (a.page_shift = 0; a.page_shift < 31 && d->kv.page_tokens >> a.page_shift > 1;)
         a.page_shift++;
     if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a.page_shift = -1;
