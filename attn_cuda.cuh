@@ -246,6 +246,7 @@ typedef struct attni_cu_args {
     int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
     int32_t run;              // it does so as far as sparse terms let it
+    int32_t near;             // 64 rows of a page of so many lie in one piece of less than 2 GB
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
@@ -292,6 +293,12 @@ ATTNI_DEV void attni_sts16(uint32_t dst, const uint32_t x[4]) {
 ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
+
+ATTNI_DEV uint32_t attni_lds4(uint32_t from) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    return x;
 }
 
 ATTNI_DEV void attni_cp_commit(void) {
@@ -637,14 +644,6 @@ template <class W> ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *
     if (b < s->task.full_block || b >= s->task.full_end) return 0;
     if (!a.sparse) return 1;
     int32_t at = b - s->scan0;
-    if (at < 0 || at >= W::SCAN) return 0; // its scan has been written over: look at each row
-    return s->all[at >> 5] >> (at & 31) & 1;
-}
-
-// The sparse terms of every row of the tile keep the whole block.
-template <class W> ATTNI_DEV int attni_cu_kept(const attni_cu_args &a, const W *s, int32_t b) {
-    int32_t at = b - s->scan0;
-    if (!a.sparse) return 1;
     if (at < 0 || at >= W::SCAN) return 0; // its scan has been written over: look at each row
     return s->all[at >> 5] >> (at & 31) & 1;
 }
@@ -1087,7 +1086,8 @@ __host__ __device__ constexpr int attni_cu_stage_bytes(int q8, int dk, int dv) {
 __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, int dv, int r) {
     return ((int)sizeof(attni_cu_shared) + 127) / 128 * 128 + attni_cu_rows(r) * dk * 2 +
            attni_cu_stages(arch, q8, dk, r) * attni_cu_stage_bytes(q8, dk, dv) +
-           (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128);
+           (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128) +
+           (r == 2 ? 6400 : 0); // attni_cu_tall_shared
 }
 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
@@ -1698,6 +1698,118 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 #ifndef T64
 #define T64 2
 #endif
+#ifndef SC64
+#define SC64 1
+#endif
+#ifndef SC128
+#define SC128 0
+#endif
+// What tall tiles visit, found for many blocks at once: block numbers and flags; -1: the end.
+#define ATTNI_CU_AT 0x0fffffff
+#define ATTNI_CU_FULL 0x10000000  /* every row sees all of it */
+#define ATTNI_CU_KEPT 0x20000000  /* the sparse terms of all rows keep all of it */
+#define ATTNI_CU_PIECE 0x40000000 /* all of it is read, from one piece of memory */
+
+struct attni_cu_tall_shared : attni_cu_shared {
+    int32_t queue[attni_cu_shared::SCAN + 1];
+    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each
+    int32_t queue_end;        // first block behind
+    int32_t queued[ATTNI_CU_THREADS / 32];
+};
+
+// Do rows of a block lie one stride apart, which 32 bits count?
+ATTNI_DEV int attni_cu_flat(const attni_cu_args &a, const attni_cu_task &w) {
+    return a.near && (!a.d.kv.page_table || w.pos0 % ATTNI_CU_BLOCK == 0);
+}
+
+// Block at, of the queue: its flags, and where it lies.
+ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, int i, int32_t at,
+                             int32_t page, int flat, int kept) {
+    const attni_cu_task &w = s->task;
+    const int32_t pos = at * ATTNI_CU_BLOCK;
+    int32_t flags = kept ? ATTNI_CU_KEPT : 0, j = pos - w.pos0;
+    if (kept && at >= w.full_block && at < w.full_end) flags |= ATTNI_CU_FULL;
+    if (flat) {
+        page = attni_cu_checked(a, static_cast<attni_cu_shared *>(s), page, 0);
+        if (a.d.kv.page_table) j &= a.d.kv.page_tokens - 1;
+        s->k16[i] = (uint32_t)(attni_cu_offset(a.k, page, j, w.kv_head) / 16);
+        s->v16[i] = (uint32_t)(attni_cu_offset(a.v, page, j, w.kv_head) / 16);
+        if (page >= 0 && pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK) flags |= ATTNI_CU_PIECE;
+    }
+    s->queue[i] = at | flags;
+}
+
+// Fills the queue with what is visited of SCAN blocks from b on, or of those behind if that is
+// nothing; their number, the end mark too. All threads call, four blocks each.
+ATTNI_DEV_FAR int32_t attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
+    const attni_cu_task &w = s->task;
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    const int flat = attni_cu_flat(a, w);
+    int32_t n = 0;
+    for (;; b = s->queue_end) {
+        if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
+        const int32_t b0 = b / 4 * 4 + 4 * (int32_t)threadIdx.x;
+        uint32_t some = 15, all = 15, before = 0;
+        if (a.sparse && b < w.end_block) {
+            attni_cu_scan(a, static_cast<attni_cu_shared *>(s), b);
+            some = s->any[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
+            all = s->all[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
+        }
+        int32_t page[4], mine = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t at = b0 + i;
+            if (at < b || at >= w.end_block || (at >= w.sink_block && at < w.lo_block))
+                some &= ~(1u << i);
+            page[i] = w.seq;
+            if ((some >> i & 1) && flat && a.d.kv.page_table)
+                page[i] = __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride +
+                                ((at * ATTNI_CU_BLOCK - w.pos0) >> a.page_shift));
+            uint32_t votes = __ballot_sync(~0u, some >> i & 1);
+            before += (uint32_t)__popc(votes & ((1u << lane) - 1));
+            mine += __popc(votes);
+        }
+        __syncthreads(); // the queue before has been read
+        if (lane == 0) s->queued[warp] = mine;
+        if (threadIdx.x == 0) s->queue_end = b / 4 * 4 + attni_cu_shared::SCAN;
+        __syncthreads();
+        for (int i = 0; i < ATTNI_CU_THREADS / 32; i++) {
+            if (i < warp) before += (uint32_t)s->queued[i];
+            n += s->queued[i];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (some >> i & 1)
+                attni_cu_note(a, s, (int)before++, b0 + i, page[i], flat, all >> i & 1);
+        const int32_t over = s->queue_end >= w.end_block;
+        if (threadIdx.x == 0 && over) s->queue[n] = -1;
+        n += over;
+        __syncthreads();
+        if (n) return n;
+    }
+}
+
+// Notes where the tokens of block b lie that is in no one piece; buf: one is written, one read.
+ATTNI_DEV_FAR void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int buf) {
+    const int i = (int)threadIdx.x;
+    const int32_t head = s->task.kv_head;
+    int32_t place, page = attni_cu_page(a, s->task, b, i, &place);
+    if (i >= ATTNI_CU_BLOCK) return;
+    page = attni_cu_checked(a, s, page, place);
+    (buf ? s->kscale : s->k)[i] =
+        page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
+    (buf ? s->vscale : s->v)[i] =
+        page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
+}
+
+// What there is of such a block, zeros elsewhere.
+template <int DK, int DV>
+ATTNI_DEV_FAR void attni_cu_fetch_some(const attni_cu_args &a, const attni_cu_shared *s, int buf,
+                                       uint32_t k, uint32_t v) {
+    attni_cu_load_tile<DK * 2, 1, 0>(a, k, buf ? s->kscale : s->k, 2 * DK, DK / 8, 0);
+    attni_cu_load_tile<DV * 2, 1, 0>(a, v, buf ? s->vscale : s->v, 2 * DV, DV / 8, 0);
+}
+
 // Tall tiles over 16-bit pages, on devices whose shared memory takes two stages: the whole of the
 // next block is under way while one is at work, so a block costs one barrier; what a thread needs
 // of a page is one pointer where blocks lie in one piece; exponentials run between the matrix
@@ -1713,79 +1825,41 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     using base::ring;
     using base::row;
     using base::warp;
+    uint32_t queue;
     static constexpr int RS = R, NT = 8, NP = DV / 16;
     static constexpr int FITS = base::EXACT && DK == DV && base::STAGES > 1;
 
-    int flat; // a block lies in one page, its rows one stride apart
-
-    // The page table's word for block b: of its first token, or of the thread's own.
-    __device__ __forceinline__ int32_t look_up(const attni_cu_args &a, const attni_cu_task &w,
-                                               int32_t b, int32_t *place) const {
-        if (!flat) return attni_cu_page(a, w, b, (int)threadIdx.x, place);
-        int32_t j = b * ATTNI_CU_BLOCK - w.pos0, n;
-        *place = j;
-        if (threadIdx.x || b >= w.end_block || !a.d.kv.page_table) return w.seq;
-        n = j >> a.page_shift;
-        *place = j - (n << a.page_shift);
-        return __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride + n);
-    }
-
-    // Notes where block b lies, for fetch(); buf: pointers are written while others are read.
-    __device__ __forceinline__ void locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
-                                           int32_t page, int32_t place, int buf) {
-        const int i = (int)threadIdx.x;
-        const int32_t head = s->task.kv_head;
-        if (i >= (flat ? 1 : ATTNI_CU_BLOCK) || b >= s->task.end_block) return;
-        page = attni_cu_checked(a, s, page, flat ? 0 : place);
-        (buf ? s->kscale : s->k)[i] =
-            page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
-        (buf ? s->vscale : s->v)[i] =
-            page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
-    }
-
-    // Rows of K or V from one piece of memory, the first at block position 0. some: look at each,
-    // zeros where the task does not read.
+    // Rows of K or V from one piece of memory.
     template <int CHUNKS>
     __device__ __forceinline__ static void fetch_piece(uint32_t dst, const uint8_t *from,
-                                                       int64_t stride, int some,
-                                                       const attni_cu_task &w, int32_t pos) {
+                                                       int32_t stride) {
         constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
         const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
-        const int good = from != NULL;
-        from += r * stride + 16 * c;
         dst += (uint32_t)(r * CHUNKS * 16 + ((c ^ (r & 7)) << 4));
+        from += r * stride + 16 * c;
         stride *= STEP;
-        if (!some) {
 #pragma unroll
-            for (int i = 0; i < TURNS; i++, from += stride)
-                attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
-            return;
-        }
-#pragma unroll 1
-        for (int i = r; i < ATTNI_CU_BLOCK; i += STEP, from += stride) {
-            int32_t p = pos + i;
-            int there = good && p >= w.pos0 && p < w.hi && (p >= w.lo || p < w.sink_end);
-            attni_cp_async16(dst, from, there ? 16 : 0);
-            dst += STEP * CHUNKS * 16;
-        }
+        for (int i = 0; i < TURNS; i++, from += stride)
+            attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
     }
 
-    // Block b, which is located, to a stage.
-    __device__ __forceinline__ void fetch(const attni_cu_args &a, const attni_cu_shared *s,
-                                          int32_t b, int stage, int buf) const {
-        const attni_cu_task &w = s->task;
-        const int32_t pos = b * ATTNI_CU_BLOCK;
-        const int whole = pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK && !s->bad;
+    // Entry x of the queue, number i, to a stage.
+    __device__ __forceinline__ void fetch(const attni_cu_args &a, attni_cu_tall_shared *s,
+                                          int32_t x, int i, int stage) const {
         const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
         const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
-        const uint8_t *const *kp = buf ? s->kscale : s->k, *const *vp = buf ? s->vscale : s->v;
-        if (flat) {
-            fetch_piece<DK / 8>(k, kp[0], a.k.token_bytes, !whole, w, pos);
-            fetch_piece<DV / 8>(v, vp[0], a.v.token_bytes, !whole, w, pos);
-        } else {
-            attni_cu_load_tile<DK * 2, 1, DK / 8>(a, k, kp, 2 * DK, DK / 8, whole);
-            attni_cu_load_tile<DV * 2, 1, DV / 8>(a, v, vp, 2 * DV, DV / 8, whole);
+        if (x & ATTNI_CU_PIECE) {
+            const uint32_t at = queue + (uint32_t)sizeof s->queue + 4 * (uint32_t)i;
+            const uint32_t kf = attni_lds4(at), vf = attni_lds4(at + (uint32_t)sizeof s->k16);
+            fetch_piece<DK / 8>(k, a.k.data + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
+            fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+            return;
         }
+        const int32_t pos = (x & ATTNI_CU_AT) * ATTNI_CU_BLOCK;
+        if (pos >= s->task.lo && s->task.hi - pos >= ATTNI_CU_BLOCK && !s->bad && !a.odd_rows) {
+            attni_cu_load_whole<DK * 2, 1, DK / 8>(k, stage ? s->kscale : s->k);
+            attni_cu_load_whole<DV * 2, 1, DV / 8>(v, stage ? s->vscale : s->v);
+        } else attni_cu_fetch_some<DK, DV>(a, s, stage, k, v);
     }
 
     // As base's, the operands of a step on their way during the step before.
@@ -1955,62 +2029,69 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         }
     }
 
-    __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_shared *s,
-                                        uint8_t *smem) {
-        const attni_cu_task &w = s->task;
-        const int32_t end = w.end_block, shift = w.span_shift;
-        int32_t b, next, after, page, place, span = -1;
-        int stage = 0, kept, next_kept;
+    __device__ __forceinline__ void start(const attni_cu_args &a, const attni_cu_tall_shared *s) {
         warp = (int)threadIdx.x >> 5;
         lane = (int)threadIdx.x & 31;
         base::dk = DK;
         base::dv = DV;
-        q = attni_smem(smem + (sizeof(attni_cu_shared) + 127) / 128 * 128);
+        // opaque, or the address would be made anew wherever it is used
+        asm volatile("mov.u32 %0, %1;" : "=r"(queue) : "r"(attni_smem(s->queue)));
+        q = queue + (uint32_t)((sizeof *s + 127) / 128 * 128) -
+            (uint32_t)((const uint8_t *)s->queue - (const uint8_t *)s);
         ring = q + base::MT * DK * 2;
-        flat = !a.odd_rows && (!a.d.kv.page_table || (a.page_shift >= 6 && w.pos0 % 64 == 0));
-        b = attni_cu_next(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
-        kept = attni_cu_kept(a, s, b);
-        page = look_up(a, w, b, &place);
         base::load_q(a, s);
         base::reset();
-        locate(a, s, b, page, place, 0);
-        next = b < end ? attni_cu_next(a, s, b + 1) : end;
-        next_kept = attni_cu_kept(a, s, next);
-        page = look_up(a, w, next, &place);
-        __syncthreads();
-        if (b < end) fetch(a, s, b, 0, 0);
+    }
+
+    __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_tall_shared *s) {
+        const attni_cu_task &w = s->task;
+        const int32_t shift = w.span_shift;
+        int32_t span = -1, n, at = 0, x, next;
+        int stage = 0;
+        start(a, s);
+        n = attni_cu_enqueue(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
+        x = (int32_t)attni_lds4(queue);
+        if (x >= 0) {
+            if (!(x & ATTNI_CU_PIECE)) {
+                attni_cu_locate(a, s, x & ATTNI_CU_AT, 0);
+                __syncthreads();
+            }
+            fetch(a, s, x, 0, 0);
+        }
         attni_cp_commit();
-        locate(a, s, next, page, place, 1);
 #pragma unroll 1
-        for (;; b = next, next = after, kept = next_kept, next_kept = attni_cu_kept(a, s, next)) {
-            const int32_t at = b < end ? b >> shift : w.span1;
-            if (at != span) {
-                if (w.slots && span >= 0 && (w.slots == 2 || b >= end))
+        for (;; x = next) {
+            const int32_t b = x & ATTNI_CU_AT, to = x >= 0 ? b >> shift : w.span1;
+            if (to != span) {
+                if (w.slots && span >= 0 && (w.slots == 2 || x < 0))
                     base::close_span(a, s, span, 1);
                 if (w.slots == 2)
-                    attni_cu_empty_spans(a, s, span < 0 ? w.span0 : span + 1, at);
-                if (b >= end) break;
-                span = at;
+                    attni_cu_empty_spans(a, s, span < 0 ? w.span0 : span + 1, to);
+                if (x < 0) break;
+                span = to;
             }
+            if (++at == n) {
+                n = attni_cu_enqueue(a, s, s->queue_end);
+                at = 0;
+            }
+            next = (int32_t)attni_lds4(queue + 4 * (uint32_t)at);
+            if (next >= 0 && !(next & ATTNI_CU_PIECE))
+                attni_cu_locate(a, s, next & ATTNI_CU_AT, stage ^ 1);
             attni_cp_wait<0>();
-            __syncthreads(); // b has come, next is located, the other stage is done with
-            if (next < end) fetch(a, s, next, stage ^ 1, stage ^ 1);
+            __syncthreads(); // x has come, next is located, the other stage is done with
+            if (next >= 0) fetch(a, s, next, at, stage ^ 1);
             attni_cp_commit();
-            after = next < end ? attni_cu_next(a, s, next + 1) : end;
-            page = look_up(a, w, after, &place);
             const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
             const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
-            const int full = kept && b >= w.full_block && b < w.full_end;
             int open = 0;
-            if (full || look(a, s, b, kept, &open, v)) {
-                float c[RS][NT][4];
-                scores(c, k);
-                if (!full) hide(s, c, b, open);
-                maxima(a, c);
-                values(a, c, v);
-            }
-            locate(a, s, after, page, place, stage);
             stage ^= 1;
+            if (!(x & ATTNI_CU_FULL) && !look(a, s, b, x & ATTNI_CU_KEPT, &open, v)) continue;
+            float c[RS][NT][4];
+            if (DK == 128 ? SC128 : SC64) scores(c, k);
+            else base::scores(c, k);
+            if (!(x & ATTNI_CU_FULL)) hide(s, c, b, open);
+            maxima(a, c);
+            values(a, c, v);
         }
         if (w.slots) return;
         if (span < 0) { // Q is not there yet, whose place write() takes
@@ -2045,7 +2126,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
     ATTNI_CU_TASKS({
         if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
             attni_cu_tall<BF, DK, DV, R> t;
-            t.run(a, s, smem);
+            t.run(a, static_cast<attni_cu_tall_shared *>(s));
         } else {
             attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
             t.run(a, s, smem);
@@ -2479,6 +2560,12 @@ static void attni_cu_alignment(attni_cu_args *a) {
                                    2 * q->stride_head, 16);
     a->odd_o = attni_cu_misaligned((int64_t)(uintptr_t)o->data, 2 * o->stride_token,
                                    2 * o->stride_head, 4);
+}
+
+// Can kernels take 64 rows of this side in one piece, found with 32 bits?
+static int attni_cu_near(const attni_cu_args *a, const attni_side *s) {
+    return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
+           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / a->d.kv.n_pages;
 }
 
 // Strides and the value head dim as they are.
@@ -3267,6 +3354,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.scale = attni_scale(d);
     a.mods = attni_cu_mods(d);
     attni_cu_alignment(&a);
+    a.near = attni_cu_near(&a, &a.k) && attni_cu_near(&a, &a.v);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
         // a captured launch must do for every later upload
