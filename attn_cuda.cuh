@@ -246,6 +246,7 @@ typedef struct attni_cu_args {
     int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
     int32_t run;              // it does so as far as sparse terms let it
+    int32_t wide_q, wide_o;   // rows of Q and O are found with 32 bits, 16 bytes each
     int32_t near;             // 64 rows of a page of so many lie in one piece of less than 2 GB
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
@@ -295,6 +296,11 @@ ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
 }
 
+ATTNI_DEV uint16_t attni_lds2(uint32_t from) {
+    uint16_t x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
+    return x;
+}
 ATTNI_DEV uint32_t attni_lds4(uint32_t from) {
     uint32_t x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
@@ -804,10 +810,9 @@ ATTNI_DEV void attni_cu_put(const attni_cu_args &a, void *o, int32_t col, float 
             (uint16_t)(a.d.o.dtype == ATTN_BF16 ? attni_pair<1>(x, 0) : attni_pair<0>(x, 0));
 }
 
-// Are its rows no multiples of 16 bytes?
-ATTNI_DEV int attni_cu_odd16(const attn_tensor &o) {
-    return (((uintptr_t)o.data | (uintptr_t)(2 * o.stride_token) |
-             (uintptr_t)(2 * o.stride_head)) & 15) != 0;
+// Where a row of Q or O lies, in units of 16 bytes.
+ATTNI_DEV uint32_t attni_cu_row16(const attn_tensor &x, const attni_cu_row &r) {
+    return (uint32_t)((r.token * x.stride_token + r.head * x.stride_head) >> 3);
 }
 
 // Two neighbouring elements of a row of O.
@@ -1087,7 +1092,7 @@ __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, 
     return ((int)sizeof(attni_cu_shared) + 127) / 128 * 128 + attni_cu_rows(r) * dk * 2 +
            attni_cu_stages(arch, q8, dk, r) * attni_cu_stage_bytes(q8, dk, dv) +
            (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128) +
-           (r == 2 ? 6400 : 0); // attni_cu_tall_shared
+           (r == 2 ? 7424 : 0); // attni_cu_tall_shared
 }
 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
@@ -1713,6 +1718,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 struct attni_cu_tall_shared : attni_cu_shared {
     int32_t queue[attni_cu_shared::SCAN + 1];
     uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each
+    uint32_t q16[ATTNI_CU_ROWS], o16[ATTNI_CU_ROWS]; // where rows lie, 16 bytes each; ~0: nowhere
     int32_t queue_end;        // first block behind
     int32_t queued[ATTNI_CU_THREADS / 32];
 };
@@ -1988,50 +1994,98 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         return __any_sync(~0u, any != 0);
     }
 
-    // The rows' results, through the warp's part of Q so that stores are wide.
-    __device__ __forceinline__ void write(const attni_cu_args &a, const attni_cu_shared *s) {
-        const int bf = BF || a.d.o.dtype == ATTN_BF16;
+    // The rows' results, through the warp's part of Q so that stores are wide. A lane closes one
+    // of the rows that four lanes share.
+    __device__ __forceinline__ void write(const attni_cu_args &a, const attni_cu_tall_shared *s) {
+        const int bf = BF || a.d.o.dtype == ATTN_BF16, mine = lane & 3;
         float sum[RS][2];
         base::total((attni_cu_shared *)NULL, sum);
+        float mm = m[0][0], ll = sum[0][0];
+#pragma unroll
+        for (int n = 1; n < 2 * RS; n++)
+            if (mine == n) mm = m[n / 2][n & 1], ll = sum[n / 2][n & 1];
+        const attni_cu_row &y = s->row[row(mine / 2, mine & 1)];
+        float lse, close = attni_cu_close(a, y.head, mm, ll, &lse);
+        if (a.d.lse && mine < 2 * RS && y.token >= 0)
+            a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
+        if (__any_sync(~0u, ll == 0.0f)) { // what was summed may be NaN
+#pragma unroll
+            for (int i = 0; i < RS; i++)
+#pragma unroll
+                for (int j = 0; j < 2 * NP; j++) {
+                    if (sum[i][0] == 0.0f) o[i][j][0] = o[i][j][1] = 0;
+                    if (sum[i][1] == 0.0f) o[i][j][2] = o[i][j][3] = 0;
+                }
+        }
+        const uint32_t to = q + (uint32_t)(row(0, 0) * DV * 2 + 4 * mine);
+        const uint32_t rx = (uint32_t)((lane >> 2 & 7) << 4);
 #pragma unroll
         for (int i = 0; i < RS; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const int r = row(i, h);
-                const attni_cu_row &y = s->row[r];
-                float lse, f = attni_cu_close(a, y.head, m[i][h], sum[i][h], &lse);
-                if (a.d.lse && (lane & 3) == 0 && y.token >= 0)
-                    a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
-                const uint32_t to = q + (uint32_t)(r * DV * 2 + 4 * (lane & 3));
-                const uint32_t rx = (uint32_t)((r & 7) << 4);
+                const float f = __shfl_sync(~0u, close, (lane & ~3) + 2 * i + h);
 #pragma unroll
                 for (int j = 0; j < 2 * NP; j++) {
-                    float u = sum[i][h] == 0.0f ? 0 : o[i][j][2 * h] * f;
-                    float v = sum[i][h] == 0.0f ? 0 : o[i][j][2 * h + 1] * f;
-                    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + (16u * j ^ rx)),
+                    const float u = o[i][j][2 * h] * f, v = o[i][j][2 * h + 1] * f;
+                    asm volatile("st.shared.u32 [%0], %1;"
+                                 ::"r"(to + (uint32_t)((16 * i + 8 * h) * DV * 2) + (16u * j ^ rx)),
                                  "r"(bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v)) : "memory");
                 }
             }
         __syncwarp();
-        const int odd = attni_cu_odd16(a.d.o);
-#pragma unroll 2
-        for (int n = lane; n < 16 * RS * (DV / 8); n += 32) {
-            const int r = 16 * RS * warp + n / (DV / 8), c = n % (DV / 8);
-            const attni_cu_row &y = s->row[r];
-            uint32_t x[4];
-            if (y.token < 0) continue;
-            attni_lds16(x, q + (uint32_t)(r * DV * 2 + ((c ^ (r & 7)) << 4)));
-            uint16_t *out = (uint16_t *)attni_cu_o(a, y.token, y.head) + 8 * c;
-            if (!odd) *(uint4 *)out = make_uint4(x[0], x[1], x[2], x[3]);
-            else
+        if (a.wide_o) store_rows(a, s);
+        else store_any(a, s);
+    }
+
+    __device__ __forceinline__ void store_rows(const attni_cu_args &a,
+                                               const attni_cu_tall_shared *s) const {
+        constexpr int CHUNKS = DV / 8, STEP = 32 / CHUNKS;
+        const int c = lane % CHUNKS;
+        int r = 16 * RS * warp + lane / CHUNKS;
+        const uint32_t base_o = q + (uint32_t)(r * DV * 2);
 #pragma unroll
-                for (int e = 0; e < 8; e++) out[e] = (uint16_t)(x[e >> 1] >> 16 * (e & 1));
+        for (int i = 0; i < 16 * RS / STEP; i++, r += STEP) {
+            const uint32_t at = s->o16[r];
+            uint32_t x[4];
+            attni_lds16(x, base_o + (uint32_t)(i * STEP * DV * 2 + ((c ^ (r & 7)) << 4)));
+            if (at != ~0u)
+                ((uint4 *)a.d.o.data)[(uint64_t)at + c] = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
 
-    __device__ __forceinline__ void start(const attni_cu_args &a, const attni_cu_tall_shared *s) {
+    __device__ __forceinline__ void store_any(const attni_cu_args &a,
+                                              const attni_cu_tall_shared *s) const {
+#pragma unroll 1
+        for (int n = lane; n < 16 * RS * DV; n += 32) {
+            const int r = 16 * RS * warp + n / DV, e = n % DV;
+            const attni_cu_row &y = s->row[r];
+            if (y.token >= 0)
+                ((uint16_t *)attni_cu_o(a, y.token, y.head))[e] = attni_lds2(
+                    q + (uint32_t)(r * DV * 2 + ((e / 8 ^ (r & 7)) << 4) + e % 8 * 2));
+        }
+    }
+
+    // Rows of Q whose places were noted.
+    __device__ __forceinline__ void fetch_q(const attni_cu_args &a,
+                                            const attni_cu_tall_shared *s) const {
+        constexpr int CHUNKS = DK / 8, STEP = ATTNI_CU_THREADS / CHUNKS;
+        const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
+        const uint32_t to = q + (uint32_t)(r * DK * 2 + ((c ^ (r & 7)) << 4));
+#pragma unroll
+        for (int i = 0; i < base::MT / STEP; i++) {
+            const uint32_t at = s->q16[r + i * STEP];
+            attni_cp_async16(to + (uint32_t)(i * STEP * DK * 2),
+                             (const uint4 *)a.d.q.data + (at == ~0u ? 0 : (uint64_t)at + c),
+                             at == ~0u ? 0 : 16);
+        }
+    }
+
+    __device__ __forceinline__ void start(const attni_cu_args &a, attni_cu_tall_shared *s) {
+        const attni_cu_row &x = s->row[threadIdx.x]; // the thread's own
+        s->q16[threadIdx.x] = x.token < 0 ? ~0u : attni_cu_row16(a.d.q, x);
+        s->o16[threadIdx.x] = x.token < 0 ? ~0u : attni_cu_row16(a.d.o, x);
+        asm volatile("mov.u32 %0, %1;" : "=r"(lane) : "r"(threadIdx.x & 31));
         warp = (int)threadIdx.x >> 5;
-        lane = (int)threadIdx.x & 31;
         base::dk = DK;
         base::dv = DV;
         // opaque, or the address would be made anew wherever it is used
@@ -2039,7 +2093,9 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         q = queue + (uint32_t)((sizeof *s + 127) / 128 * 128) -
             (uint32_t)((const uint8_t *)s->queue - (const uint8_t *)s);
         ring = q + base::MT * DK * 2;
-        base::load_q(a, s);
+        __syncthreads();
+        if (a.wide_q) fetch_q(a, s);
+        else base::load_q(a, s);
         base::reset();
     }
 
@@ -2566,6 +2622,15 @@ static void attni_cu_alignment(attni_cu_args *a) {
 static int attni_cu_near(const attni_cu_args *a, const attni_side *s) {
     return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
            s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / a->d.kv.n_pages;
+}
+
+// Do rows of Q or O lie at multiples of 16 bytes that 32 bits count?
+static int attni_cu_wide(const attn_desc *d, const attn_tensor *x, int64_t n_tokens) {
+    return !attni_cu_misaligned((int64_t)(uintptr_t)x->data, 2 * x->stride_token,
+                                2 * x->stride_head, 16) &&
+           x->stride_token >= 0 && x->stride_head >= 0 &&
+           x->stride_token / 8 <= INT32_MAX / (n_tokens + 1) &&
+           x->stride_head / 8 <= INT32_MAX / d->n_heads;
 }
 
 // Strides and the value head dim as they are.
@@ -3354,6 +3419,8 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.scale = attni_scale(d);
     a.mods = attni_cu_mods(d);
     attni_cu_alignment(&a);
+    a.wide_q = attni_cu_wide(&a.d, &a.d.q, g->cap[1]);
+    a.wide_o = attni_cu_wide(&a.d, &a.d.o, g->cap[1]);
     a.near = attni_cu_near(&a, &a.k) && attni_cu_near(&a, &a.v);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
