@@ -1700,16 +1700,9 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     }
 };
 
-#ifndef T64
-#define T64 2
-#endif
-#ifndef SC64
-#define SC64 1
-#endif
-#ifndef SC128
-#define SC128 0
-#endif
-// What tall tiles visit, found for many blocks at once: block numbers and flags; -1: the end.
+// What tall tiles visit, found for many blocks at once: block numbers and flags, or a mark.
+#define ATTNI_CU_END (-1)
+#define ATTNI_CU_MORE (-2)        /* the queue is to be filled anew */
 #define ATTNI_CU_AT 0x0fffffff
 #define ATTNI_CU_FULL 0x10000000  /* every row sees all of it */
 #define ATTNI_CU_KEPT 0x20000000  /* the sparse terms of all rows keep all of it */
@@ -1746,13 +1739,13 @@ ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, in
 }
 
 // Fills the queue with what is visited of SCAN blocks from b on, or of those behind if that is
-// nothing; their number, the end mark too. All threads call, four blocks each.
-ATTNI_DEV_FAR int32_t attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
+// nothing. All threads call, four blocks each.
+ATTNI_DEV_FAR void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
     const attni_cu_task &w = s->task;
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     const int flat = attni_cu_flat(a, w);
-    int32_t n = 0;
     for (;; b = s->queue_end) {
+        int32_t n = 0;
         if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
         const int32_t b0 = b / 4 * 4 + 4 * (int32_t)threadIdx.x;
         uint32_t some = 15, all = 15, before = 0;
@@ -1787,11 +1780,10 @@ ATTNI_DEV_FAR int32_t attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_sha
         for (int i = 0; i < 4; i++)
             if (some >> i & 1)
                 attni_cu_note(a, s, (int)before++, b0 + i, page[i], flat, all >> i & 1);
-        const int32_t over = s->queue_end >= w.end_block;
-        if (threadIdx.x == 0 && over) s->queue[n] = -1;
-        n += over;
+        const int over = s->queue_end >= w.end_block;
+        if (threadIdx.x == 0) s->queue[n] = over ? ATTNI_CU_END : ATTNI_CU_MORE;
         __syncthreads();
-        if (n) return n;
+        if (n || over) return;
     }
 }
 
@@ -1831,7 +1823,9 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     using base::ring;
     using base::row;
     using base::warp;
-    uint32_t queue;
+    static constexpr int KEEP = DK <= 64; // Q stays in registers
+    static constexpr int ONES = DK > 64;  // rows are summed by a product: pays where it is rare
+    uint32_t queue, qf[R][KEEP ? DK / 16 : 1][4];
     static constexpr int RS = R, NT = 8, NP = DV / 16;
     static constexpr int FITS = base::EXACT && DK == DV && base::STAGES > 1;
 
@@ -1849,14 +1843,12 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
     }
 
-    // Entry x of the queue, number i, to a stage.
+    // Entry x of the queue to a stage; kf, vf: where it lies, if in one piece.
     __device__ __forceinline__ void fetch(const attni_cu_args &a, attni_cu_tall_shared *s,
-                                          int32_t x, int i, int stage) const {
+                                          int32_t x, uint32_t kf, uint32_t vf, int stage) const {
         const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
         const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
-        if (x & ATTNI_CU_PIECE) {
-            const uint32_t at = queue + (uint32_t)sizeof s->queue + 4 * (uint32_t)i;
-            const uint32_t kf = attni_lds4(at), vf = attni_lds4(at + (uint32_t)sizeof s->k16);
+        if (x >= ATTNI_CU_PIECE) {
             fetch_piece<DK / 8>(k, a.k.data + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
             fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
             return;
@@ -1868,32 +1860,37 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         } else attni_cu_fetch_some<DK, DV>(a, s, stage, k, v);
     }
 
-    // As base's, the operands of a step on their way during the step before.
-    __device__ __forceinline__ void scores(float c[RS][NT][4], uint32_t k) {
+    // Q's part in registers, where there is room.
+    __device__ __forceinline__ void keep_q(void) {
         const uint32_t qx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
-        const uint32_t kx = (uint32_t)(((lane >> 3 & 1) ^ (lane & 7)) << 4);
         const uint32_t q0 = q + (uint32_t)((16 * RS * warp + (lane & 15)) * DK * 2);
-        const uint32_t k0 = k + (uint32_t)(((lane & 7) + (lane >> 4 << 3)) * DK * 2);
-        uint32_t qa[2][RS][4], kb[2][4];
 #pragma unroll
-        for (int i = 0; i < RS; i++) {
+        for (int n = 0; n < DK / 16 * RS && KEEP; n++)
+            attni_ldmatrix(qf[n % RS][KEEP ? n / RS : 0],
+                           q0 + (uint32_t)(32 * (n % RS) * DK) + (32u * (n / RS) ^ qx));
+    }
+
+    // As base's, from that: 32 keys and then 32 more, so that maxima are found meanwhile.
+    __device__ __forceinline__ void scores(float c[RS][NT][4], uint32_t k) {
+        const uint32_t kx = (uint32_t)(((lane >> 3 & 1) ^ (lane & 7)) << 4);
+        const uint32_t k0 = k + (uint32_t)(((lane & 7) + (lane >> 4 << 3)) * DK * 2);
+        uint32_t kb[2][4];
+#pragma unroll
+        for (int i = 0; i < RS; i++)
 #pragma unroll
             for (int j = 0; j < NT; j++) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0;
-            attni_ldmatrix(qa[0][i], q0 + (uint32_t)(32 * i * DK) + qx);
-        }
         attni_ldmatrix(kb[0], k0 + kx);
 #pragma unroll
-        for (int t = 0; t < DK / 4; t++) {
-            const int ks = t / 4, j = t % 4, u = t + 1;
+        for (int t = 0; t < DK / 4; t++) { // half, 16 dims, 16 keys
+            const int half = t / (DK / 8), ks = t / 2 % (DK / 16), j = 2 * half + t % 2, u = t + 1;
             if (u < DK / 4)
-                attni_ldmatrix(kb[u & 1], k0 + (uint32_t)(32 * (u % 4) * DK) + (32u * (u / 4) ^ kx));
+                attni_ldmatrix(kb[u & 1],
+                               k0 + (uint32_t)(32 * (2 * (u / (DK / 8)) + u % 2) * DK) +
+                                   (32u * (u / 2 % (DK / 16)) ^ kx));
 #pragma unroll
             for (int i = 0; i < RS; i++) {
-                if (j == 1 && ks + 1 < DK / 16)
-                    attni_ldmatrix(qa[(ks + 1) & 1][i],
-                                   q0 + (uint32_t)(32 * i * DK) + (32u * (ks + 1) ^ qx));
-                attni_mma<BF>(c[i][2 * j], qa[ks & 1][i], kb[t & 1][0], kb[t & 1][1]);
-                attni_mma<BF>(c[i][2 * j + 1], qa[ks & 1][i], kb[t & 1][2], kb[t & 1][3]);
+                attni_mma<BF>(c[i][2 * j], qf[i][KEEP ? ks : 0], kb[t & 1][0], kb[t & 1][1]);
+                attni_mma<BF>(c[i][2 * j + 1], qf[i][KEEP ? ks : 0], kb[t & 1][2], kb[t & 1][3]);
             }
         }
     }
@@ -1921,7 +1918,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         const float *y = &c[i][2 * kk + (n >> 1 & 1)][2 * h];
         const float u = attni_exp2(__fmaf_rn(y[0], f, low[i][h]));
         const float v = attni_exp2(__fmaf_rn(y[1], f, low[i][h]));
-        l[i][h][0] += u + v;
+        if (!ONES) l[i][h][0] += u + v;
         pa[i][n & 3] = attni_pair<BF>(u, v);
     }
 
@@ -1932,11 +1929,15 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         const uint32_t vx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
         const uint32_t v0 = v + (uint32_t)((lane & 15) * DV * 2);
         uint32_t pa[2][RS][4], vb[2][4];
-        float low[RS][2];
+        float low[RS][2], sum[RS][4];
+        const uint32_t one = lane < 4 ? BF ? 0x3f803f80u : 0x3c003c00u : 0; // column 0
 #pragma unroll
         for (int i = 0; i < RS; i++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) low[i][h] = m[i][h] == ATTNI_NINF ? 0.0f : -m[i][h];
+            for (int h = 0; h < 2; h++) {
+                low[i][h] = m[i][h] == ATTNI_NINF ? 0.0f : -m[i][h];
+                sum[i][2 * h] = sum[i][2 * h + 1] = 0;
+            }
         attni_ldmatrix_trans(vb[0], v0 + vx);
 #pragma unroll
         for (int n = 0; n < 4 * RS; n++) weigh(c, a.scale, 0, n, low, pa[0]);
@@ -1953,8 +1954,11 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             for (int i = 0; i < RS; i++) {
                 attni_mma<BF>(o[i][2 * j], pa[kk & 1][i], vb[t & 1][0], vb[t & 1][1]);
                 attni_mma<BF>(o[i][2 * j + 1], pa[kk & 1][i], vb[t & 1][2], vb[t & 1][3]);
+                if (ONES && j == 0) attni_mma<BF>(sum[i], pa[kk & 1][i], one, one);
             }
         }
+#pragma unroll
+        for (int i = 0; i < RS && ONES; i++) l[i][0][0] += sum[i][0], l[i][1][0] += sum[i][2];
     }
 
     // What row (i, h) sees of block b. open: the masks of all rows lie in s->bits.
@@ -2102,23 +2106,29 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_tall_shared *s) {
         const attni_cu_task &w = s->task;
         const int32_t shift = w.span_shift;
-        int32_t span = -1, n, at = 0, x, next;
-        int stage = 0;
+        const uint32_t k16 = (uint32_t)sizeof s->queue, v16 = k16 + (uint32_t)sizeof s->k16;
+        int32_t span = -1, x, next;
+        uint32_t at;
+        int stage = 0, begin = 1;
         start(a, s);
-        n = attni_cu_enqueue(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
-        x = (int32_t)attni_lds4(queue);
+        attni_cu_enqueue(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
+        at = queue;
+        x = (int32_t)attni_lds4(at);
         if (x >= 0) {
-            if (!(x & ATTNI_CU_PIECE)) {
+            if (x < ATTNI_CU_PIECE) {
                 attni_cu_locate(a, s, x & ATTNI_CU_AT, 0);
                 __syncthreads();
             }
-            fetch(a, s, x, 0, 0);
+            fetch(a, s, x, attni_lds4(at + k16), attni_lds4(at + v16), 0);
+            at += 4;
+            next = (int32_t)attni_lds4(at);
         }
         attni_cp_commit();
 #pragma unroll 1
-        for (;; x = next) {
-            const int32_t b = x & ATTNI_CU_AT, to = x >= 0 ? b >> shift : w.span1;
-            if (to != span) {
+        for (;; x = next, next = (int32_t)attni_lds4(at)) {
+            const int32_t b = x & ATTNI_CU_AT;
+            if (x < 0 || b >> shift != span) {
+                const int32_t to = x < 0 ? w.span1 : b >> shift;
                 if (w.slots && span >= 0 && (w.slots == 2 || x < 0))
                     base::close_span(a, s, span, 1);
                 if (w.slots == 2)
@@ -2126,16 +2136,24 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                 if (x < 0) break;
                 span = to;
             }
-            if (++at == n) {
-                n = attni_cu_enqueue(a, s, s->queue_end);
-                at = 0;
+            if (next < ATTNI_CU_PIECE) {
+                if (next == ATTNI_CU_MORE) {
+                    attni_cu_enqueue(a, s, s->queue_end);
+                    at = queue;
+                    next = (int32_t)attni_lds4(at);
+                }
+                if (next >= 0 && next < ATTNI_CU_PIECE)
+                    attni_cu_locate(a, s, next & ATTNI_CU_AT, stage ^ 1);
             }
-            next = (int32_t)attni_lds4(queue + 4 * (uint32_t)at);
-            if (next >= 0 && !(next & ATTNI_CU_PIECE))
-                attni_cu_locate(a, s, next & ATTNI_CU_AT, stage ^ 1);
+            const uint32_t kf = attni_lds4(at + k16), vf = attni_lds4(at + v16);
             attni_cp_wait<0>();
             __syncthreads(); // x has come, next is located, the other stage is done with
-            if (next >= 0) fetch(a, s, next, at, stage ^ 1);
+            if (KEEP && begin) keep_q();
+            begin = 0;
+            if (next >= 0) {
+                fetch(a, s, next, kf, vf, stage ^ 1);
+                at += 4;
+            }
             attni_cp_commit();
             const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
             const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
@@ -2143,7 +2161,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             stage ^= 1;
             if (!(x & ATTNI_CU_FULL) && !look(a, s, b, x & ATTNI_CU_KEPT, &open, v)) continue;
             float c[RS][NT][4];
-            if (DK == 128 ? SC128 : SC64) scores(c, k);
+            if (KEEP) scores(c, k);
             else base::scores(c, k);
             if (!(x & ATTNI_CU_FULL)) hide(s, c, b, open);
             maxima(a, c);
@@ -2176,7 +2194,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
 
 // Tiles of 128 rows (R 2), or 64 (wide heads, scores with extras), for long queries.
 template <int BF, int Q8, int DK, int DV, int R>
-static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : T64)
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 || !Q8 ? 2 : 3)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
     ATTNI_CU_TASKS({
