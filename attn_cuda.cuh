@@ -709,6 +709,30 @@ ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, in
     return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
 }
 
+// The rest of what is kept of a task whose rows are known: units, distinct rows. The crew calls.
+template <class W> ATTNI_DEV_FAR void attni_cu_settle(const attni_cu_args &a, W *s) {
+    int r;
+    for (r = W::me(); r < s->task.n_tokens && s->task.slots; r += W::CREW) {
+        const attni_cu_row &x = s->row[r * a.group];
+        int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
+        s->unit[r] = -1;
+        if (!first) continue;
+        if (s->task.unit >= 0) {
+            s->unit[r] = s->task.unit;
+            s->expected[r] = s->task.expected;
+        } else {
+            s->unit[r] = a.unit0[x.seq] + x.t / ATTNI_CU_UNIT;
+            s->expected[r] = a.expected[s->unit[r]];
+        }
+    }
+    if (!a.sparse) return;
+    for (r = W::me(); r < W::ROWS; r += W::CREW)
+        if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
+            s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
+    attni_cu_sync<W::CREW>();
+    if (a.n_entries >= 0) attni_cu_check_lists(a, s);
+}
+
 // Takes over task i of its kind, if there are so many: rows, distinct rows. The crew calls.
 template <class W> ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, W *s, int32_t i) {
     const int *from = (const int *)(a.task + (a.kind == ATTNI_CU_MANY ? a.last_task - i : i));
@@ -723,25 +747,7 @@ template <class W> ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, W *s
     if (i >= n) return 0;
     for (r = W::me(); r < W::ROWS; r += W::CREW) s->row[r] = attni_cu_get_row(a, s->task, r);
     attni_cu_sync<W::CREW>();
-    for (r = W::me(); r < s->task.n_tokens && s->task.slots; r += W::CREW) {
-        const attni_cu_row &x = s->row[r * a.group];
-        int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
-        s->unit[r] = -1;
-        if (!first) continue;
-        if (s->task.unit >= 0) {
-            s->unit[r] = s->task.unit;
-            s->expected[r] = s->task.expected;
-        } else {
-            s->unit[r] = a.unit0[x.seq] + x.t / ATTNI_CU_UNIT;
-            s->expected[r] = a.expected[s->unit[r]];
-        }
-    }
-    if (!a.sparse) return 1;
-    for (r = W::me(); r < W::ROWS; r += W::CREW)
-        if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
-            s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
-    attni_cu_sync<W::CREW>();
-    if (a.n_entries >= 0) attni_cu_check_lists(a, s);
+    attni_cu_settle(a, s);
     return 1;
 }
 
@@ -926,6 +932,13 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, W *s) {
     }
 }
 
+// The block is through; the last one puts the counter back.
+ATTNI_DEV void attni_cu_leave_tasks(int32_t *ticket) {
+    if (threadIdx.x != 0) return;
+    __threadfence();
+    if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;
+}
+
 // Runs every task of the kernel's kind: the arguments, with the next one's rows in s. The counter
 // is put back by the last block to leave.
 #define ATTNI_CU_TASKS(...)                                                                        \
@@ -940,10 +953,7 @@ ATTNI_DEV_FAR void attni_cu_arrive(const attni_cu_args &a, W *s) {
         __syncthreads();                                                                           \
         i = s->next;                                                                               \
     }                                                                                              \
-    if (threadIdx.x == 0) {                                                                        \
-        __threadfence();                                                                           \
-        if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;         \
-    }
+    attni_cu_leave_tasks(ticket);
 
 // ==== >>impl-convert  Quantised pages to 16-bit tiles ============================================
 
@@ -1092,7 +1102,7 @@ __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, 
     return ((int)sizeof(attni_cu_shared) + 127) / 128 * 128 + attni_cu_rows(r) * dk * 2 +
            attni_cu_stages(arch, q8, dk, r) * attni_cu_stage_bytes(q8, dk, dv) +
            (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128) +
-           (r == 2 ? 7424 : 0); // attni_cu_tall_shared
+           (r == 2 ? 7680 : 0); // attni_cu_tall_shared
 }
 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
@@ -1711,8 +1721,9 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 struct attni_cu_tall_shared : attni_cu_shared {
     int32_t queue[attni_cu_shared::SCAN + 1];
     uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each
+    attni_cu_task ahead;      // the one that comes next
     uint32_t q16[ATTNI_CU_ROWS], o16[ATTNI_CU_ROWS]; // where rows lie, 16 bytes each; ~0: nowhere
-    int32_t queue_end;        // first block behind
+    int32_t queue_end, n_tasks; // first block behind
     int32_t queued[ATTNI_CU_THREADS / 32];
 };
 
@@ -1740,7 +1751,7 @@ ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, in
 
 // Fills the queue with what is visited of SCAN blocks from b on, or of those behind if that is
 // nothing. All threads call, four blocks each.
-ATTNI_DEV_FAR void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
+ATTNI_DEV void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
     const attni_cu_task &w = s->task;
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     const int flat = attni_cu_flat(a, w);
@@ -1787,6 +1798,10 @@ ATTNI_DEV_FAR void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared
     }
 }
 
+ATTNI_DEV_FAR void attni_cu_enqueue_more(const attni_cu_args &a, attni_cu_tall_shared *s) {
+    attni_cu_enqueue(a, s, s->queue_end);
+}
+
 // Notes where the tokens of block b lie that is in no one piece; buf: one is written, one read.
 ATTNI_DEV_FAR void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int buf) {
     const int i = (int)threadIdx.x;
@@ -1806,6 +1821,34 @@ ATTNI_DEV_FAR void attni_cu_fetch_some(const attni_cu_args &a, const attni_cu_sh
                                        uint32_t k, uint32_t v) {
     attni_cu_load_tile<DK * 2, 1, 0>(a, k, buf ? s->kscale : s->k, 2 * DK, DK / 8, 0);
     attni_cu_load_tile<DV * 2, 1, 0>(a, v, buf ? s->vscale : s->v, 2 * DV, DV / 8, 0);
+}
+
+// Reads task i, if there are so many, to where the next one waits. A warp calls, lane 0 knows i.
+ATTNI_DEV void attni_cu_look_ahead(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t i) {
+    const int lane = (int)threadIdx.x & 31;
+    i = __shfl_sync(~0u, i, 0);
+    if (lane == 0) s->next = i;
+    if (i >= s->n_tasks) return;
+    const int *from = (const int *)(a.task + (a.last_task - i));
+#pragma unroll
+    for (int r = lane; r < (int)(sizeof(attni_cu_task) / 4); r += 32) ((int *)&s->ahead)[r] = from[r];
+}
+
+// The task that waits becomes the one at hand; its rows. False: there is none. All threads call.
+ATTNI_DEV int attni_cu_take(const attni_cu_args &a, attni_cu_tall_shared *s) {
+    const int r = (int)threadIdx.x;
+    __syncthreads(); // the task before is done with s
+    if (s->next >= s->n_tasks) return 0;
+    if (r < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[r] = ((const int *)&s->ahead)[r];
+    if (r == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
+    __syncthreads();
+    const attni_cu_row x = attni_cu_get_row(a, s->task, r);
+    s->row[r] = x;
+    s->q16[r] = x.token < 0 ? ~0u : attni_cu_row16(a.d.q, x);
+    s->o16[r] = x.token < 0 ? ~0u : attni_cu_row16(a.d.o, x);
+    __syncthreads();
+    if (s->task.slots || a.sparse) attni_cu_settle(a, static_cast<attni_cu_shared *>(s));
+    return 1;
 }
 
 // Tall tiles over 16-bit pages, on devices whose shared memory takes two stages: the whole of the
@@ -2085,9 +2128,6 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     }
 
     __device__ __forceinline__ void start(const attni_cu_args &a, attni_cu_tall_shared *s) {
-        const attni_cu_row &x = s->row[threadIdx.x]; // the thread's own
-        s->q16[threadIdx.x] = x.token < 0 ? ~0u : attni_cu_row16(a.d.q, x);
-        s->o16[threadIdx.x] = x.token < 0 ? ~0u : attni_cu_row16(a.d.o, x);
         asm volatile("mov.u32 %0, %1;" : "=r"(lane) : "r"(threadIdx.x & 31));
         warp = (int)threadIdx.x >> 5;
         base::dk = DK;
@@ -2097,21 +2137,20 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         q = queue + (uint32_t)((sizeof *s + 127) / 128 * 128) -
             (uint32_t)((const uint8_t *)s->queue - (const uint8_t *)s);
         ring = q + base::MT * DK * 2;
-        __syncthreads();
         if (a.wide_q) fetch_q(a, s);
         else base::load_q(a, s);
-        base::reset();
     }
 
-    __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_tall_shared *s) {
+    // The task at hand; then: number of the one behind, thread 0 knows.
+    __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_tall_shared *s,
+                                        int32_t then) {
         const attni_cu_task &w = s->task;
-        const int32_t shift = w.span_shift;
         const uint32_t k16 = (uint32_t)sizeof s->queue, v16 = k16 + (uint32_t)sizeof s->k16;
-        int32_t span = -1, x, next;
+        int32_t border = 0, x, next; // border: first block behind the span, 0 before there is one
         uint32_t at;
         int stage = 0, begin = 1;
         start(a, s);
-        attni_cu_enqueue(a, s, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
+        attni_cu_enqueue(a, s, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
         at = queue;
         x = (int32_t)attni_lds4(at);
         if (x >= 0) {
@@ -2124,21 +2163,25 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             next = (int32_t)attni_lds4(at);
         }
         attni_cp_commit();
+        if (warp == 0) attni_cu_look_ahead(a, s, then); // while the first block comes
+        base::reset();
 #pragma unroll 1
         for (;; x = next, next = (int32_t)attni_lds4(at)) {
             const int32_t b = x & ATTNI_CU_AT;
-            if (x < 0 || b >> shift != span) {
-                const int32_t to = x < 0 ? w.span1 : b >> shift;
-                if (w.slots && span >= 0 && (w.slots == 2 || x < 0))
+            if (x < 0 || b >= border) {
+                const int32_t span = border ? (border >> w.span_shift) - 1 : -1;
+                const int32_t to = x < 0 ? w.span1 : b >> w.span_shift;
+                if (w.slots && border && (w.slots == 2 || x < 0))
                     base::close_span(a, s, span, 1);
-                if (w.slots == 2)
-                    attni_cu_empty_spans(a, s, span < 0 ? w.span0 : span + 1, to);
+                if (w.slots == 2) attni_cu_empty_spans(a, s, border ? span + 1 : w.span0, to);
                 if (x < 0) break;
-                span = to;
+                border = (to + 1) << w.span_shift;
             }
+            // opaque: what follows from it would be kept for the whole loop, where nothing is free
+            asm volatile("mov.u32 %0, %0;" : "+r"(lane));
             if (next < ATTNI_CU_PIECE) {
                 if (next == ATTNI_CU_MORE) {
-                    attni_cu_enqueue(a, s, s->queue_end);
+                    attni_cu_enqueue_more(a, s);
                     at = queue;
                     next = (int32_t)attni_lds4(at);
                 }
@@ -2168,7 +2211,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             values(a, c, v);
         }
         if (w.slots) return;
-        if (span < 0) { // Q is not there yet, whose place write() takes
+        if (!border) { // Q is not there yet, whose place write() takes
             attni_cp_wait<0>();
             __syncthreads();
         }
@@ -2197,14 +2240,25 @@ template <int BF, int Q8, int DK, int DV, int R>
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 || !Q8 ? 2 : 3)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
-    ATTNI_CU_TASKS({
-        if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
+    if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
+        attni_cu_tall_shared *s = (attni_cu_tall_shared *)(void *)smem;
+        int32_t *ticket = a.ticket + 2 * a.kind;
+        if (threadIdx.x == 0) s->n_tasks = a.header->n_tasks[a.kind];
+        __syncwarp();
+        if (threadIdx.x < 32) attni_cu_look_ahead(a, s, (int32_t)blockIdx.x);
+        while (attni_cu_take(a, s)) {
             attni_cu_tall<BF, DK, DV, R> t;
-            t.run(a, static_cast<attni_cu_tall_shared *>(s));
-        } else {
-            attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
-            t.run(a, s, smem);
+            int32_t next = 0;
+            if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);
+            t.run(a, s, next);
+            if (s->task.slots) attni_cu_arrive<ATTNI_CU_THREADS>(a, static_cast<attni_cu_shared *>(s));
         }
+        attni_cu_leave_tasks(ticket);
+        return;
+    }
+    ATTNI_CU_TASKS({
+        attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
+        t.run(a, s, smem);
     })
 }
 
