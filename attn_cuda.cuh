@@ -1713,7 +1713,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 // What tall tiles visit, found for many blocks at once: block numbers and flags, or a mark.
 #define ATTNI_CU_END (-1)
 #define ATTNI_CU_MORE (-2)        /* the queue is to be filled anew */
-#define ATTNI_CU_AT 0x0fffffff
+#define ATTNI_CU_AT 0x07ffffff
+#define ATTNI_CU_STAGE 0x08000000 /* where it lies in shared memory */
 #define ATTNI_CU_FULL 0x10000000  /* every row sees all of it */
 #define ATTNI_CU_KEPT 0x20000000  /* the sparse terms of all rows keep all of it */
 #define ATTNI_CU_PIECE 0x40000000 /* all of it is read, from one piece of memory */
@@ -1869,6 +1870,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     static constexpr int KEEP = DK <= 64; // Q stays in registers
     static constexpr int ONES = DK > 64;  // rows are summed by a product: pays where it is rare
     uint32_t queue, qf[R][KEEP ? DK / 16 : 1][4];
+    float sum[R][4];          // of the rows, columns as of an accumulator
     static constexpr int RS = R, NT = 8, NP = DV / 16;
     static constexpr int FITS = base::EXACT && DK == DV && base::STAGES > 1;
 
@@ -1951,16 +1953,45 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                     x = fmaxf(x, fmaxf(c[i][j][2 * h], c[i][j][2 * h + 1]));
                 top[i][h] = attni_quad_max(x) * a.scale;
             }
+        if (ONES) {
+#pragma unroll
+            for (int i = 0; i < RS; i++) l[i][0][0] = sum[i][0], l[i][1][0] = sum[i][2];
+        }
         base::raise(top);
+        if (ONES) {
+#pragma unroll
+            for (int i = 0; i < RS; i++) sum[i][0] = l[i][0][0], sum[i][2] = l[i][1][0];
+        }
+    }
+
+    // Nothing is seen yet. A maximum is finite in here, so that differences with it are numbers.
+    __device__ __forceinline__ void clear(void) {
+        base::reset();
+#pragma unroll
+        for (int i = 0; i < RS; i++) {
+            m[i][0] = m[i][1] = least();
+            sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0;
+        }
+    }
+    __device__ __forceinline__ static float least(void) { return __int_as_float((int)0xff7fffff); }
+
+    // The state as others know it.
+    __device__ __forceinline__ void settle(void) {
+#pragma unroll
+        for (int i = 0; i < 2 * RS; i++) {
+            float &x = m[i / 2][i & 1];
+            x = x == least() ? ATTNI_NINF : x;
+            if (ONES) l[i / 2][i & 1][0] = sum[i / 2][2 * (i & 1)];
+        }
     }
 
     // Weights n of the 4 RS pairs that a lane has of 16 keys.
     __device__ __forceinline__ void weigh(const float c[RS][NT][4], float f, int kk, int n,
-                                          const float low[RS][2], uint32_t pa[RS][4]) {
+                                          uint32_t pa[RS][4]) {
         const int i = n / 4, h = n & 1;
         const float *y = &c[i][2 * kk + (n >> 1 & 1)][2 * h];
-        const float u = attni_exp2(__fmaf_rn(y[0], f, low[i][h]));
-        const float v = attni_exp2(__fmaf_rn(y[1], f, low[i][h]));
+        const float u = attni_exp2(__fmaf_rn(y[0], f, -m[i][h]));
+        const float v = attni_exp2(__fmaf_rn(y[1], f, -m[i][h]));
         if (!ONES) l[i][h][0] += u + v;
         pa[i][n & 3] = attni_pair<BF>(u, v);
     }
@@ -1972,18 +2003,10 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         const uint32_t vx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
         const uint32_t v0 = v + (uint32_t)((lane & 15) * DV * 2);
         uint32_t pa[2][RS][4], vb[2][4];
-        float low[RS][2], sum[RS][4];
         const uint32_t one = lane < 4 ? BF ? 0x3f803f80u : 0x3c003c00u : 0; // column 0
-#pragma unroll
-        for (int i = 0; i < RS; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                low[i][h] = m[i][h] == ATTNI_NINF ? 0.0f : -m[i][h];
-                sum[i][2 * h] = sum[i][2 * h + 1] = 0;
-            }
         attni_ldmatrix_trans(vb[0], v0 + vx);
 #pragma unroll
-        for (int n = 0; n < 4 * RS; n++) weigh(c, a.scale, 0, n, low, pa[0]);
+        for (int n = 0; n < 4 * RS; n++) weigh(c, a.scale, 0, n, pa[0]);
 #pragma unroll
         for (int t = 0; t < STEPS; t++) {
             const int kk = t / NP, j = t % NP, u = t + 1;
@@ -1992,7 +2015,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                                                     (32u * (uint32_t)(u % NP) ^ vx));
 #pragma unroll
             for (int n = EACH * j; n < EACH * (j + 1) && n < 4 * RS && t + NP < STEPS; n++)
-                weigh(c, a.scale, kk + 1, n, low, pa[(kk + 1) & 1]);
+                weigh(c, a.scale, kk + 1, n, pa[(kk + 1) & 1]);
 #pragma unroll
             for (int i = 0; i < RS; i++) {
                 attni_mma<BF>(o[i][2 * j], pa[kk & 1][i], vb[t & 1][0], vb[t & 1][1]);
@@ -2000,8 +2023,6 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                 if (ONES && j == 0) attni_mma<BF>(sum[i], pa[kk & 1][i], one, one);
             }
         }
-#pragma unroll
-        for (int i = 0; i < RS && ONES; i++) l[i][0][0] += sum[i][0], l[i][1][0] += sum[i][2];
     }
 
     // What row (i, h) sees of block b. open: the masks of all rows lie in s->bits.
@@ -2045,12 +2066,12 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     // of the rows that four lanes share.
     __device__ __forceinline__ void write(const attni_cu_args &a, const attni_cu_tall_shared *s) {
         const int bf = BF || a.d.o.dtype == ATTN_BF16, mine = lane & 3;
-        float sum[RS][2];
-        base::total((attni_cu_shared *)NULL, sum);
-        float mm = m[0][0], ll = sum[0][0];
+        float sums[RS][2];
+        base::total((attni_cu_shared *)NULL, sums);
+        float mm = m[0][0], ll = sums[0][0];
 #pragma unroll
         for (int n = 1; n < 2 * RS; n++)
-            if (mine == n) mm = m[n / 2][n & 1], ll = sum[n / 2][n & 1];
+            if (mine == n) mm = m[n / 2][n & 1], ll = sums[n / 2][n & 1];
         const attni_cu_row &y = s->row[row(mine / 2, mine & 1)];
         float lse, close = attni_cu_close(a, y.head, mm, ll, &lse);
         if (a.d.lse && mine < 2 * RS && y.token >= 0)
@@ -2060,8 +2081,8 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             for (int i = 0; i < RS; i++)
 #pragma unroll
                 for (int j = 0; j < 2 * NP; j++) {
-                    if (sum[i][0] == 0.0f) o[i][j][0] = o[i][j][1] = 0;
-                    if (sum[i][1] == 0.0f) o[i][j][2] = o[i][j][3] = 0;
+                    if (sums[i][0] == 0.0f) o[i][j][0] = o[i][j][1] = 0;
+                    if (sums[i][1] == 0.0f) o[i][j][2] = o[i][j][3] = 0;
                 }
         }
         const uint32_t to = q + (uint32_t)(row(0, 0) * DV * 2 + 4 * mine);
@@ -2146,9 +2167,10 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                                         int32_t then) {
         const attni_cu_task &w = s->task;
         const uint32_t k16 = (uint32_t)sizeof s->queue, v16 = k16 + (uint32_t)sizeof s->k16;
-        int32_t border = 0, x, next; // border: first block behind the span, 0 before there is one
+        volatile int32_t border = 0; // first block behind the span, 0 before there is one
+        int32_t x, next;
         uint32_t at;
-        int stage = 0, begin = 1;
+        int begin = 1;
         start(a, s);
         attni_cu_enqueue(a, s, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
         at = queue;
@@ -2164,16 +2186,19 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         }
         attni_cp_commit();
         if (warp == 0) attni_cu_look_ahead(a, s, then); // while the first block comes
-        base::reset();
+        clear();
 #pragma unroll 1
-        for (;; x = next, next = (int32_t)attni_lds4(at)) {
+        for (;; x = next | (~x & ATTNI_CU_STAGE), next = (int32_t)attni_lds4(at)) {
             const int32_t b = x & ATTNI_CU_AT;
             if (x < 0 || b >= border) {
-                const int32_t span = border ? (border >> w.span_shift) - 1 : -1;
-                const int32_t to = x < 0 ? w.span1 : b >> w.span_shift;
-                if (w.slots && border && (w.slots == 2 || x < 0))
+                const int32_t to = x < 0 ? w.span1 : b >> w.span_shift, behind = border;
+                const int32_t span = behind ? (behind >> w.span_shift) - 1 : w.span0 - 1;
+                if (w.slots && behind && (w.slots == 2 || x < 0)) {
+                    settle();
                     base::close_span(a, s, span, 1);
-                if (w.slots == 2) attni_cu_empty_spans(a, s, border ? span + 1 : w.span0, to);
+                    clear();
+                }
+                if (w.slots == 2) attni_cu_empty_spans(a, s, span + 1, to);
                 if (x < 0) break;
                 border = (to + 1) << w.span_shift;
             }
@@ -2186,7 +2211,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                     next = (int32_t)attni_lds4(at);
                 }
                 if (next >= 0 && next < ATTNI_CU_PIECE)
-                    attni_cu_locate(a, s, next & ATTNI_CU_AT, stage ^ 1);
+                    attni_cu_locate(a, s, next & ATTNI_CU_AT, !(x & ATTNI_CU_STAGE));
             }
             const uint32_t kf = attni_lds4(at + k16), vf = attni_lds4(at + v16);
             attni_cp_wait<0>();
@@ -2194,14 +2219,13 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             if (KEEP && begin) keep_q();
             begin = 0;
             if (next >= 0) {
-                fetch(a, s, next, kf, vf, stage ^ 1);
+                fetch(a, s, next, kf, vf, !(x & ATTNI_CU_STAGE));
                 at += 4;
             }
             attni_cp_commit();
-            const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
+            const uint32_t k = ring + (x & ATTNI_CU_STAGE ? (uint32_t)base::STAGE : 0);
             const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
             int open = 0;
-            stage ^= 1;
             if (!(x & ATTNI_CU_FULL) && !look(a, s, b, x & ATTNI_CU_KEPT, &open, v)) continue;
             float c[RS][NT][4];
             if (KEEP) scores(c, k);
@@ -2215,6 +2239,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             attni_cp_wait<0>();
             __syncthreads();
         }
+        settle();
         write(a, s);
     }
 };
