@@ -245,6 +245,7 @@ typedef struct attni_cu_args {
     int32_t mods;             // scores need more than a positive scale
     int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
+    int32_t listed;           // a list of whole blocks of keys is the only sparse term
     int32_t run;              // it does so as far as sparse terms let it
     int32_t wide_q, wide_o;   // rows of Q and O are found with 32 bits, 16 bytes each
     int32_t near;             // 64 rows of a page of so many lie in one piece of less than 2 GB
@@ -1750,11 +1751,59 @@ ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, in
     s->queue[i] = at | flags;
 }
 
+// As attni_cu_scan where a block list is the only sparse term and the tile's rows share a row of
+// it: its entries say it all.
+ATTNI_DEV void attni_cu_scan_list(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const attni_cu_row &x = s->row[s->distinct[0]];
+    const int64_t *rs = l->row_start +
+                        attni_list_of(&a.d, l->n_lists, x.head) * ((int64_t)l->n_rows + 1) +
+                        attni_list_row(&a.d, x.seq, x.pos);
+    const int32_t each = l->kv_block / ATTNI_CU_BLOCK, scan0 = b / 4 * 4;
+    if (threadIdx.x < attni_cu_shared::SCAN / 32) s->any[threadIdx.x] = s->all[threadIdx.x] = 0;
+    if (threadIdx.x == 0) s->scan0 = scan0;
+    __syncthreads();
+    for (int64_t e = rs[0] + threadIdx.x; e < rs[1]; e += ATTNI_CU_THREADS) {
+        const int32_t from = l->block[e] * each - scan0;
+        for (int32_t i = attni_max32(from, 0);
+             i < attni_min32(from + each, attni_cu_shared::SCAN); i++) {
+            atomicOr(&s->any[i >> 5], 1u << (i & 31));
+            atomicOr(&s->all[i >> 5], 1u << (i & 31));
+        }
+    }
+    __syncthreads();
+}
+
+// How many of the block's threads' bits lie before the thread's own, and of all.
+ATTNI_DEV void attni_cu_rank(attni_cu_tall_shared *s, uint32_t bits, uint32_t *before, int32_t *n) {
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int32_t mine = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t votes = __ballot_sync(~0u, bits >> i & 1);
+        *before += (uint32_t)__popc(votes & ((1u << lane) - 1));
+        mine += __popc(votes);
+    }
+    if (lane == 0) s->queued[warp] = mine;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ATTNI_CU_THREADS / 32; i++) {
+        if (i < warp) *before += (uint32_t)s->queued[i];
+        *n += s->queued[i];
+    }
+}
+
+// How many of the blocks [b, e) lie in what the task reads.
+ATTNI_DEV int32_t attni_cu_count(const attni_cu_task &w, int32_t b, int32_t e) {
+    e = attni_min32(e, w.end_block);
+    return attni_max32(e - b, 0) -
+           attni_max32(attni_min32(e, w.lo_block) - attni_max32(b, w.sink_block), 0);
+}
+
 // Fills the queue with what is visited of SCAN blocks from b on, or of those behind if that is
-// nothing. All threads call, four blocks each.
+// nothing. All threads call, four blocks each, behind a barrier.
 ATTNI_DEV void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
     const attni_cu_task &w = s->task;
-    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     const int flat = attni_cu_flat(a, w);
     for (;; b = s->queue_end) {
         int32_t n = 0;
@@ -1762,11 +1811,12 @@ ATTNI_DEV void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s,
         const int32_t b0 = b / 4 * 4 + 4 * (int32_t)threadIdx.x;
         uint32_t some = 15, all = 15, before = 0;
         if (a.sparse && b < w.end_block) {
-            attni_cu_scan(a, static_cast<attni_cu_shared *>(s), b);
+            if (a.listed && s->n_distinct == 1) attni_cu_scan_list(a, s, b);
+            else attni_cu_scan(a, static_cast<attni_cu_shared *>(s), b);
             some = s->any[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
             all = s->all[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
         }
-        int32_t page[4], mine = 0;
+        int32_t page[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int32_t at = b0 + i;
@@ -1776,35 +1826,35 @@ ATTNI_DEV void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s,
             if ((some >> i & 1) && flat && a.d.kv.page_table)
                 page[i] = __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride +
                                 ((at * ATTNI_CU_BLOCK - w.pos0) >> a.page_shift));
-            uint32_t votes = __ballot_sync(~0u, some >> i & 1);
-            before += (uint32_t)__popc(votes & ((1u << lane) - 1));
-            mine += __popc(votes);
         }
-        __syncthreads(); // the queue before has been read
-        if (lane == 0) s->queued[warp] = mine;
-        if (threadIdx.x == 0) s->queue_end = b / 4 * 4 + attni_cu_shared::SCAN;
-        __syncthreads();
-        for (int i = 0; i < ATTNI_CU_THREADS / 32; i++) {
-            if (i < warp) before += (uint32_t)s->queued[i];
-            n += s->queued[i];
+        const int32_t end = b / 4 * 4 + attni_cu_shared::SCAN;
+        if (a.sparse) attni_cu_rank(s, some, &before, &n);
+        else {
+            before = (uint32_t)attni_cu_count(w, b, b0);
+            n = attni_cu_count(w, b, end);
         }
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (some >> i & 1)
                 attni_cu_note(a, s, (int)before++, b0 + i, page[i], flat, all >> i & 1);
-        const int over = s->queue_end >= w.end_block;
-        if (threadIdx.x == 0) s->queue[n] = over ? ATTNI_CU_END : ATTNI_CU_MORE;
+        const int over = end >= w.end_block;
+        if (threadIdx.x == 0) {
+            s->queue[n] = over ? ATTNI_CU_END : ATTNI_CU_MORE;
+            s->queue_end = end;
+        }
         __syncthreads();
         if (n || over) return;
     }
 }
 
 ATTNI_DEV_FAR void attni_cu_enqueue_more(const attni_cu_args &a, attni_cu_tall_shared *s) {
-    attni_cu_enqueue(a, s, s->queue_end);
+    const int32_t b = s->queue_end;
+    __syncthreads(); // the queue before has been read
+    attni_cu_enqueue(a, s, b);
 }
 
 // Notes where the tokens of block b lie that is in no one piece; buf: one is written, one read.
-ATTNI_DEV_FAR void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int buf) {
+ATTNI_DEV void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int buf) {
     const int i = (int)threadIdx.x;
     const int32_t head = s->task.kv_head;
     int32_t place, page = attni_cu_page(a, s->task, b, i, &place);
@@ -1832,7 +1882,8 @@ ATTNI_DEV void attni_cu_look_ahead(const attni_cu_args &a, attni_cu_tall_shared 
     if (i >= s->n_tasks) return;
     const int *from = (const int *)(a.task + (a.last_task - i));
 #pragma unroll
-    for (int r = lane; r < (int)(sizeof(attni_cu_task) / 4); r += 32) ((int *)&s->ahead)[r] = from[r];
+    for (int r = lane; r < (int)(sizeof(attni_cu_task) / 4); r += 32)
+        ((int *)&s->ahead)[r] = from[r];
 }
 
 // The task that waits becomes the one at hand; its rows. False: there is none. All threads call.
@@ -2051,15 +2102,15 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     // that are one run of keys where the sparse terms keep the block (kept) need no exchange.
     __device__ __forceinline__ int look(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
                                         int kept, int *open, uint32_t v) {
-        uint64_t any = 0;
         *open = !(a.run && kept);
         if (*open) {
             attni_cu_mask_rows(a, s, b);
             if (s->seen != ~(uint64_t)0) base::blank(s, v);
         }
-#pragma unroll
-        for (int i = 0; i < RS; i++) any |= seen(s, b, *open, i, 0) | seen(s, b, *open, i, 1);
-        return __any_sync(~0u, any != 0);
+        const int r = 16 * RS * warp + lane % (16 * RS), pos = b * ATTNI_CU_BLOCK;
+        const attni_cu_row &x = s->row[r];
+        return __any_sync(~0u, *open ? s->bits[r] != 0
+                                     : attni_max32(x.lo, pos) < attni_min32(x.hi - pos, 64) + pos);
     }
 
     // The rows' results, through the warp's part of Q so that stores are wide. A lane closes one
@@ -2276,7 +2327,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
             int32_t next = 0;
             if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);
             t.run(a, s, next);
-            if (s->task.slots) attni_cu_arrive<ATTNI_CU_THREADS>(a, static_cast<attni_cu_shared *>(s));
+            if (s->task.slots)
+                attni_cu_arrive<ATTNI_CU_THREADS>(a, static_cast<attni_cu_shared *>(s));
         }
         attni_cu_leave_tasks(ticket);
         return;
@@ -3508,6 +3560,9 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.group = g->shape[6] > 1 ? 1 : d->n_heads / d->n_kv_heads;
     a.unit_heads = g->shape[6] > 1 ? d->n_heads : d->n_kv_heads;
     a.sparse = attni_has_sparse(&d->mask);
+    a.listed = d->mask.blocks.row_start && !d->mask.blocks.bits &&
+               d->mask.blocks.kv_block % ATTNI_CU_BLOCK == 0 && !d->mask.stride.block &&
+               !d->mask.vslash.block && !d->mask.keep_sink && !d->mask.keep_recent;
     a.run = !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
     a.closed = !a.sparse && a.run;
     for (a.page_shift = 0; a.page_shift < 31 && d->kv.page_tokens >> a.page_shift > 1;)
