@@ -248,7 +248,7 @@ typedef struct attni_cu_args {
     int32_t listed;           // a list of whole blocks of keys is the only sparse term
     int32_t run;              // it does so as far as sparse terms let it
     int32_t wide_q, wide_o;   // rows of Q and O are found with 32 bits, 16 bytes each
-    int32_t near;             // 64 rows of a page of so many lie in one piece of less than 2 GB
+    int32_t pieces;           // 64 rows of a page of so many lie in one piece of less than 2 GB
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
@@ -1103,7 +1103,7 @@ __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, 
     return ((int)sizeof(attni_cu_shared) + 127) / 128 * 128 + attni_cu_rows(r) * dk * 2 +
            attni_cu_stages(arch, q8, dk, r) * attni_cu_stage_bytes(q8, dk, dv) +
            (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128) +
-           (r == 2 ? 7680 : 0); // attni_cu_tall_shared
+           (attni_cu_stages(arch, q8, dk, r) > 1 && r == 2 && !q8 ? 7680 : 0); // tall_shared
 }
 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
@@ -1729,9 +1729,12 @@ struct attni_cu_tall_shared : attni_cu_shared {
     int32_t queued[ATTNI_CU_THREADS / 32];
 };
 
+static_assert(sizeof(attni_cu_tall_shared) + 127 <= sizeof(attni_cu_shared) + 7680,
+              "attni_cu_smem_bytes counts on it");
+
 // Do rows of a block lie one stride apart, which 32 bits count?
 ATTNI_DEV int attni_cu_flat(const attni_cu_args &a, const attni_cu_task &w) {
-    return a.near && (!a.d.kv.page_table || w.pos0 % ATTNI_CU_BLOCK == 0);
+    return a.pieces && (!a.d.kv.page_table || w.pos0 % ATTNI_CU_BLOCK == 0);
 }
 
 // Block at, of the queue: its flags, and where it lies.
@@ -2313,7 +2316,9 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
 
 // Tiles of 128 rows (R 2), or 64 (wide heads, scores with extras), for long queries.
 template <int BF, int Q8, int DK, int DV, int R>
-static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 || !Q8 ? 2 : 3)
+static __global__ void __launch_bounds__(
+    ATTNI_CU_THREADS,
+    DK > 128 ? 1 : DK > 64 || (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) ? 2 : 3)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
     if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
@@ -2768,7 +2773,7 @@ static void attni_cu_alignment(attni_cu_args *a) {
 }
 
 // Can kernels take 64 rows of this side in one piece, found with 32 bits?
-static int attni_cu_near(const attni_cu_args *a, const attni_side *s) {
+static int attni_cu_in_pieces(const attni_cu_args *a, const attni_side *s) {
     return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
            s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / a->d.kv.n_pages;
 }
@@ -3573,7 +3578,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     attni_cu_alignment(&a);
     a.wide_q = attni_cu_wide(&a.d, &a.d.q, g->cap[1]);
     a.wide_o = attni_cu_wide(&a.d, &a.d.o, g->cap[1]);
-    a.near = attni_cu_near(&a, &a.k) && attni_cu_near(&a, &a.v);
+    a.pieces = attni_cu_in_pieces(&a, &a.k) && attni_cu_in_pieces(&a, &a.v);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
         // a captured launch must do for every later upload
