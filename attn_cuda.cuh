@@ -246,6 +246,10 @@ typedef struct attni_cu_args {
     int32_t mods;             // scores need more than a positive scale
     int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
+    int32_t listed;           // a list of whole blocks of keys is the only sparse term
+    int32_t run;              // it does so as far as sparse terms let it
+    int32_t wide_q, wide_o;   // rows of Q and O are found with 32 bits, 16 bytes each
+    int32_t pieces;           // 64 rows of a page of so many lie in one piece of less than 2 GB
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     int32_t runs;             // of 16 tokens in every page
     int32_t stages, flow_rows; // of attni_cu_flow: blocks in its ring, rows of a tile at most
@@ -301,6 +305,16 @@ ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
 ATTNI_DEV void attni_lds8(uint32_t x[2], uint32_t from) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(x[0]), "=r"(x[1]) : "r"(from) : "memory");
+}
+ATTNI_DEV uint16_t attni_lds2(uint32_t from) {
+    uint16_t x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
+    return x;
+}
+ATTNI_DEV uint32_t attni_lds4(uint32_t from) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    return x;
 }
 
 ATTNI_DEV void attni_cp_commit(void) {
@@ -728,7 +742,7 @@ ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, in
 }
 
 // Task i of its kind to s, if there are so many. The crew calls.
-template <class W> ATTNI_DEV int attni_cu_take(const attni_cu_args &a, W *s, int32_t i) {
+template <class W> ATTNI_DEV int attni_cu_draw(const attni_cu_args &a, W *s, int32_t i) {
     const int *from = (const int *)(a.task + (a.kind == ATTNI_CU_MANY ? a.last_task - i : i));
     attni_cu_sync<W::CREW>(); // the task before is done with s
     if (i >= a.cap_tasks) return 0;
@@ -741,11 +755,8 @@ template <class W> ATTNI_DEV int attni_cu_take(const attni_cu_args &a, W *s, int
     return i < n;
 }
 
-// Rows of the first n / group tokens, and which of them differ. The crew calls.
-template <class W> ATTNI_DEV void attni_cu_rows_of_task(const attni_cu_args &a, W *s, int n) {
-    for (int r = W::me(); r < n; r += W::CREW) s->row[r] = attni_cu_get_row(a, s->task, r);
-    attni_cu_sync<W::CREW>();
-    if (!a.sparse) return;
+// Which of the first n rows differ in sparse terms. The crew calls.
+template <class W> ATTNI_DEV void attni_cu_distinct(const attni_cu_args &a, W *s, int n) {
     for (int r = W::me(); r < n; r += W::CREW)
         if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
             s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
@@ -754,7 +765,7 @@ template <class W> ATTNI_DEV void attni_cu_rows_of_task(const attni_cu_args &a, 
 }
 
 // Units that the task's rows are the first of. The crew calls.
-template <class W> ATTNI_DEV void attni_cu_units_of_task(const attni_cu_args &a, W *s) {
+template <class W> ATTNI_DEV void attni_cu_units(const attni_cu_args &a, W *s) {
     for (int r = W::me(); r < s->task.n_tokens && s->task.slots; r += W::CREW) {
         const attni_cu_row &x = s->row[r * a.group];
         int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
@@ -770,10 +781,18 @@ template <class W> ATTNI_DEV void attni_cu_units_of_task(const attni_cu_args &a,
     }
 }
 
-template <class W> ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, W *s, int32_t i) {
-    if (!attni_cu_take(a, s, i)) return 0;
-    attni_cu_rows_of_task(a, s, W::ROWS);
-    attni_cu_units_of_task(a, s);
+// What is kept of a task whose rows are known. All threads call.
+ATTNI_DEV_FAR void attni_cu_settle(const attni_cu_args &a, attni_cu_shared *s) {
+    attni_cu_units(a, s);
+    if (a.sparse) attni_cu_distinct(a, s, attni_cu_shared::ROWS);
+}
+
+// Takes over task i of its kind, if there are so many. All threads call.
+ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int32_t i) {
+    if (!attni_cu_draw(a, s, i)) return 0;
+    s->row[threadIdx.x] = attni_cu_get_row(a, s->task, (int)threadIdx.x); // as many as threads
+    __syncthreads();
+    attni_cu_settle(a, s);
     return 1;
 }
 
@@ -840,6 +859,11 @@ ATTNI_DEV void attni_cu_put(const attni_cu_args &a, void *o, int32_t col, float 
     else
         ((uint16_t *)o)[col] =
             (uint16_t)(a.d.o.dtype == ATTN_BF16 ? attni_pair<1>(x, 0) : attni_pair<0>(x, 0));
+}
+
+// Where a row of Q or O lies, in units of 16 bytes.
+ATTNI_DEV uint32_t attni_cu_row16(const attn_tensor &x, const attni_cu_row &r) {
+    return (uint32_t)((r.token * x.stride_token + r.head * x.stride_head) >> 3);
 }
 
 // Two neighbouring elements of a row of O.
@@ -910,7 +934,8 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, const attni_cu_link *l
                 }
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
-                    const float v0 = __shfl_sync(~0u, w0, i1 + i), v1 = __shfl_sync(~0u, w1, i1 + i);
+                    const float v0 = __shfl_sync(~0u, w0, i1 + i);
+                    const float v1 = __shfl_sync(~0u, w1, i1 + i);
                     const float lv = __shfl_sync(~0u, lw, i1 + i);
                     if (!(all >> (i1 + i) & 1)) continue;
                     l = __fmaf_rn(l, v0, lv);
@@ -984,6 +1009,16 @@ ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) {
     }
 }
 
+// The block is through; the last one puts the counter back.
+ATTNI_DEV void attni_cu_leave_tasks(int32_t *ticket) {
+    __threadfence();
+    if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;
+}
+
+template <class W> ATTNI_DEV_FAR void attni_cu_arrive_far(const attni_cu_args &a, W *s) {
+    attni_cu_arrive<ATTNI_CU_THREADS>(a, s);
+}
+
 // Runs every task of the kernel's kind: the arguments, with the next one's rows in s. The counter
 // is put back by the last block to leave.
 #define ATTNI_CU_TASKS(...)                                                                        \
@@ -993,15 +1028,12 @@ ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) {
         int32_t next = 0;                                                                          \
         if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);                    \
         __VA_ARGS__;                                                                               \
-        attni_cu_arrive<ATTNI_CU_THREADS>(a, s);                                                   \
+        attni_cu_arrive_far(a, s);                                                                 \
         if (threadIdx.x == 0) s->next = next;                                                      \
         __syncthreads();                                                                           \
         i = s->next;                                                                               \
     }                                                                                              \
-    if (threadIdx.x == 0) {                                                                        \
-        __threadfence();                                                                           \
-        if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;         \
-    }
+    if (threadIdx.x == 0) attni_cu_leave_tasks(ticket);
 
 // ==== >>impl-convert  Quantised pages to 16-bit tiles ============================================
 
@@ -1101,7 +1133,8 @@ template <int BF, int T> ATTNI_DEV void attni_cu_every_other(uint32_t w, uint32_
         // the fields are moved as in attni_cu_small4
         constexpr int E4 = T == ATTN_F8E4M3, DOWN = BF ? E4 ? 4 : 3 : E4 ? 1 : 0;
         constexpr uint32_t MASK = (0x7f007f00u >> DOWN) & (0x7f00u >> DOWN | 0x7f000000u >> DOWN);
-        constexpr uint32_t UP = BF ? E4 ? 0x7b807b80u : 0x77807780u : E4 ? 0x5c005c00u : 0x3c003c00u;
+        constexpr uint32_t UP =
+            BF ? E4 ? 0x7b807b80u : 0x77807780u : E4 ? 0x5c005c00u : 0x3c003c00u;
         const uint32_t v = i ? w >> DOWN : w << (8 - DOWN), s = i ? w : w << 8;
         const uint32_t u = (s & 0x80008000u) | (v & MASK);
         out[i] = BF ? attni_fma_bf16(u, UP, 0x80008000u) : attni_mul_f16(u, UP);
@@ -1232,7 +1265,8 @@ __host__ __device__ constexpr int attni_cu_stage_bytes(int q8, int dk, int dv) {
 __host__ __device__ constexpr int attni_cu_smem_bytes(int arch, int q8, int dk, int dv, int r) {
     return ((int)sizeof(attni_cu_shared) + 127) / 128 * 128 + attni_cu_rows(r) * dk * 2 +
            attni_cu_stages(arch, q8, dk, r) * attni_cu_stage_bytes(q8, dk, dv) +
-           (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128);
+           (q8 ? ATTNI_CU_BLOCK * (dk + dv) * 2 : 0) + (r ? 0 : 16 * 128) +
+           (attni_cu_stages(arch, q8, dk, r) > 1 && r == 2 && !q8 ? 7680 : 0); // tall_shared
 }
 
 // Rows of n bytes to shared memory: 16-byte chunks, up to `chunks` of them with zeros behind n.
@@ -1840,6 +1874,593 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     }
 };
 
+// What tall tiles visit, found for many blocks at once: block numbers and flags, or a mark.
+#define ATTNI_CU_END (-1)
+#define ATTNI_CU_MORE (-2)        /* the queue is to be filled anew */
+#define ATTNI_CU_AT 0x07ffffff
+#define ATTNI_CU_STAGE 0x08000000 /* where it lies in shared memory */
+#define ATTNI_CU_FULL 0x10000000  /* every row sees all of it */
+#define ATTNI_CU_KEPT 0x20000000  /* the sparse terms of all rows keep all of it */
+#define ATTNI_CU_PIECE 0x40000000 /* all of it is read, from one piece of memory */
+
+struct attni_cu_tall_shared : attni_cu_shared {
+    int32_t queue[attni_cu_shared::SCAN + 1];
+    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each
+    attni_cu_task ahead;      // the one that comes next
+    uint32_t q16[ATTNI_CU_ROWS], o16[ATTNI_CU_ROWS]; // where rows lie, 16 bytes each; ~0: nowhere
+    int32_t queue_end, n_tasks; // first block behind
+    int32_t queued[ATTNI_CU_THREADS / 32];
+};
+
+static_assert(sizeof(attni_cu_tall_shared) + 127 <= sizeof(attni_cu_shared) + 7680,
+              "attni_cu_smem_bytes counts on it");
+
+// Do rows of a block lie one stride apart, which 32 bits count?
+ATTNI_DEV int attni_cu_flat(const attni_cu_args &a, const attni_cu_task &w) {
+    return a.pieces && (!a.d.kv.page_table || w.pos0 % ATTNI_CU_BLOCK == 0);
+}
+
+// Block at, of the queue: its flags, and where it lies.
+ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, int i, int32_t at,
+                             int32_t page, int flat, int kept) {
+    const attni_cu_task &w = s->task;
+    const int32_t pos = at * ATTNI_CU_BLOCK;
+    int32_t flags = kept ? ATTNI_CU_KEPT : 0, j = pos - w.pos0;
+    if (kept && at >= w.full_block && at < w.full_end) flags |= ATTNI_CU_FULL;
+    if (flat) {
+        page = attni_cu_checked(a, static_cast<attni_cu_shared *>(s), page, 0);
+        if (a.d.kv.page_table) j &= a.d.kv.page_tokens - 1;
+        s->k16[i] = (uint32_t)(attni_cu_offset(a.k, page, j, w.kv_head) / 16);
+        s->v16[i] = (uint32_t)(attni_cu_offset(a.v, page, j, w.kv_head) / 16);
+        if (page >= 0 && pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK) flags |= ATTNI_CU_PIECE;
+    }
+    s->queue[i] = at | flags;
+}
+
+// As attni_cu_scan where a block list is the only sparse term and the tile's rows share a row of
+// it: its entries say it all.
+ATTNI_DEV void attni_cu_scan_list(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const attni_cu_row &x = s->row[s->distinct[0]];
+    const int64_t *rs = l->row_start +
+                        attni_list_of(&a.d, l->n_lists, x.head) * ((int64_t)l->n_rows + 1) +
+                        attni_list_row(&a.d, x.seq, x.pos);
+    const int32_t each = l->kv_block / ATTNI_CU_BLOCK, scan0 = b / 4 * 4;
+    if (threadIdx.x < attni_cu_shared::SCAN / 32) s->any[threadIdx.x] = s->all[threadIdx.x] = 0;
+    if (threadIdx.x == 0) s->scan0 = scan0;
+    __syncthreads();
+    for (int64_t e = rs[0] + threadIdx.x; e < rs[1]; e += ATTNI_CU_THREADS) {
+        const int32_t from = l->block[e] * each - scan0;
+        for (int32_t i = attni_max32(from, 0);
+             i < attni_min32(from + each, attni_cu_shared::SCAN); i++) {
+            atomicOr(&s->any[i >> 5], 1u << (i & 31));
+            atomicOr(&s->all[i >> 5], 1u << (i & 31));
+        }
+    }
+    __syncthreads();
+}
+
+// How many of the block's threads' bits lie before the thread's own, and of all.
+ATTNI_DEV void attni_cu_rank(attni_cu_tall_shared *s, uint32_t bits, uint32_t *before, int32_t *n) {
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int32_t mine = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t votes = __ballot_sync(~0u, bits >> i & 1);
+        *before += (uint32_t)__popc(votes & ((1u << lane) - 1));
+        mine += __popc(votes);
+    }
+    if (lane == 0) s->queued[warp] = mine;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < ATTNI_CU_THREADS / 32; i++) {
+        if (i < warp) *before += (uint32_t)s->queued[i];
+        *n += s->queued[i];
+    }
+}
+
+// How many of the blocks [b, e) lie in what the task reads.
+ATTNI_DEV int32_t attni_cu_count(const attni_cu_task &w, int32_t b, int32_t e) {
+    e = attni_min32(e, w.end_block);
+    return attni_max32(e - b, 0) -
+           attni_max32(attni_min32(e, w.lo_block) - attni_max32(b, w.sink_block), 0);
+}
+
+// Fills the queue with what is visited of SCAN blocks from b on, or of those behind if that is
+// nothing. All threads call, four blocks each, behind a barrier.
+ATTNI_DEV void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
+    const attni_cu_task &w = s->task;
+    const int flat = attni_cu_flat(a, w);
+    for (;; b = s->queue_end) {
+        int32_t n = 0;
+        if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
+        const int32_t b0 = b / 4 * 4 + 4 * (int32_t)threadIdx.x;
+        uint32_t some = 15, all = 15, before = 0;
+        if (a.sparse && b < w.end_block) {
+            if (a.listed && s->n_distinct == 1) attni_cu_scan_list(a, s, b);
+            else attni_cu_scan(a, static_cast<attni_cu_shared *>(s), b);
+            some = s->any[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
+            all = s->all[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
+        }
+        int32_t page[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int32_t at = b0 + i;
+            if (at < b || at >= w.end_block || (at >= w.sink_block && at < w.lo_block))
+                some &= ~(1u << i);
+            page[i] = w.seq;
+            if ((some >> i & 1) && flat && a.d.kv.page_table)
+                page[i] = __ldg(a.d.kv.page_table + w.seq * a.d.kv.page_table_stride +
+                                ((at * ATTNI_CU_BLOCK - w.pos0) >> a.page_shift));
+        }
+        const int32_t end = b / 4 * 4 + attni_cu_shared::SCAN;
+        if (a.sparse) attni_cu_rank(s, some, &before, &n);
+        else {
+            before = (uint32_t)attni_cu_count(w, b, b0);
+            n = attni_cu_count(w, b, end);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (some >> i & 1)
+                attni_cu_note(a, s, (int)before++, b0 + i, page[i], flat, all >> i & 1);
+        const int over = end >= w.end_block;
+        if (threadIdx.x == 0) {
+            s->queue[n] = over ? ATTNI_CU_END : ATTNI_CU_MORE;
+            s->queue_end = end;
+        }
+        __syncthreads();
+        if (n || over) return;
+    }
+}
+
+ATTNI_DEV_FAR void attni_cu_enqueue_more(const attni_cu_args &a, attni_cu_tall_shared *s) {
+    const int32_t b = s->queue_end;
+    __syncthreads(); // the queue before has been read
+    attni_cu_enqueue(a, s, b);
+}
+
+// Notes where the tokens of block b lie that is in no one piece; buf: one is written, one read.
+ATTNI_DEV void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int buf) {
+    const int i = (int)threadIdx.x;
+    const int32_t head = s->task.kv_head;
+    int32_t place, page = attni_cu_page(a, s->task, b, i, &place);
+    if (i >= ATTNI_CU_BLOCK) return;
+    page = attni_cu_checked(a, s, page, place);
+    (buf ? s->kscale : s->k)[i] =
+        page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
+    (buf ? s->vscale : s->v)[i] =
+        page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
+}
+
+// What there is of such a block, zeros elsewhere.
+template <int DK, int DV>
+ATTNI_DEV_FAR void attni_cu_fetch_some(const attni_cu_args &a, const attni_cu_shared *s, int buf,
+                                       uint32_t k, uint32_t v) {
+    attni_cu_load_tile<DK * 2, 1, 0>(a, k, buf ? s->kscale : s->k, 2 * DK, DK / 8, 0);
+    attni_cu_load_tile<DV * 2, 1, 0>(a, v, buf ? s->vscale : s->v, 2 * DV, DV / 8, 0);
+}
+
+// Reads task i, if there are so many, to where the next one waits. A warp calls, lane 0 knows i.
+ATTNI_DEV void attni_cu_look_ahead(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t i) {
+    const int lane = (int)threadIdx.x & 31;
+    i = __shfl_sync(~0u, i, 0);
+    if (lane == 0) s->next = i;
+    if (i >= s->n_tasks) return;
+    const int *from = (const int *)(a.task + (a.last_task - i));
+#pragma unroll
+    for (int r = lane; r < (int)(sizeof(attni_cu_task) / 4); r += 32)
+        ((int *)&s->ahead)[r] = from[r];
+}
+
+// The task that waits becomes the one at hand; its rows. False: there is none. All threads call.
+ATTNI_DEV int attni_cu_take(const attni_cu_args &a, attni_cu_tall_shared *s) {
+    const int r = (int)threadIdx.x;
+    __syncthreads(); // the task before is done with s
+    if (s->next >= s->n_tasks) return 0;
+    if (r < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[r] = ((const int *)&s->ahead)[r];
+    if (r == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
+    __syncthreads();
+    const attni_cu_row x = attni_cu_get_row(a, s->task, r);
+    s->row[r] = x;
+    s->q16[r] = x.token < 0 ? ~0u : attni_cu_row16(a.d.q, x);
+    s->o16[r] = x.token < 0 ? ~0u : attni_cu_row16(a.d.o, x);
+    __syncthreads();
+    if (s->task.slots || a.sparse) attni_cu_settle(a, static_cast<attni_cu_shared *>(s));
+    return 1;
+}
+
+// Tall tiles over 16-bit pages, on devices whose shared memory takes two stages: the whole of the
+// next block is under way while one is at work, so a block costs one barrier; what a thread needs
+// of a page is one pointer where blocks lie in one piece; exponentials run between the matrix
+// products of the keys before.
+template <int BF, int DK, int DV, int R>
+struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
+    typedef attni_cu_mma<BF, 0, DK, DV, R, 0, 0> base;
+    using base::l;
+    using base::lane;
+    using base::m;
+    using base::o;
+    using base::q;
+    using base::ring;
+    using base::row;
+    using base::warp;
+    static constexpr int KEEP = DK <= 64; // Q stays in registers
+    static constexpr int ONES = DK > 64;  // rows are summed by a product: pays where it is rare
+    uint32_t queue, qf[R][KEEP ? DK / 16 : 1][4];
+    float sum[R][4];          // of the rows, columns as of an accumulator
+    static constexpr int RS = R, NT = 8, NP = DV / 16;
+    static constexpr int FITS = base::EXACT && DK == DV && base::STAGES > 1;
+
+    // Rows of K or V from one piece of memory.
+    template <int CHUNKS>
+    __device__ __forceinline__ static void fetch_piece(uint32_t dst, const uint8_t *from,
+                                                       int32_t stride) {
+        constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
+        const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
+        dst += (uint32_t)(r * CHUNKS * 16 + ((c ^ (r & 7)) << 4));
+        from += r * stride + 16 * c;
+        stride *= STEP;
+#pragma unroll
+        for (int i = 0; i < TURNS; i++, from += stride)
+            attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
+    }
+
+    // Entry x of the queue to a stage; kf, vf: where it lies, if in one piece.
+    __device__ __forceinline__ void fetch(const attni_cu_args &a, attni_cu_tall_shared *s,
+                                          int32_t x, uint32_t kf, uint32_t vf, int stage) const {
+        const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
+        const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
+        if (x >= ATTNI_CU_PIECE) {
+            fetch_piece<DK / 8>(k, a.k.data + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
+            fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+            return;
+        }
+        const int32_t pos = (x & ATTNI_CU_AT) * ATTNI_CU_BLOCK;
+        if (pos >= s->task.lo && s->task.hi - pos >= ATTNI_CU_BLOCK && !s->bad && !a.odd_rows) {
+            attni_cu_load_whole<DK * 2, 1, DK / 8>(k, stage ? s->kscale : s->k);
+            attni_cu_load_whole<DV * 2, 1, DV / 8>(v, stage ? s->vscale : s->v);
+        } else attni_cu_fetch_some<DK, DV>(a, s, stage, k, v);
+    }
+
+    // Q's part in registers, where there is room.
+    __device__ __forceinline__ void keep_q(void) {
+        const uint32_t qx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
+        const uint32_t q0 = q + (uint32_t)((16 * RS * warp + (lane & 15)) * DK * 2);
+#pragma unroll
+        for (int n = 0; n < DK / 16 * RS && KEEP; n++)
+            attni_ldmatrix(qf[n % RS][KEEP ? n / RS : 0],
+                           q0 + (uint32_t)(32 * (n % RS) * DK) + (32u * (n / RS) ^ qx));
+    }
+
+    // As base's, from that: 32 keys and then 32 more, so that maxima are found meanwhile.
+    __device__ __forceinline__ void scores(float c[RS][NT][4], uint32_t k) {
+        const uint32_t kx = (uint32_t)(((lane >> 3 & 1) ^ (lane & 7)) << 4);
+        const uint32_t k0 = k + (uint32_t)(((lane & 7) + (lane >> 4 << 3)) * DK * 2);
+        uint32_t kb[2][4];
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++) c[i][j][0] = c[i][j][1] = c[i][j][2] = c[i][j][3] = 0;
+        attni_ldmatrix(kb[0], k0 + kx);
+#pragma unroll
+        for (int t = 0; t < DK / 4; t++) { // half, 16 dims, 16 keys
+            const int half = t / (DK / 8), ks = t / 2 % (DK / 16), j = 2 * half + t % 2, u = t + 1;
+            if (u < DK / 4)
+                attni_ldmatrix(kb[u & 1],
+                               k0 + (uint32_t)(32 * (2 * (u / (DK / 8)) + u % 2) * DK) +
+                                   (32u * (u / 2 % (DK / 16)) ^ kx));
+#pragma unroll
+            for (int i = 0; i < RS; i++) {
+                attni_mma<BF>(c[i][2 * j], qf[i][KEEP ? ks : 0], kb[t & 1][0], kb[t & 1][1]);
+                attni_mma<BF>(c[i][2 * j + 1], qf[i][KEEP ? ks : 0], kb[t & 1][2], kb[t & 1][3]);
+            }
+        }
+    }
+
+    // Raises the rows' maxima as far as the scores demand.
+    __device__ __forceinline__ void maxima(const attni_cu_args &a, const float c[RS][NT][4]) {
+        float top[RS][2];
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float x = fmaxf(c[i][0][2 * h], c[i][0][2 * h + 1]);
+#pragma unroll
+                for (int j = 1; j < NT; j++)
+                    x = fmaxf(x, fmaxf(c[i][j][2 * h], c[i][j][2 * h + 1]));
+                top[i][h] = attni_quad_max(x) * a.scale;
+            }
+        if (ONES) {
+#pragma unroll
+            for (int i = 0; i < RS; i++) l[i][0][0] = sum[i][0], l[i][1][0] = sum[i][2];
+        }
+        base::raise(top);
+        if (ONES) {
+#pragma unroll
+            for (int i = 0; i < RS; i++) sum[i][0] = l[i][0][0], sum[i][2] = l[i][1][0];
+        }
+    }
+
+    // Nothing is seen yet. A maximum is finite in here, so that differences with it are numbers.
+    __device__ __forceinline__ void clear(void) {
+        base::reset();
+#pragma unroll
+        for (int i = 0; i < RS; i++) {
+            m[i][0] = m[i][1] = least();
+            sum[i][0] = sum[i][1] = sum[i][2] = sum[i][3] = 0;
+        }
+    }
+    __device__ __forceinline__ static float least(void) { return __int_as_float((int)0xff7fffff); }
+
+    // The state as others know it.
+    __device__ __forceinline__ void settle(void) {
+#pragma unroll
+        for (int i = 0; i < 2 * RS; i++) {
+            float &x = m[i / 2][i & 1];
+            x = x == least() ? ATTNI_NINF : x;
+            if (ONES) l[i / 2][i & 1][0] = sum[i / 2][2 * (i & 1)];
+        }
+    }
+
+    // Weights n of the 4 RS pairs that a lane has of 16 keys.
+    __device__ __forceinline__ void weigh(const float c[RS][NT][4], float f, int kk, int n,
+                                          uint32_t pa[RS][4]) {
+        const int i = n / 4, h = n & 1;
+        const float *y = &c[i][2 * kk + (n >> 1 & 1)][2 * h];
+        const float u = attni_exp2(__fmaf_rn(y[0], f, -m[i][h]));
+        const float v = attni_exp2(__fmaf_rn(y[1], f, -m[i][h]));
+        if (!ONES) l[i][h][0] += u + v;
+        pa[i][n & 3] = attni_pair<BF>(u, v);
+    }
+
+    // O += weights x V, the weights of 16 keys being made between the products of those before.
+    __device__ __forceinline__ void values(const attni_cu_args &a, const float c[RS][NT][4],
+                                           uint32_t v) {
+        constexpr int STEPS = ATTNI_CU_BLOCK / 16 * NP, EACH = 4 * RS / NP ? 4 * RS / NP : 1;
+        const uint32_t vx = (uint32_t)((lane >> 4 ^ (lane & 7)) << 4);
+        const uint32_t v0 = v + (uint32_t)((lane & 15) * DV * 2);
+        uint32_t pa[2][RS][4], vb[2][4];
+        const uint32_t one = lane < 4 ? BF ? 0x3f803f80u : 0x3c003c00u : 0; // column 0
+        attni_ldmatrix_trans(vb[0], v0 + vx);
+#pragma unroll
+        for (int n = 0; n < 4 * RS; n++) weigh(c, a.scale, 0, n, pa[0]);
+#pragma unroll
+        for (int t = 0; t < STEPS; t++) {
+            const int kk = t / NP, j = t % NP, u = t + 1;
+            if (u < STEPS)
+                attni_ldmatrix_trans(vb[u & 1], v0 + (uint32_t)(32 * (u / NP) * DV) +
+                                                    (32u * (uint32_t)(u % NP) ^ vx));
+#pragma unroll
+            for (int n = EACH * j; n < EACH * (j + 1) && n < 4 * RS && t + NP < STEPS; n++)
+                weigh(c, a.scale, kk + 1, n, pa[(kk + 1) & 1]);
+#pragma unroll
+            for (int i = 0; i < RS; i++) {
+                attni_mma<BF>(o[i][2 * j], pa[kk & 1][i], vb[t & 1][0], vb[t & 1][1]);
+                attni_mma<BF>(o[i][2 * j + 1], pa[kk & 1][i], vb[t & 1][2], vb[t & 1][3]);
+                if (ONES && j == 0) attni_mma<BF>(sum[i], pa[kk & 1][i], one, one);
+            }
+        }
+    }
+
+    // What row (i, h) sees of block b. open: the masks of all rows lie in s->bits.
+    __device__ __forceinline__ uint64_t seen(const attni_cu_shared *s, int32_t b, int open, int i,
+                                             int h) const {
+        return open ? s->bits[row(i, h)]
+                    : attni_cu_closed_bits(s->row[row(i, h)], b * ATTNI_CU_BLOCK);
+    }
+
+    __device__ __forceinline__ void hide(const attni_cu_shared *s, float c[RS][NT][4], int32_t b,
+                                         int open) const {
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                uint64_t bits = seen(s, b, open, i, h) >> 2 * (lane & 3);
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    if (!(bits >> (8 * j) & 1)) c[i][j][2 * h] = ATTNI_NINF;
+                    if (!(bits >> (8 * j) & 2)) c[i][j][2 * h + 1] = ATTNI_NINF;
+                }
+            }
+    }
+
+    // A block that rows see in part: their masks, and whether the warp's rows see any of it. Masks
+    // that are one run of keys where the sparse terms keep the block (kept) need no exchange.
+    __device__ __forceinline__ int look(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
+                                        int kept, int *open, uint32_t v) {
+        *open = !(a.run && kept);
+        if (*open) {
+            attni_cu_mask_rows(a, s, b);
+            if (s->seen != ~(uint64_t)0) base::blank(s, v);
+        }
+        const int r = 16 * RS * warp + lane % (16 * RS), pos = b * ATTNI_CU_BLOCK;
+        const attni_cu_row &x = s->row[r];
+        return __any_sync(~0u, *open ? s->bits[r] != 0
+                                     : attni_max32(x.lo, pos) < attni_min32(x.hi - pos, 64) + pos);
+    }
+
+    // The rows' results, through the warp's part of Q so that stores are wide. A lane closes one
+    // of the rows that four lanes share.
+    __device__ __forceinline__ void write(const attni_cu_args &a, const attni_cu_tall_shared *s) {
+        const int bf = BF || a.d.o.dtype == ATTN_BF16, mine = lane & 3;
+        float sums[RS][2];
+        base::total((attni_cu_shared *)NULL, sums);
+        float mm = m[0][0], ll = sums[0][0];
+#pragma unroll
+        for (int n = 1; n < 2 * RS; n++)
+            if (mine == n) mm = m[n / 2][n & 1], ll = sums[n / 2][n & 1];
+        const attni_cu_row &y = s->row[row(mine / 2, mine & 1)];
+        float lse, close = attni_cu_close(a, y.head, mm, ll, &lse);
+        if (a.d.lse && mine < 2 * RS && y.token >= 0)
+            a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
+        if (__any_sync(~0u, ll == 0.0f)) { // what was summed may be NaN
+#pragma unroll
+            for (int i = 0; i < RS; i++)
+#pragma unroll
+                for (int j = 0; j < 2 * NP; j++) {
+                    if (sums[i][0] == 0.0f) o[i][j][0] = o[i][j][1] = 0;
+                    if (sums[i][1] == 0.0f) o[i][j][2] = o[i][j][3] = 0;
+                }
+        }
+        const uint32_t to = q + (uint32_t)(row(0, 0) * DV * 2 + 4 * mine);
+        const uint32_t rx = (uint32_t)((lane >> 2 & 7) << 4);
+#pragma unroll
+        for (int i = 0; i < RS; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float f = __shfl_sync(~0u, close, (lane & ~3) + 2 * i + h);
+#pragma unroll
+                for (int j = 0; j < 2 * NP; j++) {
+                    const float u = o[i][j][2 * h] * f, v = o[i][j][2 * h + 1] * f;
+                    asm volatile("st.shared.u32 [%0], %1;"
+                                 ::"r"(to + (uint32_t)((16 * i + 8 * h) * DV * 2) + (16u * j ^ rx)),
+                                 "r"(bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v)) : "memory");
+                }
+            }
+        __syncwarp();
+        if (a.wide_o) store_rows(a, s);
+        else store_any(a, s);
+    }
+
+    __device__ __forceinline__ void store_rows(const attni_cu_args &a,
+                                               const attni_cu_tall_shared *s) const {
+        constexpr int CHUNKS = DV / 8, STEP = 32 / CHUNKS;
+        const int c = lane % CHUNKS;
+        int r = 16 * RS * warp + lane / CHUNKS;
+        const uint32_t base_o = q + (uint32_t)(r * DV * 2);
+#pragma unroll
+        for (int i = 0; i < 16 * RS / STEP; i++, r += STEP) {
+            const uint32_t at = s->o16[r];
+            uint32_t x[4];
+            attni_lds16(x, base_o + (uint32_t)(i * STEP * DV * 2 + ((c ^ (r & 7)) << 4)));
+            if (at != ~0u)
+                ((uint4 *)a.d.o.data)[(uint64_t)at + c] = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+    }
+
+    __device__ __forceinline__ void store_any(const attni_cu_args &a,
+                                              const attni_cu_tall_shared *s) const {
+#pragma unroll 1
+        for (int n = lane; n < 16 * RS * DV; n += 32) {
+            const int r = 16 * RS * warp + n / DV, e = n % DV;
+            const attni_cu_row &y = s->row[r];
+            if (y.token >= 0)
+                ((uint16_t *)attni_cu_o(a, y.token, y.head))[e] = attni_lds2(
+                    q + (uint32_t)(r * DV * 2 + ((e / 8 ^ (r & 7)) << 4) + e % 8 * 2));
+        }
+    }
+
+    // Rows of Q whose places were noted.
+    __device__ __forceinline__ void fetch_q(const attni_cu_args &a,
+                                            const attni_cu_tall_shared *s) const {
+        constexpr int CHUNKS = DK / 8, STEP = ATTNI_CU_THREADS / CHUNKS;
+        const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
+        const uint32_t to = q + (uint32_t)(r * DK * 2 + ((c ^ (r & 7)) << 4));
+#pragma unroll
+        for (int i = 0; i < base::MT / STEP; i++) {
+            const uint32_t at = s->q16[r + i * STEP];
+            attni_cp_async16(to + (uint32_t)(i * STEP * DK * 2),
+                             (const uint4 *)a.d.q.data + (at == ~0u ? 0 : (uint64_t)at + c),
+                             at == ~0u ? 0 : 16);
+        }
+    }
+
+    __device__ __forceinline__ void start(const attni_cu_args &a, attni_cu_tall_shared *s) {
+        asm volatile("mov.u32 %0, %1;" : "=r"(lane) : "r"(threadIdx.x & 31));
+        warp = (int)threadIdx.x >> 5;
+        base::dk = DK;
+        base::dv = DV;
+        // opaque, or the address would be made anew wherever it is used
+        asm volatile("mov.u32 %0, %1;" : "=r"(queue) : "r"(attni_smem(s->queue)));
+        q = queue + (uint32_t)((sizeof *s + 127) / 128 * 128) -
+            (uint32_t)((const uint8_t *)s->queue - (const uint8_t *)s);
+        ring = q + base::MT * DK * 2;
+        if (a.wide_q) fetch_q(a, s);
+        else base::load_q(a, s);
+    }
+
+    // The task at hand; then: number of the one behind, thread 0 knows.
+    __device__ __forceinline__ void run(const attni_cu_args &a, attni_cu_tall_shared *s,
+                                        int32_t then) {
+        const attni_cu_task &w = s->task;
+        const uint32_t k16 = (uint32_t)sizeof s->queue, v16 = k16 + (uint32_t)sizeof s->k16;
+        volatile int32_t border = 0; // first block behind the span, 0 before there is one
+        int32_t x, next;
+        uint32_t at;
+        int begin = 1;
+        start(a, s);
+        attni_cu_enqueue(a, s, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
+        at = queue;
+        x = (int32_t)attni_lds4(at);
+        if (x >= 0) {
+            if (x < ATTNI_CU_PIECE) {
+                attni_cu_locate(a, s, x & ATTNI_CU_AT, 0);
+                __syncthreads();
+            }
+            fetch(a, s, x, attni_lds4(at + k16), attni_lds4(at + v16), 0);
+            at += 4;
+            next = (int32_t)attni_lds4(at);
+        }
+        attni_cp_commit();
+        if (warp == 0) attni_cu_look_ahead(a, s, then); // while the first block comes
+        clear();
+#pragma unroll 1
+        for (;; x = next | (~x & ATTNI_CU_STAGE), next = (int32_t)attni_lds4(at)) {
+            const int32_t b = x & ATTNI_CU_AT;
+            if (x < 0 || b >= border) {
+                const int32_t to = x < 0 ? w.span1 : b >> w.span_shift, behind = border;
+                const int32_t span = behind ? (behind >> w.span_shift) - 1 : w.span0 - 1;
+                if (w.slots && behind && (w.slots == 2 || x < 0)) {
+                    settle();
+                    base::close_span(a, s, span, 1);
+                    clear();
+                }
+                if (w.slots == 2) attni_cu_empty_spans(a, s, span + 1, to);
+                if (x < 0) break;
+                border = (to + 1) << w.span_shift;
+            }
+            // opaque: what follows from it would be kept for the whole loop, where nothing is free
+            asm volatile("mov.u32 %0, %0;" : "+r"(lane));
+            if (next < ATTNI_CU_PIECE) {
+                if (next == ATTNI_CU_MORE) {
+                    attni_cu_enqueue_more(a, s);
+                    at = queue;
+                    next = (int32_t)attni_lds4(at);
+                }
+                if (next >= 0 && next < ATTNI_CU_PIECE)
+                    attni_cu_locate(a, s, next & ATTNI_CU_AT, !(x & ATTNI_CU_STAGE));
+            }
+            const uint32_t kf = attni_lds4(at + k16), vf = attni_lds4(at + v16);
+            attni_cp_wait<0>();
+            __syncthreads(); // x has come, next is located, the other stage is done with
+            if (KEEP && begin) keep_q();
+            begin = 0;
+            if (next >= 0) {
+                fetch(a, s, next, kf, vf, !(x & ATTNI_CU_STAGE));
+                at += 4;
+            }
+            attni_cp_commit();
+            const uint32_t k = ring + (x & ATTNI_CU_STAGE ? (uint32_t)base::STAGE : 0);
+            const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
+            int open = 0;
+            if (!(x & ATTNI_CU_FULL) && !look(a, s, b, x & ATTNI_CU_KEPT, &open, v)) continue;
+            float c[RS][NT][4];
+            if (KEEP) scores(c, k);
+            else base::scores(c, k);
+            if (!(x & ATTNI_CU_FULL)) hide(s, c, b, open);
+            maxima(a, c);
+            values(a, c, v);
+        }
+        if (w.slots) return;
+        if (!border) { // Q is not there yet, whose place write() takes
+            attni_cp_wait<0>();
+            __syncthreads();
+        }
+        settle();
+        write(a, s);
+    }
+};
+
 // Tiles of 16 rows, and of 64 where a head dim leaves room for their sums and scores are plain.
 template <int BF, int Q8, int DK, int DV>
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
@@ -1862,9 +2483,28 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
 
 // Tiles of 128 rows (R 2), or 64 (wide heads, scores with extras), for long queries.
 template <int BF, int Q8, int DK, int DV, int R>
-static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
+static __global__ void __launch_bounds__(
+    ATTNI_CU_THREADS,
+    DK > 128 ? 1 : DK > 64 || (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) ? 2 : 3)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
     extern __shared__ __align__(128) uint8_t smem[];
+    if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
+        attni_cu_tall_shared *s = (attni_cu_tall_shared *)(void *)smem;
+        int32_t *ticket = a.ticket + 2 * a.kind;
+        if (threadIdx.x == 0) s->n_tasks = a.header->n_tasks[a.kind];
+        __syncwarp();
+        if (threadIdx.x < 32) attni_cu_look_ahead(a, s, (int32_t)blockIdx.x);
+        while (attni_cu_take(a, s)) {
+            attni_cu_tall<BF, DK, DV, R> t;
+            int32_t next = 0;
+            if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);
+            t.run(a, s, next);
+            if (s->task.slots)
+                attni_cu_arrive_far(a, static_cast<attni_cu_shared *>(s));
+        }
+        if (threadIdx.x == 0) attni_cu_leave_tasks(ticket);
+        return;
+    }
     ATTNI_CU_TASKS({
         attni_cu_mma<BF, Q8, DK, DV, R, 0, R == 1> t;
         t.run(a, s, smem);
@@ -1879,15 +2519,17 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
 // of stages, eight compute. They meet at barriers of tasks and stages alone, so that blocks come in
 // without a gap while a task ends, is merged, and the next begins.
 //
-// A strip of 16 rows is shared by 8 / S warps: each has 8 S tokens of the scores and D S / 8 columns
-// of O. Maxima and sums go by 8 tokens, so that a row's bits are the same for every S.
+// A strip of 16 rows is shared by 8 / S warps: each has 8 S tokens of the scores and D S / 8
+// columns of O. Sums go by 8 tokens, so that a row's bits are the same for every S.
 
 #define ATTNI_CU_FLOW_ROWS 64
 #define ATTNI_CU_FLOW_STAGES 6
 #define ATTNI_CU_FLOW_THREADS (32 * (8 + 4))
 
-enum { ATTNI_CU_FULL = 1, ATTNI_CU_CLOSE = 2, ATTNI_CU_LAST = 4, ATTNI_CU_QUIT = 8,
-       ATTNI_CU_WHOLE = 16, ATTNI_CU_RUNS = 32 };
+enum {
+    ATTNI_CU_FLOW_FULL = 1, ATTNI_CU_FLOW_CLOSE = 2, ATTNI_CU_FLOW_LAST = 4,
+    ATTNI_CU_FLOW_QUIT = 8, ATTNI_CU_FLOW_WHOLE = 16, ATTNI_CU_FLOW_RUNS = 32
+};
 
 template <int Q8> struct attni_cu_item { // a stage, as it is handed on
     int32_t block;                       // -1: none
@@ -2067,7 +2709,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             const int i = e % ATTNI_CU_BLOCK, v = e / ATTNI_CU_BLOCK;
             ok &= locate(work, w, b, i, page[i], (int)(seen >> i & 1), v, &x->row[v][i]);
         }
-        return __all_sync(~0u, ok) ? ATTNI_CU_WHOLE : 0;
+        return __all_sync(~0u, ok) ? ATTNI_CU_FLOW_WHOLE : 0;
     }
 
     // Hands a stage on: for the lane that has written its item.
@@ -2106,18 +2748,18 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             const int last = behind >= end, run = x.run >> i & 1;
             const int gap = all && (s > before + 1 || (last && s + 1 < w.span1));
             const uint8_t *row[3 * ATTNI_CU_BLOCK]; // [0], and with codes [2 * ATTNI_CU_BLOCK]
-            int32_t flags = x.full >> i & 1 ? ATTNI_CU_FULL : 0;
+            int32_t flags = x.full >> i & 1 ? ATTNI_CU_FLOW_FULL : 0;
             int ok = 1;
-            if (last) flags |= ATTNI_CU_LAST;
-            if (last || behind >> shift != s) flags |= ATTNI_CU_CLOSE;
+            if (last) flags |= ATTNI_CU_FLOW_LAST;
+            if (last || behind >> shift != s) flags |= ATTNI_CU_FLOW_CLOSE;
             attni_cp_wait<1>();
             __syncwarp();
             if (run)
                 ok = locate(work, w, b, 16 * (lane & 3), f->page[slot][i][lane & 3], 1,
                             lane >> 2 & 1, row);
-            if (run) flags |= ATTNI_CU_RUNS;
+            if (run) flags |= ATTNI_CU_FLOW_RUNS;
             const uint32_t oks = __ballot_sync(~0u, ok), gaps = __ballot_sync(~0u, gap && b < end);
-            if ((oks >> 8 * i & 255) == 255 && run) flags |= ATTNI_CU_WHOLE;
+            if ((oks >> 8 * i & 255) == 255 && run) flags |= ATTNI_CU_FLOW_WHOLE;
 #pragma unroll 1
             for (int q = 0; q < LOT; q++) {
                 const int32_t bq = pick(x, q), sq = bq >> shift;
@@ -2149,7 +2791,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
         if (span < w.span0) { // nothing to read
             attni_mbar_wait(has_rows, turn);
             if (all) attni_cu_empty_spans(a, work, w.span0, w.span1);
-            hand_on_none(t, ATTNI_CU_LAST | (all ? 0 : ATTNI_CU_CLOSE));
+            hand_on_none(t, ATTNI_CU_FLOW_LAST | (all ? 0 : ATTNI_CU_FLOW_CLOSE));
         }
     }
 
@@ -2161,7 +2803,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             const uint32_t turn = (uint32_t)(n >> 1 & 1);
             int32_t next = 0;
             if (n > 1) attni_mbar_wait(&f->done[n & 1], turn ^ 1);
-            const int some = attni_cu_take(a, work, i);
+            const int some = attni_cu_draw(a, work, i);
             if (!some && lane == 0) work->task.n_tokens = 0; // the end
             __syncwarp();
             if (lane == 0) attni_mbar_arrive(&f->taken[n & 1]);
@@ -2171,11 +2813,8 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             look_at(work, &f->has_rows[n & 1], turn, &t);
             i = __shfl_sync(~0u, next, 0);
         }
-        hand_on_none(&t, ATTNI_CU_QUIT);
-        if (lane == 0) { // the last block to leave puts the counter back
-            __threadfence();
-            if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;
-        }
+        hand_on_none(&t, ATTNI_CU_FLOW_QUIT);
+        if (lane == 0) attni_cu_leave_tasks(ticket);
     }
 
     // ---- the warp that brings rows and Q
@@ -2211,9 +2850,11 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                     attni_sts16(at, x);
                 }
             }
-            attni_cu_rows_of_task(a, w, rows);
+            for (int r = lane; r < rows; r += 32) w->row[r] = attni_cu_get_row(a, w->task, r);
+            __syncwarp();
+            if (a.sparse) attni_cu_distinct(a, w, rows);
             if (lane == 0) attni_mbar_arrive(&f->has_rows[n & 1]);
-            attni_cu_units_of_task(a, w);
+            attni_cu_units(a, w);
             if (a.odd_q) attni_mbar_arrive(&f->has_q[n & 1]);
             else attni_mbar_arrive_copies(&f->has_q[n & 1]);
             if (lane == 0) attni_mbar_arrive(&f->has_q[n & 1]); // rows and units
@@ -2283,12 +2924,12 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                     attni_cu_copy_bytes(at + ATTNI_CU_BLOCK * (KS + VS + 4 * V),
                                         x->row[Q8 * (2 + V)], 4, 4);
                 attni_mbar_arrive(&f->full[t.stage]);
-                if (flags & ATTNI_CU_QUIT) return;
+                if (flags & ATTNI_CU_FLOW_QUIT) return;
                 continue;
             }
-            const int runs = flags & ATTNI_CU_RUNS;
+            const int runs = flags & ATTNI_CU_FLOW_RUNS;
             if (runs) copy_runs(x->row[V], to, STRIDE, n, V ? a.v.token_bytes : a.k.token_bytes);
-            else if (flags & ATTNI_CU_WHOLE) copy_rows<1>(x->row[V], to, STRIDE, n);
+            else if (flags & ATTNI_CU_FLOW_WHOLE) copy_rows<1>(x->row[V], to, STRIDE, n);
             else copy_rows<0>(x->row[V], to, STRIDE, n);
 #pragma unroll
             for (int i = lane; i < ATTNI_CU_BLOCK && Q8; i += 32) {
@@ -2351,8 +2992,8 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             }
         }
 
-        // Q's steps 2 i and 2 i + 1 as left operands. Codes of K are taken 16 neighbouring dims at a
-        // time, so then the dims of Q are shuffled in the same way.
+        // Q's steps 2 i and 2 i + 1 as left operands. Codes of K are taken 16 neighbouring dims at
+        // a time, so then the dims of Q are shuffled in the same way.
         __device__ __forceinline__ void load_q(uint32_t r0[4], uint32_t r1[4], int i) const {
             if (!Q8) {
                 const uint32_t at = q + (uint32_t)((lane & 15) * QS + 64 * i + 16 * (lane >> 4));
@@ -2652,7 +3293,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                     uint32_t vb[1 + EARLY][NO][4];
                     scores(c, k);
                     if (Q8) times(c, scale);
-                    if (!(flags & ATTNI_CU_FULL)) hide(c, item);
+                    if (!(flags & ATTNI_CU_FLOW_FULL)) hide(c, item);
                     if (__any_sync(~0u, weigh(c, y)) && lane == 0) f->grown[third][strip] = 1;
                     spread(y, scale + 4 * ATTNI_CU_BLOCK, p);
                     if (EARLY) keep_v(vb[0], v, 0);
@@ -2679,9 +3320,9 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                 __syncwarp();
                 if (lane == 0) attni_mbar_arrive(&f->empty[t->stage]);
                 attni_cu_step(t);
-                if (flags & ATTNI_CU_CLOSE && some)
-                    close(slots, slot, flags & ATTNI_CU_LAST, closed ^= 1);
-            } while (!(flags & ATTNI_CU_LAST));
+                if (flags & ATTNI_CU_FLOW_CLOSE && some)
+                    close(slots, slot, flags & ATTNI_CU_FLOW_LAST, closed ^= 1);
+            } while (!(flags & ATTNI_CU_FLOW_LAST));
             // close() has brought the strip together; the next task may have other strips
             if (S > 1) attni_bar<256>(1);
         }
@@ -2701,7 +3342,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
         for (int n = 0;; n++) {
             attni_cu_flow_work *w = &f->work[n & 1];
             attni_mbar_wait(&f->full[t.stage], (uint32_t)t.phase);
-            if (item[t.stage].flags & ATTNI_CU_QUIT) return;
+            if (item[t.stage].flags & ATTNI_CU_FLOW_QUIT) return;
             const int rows = w->task.n_tokens * a.group;
             if (rows <= 16) {
                 tile<1> x(*this, n);
@@ -3208,6 +3849,21 @@ static void attni_cu_alignment(attni_cu_args *a) {
                                    2 * o->stride_head, 4);
 }
 
+// Can kernels take 64 rows of this side in one piece, found with 32 bits?
+static int attni_cu_in_pieces(const attni_cu_args *a, const attni_side *s) {
+    return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
+           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / a->d.kv.n_pages;
+}
+
+// Do rows of Q or O lie at multiples of 16 bytes that 32 bits count?
+static int attni_cu_wide(const attn_desc *d, const attn_tensor *x, int64_t n_tokens) {
+    return !attni_cu_misaligned((int64_t)(uintptr_t)x->data, 2 * x->stride_token,
+                                2 * x->stride_head, 16) &&
+           x->stride_token >= 0 && x->stride_head >= 0 &&
+           x->stride_token / 8 <= INT32_MAX / (n_tokens + 1) &&
+           x->stride_head / 8 <= INT32_MAX / d->n_heads;
+}
+
 // Strides and the value head dim as they are.
 static attn_desc attni_cu_resolved(const attn_desc *d) {
     attn_desc c = *d;
@@ -3326,8 +3982,8 @@ ATTN_DEF const char *attn_cuda_executor(const attn_cuda *c, const attn_desc *d) 
     return attni_cu_choose(c, d, &k) == ATTN_OK ? k.name : "none";
 }
 
-// So many tiles become of a KV head's task: one for each query head where masks differ between them,
-// more than one where the group is larger than a tile.
+// So many tiles become of a KV head's task: one for each query head where masks differ between
+// them, more than one where the group is larger than a tile.
 static int32_t attni_cu_split(const attn_desc *d, const attni_cu_choice *k) {
     int32_t group = d->n_heads / d->n_kv_heads, part = k->rows[ATTNI_CU_FEW];
     if (attni_per_head(d)) return group;
@@ -3350,8 +4006,8 @@ static void attni_cu_rule(attn_plan_params *p, int *n, int32_t q, int32_t kv, in
 }
 
 ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn_plan_params *out) {
-    static const int32_t few[5][2] = {
-        {2048, 128}, {8192, 256}, {32768, 512}, {131072, 2048}, {0, 4096}};
+    static const int32_t few[6][2] = {{2048, 128},   {4096, 256},   {8192, 512},
+                                      {16384, 1024}, {32768, 2048}, {0, 4096}};
     const int32_t whole = 1 << 30;
     attni_cu_choice k;
     int64_t rows, bytes, must = 0, most = (int64_t)256 << 20, least = (int64_t)16 << 20;
@@ -3364,7 +4020,7 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     h = 1;
     while (h < 8 && 2 * h * d->n_kv_heads <= 8) h *= 2;
     tile = attni_cu_split(d, &k);
-    for (i = 0; i < 5; i++)
+    for (i = 0; i < 6; i++)
         attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
                       attni_max32(64, few[i][1] / h), tile * k.rows[ATTNI_CU_FEW],
                       k.id < 16);
@@ -3376,7 +4032,8 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
         attni_cu_rule(out, &n, 0, 0, whole, tile, 1);
     }
     out->workers = c->n_sm;
-    out->tasks_per_worker = 2;
+    // few sequences: one round of equal tasks; more of them can even each other out
+    out->tasks_per_worker = (int64_t)d->n_seq * d->n_kv_heads < c->n_sm ? 1 : 2;
     out->cost_kv_token = 80; // bytes of a token at an SM's share of bandwidth, in row x token units
     out->cost_row_token = 1;
     out->cost_partial = 60;
@@ -3999,7 +4656,11 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.group = d->n_heads / d->n_kv_heads / g->shape[6];
     a.per_group = 65536 / a.group + 1; // rows and groups go up to 128
     a.sparse = attni_has_sparse(&d->mask);
-    a.closed = !a.sparse && !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
+    a.listed = d->mask.blocks.row_start && !d->mask.blocks.bits &&
+               d->mask.blocks.kv_block % ATTNI_CU_BLOCK == 0 && !d->mask.stride.block &&
+               !d->mask.vslash.block && !d->mask.keep_sink && !d->mask.keep_recent;
+    a.run = !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
+    a.closed = !a.sparse && a.run;
     for (a.page_shift = 0; a.page_shift < 31 && d->kv.page_tokens >> a.page_shift > 1;)
         a.page_shift++;
     if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a.page_shift = -1;
@@ -4007,6 +4668,9 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.mods = attni_cu_mods(d);
     attni_cu_alignment(&a);
     a.runs = d->kv.page_tokens % 16 == 0 && !a.odd_rows;
+    a.wide_q = attni_cu_wide(&a.d, &a.d.q, g->cap[1]);
+    a.wide_o = attni_cu_wide(&a.d, &a.d.o, g->cap[1]);
+    a.pieces = attni_cu_in_pieces(&a, &a.k) && attni_cu_in_pieces(&a, &a.v);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
     for (i = 0; i < ATTNI_CU_KINDS; i++) {
         // a captured launch must do for every later upload
