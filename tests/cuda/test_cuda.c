@@ -75,6 +75,30 @@ static void tensor_opts(test_rng *r, problem_opts *o) {
     }
 }
 
+// What is large: more blocks than a tall tile looks at in one go, more query heads to a KV head than
+// a tile has rows.
+static void large_opts(test_rng *r, problem_opts *o) {
+    static const int32_t groups[] = {17, 33, 65, 71, 96, 128};
+    static const int32_t masks[] = {M_CAUSAL, M_CAUSAL, M_WINDOW, M_BLOCKS};
+    tensor_opts(r, o);
+    o->evicted = o->shared = o->bias = 0;
+    if (test_below(r, 2)) {
+        o->n_heads = o->n_kv_heads * groups[test_below(r, 6)];
+        o->phase = test_below(r, 2) ? DECODE : VERIFY;
+        o->mask = M_CAUSAL;
+        o->n_seq = 1 + test_below(r, 2);
+        o->max_kv = 1 + test_below(r, 200);
+        return;
+    }
+    o->phase = CHUNKED;
+    o->mask = masks[test_below(r, 4)];
+    o->min_block = 64;
+    o->softcap = o->alibi = o->alias = 0;
+    o->n_heads = o->n_kv_heads = o->n_seq = 1;
+    o->head_dim = o->v_head_dim = test_below(r, 2) ? 64 : 128;
+    o->max_kv = 40000 + test_below(r, 40000);
+}
+
 static void describe(const problem_opts *o, uint64_t seed, const char *name) {
     if (test_failed > 40) return; // the first ones say enough
     printf(
@@ -121,15 +145,19 @@ static void sample_vary(problem *p, test_rng *r) {
     }
 }
 
-static void sample_make(sample *s, uint64_t seed, int tensor) {
+enum { ANY, TENSOR, LARGE };
+
+static void sample_make(sample *s, uint64_t seed, int which) {
     static const attn_dtype sources[] = {ATTN_F32, ATTN_F16, ATTN_BF16};
     problem_opts o;
     test_rng r;
     attn_tensor k, v;
     int64_t rows;
     r.state = s->seed = seed;
-    if (tensor)
+    if (which == TENSOR)
         tensor_opts(&r, &o);
+    else if (which == LARGE)
+        large_opts(&r, &o);
     else
         problem_random(&r, &o);
     s->unsupported =
@@ -278,7 +306,7 @@ static void sample_run(sample *s, int counts[3]) {
     free(o), free(lse);
 }
 
-static void differential(uint64_t seed, uint64_t count, int tensor) {
+static void differential(uint64_t seed, uint64_t count, int which) {
     enum { BATCH = 32 };
     static sample s[BATCH];
     int counts[3] = {0, 0, 0};
@@ -288,12 +316,12 @@ static void differential(uint64_t seed, uint64_t count, int tensor) {
         int n = (int)(count - at < BATCH ? count - at : BATCH), i;
         t0 = seconds();
 #pragma omp parallel for schedule(dynamic, 1)
-        for (i = 0; i < n; i++) sample_make(&s[i], seed + at + (uint64_t)i, tensor);
+        for (i = 0; i < n; i++) sample_make(&s[i], seed + at + (uint64_t)i, which);
         host += seconds() - t0, t0 = seconds();
         for (i = 0; i < n; i++) sample_run(&s[i], counts), sample_free(&s[i]);
         device += seconds() - t0;
     }
-    if (tensor && count >= 20) // the PTX variants have fewer kernels
+    if (which == TENSOR && count >= 20) // the PTX variants have fewer kernels
         CHECK(counts[1] + counts[2] > (int)count / (cu.arch < 90 ? 10 : 5));
     printf("  %llu problems: %d simt, %d mma, %d mma with dequantisation; %.1f s of references, "
            "%.1f s of runs\n",
@@ -301,10 +329,13 @@ static void differential(uint64_t seed, uint64_t count, int tensor) {
 }
 
 static void part_differential(uint64_t seed, uint64_t count) {
-    differential(seed, count, 0);
+    differential(seed, count, ANY);
 }
 static void part_tensor(uint64_t seed, uint64_t count) {
-    differential(seed, count, 1);
+    differential(seed, count, TENSOR);
+}
+static void part_large(uint64_t seed, uint64_t count) {
+    differential(seed, count / 4 + 1, LARGE);
 }
 
 // ---- the same sequences in another batch and other pages
@@ -1742,9 +1773,10 @@ int main(int argc, char **argv) {
         void (*part)(uint64_t seed, uint64_t count);
     } parts[] = {{"store", part_store},   {"copies", part_copies},
                  {"merge", part_merge},   {"differential", part_differential},
-                 {"tensor", part_tensor}, {"bits", part_bits},
-                 {"graph", part_graph},   {"layers", part_layers},
-                 {"nan", part_nan},       {"errors", part_errors}}; // a fault there ends it all
+                 {"tensor", part_tensor}, {"large", part_large},
+                 {"bits", part_bits},     {"graph", part_graph},
+                 {"layers", part_layers}, {"nan", part_nan},
+                 {"errors", part_errors}}; // a fault there ends it all
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 150);
     int i, found = 0, status = dev_open();
     if (status == 77) return 77;
