@@ -1145,23 +1145,24 @@ template <int BF, int T> ATTNI_DEV void attni_cu_every_other(uint32_t w, uint32_
 template <int BF, int T>
 ATTNI_DEV void attni_cu_codes16(const uint32_t r[4], uint32_t out[8]) {
     const uint4 x = make_uint4(r[0], r[1], r[2], r[3]);
-    uint32_t odd = 0, add = T == ATTN_F8E4M3 ? 0x01010101u : 0x04040404u;
-    if (T == ATTN_I4) {
+    if constexpr (T == ATTN_I4) {
         attni_cu_convert16<BF, T>(x, out);
-        return;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) attni_cu_every_other<BF, T>(r[i], out + 2 * i);
     }
+    if constexpr (T == ATTN_F8E4M3 || T == ATTN_F8E5M2) {
+        uint32_t odd = 0, add = T == ATTN_F8E4M3 ? 0x01010101u : 0x04040404u;
 #pragma unroll
-    for (int i = 0; i < 4; i++) attni_cu_every_other<BF, T>(r[i], out + 2 * i);
-    if (T == ATTN_I8) return;
+        for (int i = 0; i < 4; i++) odd |= ((r[i] & 0x7f7f7f7fu) + add) & 0x80808080u;
+        if (!odd) return;
+        uint32_t slow[8]; // where its address is taken
+        attni_cu_convert_any<BF>((attn_dtype)T, x, slow);
 #pragma unroll
-    for (int i = 0; i < 4; i++) odd |= ((r[i] & 0x7f7f7f7fu) + add) & 0x80808080u;
-    if (!odd) return;
-    uint32_t slow[8]; // where its address is taken
-    attni_cu_convert_any<BF>((attn_dtype)T, x, slow);
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-        out[i] = __byte_perm(slow[i], slow[i + 1], 0x5410);
-        out[i + 1] = __byte_perm(slow[i], slow[i + 1], 0x7632);
+        for (int i = 0; i < 8; i += 2) {
+            out[i] = __byte_perm(slow[i], slow[i + 1], 0x5410);
+            out[i + 1] = __byte_perm(slow[i], slow[i + 1], 0x7632);
+        }
     }
 }
 
@@ -2461,12 +2462,13 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     }
 };
 
-// Tiles of 16 rows, and of 64 where a head dim leaves room for their sums and scores are plain.
+// What attni_cu_flow does not do: wide heads, scores with extras, sm_75. Tiles of 16 rows, and on
+// sm_75 of 64 where a head dim leaves room for their sums and scores are plain.
 template <int BF, int Q8, int DK, int DV>
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
     attni_cu_few(const __grid_constant__ attni_cu_args a) {
 #ifdef __CUDA_ARCH__
-    if constexpr (DK > 128 || __CUDA_ARCH__ < 800) { // else attni_cu_flow does it
+    if constexpr (DK > 128 || __CUDA_ARCH__ < 800) {
         extern __shared__ __align__(128) uint8_t smem[];
         ATTNI_CU_TASKS({
             if (DK <= 128 && s->task.n_tokens * a.group > 16) {
@@ -2995,23 +2997,23 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
         // Q's steps 2 i and 2 i + 1 as left operands. Codes of K are taken 16 neighbouring dims at
         // a time, so then the dims of Q are shuffled in the same way.
         __device__ __forceinline__ void load_q(uint32_t r0[4], uint32_t r1[4], int i) const {
-            if (!Q8) {
+            if constexpr (!Q8) {
                 const uint32_t at = q + (uint32_t)((lane & 15) * QS + 64 * i + 16 * (lane >> 4));
                 attni_ldmatrix(r0, at);
                 attni_ldmatrix(r1, at + 32);
-                return;
-            }
+            } else {
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t r[4];
-                attni_lds16(r, q + (uint32_t)(((lane >> 2) + 8 * h) * QS + 128 * (i >> 1) +
-                                              32 * (lane & 3) + 16 * (i & 1)));
-                if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
-                    const uint32_t x = r[0], y = r[2];
-                    r[0] = __byte_perm(x, r[1], 0x5410), r[1] = __byte_perm(x, r[1], 0x7632);
-                    r[2] = __byte_perm(y, r[3], 0x5410), r[3] = __byte_perm(y, r[3], 0x7632);
+                for (int h = 0; h < 2; h++) {
+                    uint32_t r[4];
+                    attni_lds16(r, q + (uint32_t)(((lane >> 2) + 8 * h) * QS + 128 * (i >> 1) +
+                                                  32 * (lane & 3) + 16 * (i & 1)));
+                    if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
+                        const uint32_t x = r[0], y = r[2];
+                        r[0] = __byte_perm(x, r[1], 0x5410), r[1] = __byte_perm(x, r[1], 0x7632);
+                        r[2] = __byte_perm(y, r[3], 0x5410), r[3] = __byte_perm(y, r[3], 0x7632);
+                    }
+                    r0[h] = r[0], r0[2 + h] = r[1], r1[h] = r[2], r1[2 + h] = r[3];
                 }
-                r0[h] = r[0], r0[2 + h] = r[1], r1[h] = r[2], r1[2 + h] = r[3];
             }
         }
 
