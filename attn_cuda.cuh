@@ -2857,9 +2857,10 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             if (a.sparse) attni_cu_distinct(a, w, rows);
             if (lane == 0) attni_mbar_arrive(&f->has_rows[n & 1]);
             attni_cu_units(a, w);
+            __syncwarp();
             if (a.odd_q) attni_mbar_arrive(&f->has_q[n & 1]);
             else attni_mbar_arrive_copies(&f->has_q[n & 1]);
-            if (lane == 0) attni_mbar_arrive(&f->has_q[n & 1]); // rows and units
+            if (lane == 0) attni_mbar_arrive(&f->has_q[n & 1]); // all rows and units
         }
     }
 
@@ -3266,8 +3267,8 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             reset();
         }
 
-        // Task n, whose items begin at t.
-        __device__ __forceinline__ void run(int n, attni_cu_turn *t) {
+        // Task n, whose items begin at t. closed: whose turn it was to hold sums, of all tasks.
+        __device__ __forceinline__ void run(int n, attni_cu_turn *t, int *closed) {
             const int some = w->task.n_tokens * a.group > 16 * strip;
             int32_t flags;
             reset();
@@ -3281,7 +3282,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             for (int h = 0; h < 2; h++)
                 lo[h] = w->row[row(h)].lo, hi[h] = w->row[row(h)].hi;
             const int32_t slots = w->task.slots;
-            int turn = 0, closed = 0, third = 0;
+            int turn = 0, third = 0;
             do {
                 const item_t *item = &x.item[t->stage];
                 const uint32_t k = x.ring + (uint32_t)(t->stage * STAGE);
@@ -3323,7 +3324,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                 if (lane == 0) attni_mbar_arrive(&f->empty[t->stage]);
                 attni_cu_step(t);
                 if (flags & ATTNI_CU_FLOW_CLOSE && some)
-                    close(slots, slot, flags & ATTNI_CU_FLOW_LAST, closed ^= 1);
+                    close(slots, slot, flags & ATTNI_CU_FLOW_LAST, *closed ^= 1);
             } while (!(flags & ATTNI_CU_FLOW_LAST));
             // close() has brought the strip together; the next task may have other strips
             if (S > 1) attni_bar<256>(1);
@@ -3341,6 +3342,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
     };
 
     __device__ __forceinline__ void compute(attni_cu_turn t) {
+        int closed = 0;
         for (int n = 0;; n++) {
             attni_cu_flow_work *w = &f->work[n & 1];
             attni_mbar_wait(&f->full[t.stage], (uint32_t)t.phase);
@@ -3348,13 +3350,13 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             const int rows = w->task.n_tokens * a.group;
             if (rows <= 16) {
                 tile<1> x(*this, n);
-                x.run(n, &t);
+                x.run(n, &t, &closed);
             } else if (rows <= 32) {
                 tile<2> x(*this, n);
-                x.run(n, &t);
+                x.run(n, &t, &closed);
             } else if (!Q8) {
                 tile<Q8 ? 2 : 4> x(*this, n);
-                x.run(n, &t);
+                x.run(n, &t, &closed);
             }
             attni_cu_arrive<256>(a, w);
             __syncwarp();
@@ -3380,6 +3382,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_FLOW_THREADS, 1)
         attni_mbar_init(&x.f->has_rows[threadIdx.x & 1], 1);
         attni_mbar_init(&x.f->has_q[threadIdx.x & 1], 33);
         attni_mbar_init(&x.f->done[threadIdx.x & 1], 8);
+    } else if (threadIdx.x >= 64 && threadIdx.x < 76) {
+        (&x.f->grown[0][0])[threadIdx.x - 64] = 0;
     }
     // what all will read of the arguments, before each warp waits for it line by line
     for (int i = warp; i < (int)(sizeof a / 64); i += 12)

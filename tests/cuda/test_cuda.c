@@ -75,8 +75,8 @@ static void tensor_opts(test_rng *r, problem_opts *o) {
     }
 }
 
-// What is large: more blocks than a tall tile looks at in one go, more query heads to a KV head than
-// a tile has rows.
+// What is large: more blocks than a tall tile looks at in one go, more query heads to a KV head
+// than a tile has rows.
 static void large_opts(test_rng *r, problem_opts *o) {
     static const int32_t groups[] = {17, 33, 65, 71, 96, 128};
     static const int32_t masks[] = {M_CAUSAL, M_CAUSAL, M_WINDOW, M_BLOCKS};
