@@ -5,7 +5,8 @@
    DO THIS in exactly one .cu file, compiled by nvcc:
        #define ATTN_CUDA_IMPLEMENTATION          (or ATTN_IMPLEMENTATION, see attn.h)
        #include "attn_cuda.cuh"
-   Other files, C as well, include it without the macro; no CUDA header is needed there.
+   Other files, C as well, include it without the macro; no CUDA header is needed there. The
+   implementation is C++17, nvcc's default since CUDA 12.
 
    EXAMPLE   once:         attn_cuda_open(&c, 0);
                            attn_cuda_plan_params(&c, &d, &params);  params.max_seq = ...;
