@@ -530,9 +530,10 @@ ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_t
 
 // ==== >>impl-masks  Which keys of a block a row sees =============================================
 
-// Bits of the 64 keys from b0 on. A row that sees one run of keys: kind, window.
-ATTNI_DEV uint64_t attni_cu_closed_bits(const attni_cu_row &x, int32_t b0) {
-    int32_t lo = attni_max32(x.lo - b0, 0), hi = attni_min32(x.hi - b0, 64);
+// Of the 64 keys from b0 on, bits of those in [lo, hi): what a row sees of one run of keys (kind,
+// window).
+ATTNI_DEV uint64_t attni_cu_closed_bits(int32_t lo, int32_t hi, int32_t b0) {
+    lo = attni_max32(lo - b0, 0), hi = attni_min32(hi - b0, 64);
     return lo >= hi ? 0 : ~(uint64_t)0 >> (64 - (hi - lo)) << lo;
 }
 
@@ -809,9 +810,10 @@ ATTNI_DEV_FAR void attni_cu_mask_any(const attni_cu_args &a, attni_cu_shared *s,
 
 ATTNI_DEV void attni_cu_mask_rows(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
     if (threadIdx.x == 0) s->seen = a.sparse ? 0 : ~(uint64_t)0; // else what none sees is not read
-    if (a.closed)
-        s->bits[threadIdx.x] = attni_cu_closed_bits(s->row[threadIdx.x], b * ATTNI_CU_BLOCK);
-    else {
+    if (a.closed) {
+        const attni_cu_row &x = s->row[threadIdx.x];
+        s->bits[threadIdx.x] = attni_cu_closed_bits(x.lo, x.hi, b * ATTNI_CU_BLOCK);
+    } else {
         __syncthreads();
         attni_cu_mask_any(a, s, b);
     }
@@ -1427,7 +1429,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             return;
         }
         for (int b = 0; b < 4 && from[i]; b++) u |= (uint32_t)from[i][b] << 8 * b;
-        asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst + (uint32_t)(4 * i)), "r"(u) : "memory");
+        attni_sts4(dst + (uint32_t)(4 * i), u);
     }
 
     __device__ __forceinline__ void keep_q(void) {
@@ -1544,11 +1546,9 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
         }
     }
 
-    // Scores -> weights in place; sums.
-    __device__ __forceinline__ void weights(const attni_cu_args &a, attni_cu_shared *s,
-                                            float c[RS][NT][4]) {
-        const float f = MODS && a.mods ? 1.0f : a.scale;
-        float top[RS][2];
+    // The rows' highest scores of a block, of the warp's tokens.
+    __device__ __forceinline__ static void tops(const float c[RS][NT][4], float f,
+                                                float top[RS][2]) {
 #pragma unroll
         for (int i = 0; i < RS; i++)
 #pragma unroll
@@ -1559,6 +1559,14 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                     x = fmaxf(x, fmaxf(c[i][j][2 * h], c[i][j][2 * h + 1]));
                 top[i][h] = attni_quad_max(x) * f;
             }
+    }
+
+    // Scores -> weights in place; sums.
+    __device__ __forceinline__ void weights(const attni_cu_args &a, attni_cu_shared *s,
+                                            float c[RS][NT][4]) {
+        const float f = MODS && a.mods ? 1.0f : a.scale;
+        float top[RS][2];
+        tops(c, f, top);
         if (!R) {
             if ((lane & 3) == 0) {
                 s->wide_max[warp][lane >> 2] = top[0][0];
@@ -1597,10 +1605,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 int rr = r + 8 * h, at = col + 16 * j;
-                asm volatile("st.shared.u32 [%0], %1;"
-                             ::"r"(p + (uint32_t)(rr * 128 + ((at >> 4 ^ (rr & 7)) << 4) +
-                                                  (at & 15))),
-                             "r"(attni_pair<BF>(c[j][2 * h], c[j][2 * h + 1])) : "memory");
+                attni_sts4(p + (uint32_t)(rr * 128 + ((at >> 4 ^ (rr & 7)) << 4) + (at & 15)),
+                           attni_pair<BF>(c[j][2 * h], c[j][2 * h + 1]));
             }
     }
 
@@ -2162,16 +2168,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     // Raises the rows' maxima as far as the scores demand.
     __device__ __forceinline__ void maxima(const attni_cu_args &a, const float c[RS][NT][4]) {
         float top[RS][2];
-#pragma unroll
-        for (int i = 0; i < RS; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float x = fmaxf(c[i][0][2 * h], c[i][0][2 * h + 1]);
-#pragma unroll
-                for (int j = 1; j < NT; j++)
-                    x = fmaxf(x, fmaxf(c[i][j][2 * h], c[i][j][2 * h + 1]));
-                top[i][h] = attni_quad_max(x) * a.scale;
-            }
+        base::tops(c, a.scale, top);
         if (ONES) {
 #pragma unroll
             for (int i = 0; i < RS; i++) l[i][0][0] = sum[i][0], l[i][1][0] = sum[i][2];
@@ -2247,8 +2244,8 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     // What row (i, h) sees of block b. open: the masks of all rows lie in s->bits.
     __device__ __forceinline__ uint64_t seen(const attni_cu_shared *s, int32_t b, int open, int i,
                                              int h) const {
-        return open ? s->bits[row(i, h)]
-                    : attni_cu_closed_bits(s->row[row(i, h)], b * ATTNI_CU_BLOCK);
+        const attni_cu_row &x = s->row[row(i, h)];
+        return open ? s->bits[row(i, h)] : attni_cu_closed_bits(x.lo, x.hi, b * ATTNI_CU_BLOCK);
     }
 
     __device__ __forceinline__ void hide(const attni_cu_shared *s, float c[RS][NT][4], int32_t b,
@@ -2314,9 +2311,8 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
 #pragma unroll
                 for (int j = 0; j < 2 * NP; j++) {
                     const float u = o[i][j][2 * h] * f, v = o[i][j][2 * h + 1] * f;
-                    asm volatile("st.shared.u32 [%0], %1;"
-                                 ::"r"(to + (uint32_t)((16 * i + 8 * h) * DV * 2) + (16u * j ^ rx)),
-                                 "r"(bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v)) : "memory");
+                    attni_sts4(to + (uint32_t)((16 * i + 8 * h) * DV * 2) + (16u * j ^ rx),
+                               bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v));
                 }
             }
         __syncwarp();
@@ -2678,19 +2674,16 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
         if (place >= 0) attni_cp_async4(attni_smem(to), attni_cu_page_at(a, w.seq, page), 4);
     }
 
-    // Rows of K (v = 0) and V of token e, and their scales, to row and row + 2 * stride; false when
-    // there are none.
+    // The row of K (v = 0) or V of token e, and of codes its scale; false when there is none.
     __device__ __forceinline__ int locate(attni_cu_flow_work *work, const attni_cu_task &w,
                                           int32_t b, int e, int32_t page, int seen, int v,
-                                          const uint8_t **row) const {
+                                          const uint8_t **row, const uint8_t **scale) const {
         const attni_side &s = v ? a.v : a.k;
         int32_t at, place = attni_cu_place(a, w, b, e, &at);
         at = attni_cu_checked(a, work, a.d.kv.page_table ? page : w.seq, place);
         if (!seen) at = -1;
         *row = at < 0 ? NULL : s.data + attni_cu_offset(s, at, place, w.kv_head);
-        if (Q8)
-            row[2 * ATTNI_CU_BLOCK] =
-                at < 0 ? NULL : attni_cu_scale_at(s, at, place, w.kv_head);
+        if (Q8) *scale = at < 0 ? NULL : attni_cu_scale_at(s, at, place, w.kv_head);
         return at >= 0;
     }
 
@@ -2710,7 +2703,8 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
 #pragma unroll 1
         for (int e = lane; e < 2 * ATTNI_CU_BLOCK; e += 32) {
             const int i = e % ATTNI_CU_BLOCK, v = e / ATTNI_CU_BLOCK;
-            ok &= locate(work, w, b, i, page[i], (int)(seen >> i & 1), v, &x->row[v][i]);
+            ok &= locate(work, w, b, i, page[i], (int)(seen >> i & 1), v, &x->row[v][i],
+                         &x->row[Q8 * (2 + v)][i]);
         }
         return __all_sync(~0u, ok) ? ATTNI_CU_FLOW_WHOLE : 0;
     }
@@ -2750,7 +2744,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             const int32_t s = b >> shift, before = i ? pick(x, i - 1) >> shift : span;
             const int last = behind >= end, run = x.run >> i & 1;
             const int gap = all && (s > before + 1 || (last && s + 1 < w.span1));
-            const uint8_t *row[3 * ATTNI_CU_BLOCK]; // [0], and with codes [2 * ATTNI_CU_BLOCK]
+            const uint8_t *row = NULL, *scale = NULL;
             int32_t flags = x.full >> i & 1 ? ATTNI_CU_FLOW_FULL : 0;
             int ok = 1;
             if (last) flags |= ATTNI_CU_FLOW_LAST;
@@ -2759,7 +2753,7 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
             __syncwarp();
             if (run)
                 ok = locate(work, w, b, 16 * (lane & 3), f->page[slot][i][lane & 3], 1,
-                            lane >> 2 & 1, row);
+                            lane >> 2 & 1, &row, &scale);
             if (run) flags |= ATTNI_CU_FLOW_RUNS;
             const uint32_t oks = __ballot_sync(~0u, ok), gaps = __ballot_sync(~0u, gap && b < end);
             if ((oks >> 8 * i & 255) == 255 && run) flags |= ATTNI_CU_FLOW_WHOLE;
@@ -2780,10 +2774,8 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
                                                f->page[slot][q], to);
                     if (i == q) flags |= more;
                 } else if (i == q) {
-                    to->row[lane >> 2 & 1][lane & 3] = row[0];
-                    if (Q8)
-                        to->row[(Q8 ? 2 : 0) + (lane >> 2 & 1)][lane & 3] =
-                            row[2 * ATTNI_CU_BLOCK];
+                    to->row[lane >> 2 & 1][lane & 3] = row;
+                    if (Q8) to->row[Q8 * (2 + (lane >> 2 & 1))][lane & 3] = scale;
                 }
                 if (lane == 8 * q)
                     to->block = b, to->flags = flags, to->slot = all ? s - w.span0 : 0;
@@ -3075,14 +3067,9 @@ template <int BF, int Q8, int D> struct attni_cu_flow {
         __device__ __forceinline__ void hide(float c[NT][4], const item_t *t) const {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                uint64_t bits;
-                if (a.closed) {
-                    int32_t b0 = t->block * ATTNI_CU_BLOCK;
-                    int32_t from = attni_max32(lo[h] - b0, 0), end = attni_min32(hi[h] - b0, 64);
-                    bits = from >= end ? 0 : ~(uint64_t)0 >> (64 - (end - from)) << from;
-                } else {
-                    bits = t->bits[row(h)];
-                }
+                uint64_t bits = a.closed ? attni_cu_closed_bits(lo[h], hi[h],
+                                                                t->block * ATTNI_CU_BLOCK)
+                                         : t->bits[row(h)];
                 bits >>= token(0) + 2 * (lane & 3);
 #pragma unroll
                 for (int j = 0; j < NT; j++) {
