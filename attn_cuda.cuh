@@ -24,7 +24,7 @@
              attn_cuda_tables names tables that lie in device memory instead.
 
    CONTENTS  >>open  >>store  >>run   and behind  >>impl-:
-             args, ptx, rows, masks, blocks, merge, convert, mma, flow, simt, store, host
+             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -121,11 +121,12 @@ typedef struct attn_cuda_tables {
 struct attn_cuda_plan {
     attn_cuda_tables tables;
     int32_t max_q_len;             // queries of one sequence at most, ERR_BUFFER at upload beyond:
-                                   // up to 64 saves captured runs a launch (default 0: any)
+                                   // up to 64, and up to 16 rows of a KV head where nothing is
+                                   // shared, save captured runs a launch (default 0: any)
     void *device;                  // private from here on
     size_t bytes, at[25];
     attn_mask mask;                // of the upload: its plan and tables are for no other
-    int64_t cap[8], n[9];
+    int64_t cap[8], n[11];
     int32_t shape[8];
 };
 
@@ -216,7 +217,8 @@ typedef struct attni_cu_task {
     int32_t unit, expected; // of the only unit that the tile has rows of, or -1: look them up
 } attni_cu_task;
 
-enum { ATTNI_CU_FEW, ATTNI_CU_MANY, ATTNI_CU_KINDS };
+// Tasks of few rows; of some, where FEW's tiles are smaller than that; of sequences with many queries.
+enum { ATTNI_CU_FEW, ATTNI_CU_SOME, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 
 typedef struct attni_cu_header {
     int32_t n_tasks[ATTNI_CU_KINDS];
@@ -253,7 +255,7 @@ typedef struct attni_cu_args {
     int32_t pieces;           // 64 rows of a page of so many lie in one piece of less than 2 GB
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     int32_t runs;             // of 16 tokens in every page
-    int32_t stages, flow_rows; // of attni_cu_flow: blocks in its ring, rows of a tile at most
+    int32_t stages;           // of attni_cu_team: units that a warp has under way
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
 
@@ -299,6 +301,9 @@ ATTNI_DEV void attni_sts16(uint32_t dst, const uint32_t x[4]) {
 ATTNI_DEV void attni_sts4(uint32_t dst, uint32_t x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst), "r"(x) : "memory");
 }
+ATTNI_DEV void attni_sts8(uint32_t dst, uint32_t x, uint32_t y) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(dst), "r"(x), "r"(y) : "memory");
+}
 ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
@@ -335,36 +340,6 @@ template <int N> ATTNI_DEV void attni_cp_wait(void) {
 template <int N> ATTNI_DEV void attni_bar(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
 }
-
-// Barriers in shared memory, sm_80 and up: a phase ends with its n-th arrival.
-ATTNI_DEV void attni_mbar_init(uint64_t *b, int n) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(attni_smem(b)), "r"(n) : "memory");
-#endif
-}
-ATTNI_DEV void attni_mbar_arrive(uint64_t *b) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }"
-                 ::"r"(attni_smem(b)) : "memory");
-#endif
-}
-// Arrives when the thread's copies so far have come.
-ATTNI_DEV void attni_mbar_arrive_copies(uint64_t *b) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(attni_smem(b)) : "memory");
-#endif
-}
-// Waits for the end of a phase of this parity.
-ATTNI_DEV void attni_mbar_wait(uint64_t *b, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
-                 ::"r"(attni_smem(b)), "r"(parity) : "memory");
-#elif __CUDA_ARCH__ >= 800
-    asm volatile("{ .reg .pred p; L: mbarrier.test_wait.parity.shared.b64 p, [%0], %1; @!p bra L; }"
-                 ::"r"(attni_smem(b)), "r"(parity) : "memory");
-#endif
-}
-
 ATTNI_DEV void attni_ldmatrix(uint32_t r[4], uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
@@ -594,15 +569,10 @@ ATTNI_DEV void attni_cu_report(const attni_cu_args &a, attn_result r) {
 
 #define ATTNI_CU_ROWS 128 /* of a tile at most */
 
-// Barrier of those who look after a task together: a warp, or all of the block.
-template <int CREW> ATTNI_DEV void attni_cu_sync(void) {
-    if (CREW == 32) __syncwarp();
-    else __syncthreads();
-}
-
-// A task at hand, in shared memory.
-template <int R, int C> struct attni_cu_work {
-    static constexpr int ROWS = R, CREW = C, SCAN = 4 * C; // blocks looked at in one go
+// A task at hand, in shared memory; all threads of the block look after it.
+template <int R, int T> struct attni_cu_work {
+    static constexpr int ROWS = R, THREADS = T;
+    static constexpr int SCAN = 4 * ATTNI_CU_THREADS;   // blocks looked at in one go
     attni_cu_task task;
     attni_cu_row row[ROWS];
     int32_t unit[ROWS], expected[ROWS];                 // of a token that is its tile's first
@@ -611,10 +581,6 @@ template <int R, int C> struct attni_cu_work {
     uint32_t any[SCAN / 32], all[SCAN / 32];            // of a sparse mask
     int32_t scan0;                                      // first block of any and all
     int32_t bad;                                        // a page of the task is none
-
-    static __device__ __forceinline__ int me(void) {
-        return CREW == 32 ? (int)threadIdx.x & 31 : (int)threadIdx.x;
-    }
 };
 
 // What a tile of a whole block's threads keeps in shared memory besides Q, K and V.
@@ -627,16 +593,16 @@ struct attni_cu_shared : attni_cu_work<ATTNI_CU_ROWS, ATTNI_CU_THREADS> {
     int32_t next;                                       // task
 };
 
-// Fills any and all for W::SCAN blocks from b on; four blocks a thread, the crew calls.
+// Fills any and all for W::SCAN blocks from b on; four blocks a thread, all threads call.
 template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s, int32_t b) {
     const attni_cu_task &w = s->task;
-    int32_t b0 = b / 4 * 4 + 4 * W::me(), i, j;
-    uint32_t any = 0, all = 15;
+    int32_t b0 = b / 4 * 4 + 4 * (int)threadIdx.x, i, j;
+    uint32_t any = 0, all = (int)threadIdx.x < W::SCAN / 4 ? 15 : 0;
     attni_masker mk;
-    attni_cu_sync<W::CREW>();
-    if (W::me() < W::SCAN / 32) s->any[W::me()] = s->all[W::me()] = 0;
+    __syncthreads();
+    if ((int)threadIdx.x < W::SCAN / 32) s->any[(int)threadIdx.x] = s->all[(int)threadIdx.x] = 0;
     attni_masker_init(&mk, &a.d);
-    if ((int64_t)b0 * ATTNI_CU_BLOCK < w.hi)
+    if ((int)threadIdx.x < W::SCAN / 4 && (int64_t)b0 * ATTNI_CU_BLOCK < w.hi)
         for (i = 0; i < s->n_distinct && (any != 15 || all); i++) {
             const attni_cu_row &x = s->row[s->distinct[i]];
             attni_sparse_bits(&mk, x.seq, x.pos, x.head, (int64_t)b0 * ATTNI_CU_BLOCK);
@@ -646,15 +612,15 @@ template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s
                 if (~mk.bits[j]) all &= ~(1u << j);
             }
         }
-    attni_cu_sync<W::CREW>();
-    j = 4 * W::me();
+    __syncthreads();
+    j = 4 * (int)threadIdx.x;
     if (any) atomicOr(&s->any[j >> 5], any << (j & 31));
     if (all) atomicOr(&s->all[j >> 5], all << (j & 31));
-    if (W::me() == 0) s->scan0 = b / 4 * 4;
-    attni_cu_sync<W::CREW>();
+    if ((int)threadIdx.x == 0) s->scan0 = b / 4 * 4;
+    __syncthreads();
 }
 
-// The first block from b on that the task reads, or its end. The crew calls with the same b.
+// The first block from b on that the task reads, or its end. All threads call with the same b.
 template <class W>
 ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, W *s, const attni_cu_task &w, int32_t b) {
     for (;;) {
@@ -718,7 +684,7 @@ ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int64_t page, int32_t pla
     return page * s.page_bytes + place * s.token_bytes + head * s.head_bytes;
 }
 
-// Block lists that nobody has validated: a tile with a bad one reads nothing. The crew calls.
+// Block lists that nobody has validated: a tile with a bad one reads nothing. All threads call.
 template <class W> ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &a, W *s) {
     const attn_block_list *l = &a.d.mask.blocks;
     int bad = 0;
@@ -728,13 +694,13 @@ template <class W> ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &
                                                ((int64_t)l->n_rows + 1) +
                             attni_list_row(&a.d, x.seq, x.pos);
         bad = rs[0] < 0 || rs[1] < rs[0] || rs[1] > a.n_entries;
-        for (int64_t e = rs[0] + W::me(); e < rs[1] && !bad; e += W::CREW)
+        for (int64_t e = rs[0] + (int)threadIdx.x; e < rs[1] && !bad; e += W::THREADS)
             bad = l->block[e] < 0 || (e > rs[0] && l->block[e] <= l->block[e - 1]);
     }
-    bad = W::CREW == 32 ? __any_sync(~0u, bad) : __syncthreads_or(bad);
+    bad = __syncthreads_or(bad);
     if (bad) attni_cu_report(a, ATTN_ERR_MASK);
-    if (bad && W::me() == 0) s->task.hi = s->task.end_block = 0;
-    attni_cu_sync<W::CREW>();
+    if (bad && (int)threadIdx.x == 0) s->task.hi = s->task.end_block = 0;
+    __syncthreads();
 }
 
 ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, int32_t place,
@@ -743,32 +709,32 @@ ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, in
     return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
 }
 
-// Task i of its kind to s, if there are so many. The crew calls.
+// Task i of its kind to s, if there are so many. All threads call.
 template <class W> ATTNI_DEV int attni_cu_draw(const attni_cu_args &a, W *s, int32_t i) {
     const int *from = (const int *)(a.task + (a.kind == ATTNI_CU_MANY ? a.last_task - i : i));
-    attni_cu_sync<W::CREW>(); // the task before is done with s
+    __syncthreads(); // the task before is done with s
     if (i >= a.cap_tasks) return 0;
     int32_t n = a.header->n_tasks[a.kind]; // together with the task, which may be an old one
 #pragma unroll
-    for (int r = W::me(); r < (int)(sizeof(attni_cu_task) / 4); r += W::CREW)
+    for (int r = (int)threadIdx.x; r < (int)(sizeof(attni_cu_task) / 4); r += W::THREADS)
         ((int *)&s->task)[r] = from[r];
-    if (W::me() == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
-    attni_cu_sync<W::CREW>();
+    if ((int)threadIdx.x == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
+    __syncthreads();
     return i < n;
 }
 
-// Which of the first n rows differ in sparse terms. The crew calls.
+// Which of the first n rows differ in sparse terms. All threads call.
 template <class W> ATTNI_DEV void attni_cu_distinct(const attni_cu_args &a, W *s, int n) {
-    for (int r = W::me(); r < n; r += W::CREW)
+    for (int r = (int)threadIdx.x; r < n; r += W::THREADS)
         if (s->row[r].token >= 0 && (r == 0 || !attni_cu_same_terms(a, s->row[r - 1], s->row[r])))
             s->distinct[atomicAdd(&s->n_distinct, 1)] = r;
-    attni_cu_sync<W::CREW>();
+    __syncthreads();
     if (a.n_entries >= 0) attni_cu_check_lists(a, s);
 }
 
-// Units that the task's rows are the first of. The crew calls.
+// Units that the task's rows are the first of. All threads call.
 template <class W> ATTNI_DEV void attni_cu_units(const attni_cu_args &a, W *s) {
-    for (int r = W::me(); r < s->task.n_tokens && s->task.slots; r += W::CREW) {
+    for (int r = (int)threadIdx.x; r < s->task.n_tokens && s->task.slots; r += W::THREADS) {
         const attni_cu_row &x = s->row[r * a.group];
         int first = r == 0 || x.t % ATTNI_CU_UNIT == 0 || s->row[(r - 1) * a.group].seq != x.seq;
         s->unit[r] = -1;
@@ -887,7 +853,7 @@ ATTNI_DEV int64_t attni_cu_partial(const attni_cu_args &a, const attni_cu_task &
 template <class W>
 ATTNI_DEV_FAR void attni_cu_empty_spans(const attni_cu_args &a, const W *s, int32_t from,
                                         int32_t to) {
-    for (int r = W::me(); r < s->task.n_tokens * a.group; r += W::CREW)
+    for (int r = (int)threadIdx.x; r < s->task.n_tokens * a.group; r += W::THREADS)
         for (int32_t i = from; i < to; i++) {
             int64_t at = attni_cu_partial(a, s->task, r, s->row[r], i - s->task.span0);
             __stcg((float2 *)a.partial_ml + at, make_float2(ATTNI_NINF, 0.0f));
@@ -976,21 +942,21 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
 }
 
 // The tile's partials are written: whoever is the last to leave some of a unit merges it, in a
-// fixed order, so that it does not matter who that is. THREADS of the block call, from its first.
-template <int THREADS, class W>
-ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) {
+// fixed order, so that it does not matter who that is. All threads call.
+template <class W> ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) {
     const attni_cu_task &w = s->task;
-    int tid = (int)threadIdx.x, i;
+    const int tid = (int)threadIdx.x;
+    int i;
     if (w.slots == 0 || (w.unit >= 0 && w.expected == 0)) return;
-    attni_bar<THREADS>(1);
-    for (i = tid; i < w.n_tokens; i += THREADS) {
+    __syncthreads();
+    for (i = tid; i < w.n_tokens; i += W::THREADS) {
         if (s->unit[i] < 0 || s->expected[i] == 0) continue;
         int32_t *n = a.arrived +
                      (int64_t)s->unit[i] * (a.d.n_heads / a.group) + w.head / a.group;
         if (!attni_arrive(n, s->expected[i])) continue;
         s->merge[atomicAdd(&s->n_merge, 1)] = i;
     }
-    attni_bar<THREADS>(1);
+    __syncthreads();
     if (s->n_merge == 0) return;
     for (int u = 0; u < s->n_merge; u++) {
         const attni_cu_row &x = s->row[s->merge[u] * a.group];
@@ -1004,7 +970,7 @@ ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) {
             n_links = q->n_chain, q_begin = q->q_begin, q_len = q->q_len;
         }
         const int32_t n = attni_min32(ATTNI_CU_UNIT, q_len - t0) * a.group * chunks;
-        for (i = tid >> 5; i < n; i += THREADS / 32) {
+        for (i = tid >> 5; i < n; i += W::THREADS / 32) {
             const int32_t r = i / chunks;
             attni_cu_merge_row(a, link, n_links, q_begin, t0 + r / a.group, w.head + r % a.group,
                                128 * (i - r * chunks));
@@ -1019,7 +985,7 @@ ATTNI_DEV void attni_cu_leave_tasks(int32_t *ticket) {
 }
 
 template <class W> ATTNI_DEV_FAR void attni_cu_arrive_far(const attni_cu_args &a, W *s) {
-    attni_cu_arrive<ATTNI_CU_THREADS>(a, s);
+    attni_cu_arrive(a, s);
 }
 
 // Runs every task of the kernel's kind: the arguments, with the next one's rows in s. The counter
@@ -2459,7 +2425,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     }
 };
 
-// What attni_cu_flow does not do: wide heads, scores with extras, sm_75. Tiles of 16 rows, and on
+// What attni_cu_team does not do: wide heads, scores with extras, sm_75. Tiles of 16 rows, and on
 // sm_75 of 64 where a head dim leaves room for their sums and scores are plain.
 template <int BF, int Q8, int DK, int DV>
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 64 ? 2 : 3)
@@ -2510,878 +2476,844 @@ static __global__ void __launch_bounds__(
     })
 }
 
-// ==== >>impl-flow  Few rows: warps that look for, copy and compute ===============================
+// ==== >>impl-team  Few rows: every warp its own tokens ===========================================
 //
-// Tiles of 16 S rows, S = 1, 2, 4 (decode, short queries, prefixes that sequences share), which
-// memory decides: sm_80 and up, head_dim 64 and 128, plain scores, any mask. One warp draws tasks
-// and says where the tokens of each block lie, one brings the rows of Q, two copy K and V to a ring
-// of stages, eight compute. They meet at barriers of tasks and stages alone, so that blocks come in
-// without a gap while a task ends, is merged, and the next begins.
-//
-// A strip of 16 rows is shared by 8 / S warps: each has 8 S tokens of the scores and D S / 8
-// columns of O. Sums go by 8 tokens, so that a row's bits are the same for every S.
+// Tiles of few rows (decode, short queries, prefixes that sequences share), which memory decides:
+// sm_80 and up, head_dim 64 and 128, plain scores, any mask. Of every block of 64 tokens each warp
+// of a team of four has 16, a unit, with copies of its own under way and maxima, sums and O of its
+// own, so that inside a span no warp waits for another. At a span's end the four states of a row
+// are folded in order. A team takes 16 rows; for up to 64, two teams share units and have every
+// other strip of 16 rows each. A row's bits are the same in both.
 
-#define ATTNI_CU_FLOW_ROWS 64
-#define ATTNI_CU_FLOW_STAGES 6
-#define ATTNI_CU_FLOW_THREADS (32 * (8 + 4))
+#define ATTNI_CU_STAGES 4                        /* units that a warp has under way, at most */
+#define ATTNI_CU_TEAM_ROWS(G) ((G) == 1 ? 16 : 64)
+#define ATTNI_CU_TEAMS(G) ((G) == 1 ? 2 : 1)     /* blocks of G teams on a multiprocessor */
 
-enum {
-    ATTNI_CU_FLOW_FULL = 1, ATTNI_CU_FLOW_CLOSE = 2, ATTNI_CU_FLOW_LAST = 4,
-    ATTNI_CU_FLOW_QUIT = 8, ATTNI_CU_FLOW_WHOLE = 16, ATTNI_CU_FLOW_RUNS = 32
+template <int G> struct attni_cu_teams {
+    static constexpr int ROWS = ATTNI_CU_TEAM_ROWS(G);
+    float2 ml[4][ROWS];                          // a span's maxima and sums, of each stream of units
+    uint16_t bits[ATTNI_CU_STAGES][4][ROWS];     // what rows see of a partial unit
+    attni_cu_task next;
+    int32_t n_next;                              // its number
+    attni_cu_work<ROWS, 128 * G> work;
 };
 
-template <int Q8> struct attni_cu_item { // a stage, as it is handed on
-    int32_t block;                       // -1: none
-    int32_t flags;                       // FULL: every row sees all, WHOLE: all tokens are read,
-                                         // RUNS: row[][i] is that of token 16 i, the next ones
-                                         // follow; CLOSE, LAST: of its span, of its task
-    int32_t slot;                        // where a closed span's partial goes
-    int32_t pad;
-    uint64_t bits[ATTNI_CU_FLOW_ROWS];   // what rows see of a partial block
-    const uint8_t *row[Q8 ? 4 : 2][ATTNI_CU_BLOCK]; // of K and V, and their scales; NULL: zeros
-};
-
-typedef attni_cu_work<ATTNI_CU_FLOW_ROWS, 32> attni_cu_flow_work;
-
-typedef struct attni_cu_flow_shared {
-    uint64_t ready[ATTNI_CU_FLOW_STAGES]; // the item is there
-    uint64_t full[ATTNI_CU_FLOW_STAGES];  // K and V, too
-    uint64_t empty[ATTNI_CU_FLOW_STAGES]; // used up
-    uint64_t taken[2], has_rows[2], has_q[2], done[2]; // of a task: what is there, all is done
-    float top[ATTNI_CU_FLOW_ROWS][8];     // a block's maxima, of each warp
-    int32_t grown[3][4];                  // of a strip: a maximum has; blocks take turns
-    float sum[2][ATTNI_CU_FLOW_ROWS][8];  // a span's sums, of each 8 tokens
-    int32_t page[2][4][ATTNI_CU_BLOCK];   // of the tokens of blocks to come
-    attni_cu_flow_work work[2];
-} attni_cu_flow_shared;
-
-// Bytes from one row of a tile to the next: no two of a ldmatrix in a bank, nor (codes, K) of the
-// 16-byte loads of 8 lanes.
-__host__ __device__ constexpr int attni_cu_flow_k(int q8, int d) {
-    return !q8 ? 2 * d + 16 : d == 128 ? 192 : 64;
+__host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) { // of a warp
+    return 2 * 16 * (q8 ? d + 4 : 2 * d);
 }
-__host__ __device__ constexpr int attni_cu_flow_v(int q8, int d) { return (q8 ? d : 2 * d) + 16; }
-__host__ __device__ constexpr int attni_cu_flow_stage(int q8, int d) {
-    return ATTNI_CU_BLOCK * (attni_cu_flow_k(q8, d) + attni_cu_flow_v(q8, d) + (q8 ? 8 : 0));
-}
-__host__ __device__ constexpr int attni_cu_flow_smem(int q8, int d, int rows, int stages) {
-    return ((int)sizeof(attni_cu_flow_shared) + 127) / 128 * 128 +
-           rows * (2 * (2 * d + 16) + 2 * (2 * ATTNI_CU_BLOCK + 16)) +
-           stages * (attni_cu_flow_stage(q8, d) +
-                     (int)(q8 ? sizeof(attni_cu_item<1>) : sizeof(attni_cu_item<0>)));
+// Are states handed over in a place of their own, not where the units were?
+__host__ __device__ constexpr int attni_cu_team_apart(int q8, int g) { return q8 || g == 2; }
+__host__ __device__ constexpr int attni_cu_team_smem(int q8, int d, int g, int stages) {
+    return ((int)(g == 1 ? sizeof(attni_cu_teams<1>) : sizeof(attni_cu_teams<2>)) + 127) / 128 *
+               128 +
+           ATTNI_CU_TEAM_ROWS(g) * (2 * d + (g == 2 ? 4 * d + 8 : 0)) +
+           attni_cu_team_apart(q8, g) * g * 4 * 8 * 4 * d +
+           4 * stages * attni_cu_team_stage(q8, d);
 }
 
-// Where in the ring a warp is.
-typedef struct attni_cu_turn {
-    int32_t stage, phase, stages;
-} attni_cu_turn;
-
-ATTNI_DEV void attni_cu_step(attni_cu_turn *t) {
-    if (++t->stage == t->stages) t->stage = 0, t->phase ^= 1;
-}
-
-// What rows see of a partial block; returns what any of them sees. A warp calls. (Not a member, as
-// objects whose address is passed on keep the arguments from being read as constants.)
-ATTNI_DEV_FAR uint64_t attni_cu_look_at_rows(const attni_cu_args &a, const attni_cu_flow_work *w,
-                                             uint64_t *bits, int32_t b) {
-    uint64_t any = 0;
-    for (int r = (int)threadIdx.x & 31; r < w->task.n_tokens * a.group; r += 32) {
-        bits[r] = attni_cu_bits(a, w->row[r], b * ATTNI_CU_BLOCK);
-        any |= bits[r];
+// What the rows of a task see of a warp's unit of block b, those of its team to bits; returns what
+// any of them sees. A warp calls. (Not a member, as objects whose address is passed on keep the
+// arguments from being read as constants.)
+template <class W>
+ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s, uint16_t *bits,
+                                             int32_t b) {
+    const int n = s->task.n_tokens * a.group, stream = (int)threadIdx.x >> 5 & 3;
+    uint32_t any = 0;
+    for (int r = (int)threadIdx.x & 31; r < n; r += 32) {
+        const uint32_t u =
+            (uint32_t)(attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK) >> 16 * stream) & 0xffff;
+        if (W::THREADS == 128 || (r >> 4 & 1) == (int)threadIdx.x >> 7) bits[r] = (uint16_t)u;
+        any |= u;
     }
 #if __CUDA_ARCH__ >= 800
-    any = (uint64_t)__reduce_or_sync(~0u, (uint32_t)(any >> 32)) << 32 |
-          __reduce_or_sync(~0u, (uint32_t)any);
+    any = __reduce_or_sync(~0u, any);
 #endif
-    return any;
+    return a.sparse ? any : 0xffff; // what no row sees is not read
 }
 
-// Rows of n bytes from addresses that are no multiples of 16. A warp calls.
-ATTNI_DEV_FAR void attni_cu_copy_bytes(uint8_t *to, const uint8_t *const *row, int n, int stride) {
-    for (int i = (int)threadIdx.x & 31; i < ATTNI_CU_BLOCK * n; i += 32)
-        to[i / n * stride + i % n] = row[i / n] ? row[i / n][i % n] : 0;
-}
-
-template <int BF, int Q8, int D> struct attni_cu_flow {
-    static constexpr int KS = attni_cu_flow_k(Q8, D), VS = attni_cu_flow_v(Q8, D);
-    static constexpr int QS = 2 * D + 16, PS = 2 * ATTNI_CU_BLOCK + 16;
-    static constexpr int STAGE = attni_cu_flow_stage(Q8, D);
-    static constexpr int LOT = 4;
-    typedef attni_cu_item<Q8> item_t;
+template <int BF, int Q8, int D, int G> struct attni_cu_team {
+    static constexpr int ROW = Q8 ? D : 2 * D, QROW = 2 * D; // bytes
+    static constexpr int STAGE = attni_cu_team_stage(Q8, D);
+    static constexpr int APART = attni_cu_team_apart(Q8, G);
+    static constexpr int S = G;        // strips of 16 rows that a warp has at most
+    static constexpr int NO = D / 8;   // 8-column tiles of O
+    static constexpr int OWN = D / 16; // columns of a folded row that a lane has
+    static constexpr int QREG = G == 1, CHUNKS = ROW / 16;
+    typedef attni_cu_teams<G> teams_t;
     const attni_cu_args &a;
-    attni_cu_flow_shared *f;
-    item_t *item;        // of every stage
-    uint32_t q, p, ring; // shared memory addresses
+    teams_t *f;
+    int lane, stream, team, rows, stage;
+    uint32_t q, total, swap, ring;      // shared memory addresses; ring: of the warp
+    // blocks to come
+    int32_t at, end, next_block, next_page, block, page; // block, page: of each lane
+    uint32_t next_full, full;
+    int32_t held;                       // blocks under way, and 1 for a full one; -1: none
+    int runs;
+    const uint8_t *kv[3 - G];           // K and V of page 0, the lane's piece; one to a team
+    // sums
+    uint32_t qf[QREG ? D / 16 : 1][4];
+    float o[S][NO][4], m[S][2], l[S][2];
+    float to[QREG ? 2 : 1][OWN], tm[2], tl[2]; // G = 1: spans folded so far, of the lane's columns
 
-    __device__ __forceinline__ attni_cu_flow(const attni_cu_args &args, uint8_t *smem) : a(args) {
-        f = (attni_cu_flow_shared *)(void *)smem;
-        q = attni_smem(smem) + (sizeof(attni_cu_flow_shared) + 127) / 128 * 128;
-        p = q + 2 * (uint32_t)a.flow_rows * QS;
-        ring = p + 2 * (uint32_t)a.flow_rows * PS;
-        item = (item_t *)(void *)(smem + (ring - attni_smem(smem)) + a.stages * STAGE);
+    __device__ __forceinline__ attni_cu_team(const attni_cu_args &args, uint8_t *smem) : a(args) {
+        f = (teams_t *)(void *)smem;
+        lane = (int)threadIdx.x & 31;
+        stream = (int)threadIdx.x >> 5 & 3;
+        team = (int)threadIdx.x >> 7;
+        q = attni_smem(smem) + (sizeof(teams_t) + 127) / 128 * 128;
+        total = q + ATTNI_CU_TEAM_ROWS(G) * QROW;
+        swap = total + (G == 2 ? ATTNI_CU_TEAM_ROWS(G) * (4 * D + 8) : 0);
+        ring = swap + APART * G * 4 * 8 * 4 * D + (uint32_t)(stream * a.stages * STAGE);
+        swap += (uint32_t)((4 * team + stream) * 8 * 4 * D);
     }
 
-    // ---- the warp that looks for blocks
-    //
-    // LOT blocks at a time, so that eight lanes have one: where each 16 tokens follow each other a
-    // lane has 16 of K and V. The pages of the next lot are asked for by way of shared memory, so
-    // that nothing waits for them.
-
-    typedef struct lot {
-        int32_t b[LOT];  // blocks; from the task's end on: none
-        int32_t full;    // bit i: every row sees all of block i
-        int32_t run;     // bit i: all its tokens are read, in runs of 16
-    } lot;
-
-    __device__ __forceinline__ static int32_t pick(const lot &x, int i) {
-        int32_t b = x.b[0];
-#pragma unroll
-        for (int j = 1; j < LOT; j++) b = i == j ? x.b[j] : b;
-        return b;
+    // What the 16-byte pieces of a row are exclusive-ored with: no two of a ldmatrix in a bank, nor
+    // (codes) of the 16-byte loads of 8 lanes.
+    template <int BYTES> __device__ __forceinline__ static int twist(int r) {
+        return BYTES == 64 ? r >> 1 & 3 : (r & 1) << 2 | (r >> 1 & 3);
+    }
+    template <int BYTES> __device__ __forceinline__ static uint32_t piece(int r, int c) {
+        return (uint32_t)(r * BYTES + ((c ^ twist<BYTES>(r)) << 4));
     }
 
-    // The next blocks behind `at`, which moves on; their pages.
-    __device__ __forceinline__ lot next_lot(attni_cu_flow_work *work, const attni_cu_task &w,
-                                            int runs, int slot, int32_t *at) const {
-        const int lane = (int)threadIdx.x & 31;
-        lot x = {{w.end_block, w.end_block, w.end_block, w.end_block}, 0, 0};
-#pragma unroll
-        for (int i = 0; i < LOT && *at < w.end_block; i++) {
-            int32_t b = attni_cu_next(a, work, w, *at + 1), pos;
-            *at = x.b[i] = b;
-            if (b >= w.end_block) break;
-            pos = b * ATTNI_CU_BLOCK;
-            if (attni_cu_full(a, work, w, b)) x.full |= 1 << i;
-            if (runs && pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK &&
-                (!a.sparse || x.full >> i & 1))
-                x.run |= 1 << i;
+    // Row h of the pair of a lane's in the warp's strip i.
+    __device__ __forceinline__ int row(int i, int h) const {
+        return 16 * (G * i + (G == 2 ? team : 0)) + (lane >> 2) + 8 * h;
+    }
+    // Barrier of those that read the warp's units.
+    __device__ __forceinline__ void meet(void) const {
+        if (G == 1) __syncwarp();
+        else attni_bar<64>(3 + stream);
+    }
+    __device__ __forceinline__ void meet_team(void) const {
+        if (G == 1) __syncthreads();
+        else attni_bar<128>(1 + team);
+    }
+
+    // ---- where tokens lie
+
+    // The 32 blocks behind `at`, one to a lane, and the pages of their units.
+    __device__ __forceinline__ void look(void) {
+        const attni_cu_task &w = f->work.task;
+        int32_t b = end;
+        int whole = 0;
+        if (!a.sparse) {
+            const int32_t gap = attni_max32(w.lo_block - w.sink_block, 0);
+            int32_t next = at + 1;
+            if (next >= w.sink_block && next < w.lo_block) next = w.lo_block;
+            b = next + lane;
+            if (next < w.sink_block && b >= w.sink_block) b += gap;
+            at = attni_min32(__shfl_sync(~0u, b, 31), end);
+            b = attni_min32(b, end);
+            whole = b >= w.full_block && b < w.full_end;
         }
 #pragma unroll 1
-        for (int e = lane; e < LOT * ATTNI_CU_BLOCK && x.run != (1 << LOT) - 1; e += 32) {
-            const int i = e / ATTNI_CU_BLOCK, b = pick(x, i);
-            if (b >= w.end_block || !a.d.kv.page_table) break;
-            if (!(x.run >> i & 1))
-                fetch(w, b, e % ATTNI_CU_BLOCK, &f->page[slot][i][e % ATTNI_CU_BLOCK]);
+        for (int i = 0; i < 32 && at < end && a.sparse; i++) {
+            at = attni_cu_next(a, &f->work, w, at + 1);
+            const int all = at < end && attni_cu_full(a, &f->work, w, at);
+            if (lane == i) b = at, whole = all;
         }
-        if (x.run >> (lane >> 3) & 1 && !(lane & 4) && a.d.kv.page_table)
-            fetch(w, pick(x, lane >> 3), 16 * (lane & 3), &f->page[slot][lane >> 3][lane & 3]);
+        next_full = __ballot_sync(~0u, whole);
+        next_block = b;
+        next_page = w.seq;
+        if (runs && b < end && a.d.kv.page_table && wanted(w, b)) {
+            const int32_t j = b * ATTNI_CU_BLOCK + 16 * stream - w.pos0;
+            next_page = __ldg(attni_cu_page_at(
+                a, w.seq, a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens));
+        }
+    }
+
+    // Is any token of the warp's unit read?
+    __device__ __forceinline__ int wanted(const attni_cu_task &w, int32_t b) const {
+        const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream;
+        return pos < w.hi && pos + 15 >= w.pos0 && (pos + 15 >= w.lo || pos < w.sink_end);
+    }
+
+    // Copies a unit: rows of a run of a page, or a page and a place in it for each lane's
+    // token (lanes 0 to 15; page -1: zeros).
+    template <int RUN> __device__ __forceinline__ void copy(int32_t pg, int32_t place) const {
+        constexpr int STEP = 32 / CHUNKS;
+        const int c = lane % CHUNKS, r0 = lane / CHUNKS;
+        const uint32_t to = ring + (uint32_t)(stage * STAGE);
+#pragma unroll
+        for (int i = 0; i < 3 - G; i++) {
+            const int v = G == 2 ? team : i;
+            const attni_side &d = v ? a.v : a.k;
+            const int some = !Q8 || 16 * c < attni_bits_of(d.dtype) * D / 8;
+            const uint32_t dst = to + (uint32_t)(v * 16 * ROW + r0 * ROW);
+            const int cc = c ^ twist<ROW>(r0);
+            const uint8_t *from = kv[i];
+            if (RUN) from += pg * d.page_bytes + (place + r0) * d.token_bytes;
+#pragma unroll
+            for (int n = 0; n < 16; n += STEP) {
+                const uint32_t there =
+                    dst + (uint32_t)(n * ROW + ((cc ^ twist<ROW>(n)) << 4));
+                if (RUN) {
+                    if (some) attni_cp_async16(there, from, 16);
+                    from += STEP * d.token_bytes;
+                    continue;
+                }
+                const int32_t p = __shfl_sync(~0u, pg, n + r0);
+                const int32_t e = __shfl_sync(~0u, place, n + r0);
+                const uint8_t *row = from + p * d.page_bytes + e * d.token_bytes;
+                if (some) attni_cp_async16(there, p < 0 ? a.k.data : row, p < 0 ? 0 : 16);
+            }
+        }
+        if (Q8 && (G == 1 || lane >> 4 == team)) {
+            const attni_side &d = lane >> 4 ? a.v : a.k;
+            const int32_t e = RUN ? place + (lane & 15) : place;
+            attni_cp_async4(to + (uint32_t)(2 * 16 * ROW + 4 * lane),
+                            pg < 0 ? a.k.data
+                                   : attni_cu_scale_at(d, pg, e, f->work.task.kv_head),
+                            pg < 0 ? 0 : 4);
+        }
+    }
+
+    // The same from addresses that are no multiples of 16.
+    __device__ __forceinline__ void copy_bytes(int32_t pg, int32_t place) const {
+        const uint32_t to = ring + (uint32_t)(stage * STAGE);
+        uint8_t *at = (uint8_t *)f + (to - attni_smem(f));
+#pragma unroll 1
+        for (int i = 0; i < 2 * 16; i++) {
+            const int v = i >> 4, r = i & 15;
+            const attni_side &d = v ? a.v : a.k;
+            const int32_t p = __shfl_sync(~0u, pg, r), e = __shfl_sync(~0u, place, r);
+            const int n = attni_bits_of(d.dtype) * D / 8;
+            if (G == 2 && v != team) continue;
+            const uint8_t *from = d.data + attni_cu_offset(d, p, e, f->work.task.kv_head);
+            for (int j = lane; j < n; j += 32)
+                at[v * 16 * ROW + piece<ROW>(r, j >> 4) + (j & 15)] = p < 0 ? 0 : from[j];
+            if (!Q8 || lane >= 4) continue;
+            const uint8_t *scale =
+                p < 0 ? NULL : attni_cu_scale_at(d, p, e, f->work.task.kv_head);
+            at[2 * 16 * ROW + 4 * i + lane] = scale ? scale[lane] : 0;
+        }
+    }
+
+    // Asks for the task's block number n.
+    __device__ __forceinline__ void issue(int n) {
+        const attni_cu_task &w = f->work.task;
+        const int i = n & 31;
+        if (n == 0 || i == 8) look();
+        if (i == 0) block = next_block, page = next_page, full = next_full;
+        const int32_t b = __shfl_sync(~0u, block, i);
+        int32_t pg = __shfl_sync(~0u, page, i), place, p;
+        if (lane == i) held = b < end ? 2 * b + (int32_t)(full >> i & 1) : -1;
+        if (b < end) {
+            const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream;
+            uint32_t seen = 0xffff;
+            if (!(full >> i & 1) && !a.closed)
+                seen = attni_cu_look_at_rows(a, &f->work, f->bits[stage][stream], b);
+            if (runs && (uint32_t)pg >= (uint32_t)a.d.kv.n_pages) {
+                if (wanted(w, b)) attni_cu_report(a, ATTN_ERR_PAGE);
+                pg = -1;
+            }
+            if (runs && pg >= 0 && seen == 0xffff && pos >= w.pos0 && pos + 16 <= w.hi &&
+                (pos >= w.lo || pos + 16 <= w.sink_end)) {
+                place = pos - w.pos0;
+                place = a.page_shift >= 0 ? place & (a.d.kv.page_tokens - 1)
+                                          : place % a.d.kv.page_tokens;
+                copy<1>(pg, place);
+            } else {
+                place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
+                if (!(seen >> (lane & 15) & 1)) place = -1;
+                if (!runs && place >= 0)
+                    pg = attni_cu_checked(a, &f->work, a.d.kv.page_table
+                                          ? __ldg(attni_cu_page_at(a, w.seq, p)) : w.seq,
+                                          place);
+                if (place < 0) pg = -1, place = 0;
+                if (a.odd_rows) copy_bytes(pg, place);
+                else copy<0>(pg, place);
+            }
+        }
         attni_cp_commit();
-        return x;
-    }
-    __device__ __forceinline__ void fetch(const attni_cu_task &w, int32_t b, int e,
-                                          int32_t *to) const {
-        int32_t page, place = attni_cu_place(a, w, b, e, &page);
-        if (place >= 0) attni_cp_async4(attni_smem(to), attni_cu_page_at(a, w.seq, page), 4);
     }
 
-    // The row of K (v = 0) or V of token e, and of codes its scale; false when there is none.
-    __device__ __forceinline__ int locate(attni_cu_flow_work *work, const attni_cu_task &w,
-                                          int32_t b, int e, int32_t page, int seen, int v,
-                                          const uint8_t **row, const uint8_t **scale) const {
-        const attni_side &s = v ? a.v : a.k;
-        int32_t at, place = attni_cu_place(a, w, b, e, &at);
-        at = attni_cu_checked(a, work, a.d.kv.page_table ? page : w.seq, place);
-        if (!seen) at = -1;
-        *row = at < 0 ? NULL : s.data + attni_cu_offset(s, at, place, w.kv_head);
-        if (Q8) *scale = at < 0 ? NULL : attni_cu_scale_at(s, at, place, w.kv_head);
-        return at >= 0;
+    // Until the oldest block under way is there.
+    __device__ __forceinline__ void wait(void) const {
+        if (a.stages == 2) attni_cp_wait<1>();
+        else if (a.stages == 3) attni_cp_wait<2>();
+        else attni_cp_wait<3>();
     }
 
-    // A block token by token. Returns its flags.
-    __device__ __forceinline__ int32_t spell(attni_cu_flow_work *work, const attni_cu_task &w,
-                                             int32_t b, int full, uint64_t *has_rows,
-                                             uint32_t turn, const int32_t *page,
-                                             item_t *x) const {
-        const int lane = (int)threadIdx.x & 31;
-        uint64_t seen = ~(uint64_t)0;
-        int ok = 1;
-        if (!full && !a.closed) {
-            attni_mbar_wait(has_rows, turn);
-            seen = attni_cu_look_at_rows(a, work, x->bits, b);
-            if (!a.sparse) seen = ~(uint64_t)0; // what no row sees is not read
-        }
-#pragma unroll 1
-        for (int e = lane; e < 2 * ATTNI_CU_BLOCK; e += 32) {
-            const int i = e % ATTNI_CU_BLOCK, v = e / ATTNI_CU_BLOCK;
-            ok &= locate(work, w, b, i, page[i], (int)(seen >> i & 1), v, &x->row[v][i],
-                         &x->row[Q8 * (2 + v)][i]);
-        }
-        return __all_sync(~0u, ok) ? ATTNI_CU_FLOW_WHOLE : 0;
-    }
+    // ---- rows and Q
 
-    // Hands a stage on: for the lane that has written its item.
-    __device__ __forceinline__ void hand_on(attni_cu_turn *t, int mine) {
-        __syncwarp();
-        if (mine) {
-            attni_mbar_arrive(&f->ready[t->stage]);
-            attni_mbar_arrive(&f->full[t->stage]);
-        }
-        attni_cu_step(t);
-    }
-
-    __device__ __forceinline__ void hand_on_none(attni_cu_turn *t, int32_t flags) {
-        item_t *x = &item[t->stage];
-        attni_mbar_wait(&f->empty[t->stage], (uint32_t)(t->phase ^ 1));
-        if ((threadIdx.x & 31) == 0) x->block = -1, x->flags = flags, x->slot = 0;
-        hand_on(t, (threadIdx.x & 31) == 0);
-    }
-
-    // All blocks of a task.
-    __device__ __forceinline__ void look_at(attni_cu_flow_work *work, uint64_t *has_rows,
-                                            uint32_t turn, attni_cu_turn *t) {
-        const attni_cu_task w = work->task; // asm clobbers memory, but not this
-        const int lane = (int)threadIdx.x & 31, i = lane >> 3, runs = a.runs && w.pos0 % 16 == 0;
-        const int32_t shift = w.span_shift, end = w.end_block, all = w.slots == 2;
-        int32_t at = attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK) - 1;
-        int32_t span = w.span0 - 1, slot = 0;
-        lot x = {{0, 0, 0, 0}, 0, 0}, next;
-        for (int n = 0;; n++, slot ^= 1, x = next) {
-            next = next_lot(work, w, runs, slot ^ 1, &at);
-            if (n == 0) continue;
-            if (x.b[0] >= end) break;
-            // of this lane's block
-            const int32_t b = pick(x, i), behind = i == LOT - 1 ? next.b[0] : pick(x, i + 1);
-            const int32_t s = b >> shift, before = i ? pick(x, i - 1) >> shift : span;
-            const int last = behind >= end, run = x.run >> i & 1;
-            const int gap = all && (s > before + 1 || (last && s + 1 < w.span1));
-            const uint8_t *row = NULL, *scale = NULL;
-            int32_t flags = x.full >> i & 1 ? ATTNI_CU_FLOW_FULL : 0;
-            int ok = 1;
-            if (last) flags |= ATTNI_CU_FLOW_LAST;
-            if (last || behind >> shift != s) flags |= ATTNI_CU_FLOW_CLOSE;
-            attni_cp_wait<1>();
-            __syncwarp();
-            if (run)
-                ok = locate(work, w, b, 16 * (lane & 3), f->page[slot][i][lane & 3], 1,
-                            lane >> 2 & 1, &row, &scale);
-            if (run) flags |= ATTNI_CU_FLOW_RUNS;
-            const uint32_t oks = __ballot_sync(~0u, ok), gaps = __ballot_sync(~0u, gap && b < end);
-            if ((oks >> 8 * i & 255) == 255 && run) flags |= ATTNI_CU_FLOW_WHOLE;
-#pragma unroll 1
-            for (int q = 0; q < LOT; q++) {
-                const int32_t bq = pick(x, q), sq = bq >> shift;
-                item_t *to = &item[t->stage];
-                if (bq >= end) break;
-                attni_mbar_wait(&f->empty[t->stage], (uint32_t)(t->phase ^ 1));
-                if (gaps >> 8 * q & 1) {
-                    attni_mbar_wait(has_rows, turn);
-                    attni_cu_empty_spans(a, work, span + 1, sq);
-                    if (__shfl_sync(~0u, last, 8 * q))
-                        attni_cu_empty_spans(a, work, sq + 1, w.span1);
-                }
-                if (!(x.run >> q & 1)) {
-                    const int32_t more = spell(work, w, bq, x.full >> q & 1, has_rows, turn,
-                                               f->page[slot][q], to);
-                    if (i == q) flags |= more;
-                } else if (i == q) {
-                    to->row[lane >> 2 & 1][lane & 3] = row;
-                    if (Q8) to->row[Q8 * (2 + (lane >> 2 & 1))][lane & 3] = scale;
-                }
-                if (lane == 8 * q)
-                    to->block = b, to->flags = flags, to->slot = all ? s - w.span0 : 0;
-                hand_on(t, lane == 8 * q);
-                span = sq;
-            }
-        }
-        if (span < w.span0) { // nothing to read
-            attni_mbar_wait(has_rows, turn);
-            if (all) attni_cu_empty_spans(a, work, w.span0, w.span1);
-            hand_on_none(t, ATTNI_CU_FLOW_LAST | (all ? 0 : ATTNI_CU_FLOW_CLOSE));
-        }
-    }
-
-    __device__ __forceinline__ void look(attni_cu_turn t) {
-        const int lane = (int)threadIdx.x & 31;
-        int32_t i = (int32_t)blockIdx.x, *ticket = a.ticket + 2 * a.kind;
-        for (int n = 0;; n++) {
-            attni_cu_flow_work *work = &f->work[n & 1];
-            const uint32_t turn = (uint32_t)(n >> 1 & 1);
-            int32_t next = 0;
-            if (n > 1) attni_mbar_wait(&f->done[n & 1], turn ^ 1);
-            const int some = attni_cu_draw(a, work, i);
-            if (!some && lane == 0) work->task.n_tokens = 0; // the end
-            __syncwarp();
-            if (lane == 0) attni_mbar_arrive(&f->taken[n & 1]);
-            if (!some) break;
-            if (lane == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);
-            if (a.sparse) attni_mbar_wait(&f->has_rows[n & 1], turn);
-            look_at(work, &f->has_rows[n & 1], turn, &t);
-            i = __shfl_sync(~0u, next, 0);
-        }
-        hand_on_none(&t, ATTNI_CU_FLOW_QUIT);
-        if (lane == 0) attni_cu_leave_tasks(ticket);
-    }
-
-    // ---- the warp that brings rows and Q
-
-    __device__ __forceinline__ void ask(void) {
-        constexpr int STEP = 32 / (D / 8);
-        const int lane = (int)threadIdx.x & 31, c = lane % (D / 8);
-        for (int n = 0;; n++) {
-            attni_cu_flow_work *w = &f->work[n & 1];
-            const uint32_t to = q + (uint32_t)((n & 1) * a.flow_rows * QS);
-            attni_mbar_wait(&f->taken[n & 1], (uint32_t)(n >> 1 & 1));
-            if (!w->task.n_tokens) return;
-            const int rows = (w->task.n_tokens * a.group + 15) / 16 * 16;
-#pragma unroll 1
-            for (int r0 = 0; r0 < rows; r0 += 32) {
-                int32_t head, token = attni_cu_token(a, w->task, r0 + lane, &head);
-                const uint16_t *mine = token < 0 ? NULL : (const uint16_t *)a.d.q.data +
-                                       token * a.d.q.stride_token + head * a.d.q.stride_head;
-#pragma unroll 4
-                for (int i = 0; i < 32 / STEP; i++) {
-                    const int r = i * STEP + lane / (D / 8);
-                    const uint16_t *from =
-                        (const uint16_t *)__shfl_sync(~0u, (unsigned long long)mine, r);
-                    const uint32_t at = to + (uint32_t)((r0 + r) * QS + 16 * c);
-                    uint32_t x[4] = {0, 0, 0, 0};
-                    if (r0 + r >= rows) continue;
-                    if (!a.odd_q) {
-                        attni_cp_async16(at, from ? from + 8 * c : a.d.q.data, from ? 16 : 0);
-                        continue;
-                    }
-                    for (int e = 0; e < 8 && from; e++)
-                        x[e >> 1] |= (uint32_t)from[8 * c + e] << 16 * (e & 1);
-                    attni_sts16(at, x);
-                }
-            }
-            for (int r = lane; r < rows; r += 32) w->row[r] = attni_cu_get_row(a, w->task, r);
-            __syncwarp();
-            if (a.sparse) attni_cu_distinct(a, w, rows);
-            if (lane == 0) attni_mbar_arrive(&f->has_rows[n & 1]);
-            attni_cu_units(a, w);
-            __syncwarp();
-            if (a.odd_q) attni_mbar_arrive(&f->has_q[n & 1]);
-            else attni_mbar_arrive_copies(&f->has_q[n & 1]);
-            if (lane == 0) attni_mbar_arrive(&f->has_q[n & 1]); // all rows and units
-        }
-    }
-
-    // ---- the warps that copy: one K, one V
-
-    template <int WHOLE>
-    __device__ __forceinline__ void copy_rows(const uint8_t *const *row, uint32_t to, int stride,
-                                              int n) {
-        constexpr int CHUNKS = (Q8 ? D : 2 * D) / 16, STEP = 32 / CHUNKS;
-        constexpr int LOT = STEP < 4 ? 16 : ATTNI_CU_BLOCK / STEP;
-        const int lane = (int)threadIdx.x & 31, c = lane % CHUNKS;
-        row += lane / CHUNKS;
-        to += (uint32_t)(lane / CHUNKS * stride + 16 * c);
-        if (16 * c >= n) return;
-#pragma unroll
-        for (int i0 = 0; i0 < ATTNI_CU_BLOCK; i0 += LOT * STEP) {
-            const uint8_t *from[LOT]; // first, so that one latency is waited for
-#pragma unroll
-            for (int i = 0; i < LOT; i++) from[i] = row[i0 + i * STEP];
-#pragma unroll
-            for (int i = 0; i < LOT; i++)
-                attni_cp_async16(to + (uint32_t)((i0 + i * STEP) * stride),
-                                 WHOLE || from[i] ? from[i] + 16 * c : a.k.data,
-                                 WHOLE || from[i] ? 16 : 0);
-        }
-    }
-
-    // The same where every 16 tokens follow each other.
-    __device__ __forceinline__ void copy_runs(const uint8_t *const *row, uint32_t to, int stride,
-                                              int n, int64_t token_bytes) {
-        constexpr int CHUNKS = (Q8 ? D : 2 * D) / 16, STEP = 32 / CHUNKS;
-        const int lane = (int)threadIdx.x & 31, c = lane % CHUNKS;
-        const uint8_t *from[4];
-        to += (uint32_t)(lane / CHUNKS * stride + 16 * c);
-        if (16 * c >= n) return;
-#pragma unroll
-        for (int g = 0; g < 4; g++) from[g] = row[g];
-#pragma unroll
-        for (int g = 0; g < 4; g++) {
-            const uint8_t *at = from[g] ? from[g] + lane / CHUNKS * token_bytes + 16 * c : a.k.data;
-            const int64_t step = from[g] ? STEP * token_bytes : 0;
-#pragma unroll
-            for (int i = 0; i < 16; i += STEP, at += step)
-                attni_cp_async16(to + (uint32_t)((16 * g + i) * stride), at, from[g] ? 16 : 0);
-        }
-    }
-
-    template <int V> __device__ __forceinline__ void copy(attni_cu_turn t) {
-        constexpr int STRIDE = V ? VS : KS;
-        const int lane = (int)threadIdx.x & 31;
-        const int n = attni_bits_of(V ? a.v.dtype : a.k.dtype) * D / 8; // bytes of a row
-        const uint32_t scales = ring + (uint32_t)(ATTNI_CU_BLOCK * (KS + VS + 4 * V));
-        for (;; attni_cu_step(&t)) {
-            const item_t *x = &item[t.stage];
-            attni_mbar_wait(&f->ready[t.stage], (uint32_t)t.phase);
-            const int flags = x->flags;
-            const uint32_t stage = (uint32_t)(t.stage * STAGE);
-            const uint32_t to = ring + stage + (uint32_t)(V ? ATTNI_CU_BLOCK * KS : 0);
-            if (x->block < 0 || a.odd_rows) {
-                uint8_t *at = (uint8_t *)f + (ring - attni_smem(f)) + stage;
-                if (x->block >= 0)
-                    attni_cu_copy_bytes(at + (V ? ATTNI_CU_BLOCK * KS : 0), x->row[V], n, STRIDE);
-                if (x->block >= 0 && Q8)
-                    attni_cu_copy_bytes(at + ATTNI_CU_BLOCK * (KS + VS + 4 * V),
-                                        x->row[Q8 * (2 + V)], 4, 4);
-                attni_mbar_arrive(&f->full[t.stage]);
-                if (flags & ATTNI_CU_FLOW_QUIT) return;
+    // All that is known before keys are: rows, Q (on its way), units.
+    __device__ __forceinline__ void prepare(void) {
+        const attni_cu_task &w = f->work.task;
+        rows = w.n_tokens * a.group;
+        const int tid = (int)threadIdx.x, all = (rows + 15) / 16 * 16;
+        if (tid < all) f->work.row[tid] = attni_cu_get_row(a, w, tid);
+        __syncthreads();
+        for (int e = tid; e < all * (D / 8); e += 128 * G) {
+            const int r = e / (D / 8), c = e % (D / 8);
+            const attni_cu_row &y = f->work.row[r];
+            const uint16_t *from = (const uint16_t *)a.d.q.data + y.token * a.d.q.stride_token +
+                                   y.head * a.d.q.stride_head + 8 * c;
+            const uint32_t to_q = q + piece<QROW>(r, c);
+            uint32_t u[4] = {0, 0, 0, 0};
+            if (!a.odd_q) {
+                attni_cp_async16(to_q, y.token < 0 ? a.d.q.data : from, y.token < 0 ? 0 : 16);
                 continue;
             }
-            const int runs = flags & ATTNI_CU_FLOW_RUNS;
-            if (runs) copy_runs(x->row[V], to, STRIDE, n, V ? a.v.token_bytes : a.k.token_bytes);
-            else if (flags & ATTNI_CU_FLOW_WHOLE) copy_rows<1>(x->row[V], to, STRIDE, n);
-            else copy_rows<0>(x->row[V], to, STRIDE, n);
+            for (int j = 0; j < 8 && y.token >= 0; j++)
+                u[j >> 1] |= (uint32_t)from[j] << 16 * (j & 1);
+            attni_sts16(to_q, u);
+        }
+        if (a.sparse) attni_cu_distinct(a, &f->work, all);
+        attni_cu_units(a, &f->work);
+        end = w.end_block;
+        at = attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK) - 1;
+        runs = a.runs && w.pos0 % 16 == 0;
+        held = -1;
 #pragma unroll
-            for (int i = lane; i < ATTNI_CU_BLOCK && Q8; i += 32) {
-                const uint8_t *from = x->row[Q8 * (2 + V)][runs ? i >> 4 : i];
-                if (runs && from && !(V ? a.v.head_scale : a.k.head_scale))
-                    from += (i & 15) * (V ? a.v.scale_token : a.k.scale_token);
-                attni_cp_async4(scales + stage + (uint32_t)(4 * i), from ? from : a.k.data,
-                                from ? 4 : 0);
-            }
-            attni_mbar_arrive_copies(&f->full[t.stage]);
+        for (int i = 0; i < 3 - G; i++) {
+            const attni_side &d = (G == 2 ? team : i) ? a.v : a.k;
+            kv[i] = d.data + w.kv_head * d.head_bytes + 16 * (lane % CHUNKS);
         }
     }
 
-    // ---- the warps that compute
-
-    template <int S> struct tile {
-        static constexpr int WARPS = 8 / S;     // of a strip
-        static constexpr int NT = S;            // 8-token tiles of scores a warp has
-        static constexpr int NO = S * D / 64;   // 8-column tiles of O
-        static constexpr int QREG = S < 4;      // Q stays in registers
-        static constexpr int EARLY = S < 4;     // room for V while the warps meet
-        const attni_cu_flow &x;
-        const attni_cu_args &a;
-        attni_cu_flow_shared *f;
-        attni_cu_flow_work *w;
-        int lane, strip, warp;                  // warp: in the strip
-        int vsh;                                // columns of a V code word go to 1 << vsh tiles
-        uint32_t qf[QREG ? D / 16 : 1][4], q;
-        float o[NO][4], m[2], l[2][NT];
-        float to[NO][4], tm[2], tl[2];          // spans folded so far
-        int32_t lo[2], hi[2];                   // of the rows, where masks are closed
-
-        __device__ __forceinline__ tile(const attni_cu_flow &flow, int n)
-            : x(flow), a(flow.a), f(flow.f), w(&flow.f->work[n & 1]) {
-            const int t = (int)threadIdx.x >> 5;
-            lane = (int)threadIdx.x & 31;
-            strip = t / WARPS;
-            warp = t % WARPS;
-            vsh = !Q8 ? 0 : a.v.dtype == ATTN_I4 ? 2 : 1;
-        }
-
-        __device__ __forceinline__ int row(int h) const { return 16 * strip + (lane >> 2) + 8 * h; }
-        // First token of tile j of scores, minus the lane's.
-        __device__ __forceinline__ int token(int j) const { return 8 * (warp * NT + j); }
-        // Column of element e of tile j of O.
-        __device__ __forceinline__ int column(int j, int e) const {
-            const int i = warp * NO + j, part = (1 << vsh) - 1;
-            return ((i >> vsh) << (3 + vsh)) + ((2 * (lane & 3) + e) << vsh) + (i & part);
-        }
-        __device__ __forceinline__ void meet(void) const { attni_bar<32 * WARPS>(2 + strip); }
-
-        __device__ __forceinline__ void reset(void) {
-#pragma unroll
-            for (int j = 0; j < NO; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0;
+    // Q's steps 2 i and 2 i + 1 of a strip as left operands. Codes of K are taken 16
+    // neighbouring dims at a time, so then the dims of Q are shuffled in the same way.
+    __device__ __forceinline__ void load_q(uint32_t r0[4], uint32_t r1[4], int strip,
+                                           int i) const {
+        const int r = row(strip, 0) - (lane >> 2);
+        if constexpr (!Q8) {
+            attni_ldmatrix(r0, q + piece<QROW>(r + (lane & 15), 4 * i + (lane >> 4)));
+            attni_ldmatrix(r1, q + piece<QROW>(r + (lane & 15), 4 * i + 2 + (lane >> 4)));
+        } else {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                m[h] = ATTNI_NINF;
-#pragma unroll
-                for (int j = 0; j < NT; j++) l[h][j] = 0;
+                uint32_t u[4];
+                attni_lds16(u, q + piece<QROW>(r + (lane >> 2) + 8 * h,
+                                               8 * (i >> 1) + 2 * (lane & 3) + (i & 1)));
+                if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
+                    const uint32_t y = u[0], z = u[2];
+                    u[0] = __byte_perm(y, u[1], 0x5410), u[1] = __byte_perm(y, u[1], 0x7632);
+                    u[2] = __byte_perm(z, u[3], 0x5410), u[3] = __byte_perm(z, u[3], 0x7632);
+                }
+                r0[h] = u[0], r0[2 + h] = u[1], r1[h] = u[2], r1[2 + h] = u[3];
             }
         }
+    }
 
-        // Q's steps 2 i and 2 i + 1 as left operands. Codes of K are taken 16 neighbouring dims at
-        // a time, so then the dims of Q are shuffled in the same way.
-        __device__ __forceinline__ void load_q(uint32_t r0[4], uint32_t r1[4], int i) const {
-            if constexpr (!Q8) {
-                const uint32_t at = q + (uint32_t)((lane & 15) * QS + 64 * i + 16 * (lane >> 4));
-                attni_ldmatrix(r0, at);
-                attni_ldmatrix(r1, at + 32);
-            } else {
+    // ---- a unit
+
+    __device__ __forceinline__ void reset(void) {
 #pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    uint32_t r[4];
-                    attni_lds16(r, q + (uint32_t)(((lane >> 2) + 8 * h) * QS + 128 * (i >> 1) +
-                                                  32 * (lane & 3) + 16 * (i & 1)));
-                    if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
-                        const uint32_t x = r[0], y = r[2];
-                        r[0] = __byte_perm(x, r[1], 0x5410), r[1] = __byte_perm(x, r[1], 0x7632);
-                        r[2] = __byte_perm(y, r[3], 0x5410), r[3] = __byte_perm(y, r[3], 0x7632);
-                    }
-                    r0[h] = r[0], r0[2 + h] = r[1], r1[h] = r[2], r1[2 + h] = r[3];
+        for (int i = 0; i < S; i++) {
+#pragma unroll
+            for (int e = 0; e < 4 * NO; e++) o[i][e >> 2][e & 3] = 0;
+            m[i][0] = m[i][1] = ATTNI_NINF;
+            l[i][0] = l[i][1] = 0;
+        }
+    }
+
+    // Codes of 8 tokens of K, 64 dims, as they are; of 16 of V, two pieces.
+    __device__ __forceinline__ void raw_k(uint32_t u[4], uint32_t k, int j, int i) const {
+        const int r = 8 * j + (lane >> 2);
+        u[2] = u[3] = 0;
+        if (a.k.dtype == ATTN_I4)
+            attni_lds8(u, k + piece<ROW>(r, 2 * i + (lane >> 1 & 1)) + 8u * (lane & 1));
+        else attni_lds16(u, k + piece<ROW>(r, 4 * i + (lane & 3)));
+    }
+    __device__ __forceinline__ void raw_v(uint32_t u[4], uint32_t v, int j) const {
+        const int half = a.v.dtype == ATTN_I4 ? j / 2 : j; // one piece has all of j's columns
+        attni_ldmatrix_trans(u, v + piece<ROW>(lane & 15, 2 * half + (lane >> 4)));
+    }
+
+    // Are there codes of E4M3 that are no numbers?
+    __device__ __forceinline__ int odd_codes(uint32_t k, uint32_t v) const {
+        uint32_t odd = 0, u[4];
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            if (i < D / 32) raw_k(u, k, i & 1, i >> 1);
+            else raw_v(u, v, i - D / 32);
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                odd |= ((u[e] & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+        }
+        return __any_sync(~0u, odd != 0);
+    }
+
+    // K of 16 tokens as right operands: 32 dims, or 64 of codes.
+    template <int T>
+    __device__ __forceinline__ void right_k(uint32_t kb[2][8], uint32_t k, int i) const {
+        uint32_t u[4];
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+            if constexpr (!Q8) { // 16 dims
+                attni_ldmatrix(u, k + piece<ROW>((lane & 7) + 8 * (lane >> 4),
+                                                 4 * i + 2 * j + (lane >> 3 & 1)));
+                kb[0][2 * j] = u[0], kb[0][2 * j + 1] = u[1];
+                kb[1][2 * j] = u[2], kb[1][2 * j + 1] = u[3];
+            } else { // 8 tokens
+                raw_k(u, k, j, i / 2);
+                if constexpr (T < 0) {
+                    attni_cu_codes<BF>(a.k.dtype, u, kb[j]);
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        attni_cu_every_other<BF, T>(u[e], kb[j] + 2 * e);
                 }
             }
-        }
+    }
 
-        __device__ __forceinline__ void keep_q(uint32_t from) {
-            q = from + (uint32_t)(16 * strip * QS);
+    // Even and odd steps apart: half the way from one product to the next.
+    template <int N, int T>
+    __device__ __forceinline__ void scores(float c[N][2][4], uint32_t k) const {
+        float d[N][2][4];
 #pragma unroll
-            for (int i = 0; i < D / 32 && QREG; i++)
-                load_q(qf[QREG ? 2 * i : 0], qf[QREG ? 2 * i + 1 : 0], i);
-        }
-
-        // Even and odd steps apart: half the way from one product to the next.
-        __device__ __forceinline__ void scores(float c[NT][4], uint32_t k) const {
-            float d[NT][4];
+        for (int e = 0; e < 8 * N; e++)
+            c[e >> 3][e >> 2 & 1][e & 3] = d[e >> 3][e >> 2 & 1][e & 3] = 0;
 #pragma unroll
-            for (int e = 0; e < 4 * NT; e++) c[e >> 2][e & 3] = d[e >> 2][e & 3] = 0;
+        for (int i = 0; i < D / 32; i += 1 + Q8) {
+            uint32_t kb[2][8];
+            right_k<T>(kb, k, i);
 #pragma unroll
-            for (int i = 0; i < D / 32; i += Q8 ? 2 : 1) {
-                uint32_t r[4][4];
+            for (int n = 0; n < N; n++)
 #pragma unroll
-                for (int s = 0; s < 2; s++)
+                for (int y = 0; y < 1 + Q8; y++) {
+                    uint32_t r0[4], r1[4];
 #pragma unroll
                     for (int e = 0; e < 4 && QREG; e++) {
-                        r[2 * s][e] = qf[QREG ? 2 * (i + (s & Q8)) : 0][e];
-                        r[2 * s + 1][e] = qf[QREG ? 2 * (i + (s & Q8)) + 1 : 0][e];
+                        r0[e] = qf[QREG ? 2 * (i + y) : 0][e];
+                        r1[e] = qf[QREG ? 2 * (i + y) + 1 : 0][e];
                     }
-                if (!QREG) load_q(r[0], r[1], i);
-                if (!QREG && Q8) load_q(r[2], r[3], i + 1);
+                    if (!QREG) load_q(r0, r1, n, i + y);
 #pragma unroll
-                for (int j = 0; j < NT; j++) {
-                    uint32_t kb[8];
-                    right_k(kb, k, j, i);
-                    attni_mma<BF>(c[j], r[0], kb[0], kb[1]);
-                    attni_mma<BF>(d[j], r[1], kb[2], kb[3]);
-                    if (!Q8) continue;
-                    attni_mma<BF>(c[j], r[2], kb[4], kb[5]);
-                    attni_mma<BF>(d[j], r[3], kb[6], kb[7]);
+                    for (int j = 0; j < 2; j++) {
+                        attni_mma<BF>(c[n][j], r0, kb[j][4 * y], kb[j][4 * y + 1]);
+                        attni_mma<BF>(d[n][j], r1, kb[j][4 * y + 2], kb[j][4 * y + 3]);
+                    }
                 }
+        }
+#pragma unroll
+        for (int e = 0; e < 8 * N; e++)
+            c[e >> 3][e >> 2 & 1][e & 3] += d[e >> 3][e >> 2 & 1][e & 3];
+    }
+
+    __device__ __forceinline__ void hide(float c[2][4], int i, int32_t b) const {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const attni_cu_row &y = f->work.row[row(i, h)];
+            uint32_t bits;
+            if (a.closed)
+                bits = (uint32_t)(attni_cu_closed_bits(y.lo, y.hi, b * ATTNI_CU_BLOCK) >>
+                                  16 * stream);
+            else
+                bits = f->bits[stage][stream][row(i, h)];
+            bits >>= 2 * (lane & 3);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                if (!(bits >> (8 * j) & 1)) c[j][2 * h] = ATTNI_NINF;
+                if (!(bits >> (8 * j) & 2)) c[j][2 * h + 1] = ATTNI_NINF;
+            }
+        }
+    }
+
+    // Scores -> weights, by the running maximum as it is; true when a score is far above it.
+    template <int i>
+    __device__ __forceinline__ int weigh(const float c[2][4], float y[2][4]) const {
+        int grown = 0;
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            const float top = m[i][e >> 1 & 1], base = top == ATTNI_NINF ? 0.0f : top;
+            const float z = c[e >> 2][e & 3];
+            y[e >> 2][e & 3] = attni_exp2(__fmaf_rn(z, a.scale, -base));
+            grown |= z * a.scale > top + 8.0f; // above -inf, too
+        }
+        return grown;
+    }
+
+    // Raises the running maximum where a row's scores have grown much, and scales what was
+    // summed; weights are to be taken again then.
+    template <int i> __device__ __forceinline__ void raise(const float c[2][4]) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float top = a.scale * attni_quad_max(fmaxf(
+                fmaxf(c[0][2 * h], c[0][2 * h + 1]), fmaxf(c[1][2 * h], c[1][2 * h + 1])));
+            float y = 1.0f;
+            if (top > m[i][h] + 8.0f) {
+                y = attni_exp2(m[i][h] - top);
+                m[i][h] = top;
+            }
+            l[i][h] *= y;
+#pragma unroll
+            for (int j = 0; j < NO; j++) o[i][j][2 * h] *= y, o[i][j][2 * h + 1] *= y;
+        }
+    }
+
+    // V of 16 tokens as right operands: tiles 4 j to 4 j + 3 of O.
+    template <int T>
+    __device__ __forceinline__ void right_v(uint32_t vb[4][2], uint32_t v, int j) const {
+        uint32_t u[4], y[2][4];
+        if constexpr (!Q8) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                attni_ldmatrix_trans(
+                    u, v + piece<ROW>(lane & 15, 4 * j + 2 * i + (lane >> 4)));
+                vb[2 * i][0] = u[0], vb[2 * i][1] = u[1];
+                vb[2 * i + 1][0] = u[2], vb[2 * i + 1][1] = u[3];
+            }
+            return;
+        }
+        raw_v(u, v, j);
+        if (T < 0 && a.v.dtype == ATTN_I4) {
+            u[0] = u[2] = j & 1 ? u[2] : u[0];
+            u[1] = u[3] = j & 1 ? u[3] : u[1];
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                attni_cu_columns<BF>(ATTN_I4, u, i, y);
+                vb[i][0] = y[0][0], vb[i][1] = y[0][1];
+                vb[i + 1][0] = y[1][0], vb[i + 1][1] = y[1][1];
+            }
+            return;
+        }
+        if constexpr (T < 0) {
+            attni_cu_columns<BF>(a.v.dtype, u, 0, y);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint32_t z[2];
+                attni_cu_every_other<BF, T>(u[i], z);
+                y[0][i] = z[0], y[1][i] = z[1];
+            }
+        }
+        vb[0][0] = y[0][0], vb[0][1] = y[0][1], vb[1][0] = y[1][0], vb[1][1] = y[1][1];
+        vb[2][0] = y[0][2], vb[2][1] = y[0][3], vb[3][0] = y[1][2], vb[3][1] = y[1][3];
+    }
+
+    // Column of element e of tile j of O.
+    __device__ __forceinline__ int column(int j, int e) const {
+        const int sh = !Q8 ? 0 : a.v.dtype == ATTN_I4 ? 2 : 1;
+        return ((j >> sh) << (3 + sh)) + ((2 * (lane & 3) + e) << sh) + (j & ((1 << sh) - 1));
+    }
+
+    // The unit of block b: N strips, codes of dtype T or (-1) whatever they are.
+    template <int N, int T> __device__ __forceinline__ void unit(int32_t b, int whole) {
+        const uint32_t k = ring + (uint32_t)(stage * STAGE), v = k + 16 * ROW;
+        float c[N][2][4], y[N][2][4], vs[2][2] = {{1, 1}, {1, 1}};
+        uint32_t pa[N][4];
+        scores<N, T>(c, k);
+#pragma unroll
+        for (int j = 0; j < 2 && Q8; j++) {
+            const uint32_t scale = v + 16 * ROW + 4u * (8 * j + 2 * (lane & 3));
+            float z[2];
+            attni_lds8((uint32_t *)z, scale);
+            attni_lds8((uint32_t *)vs[j], scale + 64);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                c[i][j][0] *= z[0], c[i][j][1] *= z[1];
+                c[i][j][2] *= z[0], c[i][j][3] *= z[1];
+            }
+        }
+        if (!whole) hide(c[0], 0, b);
+        if (!whole && N == 2) hide(c[N - 1], 1, b);
+        int grown = weigh<0>(c[0], y[0]);
+        if (N == 2) grown |= weigh<N - 1>(c[N - 1], y[N - 1]);
+        if (__any_sync(~0u, grown)) { // rare
+            raise<0>(c[0]);
+            (void)weigh<0>(c[0], y[0]);
+            if (N == 2) raise<N - 1>(c[N - 1]);
+            if (N == 2) (void)weigh<N - 1>(c[N - 1], y[N - 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int j = e >> 1, h = e & 1;
+                l[i][h] += y[i][j][2 * h] + y[i][j][2 * h + 1];
+                pa[i][e] = attni_pair<BF>(y[i][j][2 * h] * vs[j][0],
+                                          y[i][j][2 * h + 1] * vs[j][1]);
             }
 #pragma unroll
-            for (int e = 0; e < 4 * NT; e++) c[e >> 2][e & 3] += d[e >> 2][e & 3];
+        for (int j = 0; j < NO / 4; j++) {
+            uint32_t vb[4][2];
+            right_v<T>(vb, v, j);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    attni_mma<BF>(o[i][4 * j + e], pa[i], vb[e][0], vb[e][1]);
         }
+    }
 
-        // K of 8 tokens as right operands: 32 dims, or (codes) 64.
-        __device__ __forceinline__ void right_k(uint32_t kb[8], uint32_t k, int j, int i) const {
-            if (!Q8) {
-                attni_ldmatrix(kb, k + (uint32_t)((token(j) + (lane & 7)) * KS + 64 * i +
-                                                  16 * (lane >> 3)));
-                return;
+    template <int N> __device__ __forceinline__ void unit_of(int32_t b, int whole) {
+        if constexpr (Q8) {
+            const uint32_t k = ring + (uint32_t)(stage * STAGE);
+            if (a.k.dtype == ATTN_I8 && a.v.dtype == ATTN_I8)
+                unit<N, ATTN_I8>(b, whole);
+            else if (a.k.dtype == ATTN_F8E4M3 && a.v.dtype == ATTN_F8E4M3 &&
+                     !odd_codes(k, k + 16 * ROW))
+                unit<N, ATTN_F8E4M3>(b, whole);
+            else unit<N, -1>(b, whole);
+        } else {
+            unit<N, 0>(b, whole);
+        }
+    }
+
+    // ---- a span
+
+    // Where columns `col` and col + 1 of a row of the warp's O are handed over.
+    __device__ __forceinline__ static uint32_t handed(int r, int col) {
+        return (uint32_t)(r * 4 * D + (((col >> 1) ^ (r << 2)) << 3) + 4 * (col & 1));
+    }
+
+    // A row's state, the lane's columns, as a partial.
+    __device__ __forceinline__ void leave(int r, float top, float sum, const float z[OWN],
+                                          int32_t slot) const {
+        const int64_t i = attni_cu_partial(a, f->work.task, r, f->work.row[r], slot);
+        float *out = a.partial_o + i * D + stream * (D / 4) + (lane & 3) * OWN;
+        if ((lane & 3) == 0 && stream == 0)
+            __stcg((float2 *)a.partial_ml + i, make_float2(top, sum));
+#pragma unroll
+        for (int j = 0; j < OWN; j += 4)
+            __stcg((float4 *)(out + j), make_float4(z[j], z[j + 1], z[j + 2], z[j + 3]));
+    }
+
+    // A row's state, the lane's columns, as its result.
+    __device__ __forceinline__ void finish(int r, float top, float sum,
+                                           const float z[OWN]) const {
+        const attni_cu_row &y = f->work.row[r];
+        const int col = stream * (D / 4) + (lane & 3) * OWN, bf = a.d.o.dtype == ATTN_BF16;
+        float lse, w = attni_cu_close(a, y.head, top, sum, &lse);
+        if (a.d.lse && (lane & 3) == 0 && stream == 0)
+            a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
+        uint16_t *out = (uint16_t *)attni_cu_o(a, y.token, y.head) + col;
+        uint32_t u[OWN / 2];
+#pragma unroll
+        for (int j = 0; j < OWN; j += 2) {
+            const float p = sum == 0.0f ? 0 : z[j] * w, q1 = sum == 0.0f ? 0 : z[j + 1] * w;
+            u[j / 2] = bf ? attni_pair<1>(p, q1) : attni_pair<0>(p, q1);
+        }
+        if (!a.wide_o) {
+#pragma unroll
+            for (int j = 0; j < OWN; j++) out[j] = (uint16_t)(u[j / 2] >> 16 * (j & 1));
+        } else if constexpr (OWN == 8) {
+            *(uint4 *)(void *)out = make_uint4(u[0], u[1], u[2], u[3]);
+        } else {
+            *(uint2 *)(void *)out = make_uint2(u[0], u[1]);
+        }
+    }
+
+    // Adds a state to what its row's spans before it have left, which is here when G is 1, and
+    // else in shared memory.
+    template <int H>
+    __device__ __forceinline__ void fold(int r, float *top, float *sum, float z[OWN]) {
+        constexpr int h = QREG ? H : 0;
+        const int empty = *top == ATTNI_NINF && *sum == 0.0f;
+        float y[OWN], w0, w1;
+        uint32_t u[4];
+        if constexpr (QREG) {
+            attni_cu_fold(&tm[h], &tl[h], *top, *sum, &w0, &w1);
+#pragma unroll
+            for (int j = 0; j < OWN; j++) {
+                const float b = attni_cu_blend(to[h][j], w0, z[j], w1);
+                z[j] = to[h][j] = empty ? to[h][j] : b;
             }
-            const uint32_t at = k + (uint32_t)((token(j) + (lane >> 2)) * KS);
-            uint32_t r[4] = {0, 0, 0, 0};
-            if (a.k.dtype == ATTN_I4) attni_lds8(r, at + 16u * i + 8u * (lane & 3));
-            else attni_lds16(r, at + 32u * i + 16u * (lane & 3));
-            attni_cu_codes<BF>(a.k.dtype, r, kb);
+            *top = tm[h], *sum = tl[h];
+            return;
         }
+        const uint32_t state = total + (uint32_t)(ATTNI_CU_TEAM_ROWS(G) * 4 * D + 8 * r);
+        const uint32_t from = total + (uint32_t)(4 * (r * D + stream * (D / 4) + (lane & 3) * OWN));
+        attni_lds8(u, state);
+        float m0 = __uint_as_float(u[0]), l0 = __uint_as_float(u[1]);
+        attni_cu_fold(&m0, &l0, *top, *sum, &w0, &w1);
+#pragma unroll
+        for (int j = 0; j < OWN; j += 4) {
+            attni_lds16(u, from + 4 * j);
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                y[j + e] = __uint_as_float(u[e]);
+                const float b = attni_cu_blend(y[j + e], w0, z[j + e], w1);
+                z[j + e] = empty ? y[j + e] : b;
+                u[e] = __float_as_uint(z[j + e]);
+            }
+            attni_sts16(from + 4 * j, u);
+        }
+        *top = m0, *sum = l0;
+        meet_team(); // all have read it
+        if (stream == 0 && (lane & 3) == 0)
+            attni_sts8(state, __float_as_uint(m0), __float_as_uint(l0));
+    }
 
-        __device__ __forceinline__ void hide(float c[NT][4], const item_t *t) const {
+    // Folds the four states of half H of the rows of strip I: a lane has OWN columns of a row.
+    template <int I, int H>
+    __device__ __forceinline__ void close_rows(int32_t slots, int32_t slot, int last) {
+        const uint32_t mine = APART ? swap : ring + (uint32_t)(stage * STAGE);
+        const uint32_t step = APART ? 8 * 4 * D : (uint32_t)(a.stages * STAGE); // of streams
+        const uint32_t from = mine - (uint32_t)stream * step;
+        const int r = row(I, H);
+        float2 y[4];
+        float z[OWN], top, sum = 0;
+        if (r - (lane >> 2) >= rows) return; // none of the eight
+#pragma unroll
+        for (int j = 0; j < NO; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e += 2 - Q8) {
+                const uint32_t there = mine + handed(lane >> 2, column(j, e));
+                if (Q8) attni_sts4(there, __float_as_uint(o[I][j][2 * H + e]));
+                else attni_sts8(there, __float_as_uint(o[I][j][2 * H]),
+                                __float_as_uint(o[I][j][2 * H + 1]));
+            }
+        meet_team();
+#pragma unroll
+        for (int j = 0; j < 4; j++) y[j] = f->ml[j][r];
+        top = fmaxf(fmaxf(y[0].x, y[1].x), fmaxf(y[2].x, y[3].x));
+        const float zero = top == ATTNI_NINF ? 0.0f : top;
+#pragma unroll
+        for (int j = 0; j < OWN; j++) z[j] = 0;
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            const float w = attni_exp2(y[t].x - zero);
+            sum = __fmaf_rn(y[t].y, w, sum);
+#pragma unroll
+            for (int j = 0; j < OWN; j += 4) {
+                uint32_t u[4];
+                attni_lds16(u, from + (uint32_t)t * step +
+                                   handed(lane >> 2, stream * (D / 4) + (lane & 3) * OWN + j));
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    z[j + e] = __fmaf_rn(__uint_as_float(u[e]), w, z[j + e]);
+            }
+        }
+        meet_team(); // and the copies that come next may be made
+        if (slots != 2) fold<H>(r, &top, &sum, z);
+        if (r >= rows || (slots != 2 && !last)) return;
+        if (slots) leave(r, top, sum, z, slot);
+        else finish(r, top, sum, z);
+    }
+
+    // A span is through.
+    __device__ __forceinline__ void close(int32_t slots, int32_t slot, int last) {
+#pragma unroll
+        for (int i = 0; i < S; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                uint64_t bits = a.closed ? attni_cu_closed_bits(lo[h], hi[h],
-                                                                t->block * ATTNI_CU_BLOCK)
-                                         : t->bits[row(h)];
-                bits >>= token(0) + 2 * (lane & 3);
-#pragma unroll
-                for (int j = 0; j < NT; j++) {
-                    if (!(bits >> (8 * j) & 1)) c[j][2 * h] = ATTNI_NINF;
-                    if (!(bits >> (8 * j) & 2)) c[j][2 * h + 1] = ATTNI_NINF;
-                }
+                const float sum = attni_quad_sum(l[i][h]);
+                if ((lane & 3) == 0) f->ml[stream][row(i, h)] = make_float2(m[i][h], sum);
             }
+        close_rows<0, 0>(slots, slot, last);
+        close_rows<0, 1>(slots, slot, last);
+        if constexpr (S == 2) {
+            close_rows<1, 0>(slots, slot, last);
+            close_rows<1, 1>(slots, slot, last);
         }
+        reset();
+    }
 
-        // Scores -> weights, by the running maximum as it is; true when a score is far above it.
-        __device__ __forceinline__ int weigh(const float c[NT][4], float y[NT][4]) const {
-            int grown = 0;
+    // Nothing is summed as yet.
+    __device__ __forceinline__ void clear(void) {
+        reset();
 #pragma unroll
-            for (int e = 0; e < 4 * NT; e++) {
-                const float top = m[e >> 1 & 1], base = top == ATTNI_NINF ? 0.0f : top;
-                const float s = c[e >> 2][e & 3];
-                y[e >> 2][e & 3] = attni_exp2(__fmaf_rn(s, a.scale, -base));
-                grown |= s * a.scale > top + 8.0f; // above -inf, too
-            }
-            return grown;
+        for (int h = 0; h < 2; h++) {
+            tm[h] = ATTNI_NINF, tl[h] = 0;
+#pragma unroll
+            for (int j = 0; j < OWN && QREG; j++) to[QREG ? h : 0][j] = 0;
         }
-
-        // Raises the running maximum where a row's scores have grown much, and scales what was
-        // summed; weights are to be taken again then. The strip calls.
-        __device__ __forceinline__ void raise(const float c[NT][4]) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float top = fmaxf(c[0][2 * h], c[0][2 * h + 1]);
-#pragma unroll
-                for (int j = 1; j < NT; j++)
-                    top = fmaxf(top, fmaxf(c[j][2 * h], c[j][2 * h + 1]));
-                top = attni_quad_max(top) * a.scale;
-                if ((lane & 3) == 0) f->top[row(h)][warp] = top;
-            }
-            meet();
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float top = f->top[row(h)][0], s = 1.0f;
-#pragma unroll
-                for (int i = 1; i < WARPS; i++) top = fmaxf(top, f->top[row(h)][i]);
-                if (top > m[h] + 8.0f) {
-                    s = attni_exp2(m[h] - top);
-                    m[h] = top;
-                }
-#pragma unroll
-                for (int j = 0; j < NT; j++) l[h][j] *= s;
-#pragma unroll
-                for (int j = 0; j < NO; j++) o[j][2 * h] *= s, o[j][2 * h + 1] *= s;
-            }
+        if constexpr (!QREG) {
+            const uint32_t none[4] = {0, 0, 0, 0};
+            for (int i = (int)threadIdx.x; i < rows * D / 4; i += 128 * G)
+                attni_sts16(total + 16u * i, none);
+            for (int i = (int)threadIdx.x; i < rows; i += 128 * G)
+                attni_sts8(total + (uint32_t)(ATTNI_CU_TEAM_ROWS(G) * 4 * D + 8 * i), 0xff800000u,
+                           0);
         }
+    }
 
-        // Weights to shared memory, for the strip's other warps.
-        __device__ __forceinline__ void spread(const float y[NT][4], uint32_t scale,
-                                               uint32_t to) const {
-#pragma unroll
-            for (int j = 0; j < NT; j++) {
-                float s[2] = {1, 1};
-                if (Q8)
-                    attni_lds8((uint32_t *)s, scale + (uint32_t)(4 * (token(j) + 2 * (lane & 3))));
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-                    attni_sts4(to + (uint32_t)(row(h) * PS + 2 * token(j) + 4 * (lane & 3)),
-                               attni_pair<BF>(y[j][2 * h] * s[0], y[j][2 * h + 1] * s[1]));
-            }
+    // ---- tasks
+
+    // Task i's record, on its way.
+    __device__ __forceinline__ void fetch(int64_t i) const {
+        if (threadIdx.x < sizeof(attni_cu_task) / 4 && i < a.cap_tasks)
+            attni_cp_async4(attni_smem(&f->next) + 4 * threadIdx.x,
+                            (const int32_t *)(const void *)(a.task + i) + threadIdx.x, 4);
+        attni_cp_commit();
+    }
+
+    // The task whose record has been fetched is at hand.
+    __device__ __forceinline__ void take(void) {
+        attni_cp_wait<0>();
+        __syncthreads(); // the record is there, and the task before is through
+        if (threadIdx.x < sizeof(attni_cu_task) / 4)
+            ((int32_t *)(void *)&f->work.task)[threadIdx.x] =
+                ((const int32_t *)(const void *)&f->next)[threadIdx.x];
+        if (threadIdx.x == 0) {
+            f->work.n_merge = f->work.n_distinct = f->work.bad = 0;
+            f->work.scan0 = INT32_MIN / 2;
         }
+        __syncthreads();
+    }
 
-        // V of 32 tokens as right operands. Codes: a lane gets the columns of 1 << vsh neighbouring
-        // tiles at once.
-        __device__ __forceinline__ void keep_v(uint32_t vb[NO][4], uint32_t v, int h) const {
-            const uint32_t at = v + (uint32_t)((32 * h + lane) * VS);
+    // All of the task at hand; behind: of tasks of other kinds.
+    __device__ __forceinline__ void run(int32_t behind) {
+        const int depth = a.stages;
+        int32_t drawn = 0, span, slots, shift, span0;
+        if (threadIdx.x == 0) drawn = (int32_t)gridDim.x + atomicAdd(a.ticket + 2 * a.kind, 1);
+        prepare();
+        clear();
+        stage = 0;
+        slots = f->work.task.slots, shift = f->work.task.span_shift, span0 = f->work.task.span0;
+        span = span0 - 1;
+        const int two = G == 2 && rows > 16 * (team + 2); // strips
+        for (int n = -depth;; n++) {
+            if (n >= 0) {
+                wait();
+                if (n == 0) {
+                    if (threadIdx.x == 0) f->n_next = drawn;
+                    __syncthreads();
+                    fetch((int64_t)f->n_next + behind);
 #pragma unroll
-            for (int j = 0; j < NO && !Q8; j++)
-                attni_ldmatrix_trans(vb[j], at + (uint32_t)(16 * (warp * NO + j)));
-#pragma unroll
-            for (int j = 0; j < NO && Q8; j += NO > 1 ? 2 : 1) {
-                uint32_t r[4], u[2][4];
-                attni_ldmatrix_trans(r, at + (uint32_t)(16 * ((warp * NO + j) >> vsh)));
-                attni_cu_columns<BF>(a.v.dtype, r, warp * NO + j, u);
-#pragma unroll
-                for (int e = 0; e < (NO > 1 ? 2 : 1); e++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) vb[j + e][i] = u[e][i];
-            }
-        }
-
-        __device__ __forceinline__ void values(const uint32_t vb[NO][4], uint32_t p, int h) {
-            uint32_t pa[2][4];
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                attni_ldmatrix(pa[i], p + (uint32_t)((16 * strip + (lane & 15)) * PS + 64 * h +
-                                                     32 * i + 16 * (lane >> 4)));
-#pragma unroll
-            for (int j = 0; j < NO; j++) {
-                attni_mma<BF>(o[j], pa[0], vb[j][0], vb[j][1]);
-                attni_mma<BF>(o[j], pa[1], vb[j][2], vb[j][3]);
-            }
-        }
-
-        // Whole sums of the rows, 8 tokens after 8 tokens. turn: not that of the call before.
-        __device__ __forceinline__ void total(float sum[2], int turn) const {
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int j = 0; j < NT; j++) {
-                    float y = attni_quad_sum(l[h][j]);
-                    if ((lane & 3) == 0) f->sum[turn][row(h)][warp * NT + j] = y;
-                }
-            meet();
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float *from = f->sum[turn][row(h)];
-                sum[h] = ((from[0] + from[1]) + (from[2] + from[3])) +
-                         ((from[4] + from[5]) + (from[6] + from[7]));
-            }
-        }
-
-        // A row's state as a partial.
-        __device__ __forceinline__ void leave(int h, float sum, int32_t slot) const {
-            const attni_cu_row &y = w->row[row(h)];
-            if (y.token < 0) return;
-            const int64_t at = attni_cu_partial(a, w->task, row(h), y, slot);
-            float *out = a.partial_o + at * D;
-            if ((lane & 3) == 0 && warp == 0)
-                __stcg((float2 *)a.partial_ml + at, make_float2(m[h], sum));
-#pragma unroll
-            for (int j = 0; j < NO; j++) {
-                if (Q8) {
-                    __stcg(out + column(j, 0), o[j][2 * h]);
-                    __stcg(out + column(j, 1), o[j][2 * h + 1]);
+                    for (int i = 0; i < D / 32 && QREG; i++)
+                        load_q(qf[QREG ? 2 * i : 0], qf[QREG ? 2 * i + 1 : 0], 0, i);
                 } else {
-                    __stcg((float2 *)(out + column(j, 0)),
-                           make_float2(o[j][2 * h], o[j][2 * h + 1]));
-                }
-            }
-        }
-
-        // A row's state as its result.
-        __device__ __forceinline__ void finish(int h, float sum) const {
-            const attni_cu_row &y = w->row[row(h)];
-            float lse, s;
-            if (y.token < 0) return;
-            s = attni_cu_close(a, y.head, m[h], sum, &lse);
-            if (a.d.lse && (lane & 3) == 0 && warp == 0)
-                a.d.lse[(int64_t)y.token * a.d.n_heads + y.head] = lse;
-            uint32_t *out = (uint32_t *)attni_cu_o(a, y.token, y.head);
-            const int none = sum == 0.0f, bf = a.d.o.dtype == ATTN_BF16;
-#pragma unroll
-            for (int j = 0; j < NO; j++) {
-                float u = none ? 0 : o[j][2 * h] * s, v = none ? 0 : o[j][2 * h + 1] * s;
-                if (Q8 || a.odd_o) {
-                    attni_cu_put(a, out, column(j, 0), u);
-                    attni_cu_put(a, out, column(j, 1), v);
-                } else {
-                    out[column(j, 0) / 2] = bf ? attni_pair<1>(u, v) : attni_pair<0>(u, v);
-                }
-            }
-        }
-
-        // A span is through: leave it, or fold it and, with the last one, leave or finish the sum.
-        __device__ __forceinline__ void close(int32_t slots, int32_t slot, int last, int turn) {
-            float sum[2];
-            total(sum, turn);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                if (slots != 2) {
-                    float w0, w1;
-                    const int empty = m[h] == ATTNI_NINF && sum[h] == 0.0f;
-                    attni_cu_fold(&tm[h], &tl[h], m[h], sum[h], &w0, &w1);
-#pragma unroll
-                    for (int j = 0; j < NO; j++)
-#pragma unroll
-                        for (int e = 2 * h; e < 2 * h + 2; e++) {
-                            float y = attni_cu_blend(to[j][e], w0, o[j][e], w1);
-                            o[j][e] = to[j][e] = empty ? to[j][e] : y;
-                        }
-                    m[h] = tm[h];
-                    sum[h] = tl[h];
-                    if (!last) continue;
-                }
-                if (slots) leave(h, sum[h], slot);
-                else finish(h, sum[h]);
-            }
-            reset();
-        }
-
-        // Task n, whose items begin at t. closed: whose turn it was to hold sums, of all tasks.
-        __device__ __forceinline__ void run(int n, attni_cu_turn *t, int *closed) {
-            const int some = w->task.n_tokens * a.group > 16 * strip;
-            int32_t flags;
-            reset();
-#pragma unroll
-            for (int h = 0; h < 2; h++) tm[h] = ATTNI_NINF, tl[h] = 0;
-#pragma unroll
-            for (int j = 0; j < NO; j++) to[j][0] = to[j][1] = to[j][2] = to[j][3] = 0;
-            attni_mbar_wait(&f->has_q[n & 1], (uint32_t)(n >> 1 & 1));
-            keep_q(x.q + (uint32_t)((n & 1) * a.flow_rows * QS));
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-                lo[h] = w->row[row(h)].lo, hi[h] = w->row[row(h)].hi;
-            const int32_t slots = w->task.slots;
-            int turn = 0, third = 0;
-            do {
-                const item_t *item = &x.item[t->stage];
-                const uint32_t k = x.ring + (uint32_t)(t->stage * STAGE);
-                attni_mbar_wait(&f->full[t->stage], (uint32_t)t->phase);
-                const int32_t slot = item->slot;
-                flags = item->flags;
-                if (item->block >= 0 && some) {
-                    const uint32_t v = k + ATTNI_CU_BLOCK * KS, scale = v + ATTNI_CU_BLOCK * VS;
-                    const uint32_t p = x.p + (uint32_t)(turn * a.flow_rows * PS);
-                    float c[NT][4], y[NT][4];
-                    uint32_t vb[1 + EARLY][NO][4];
-                    scores(c, k);
-                    if (Q8) times(c, scale);
-                    if (!(flags & ATTNI_CU_FLOW_FULL)) hide(c, item);
-                    if (__any_sync(~0u, weigh(c, y)) && lane == 0) f->grown[third][strip] = 1;
-                    spread(y, scale + 4 * ATTNI_CU_BLOCK, p);
-                    if (EARLY) keep_v(vb[0], v, 0);
-                    if (EARLY) keep_v(vb[EARLY], v, 1);
                     meet();
-                    const int grown = f->grown[third][strip];
-                    third = third == 2 ? 0 : third + 1;
-                    if (warp == 0 && lane == 0) f->grown[third == 2 ? 0 : third + 1][strip] = 0;
-                    if (grown) { // rare
-                        raise(c);
-                        weigh(c, y);
-                        spread(y, scale + 4 * ATTNI_CU_BLOCK, p);
-                        meet();
-                    }
-#pragma unroll
-                    for (int e = 0; e < 2 * NT; e++)
-                        l[e & 1][e >> 1] += y[e >> 1][2 * (e & 1)] + y[e >> 1][2 * (e & 1) + 1];
-                    if (!EARLY) keep_v(vb[0], v, 0);
-                    values(vb[0], p, 0);
-                    if (!EARLY) keep_v(vb[0], v, 1);
-                    values(vb[EARLY], p, 1);
-                    turn ^= 1;
                 }
-                __syncwarp();
-                if (lane == 0) attni_mbar_arrive(&f->empty[t->stage]);
-                attni_cu_step(t);
-                if (flags & ATTNI_CU_FLOW_CLOSE && some)
-                    close(slots, slot, flags & ATTNI_CU_FLOW_LAST, *closed ^= 1);
-            } while (!(flags & ATTNI_CU_FLOW_LAST));
-            // close() has brought the strip together; the next task may have other strips
-            if (S > 1) attni_bar<256>(1);
-        }
-
-        // By the scales of the tokens.
-        __device__ __forceinline__ void times(float c[NT][4], uint32_t at) const {
-#pragma unroll
-            for (int j = 0; j < NT; j++) {
-                float s[2];
-                attni_lds8((uint32_t *)s, at + (uint32_t)(4 * (token(j) + 2 * (lane & 3))));
-                c[j][0] *= s[0], c[j][1] *= s[1], c[j][2] *= s[0], c[j][3] *= s[1];
+                const int32_t y = __shfl_sync(~0u, held, n & 31), b = y >> 1;
+                const int32_t z = __shfl_sync(~0u, held, (n + 1) & 31), now = b >> shift;
+                if (y < 0 && (n > 0 || slots == 2)) break;
+                if (y >= 0) { // else there is nothing to read
+                    if (slots == 2 && now > span + 1)
+                        attni_cu_empty_spans(a, &f->work, span + 1, now);
+                    span = now;
+                    if (two) unit_of<S>(b, y & 1);
+                    else unit_of<1>(b, y & 1);
+                    meet();
+                }
+                if (z < 0 || z >> 1 >> shift != now)
+                    close(slots, slots == 2 ? now - span0 : 0, z < 0);
+                if (y < 0) break;
             }
+            issue(n + depth);
+            stage = stage + 1 == depth ? 0 : stage + 1;
         }
-    };
+        if (slots == 2) attni_cu_empty_spans(a, &f->work, span + 1, f->work.task.span1);
+        attni_cu_arrive(a, &f->work);
+    }
 
-    __device__ __forceinline__ void compute(attni_cu_turn t) {
-        int closed = 0;
-        for (int n = 0;; n++) {
-            attni_cu_flow_work *w = &f->work[n & 1];
-            attni_mbar_wait(&f->full[t.stage], (uint32_t)t.phase);
-            if (item[t.stage].flags & ATTNI_CU_FLOW_QUIT) return;
-            const int rows = w->task.n_tokens * a.group;
-            if (rows <= 16) {
-                tile<1> x(*this, n);
-                x.run(n, &t, &closed);
-            } else if (rows <= 32) {
-                tile<2> x(*this, n);
-                x.run(n, &t, &closed);
-            } else if (!Q8) {
-                tile<Q8 ? 2 : 4> x(*this, n);
-                x.run(n, &t, &closed);
-            }
-            attni_cu_arrive<256>(a, w);
-            __syncwarp();
-            if ((threadIdx.x & 31) == 0) attni_mbar_arrive(&f->done[n & 1]);
+    __device__ __forceinline__ void work(void) {
+        const int some = a.kind == ATTNI_CU_SOME; // behind those of FEW
+        int32_t n, behind = some ? a.header->n_tasks[ATTNI_CU_FEW] : 0;
+        fetch((int64_t)blockIdx.x + behind);
+        n = a.header->n_tasks[a.kind];
+        if (threadIdx.x == 0) f->n_next = (int32_t)blockIdx.x;
+        __syncthreads();
+        while (f->n_next < n) {
+            take();
+            run(behind);
         }
+        if (threadIdx.x == 0) attni_cu_leave_tasks(a.ticket + 2 * a.kind);
     }
 };
 
-template <int BF, int Q8, int D>
-static __global__ void __launch_bounds__(ATTNI_CU_FLOW_THREADS, 1)
-    attni_cu_flow_tasks(const __grid_constant__ attni_cu_args a) {
+template <int BF, int Q8, int D, int G>
+static __global__ void __launch_bounds__(128 * G, ATTNI_CU_TEAMS(G))
+    attni_cu_team_tasks(const __grid_constant__ attni_cu_args a) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(128) uint8_t smem[];
-    attni_cu_flow<BF, Q8, D> x(a, smem);
-    const int warp = (int)threadIdx.x >> 5;
-    const attni_cu_turn t = {0, 0, a.stages};
-    if (threadIdx.x < ATTNI_CU_FLOW_STAGES) {
-        attni_mbar_init(&x.f->ready[threadIdx.x], 1);
-        attni_mbar_init(&x.f->full[threadIdx.x], 1 + 2 * 32);
-        attni_mbar_init(&x.f->empty[threadIdx.x], 8);
-    } else if (threadIdx.x >= 32 && threadIdx.x < 34) {
-        attni_mbar_init(&x.f->taken[threadIdx.x & 1], 1);
-        attni_mbar_init(&x.f->has_rows[threadIdx.x & 1], 1);
-        attni_mbar_init(&x.f->has_q[threadIdx.x & 1], 33);
-        attni_mbar_init(&x.f->done[threadIdx.x & 1], 8);
-    } else if (threadIdx.x >= 64 && threadIdx.x < 76) {
-        (&x.f->grown[0][0])[threadIdx.x - 64] = 0;
-    }
-    // what all will read of the arguments, before each warp waits for it line by line
-    for (int i = warp; i < (int)(sizeof a / 64); i += 12)
-        asm volatile("" ::"r"(((const int32_t *)(const void *)&a)[16 * i]));
-    __syncthreads();
-    if (warp < 8) x.compute(t);
-    else if (warp == 8) x.look(t);
-    else if (warp == 9) x.template copy<0>(t);
-    else if (warp == 10) x.template copy<1>(t);
-    else x.ask();
+    attni_cu_team<BF, Q8, D, G> x(a, smem);
+    x.work();
 #endif
 }
 
@@ -3739,33 +3671,33 @@ typedef void (*attni_cu_kernel)(attni_cu_args);
     X(0, 1, 64, 64) X(0, 1, 128, 128) X(0, 1, 256, 256)
 #endif
 
+enum { // in attn_cuda_plan.n, behind a number of tasks for each kind
+    ATTNI_CU_N_BLOCKS = ATTNI_CU_KINDS, ATTNI_CU_N_PARTIALS = 2 * ATTNI_CU_KINDS, ATTNI_CU_N_TOKENS,
+    ATTNI_CU_N_SEQS, ATTNI_CU_N_MERGES, ATTNI_CU_N_CLEARED
+};
+
 typedef struct attni_cu_choice { // kernels of a problem
-    attni_cu_kernel kernel[ATTNI_CU_KINDS]; // MANY may be NULL: FEW does it all
+    attni_cu_kernel kernel[ATTNI_CU_KINDS]; // SOME, MANY may be NULL: FEW does it all
     int smem[ATTNI_CU_KINDS];
     int threads[ATTNI_CU_KINDS];
     int rows[ATTNI_CU_KINDS];               // of a tile
-    int stages;                             // of attni_cu_flow
+    int stages[ATTNI_CU_KINDS];             // of attni_cu_team
     int32_t id;                             // the same for the same kernels
     const char *name;
 } attni_cu_choice;
 
 static int attni_cu_max2(int a, int b) { return a > b ? a : b; }
 
-// As many rows as leave room for three stages, else one strip and two.
-template <int BF, int Q8, int D>
-static void attni_cu_fill_flow(int smem_bytes, attni_cu_choice *c) {
-    int rows = Q8 ? 32 : 64, stages;
-    for (;; rows /= 2) {
-        stages = (smem_bytes - attni_cu_flow_smem(Q8, D, rows, 0)) /
-                 (attni_cu_flow_smem(Q8, D, 0, 1) - attni_cu_flow_smem(Q8, D, 0, 0));
-        if (stages >= 3 || rows == 16) break;
-    }
-    stages = stages < 2 ? 2 : stages > ATTNI_CU_FLOW_STAGES ? ATTNI_CU_FLOW_STAGES : stages;
-    c->kernel[ATTNI_CU_FEW] = attni_cu_flow_tasks<BF, Q8, D>;
-    c->smem[ATTNI_CU_FEW] = attni_cu_flow_smem(Q8, D, rows, stages);
-    c->threads[ATTNI_CU_FEW] = ATTNI_CU_FLOW_THREADS;
-    c->rows[ATTNI_CU_FEW] = rows;
-    c->stages = stages;
+template <int BF, int Q8, int D, int G>
+static void attni_cu_fill_team(int kind, int smem_bytes, attni_cu_choice *c) {
+    const int none = attni_cu_team_smem(Q8, D, G, 0), one = attni_cu_team_smem(Q8, D, G, 1) - none;
+    int stages = (smem_bytes / ATTNI_CU_TEAMS(G) - none) / one;
+    stages = stages < 2 ? 2 : stages > ATTNI_CU_STAGES ? ATTNI_CU_STAGES : stages;
+    c->kernel[kind] = attni_cu_team_tasks<BF, Q8, D, G>;
+    c->smem[kind] = attni_cu_team_smem(Q8, D, G, stages);
+    c->threads[kind] = 128 * G;
+    c->rows[kind] = ATTNI_CU_TEAM_ROWS(G);
+    c->stages[kind] = stages;
 }
 
 template <int BF, int Q8, int DK, int DV>
@@ -3776,7 +3708,8 @@ static void attni_cu_fill(int arch, int smem_bytes, int mods, attni_cu_choice *c
     const int plain = EXACT && arch >= 80 && !mods;
     c->threads[ATTNI_CU_FEW] = c->threads[ATTNI_CU_MANY] = ATTNI_CU_THREADS;
     if (plain) {
-        attni_cu_fill_flow<BF, Q8, MK>(smem_bytes, c);
+        attni_cu_fill_team<BF, Q8, MK, 1>(ATTNI_CU_FEW, smem_bytes, c);
+        attni_cu_fill_team<BF, Q8, MK, 2>(ATTNI_CU_SOME, smem_bytes, c);
     } else if (EXACT && arch >= 80) {
         c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, WK, WV>;
         c->smem[ATTNI_CU_FEW] = attni_cu_smem_bytes(arch, Q8, WK, WV, 0);
@@ -3910,7 +3843,8 @@ static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni
     ATTN_CUDA_KERNELS(ATTNI_X)
 #undef ATTNI_X
     if (!m.kernel[ATTNI_CU_FEW] || m.smem[ATTNI_CU_FEW] > c->smem_bytes) return ATTN_OK;
-    if (m.smem[ATTNI_CU_MANY] > c->smem_bytes) m.kernel[ATTNI_CU_MANY] = NULL; // FEW does it all
+    for (int i = ATTNI_CU_SOME; i < ATTNI_CU_KINDS; i++)
+        if (m.smem[i] > c->smem_bytes) m.kernel[i] = NULL, m.rows[i] = 0; // FEW does it all
     m.id = 16 + dk * 8 + attni_cu_mods(d) * 4 + bf * 2 + q8;
     m.name = bf ? q8 ? "mma.bf16+dequant" : "mma.bf16" : q8 ? "mma.f16+dequant" : "mma.f16";
     *out = m;
@@ -3976,10 +3910,15 @@ ATTN_DEF const char *attn_cuda_executor(const attn_cuda *c, const attn_desc *d) 
     return attni_cu_choose(c, d, &k) == ATTN_OK ? k.name : "none";
 }
 
+// Rows of a tile where queries are few.
+static int32_t attni_cu_few_rows(const attni_cu_choice *k) {
+    return attni_max32(k->rows[ATTNI_CU_FEW], k->rows[ATTNI_CU_SOME]);
+}
+
 // So many tiles become of a KV head's task: one for each query head where masks differ between
 // them, more than one where the group is larger than a tile.
 static int32_t attni_cu_split(const attn_desc *d, const attni_cu_choice *k) {
-    int32_t group = d->n_heads / d->n_kv_heads, part = k->rows[ATTNI_CU_FEW];
+    int32_t group = d->n_heads / d->n_kv_heads, part = attni_cu_few_rows(k);
     if (attni_per_head(d)) return group;
     for (part = attni_min32(part, group); group % part;) part--;
     return group / part;
@@ -4016,7 +3955,7 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     tile = attni_cu_split(d, &k);
     for (i = 0; i < 6; i++)
         attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
-                      attni_max32(64, few[i][1] / h), tile * k.rows[ATTNI_CU_FEW],
+                      attni_max32(64, few[i][1] / h), tile * attni_cu_few_rows(&k),
                       k.id < 16);
     if (k.kernel[ATTNI_CU_MANY]) {
         tile *= k.rows[ATTNI_CU_MANY];
@@ -4183,7 +4122,7 @@ ATTN_DEF attn_result attn_cuda_plan_init(const attn_cuda *c, const attn_desc *d,
                 cudaSuccess)
             return ATTN_ERR_DEVICE;
         if (k.kernel[i] && blocks < 1) return ATTN_ERR_DEVICE;
-        x.n[2 + i] = (int64_t)blocks * c->n_sm; // blocks that fit on the device
+        x.n[ATTNI_CU_N_BLOCKS + i] = (int64_t)blocks * c->n_sm; // blocks that fit on the device
     }
     *g = x;
     return ATTN_OK;
@@ -4368,7 +4307,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     attn_cuda_plan *g = b->g;
     attni_cu_header head;
     attni_cu_task *task = (attni_cu_task *)(void *)(b->to + g->at[ATTNI_CU_TASK]);
-    int32_t i, s, c, kind, n_links = 0, units = 0, group = g->shape[6];
+    int32_t i, s, c, kind, some, n_links = 0, units = 0, group = g->shape[6];
     const int32_t part = p->n_heads / p->n_kv_heads / group; // heads of a tile
     memset(&head, 0, sizeof head);
     for (i = 0; i < p->n_active; i++) {
@@ -4385,34 +4324,42 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
     for (i = 0; i < p->n_tasks; i++) attni_cu_expect(b, &p->task[i]);
     head.n_merge = attni_cu_pack_merges(b);
     attni_cu_pack_links(b);
-    for (i = 0; i < p->n_tasks; i++) {
-        const attn_plan_seq *q = &p->seq[p->order[p->segment[p->task[i].segment].seq0]];
-        kind = g->shape[5] >= 16 && p->params.rule[q->rule].no_fold;
-        for (c = 0; c < group; c++) {
-            int32_t at = head.n_tasks[kind]++;
-            attni_cu_task *w = &task[kind == ATTNI_CU_MANY ? g->cap[3] - 1 - at : at];
-            attni_cu_pack_task(b, &p->task[i], w);
-            w->head = (w->kv_head * group + c) * part;
-            if (w->n_tokens * part > b->k->rows[kind]) return ATTN_ERR_STALE; // other kernels' plan
-            if (w->unit >= 0) w->expected = b->expected[w->unit];
+    for (some = 0; some < 2; some++) // those of SOME behind those of FEW
+        for (i = 0; i < p->n_tasks; i++) {
+            const attn_task *t = &p->task[i];
+            const attn_plan_seq *q = &p->seq[p->order[p->segment[t->segment].seq0]];
+            const int32_t rows = t->n_tokens * part;
+            kind = ATTNI_CU_FEW;
+            if (g->shape[5] >= 16 && p->params.rule[q->rule].no_fold) kind = ATTNI_CU_MANY;
+            else if (rows > b->k->rows[kind]) kind = ATTNI_CU_SOME;
+            if (some != (kind == ATTNI_CU_SOME)) continue;
+            if (rows > b->k->rows[kind]) return ATTN_ERR_STALE; // other kernels' plan
+            for (c = 0; c < group; c++) {
+                const int64_t at = head.n_tasks[kind]++;
+                attni_cu_task *w = &task[kind == ATTNI_CU_MANY ? g->cap[3] - 1 - at
+                                         : some ? head.n_tasks[ATTNI_CU_FEW] + at : at];
+                attni_cu_pack_task(b, t, w);
+                w->head = (w->kv_head * group + c) * part;
+                if (w->unit >= 0) w->expected = b->expected[w->unit];
+            }
         }
-    }
     if (head.n_merge && !g->shape[7]) return ATTN_ERR_STALE; // captured runs would not merge them
-    g->n[7] = head.n_merge;
+    g->n[ATTNI_CU_N_MERGES] = head.n_merge;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
     attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
     b->used[ATTNI_CU_SEQ] = p->n_seq * (int64_t)sizeof *p->seq;
     attni_cu_pack(b, ATTNI_CU_ORDER, p->order, p->n_active * 4);
-    b->used[ATTNI_CU_TASK] = head.n_tasks[ATTNI_CU_FEW] * (int64_t)sizeof *task;
+    b->used[ATTNI_CU_TASK] =
+        ((int64_t)head.n_tasks[ATTNI_CU_FEW] + head.n_tasks[ATTNI_CU_SOME]) * (int64_t)sizeof *task;
     b->tail = head.n_tasks[ATTNI_CU_MANY] * (int64_t)sizeof *task;
     b->used[ATTNI_CU_LINK] = n_links * (int64_t)sizeof(attni_cu_link);
     b->used[ATTNI_CU_TOKEN0] = 4 * ((int64_t)p->n_active + 1);
     b->used[ATTNI_CU_UNIT0] = 4 * (int64_t)p->n_seq;
     b->used[ATTNI_CU_EXPECTED] = 4 * (int64_t)units;
     b->used[ATTNI_CU_MERGE] = 8 * (int64_t)head.n_merge;
-    g->n[4] = (int64_t)p->partial_rows;
-    g->n[5] = p->n_tokens;
-    g->n[6] = p->n_seq;
+    g->n[ATTNI_CU_N_PARTIALS] = (int64_t)p->partial_rows;
+    g->n[ATTNI_CU_N_TOKENS] = p->n_tokens;
+    g->n[ATTNI_CU_N_SEQS] = p->n_seq;
     return ATTN_OK;
 }
 
@@ -4465,11 +4412,11 @@ static attn_result attni_cu_send(const attni_cu_packer *b, cudaStream_t stream) 
     // Kernels look at tasks before they know how many there are. Once is enough, unless this call
     // is only written down, for a graph that may never run.
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
-    if (!b->g->n[8] && cudaMemsetAsync(to + at[ATTNI_CU_TASK], 0,
+    if (!b->g->n[ATTNI_CU_N_CLEARED] && cudaMemsetAsync(to + at[ATTNI_CU_TASK], 0,
                                        at[ATTNI_CU_SEQ] - at[ATTNI_CU_TASK],
                                        stream) != cudaSuccess)
         return ATTN_ERR_DEVICE;
-    if (capture == cudaStreamCaptureStatusNone) b->g->n[8] = 1;
+    if (capture == cudaStreamCaptureStatusNone) b->g->n[ATTNI_CU_N_CLEARED] = 1;
     if (b->tail) {
         size_t from = at[ATTNI_CU_TASK] + (size_t)b->g->cap[3] * sizeof(attni_cu_task) -
                       (size_t)b->tail;
@@ -4537,8 +4484,8 @@ static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const 
     if (!g || !g->device) return ATTN_ERR_ARGUMENT;
     if ((r = attni_cu_choose(c, d, k)) != ATTN_OK) return r;
     if (!d->kv.k.data || !d->kv.v.data || !d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
-    if (attni_bad_view(&d->q, g->n[5], d->n_heads, d->head_dim, 0) ||
-        attni_bad_view(&d->o, g->n[5], d->n_heads, attni_v_dim(d), 1))
+    if (attni_bad_view(&d->q, g->n[ATTNI_CU_N_TOKENS], d->n_heads, d->head_dim, 0) ||
+        attni_bad_view(&d->o, g->n[ATTNI_CU_N_TOKENS], d->n_heads, attni_v_dim(d), 1))
         return ATTN_ERR_LAYOUT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
         attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
@@ -4606,6 +4553,14 @@ static void attni_cu_device_tables(const attn_cuda_plan *g, attn_desc *d) {
     }
 }
 
+// Can later uploads have tasks of this kind?
+static int attni_cu_may_have(const attn_cuda_plan *g, const attni_cu_choice *k, int kind,
+                             int32_t group) {
+    const int64_t q = g->max_q_len ? g->max_q_len : g->cap[1];
+    if (kind == ATTNI_CU_MANY) return q > ATTNI_CU_FEW_Q;
+    return kind == ATTNI_CU_FEW || g->shape[7] || q * group > k->rows[ATTNI_CU_FEW];
+}
+
 ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                    void *partials, size_t partial_bytes, attn_cuda_stream stream) {
     attni_cu_args a;
@@ -4616,9 +4571,9 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     int64_t rows;
     int i;
     if (r != ATTN_OK) return r;
-    if (d->n_seq != g->n[6] || !attni_cu_same_mask(&d->mask, &g->mask)) return ATTN_ERR_STALE;
+    if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || !attni_cu_same_mask(&d->mask, &g->mask)) return ATTN_ERR_STALE;
     rows = (int64_t)(partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
-    if (rows < g->n[4] || (g->n[4] && !partials) || (uintptr_t)partials % 64)
+    if (rows < g->n[ATTNI_CU_N_PARTIALS] || (g->n[ATTNI_CU_N_PARTIALS] && !partials) || (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
     if (capture != cudaStreamCaptureStatusNone && rows < g->cap[6]) return ATTN_ERR_BUFFER;
@@ -4642,8 +4597,6 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.error = c->error;
     a.cap_tasks = g->cap[3];
     a.last_task = g->cap[3] - 1;
-    a.stages = k.stages;
-    a.flow_rows = k.rows[ATTNI_CU_FEW];
     a.partial_o = (float *)partials;
     a.partial_ml = a.partial_o + rows * attni_v_dim(d);
     a.n_entries = g->tables.row_start || g->tables.block ? g->tables.n_entries : -1;
@@ -4670,16 +4623,16 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
         // a captured launch must do for every later upload
         int64_t blocks = capture == cudaStreamCaptureStatusNone ? g->n[i] : g->cap[3];
         if (!k.kernel[i] || !blocks) continue;
-        if (i == ATTNI_CU_MANY && capture != cudaStreamCaptureStatusNone &&
-            (g->max_q_len ? g->max_q_len : g->cap[1]) <= ATTNI_CU_FEW_Q)
+        if (capture != cudaStreamCaptureStatusNone && !attni_cu_may_have(g, &k, i, a.group))
             continue;
         a.kind = i;
-        blocks = attni_min64(blocks, g->n[2 + i]);
+        a.stages = k.stages[i];
+        blocks = attni_min64(blocks, g->n[ATTNI_CU_N_BLOCKS + i]);
         k.kernel[i]<<<(unsigned)blocks, (unsigned)k.threads[i], (size_t)k.smem[i], stream>>>(a);
         if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
     }
-    if (capture == cudaStreamCaptureStatusNone ? g->n[7] > 0 : g->shape[7]) {
-        int64_t n = capture == cudaStreamCaptureStatusNone ? g->n[7] : g->cap[1];
+    if (capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] > 0 : g->shape[7]) {
+        int64_t n = capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] : g->cap[1];
         n = attni_min64((n * d->n_heads * ((attni_v_dim(d) + 127) / 128) + 3) / 4, 8 * c->n_sm);
         attni_cu_merge_tokens<<<(unsigned)n, ATTNI_CU_THREADS, 0, stream>>>(a);
         if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
@@ -4715,8 +4668,8 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
     if (!d->kv.k.data || !d->kv.v.data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if (count > INT64_MAX - first || first + count > INT64_MAX / 65536) return ATTN_ERR_OVERFLOW;
     if (!slots && (!g || !g->device)) return ATTN_ERR_ARGUMENT;
-    if (!slots && first + count > g->n[5]) return ATTN_ERR_SHAPE;
-    if (!slots && d->n_seq != g->n[6]) return ATTN_ERR_STALE;
+    if (!slots && first + count > g->n[ATTNI_CU_N_TOKENS]) return ATTN_ERR_SHAPE;
+    if (!slots && d->n_seq != g->n[ATTNI_CU_N_SEQS]) return ATTN_ERR_STALE;
     memset(&a, 0, sizeof a);
     a.d = attni_cu_resolved(d);
     (void)attni_side_init(d, 0, &a.side[0]);
