@@ -217,7 +217,7 @@ typedef struct attni_cu_task {
     int32_t unit, expected; // of the only unit that the tile has rows of, or -1: look them up
 } attni_cu_task;
 
-// Tasks of few rows; of some, where FEW's tiles are smaller than that; of sequences with many queries.
+// Tasks of few rows; of some, where FEW's tiles are too small for them; of many queries.
 enum { ATTNI_CU_FEW, ATTNI_CU_SOME, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 
 typedef struct attni_cu_header {
@@ -255,7 +255,6 @@ typedef struct attni_cu_args {
     int32_t pieces;           // 64 rows of a page of so many lie in one piece of less than 2 GB
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
     int32_t runs;             // of 16 tokens in every page
-    int32_t stages;           // of attni_cu_team: units that a warp has under way
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
 
@@ -450,7 +449,8 @@ typedef struct attni_cu_row {
 // Query token f of all places -> its sequence and index there.
 ATTNI_DEV void attni_cu_find(const attni_cu_args &a, const attni_cu_task &w, int32_t f,
                              int32_t *seq, int32_t *t) {
-    int32_t lo = w.place0, hi = w.place0 + w.n_places;
+    int32_t lo = w.place0, hi = w.place0 + w.n_places, at = lo + (f - w.token0);
+    if (at < hi && a.token0[at] == f) lo = at, hi = at + 1; // a token each, as in decoding
     while (hi - lo > 1) {
         int32_t mid = (lo + hi) / 2;
         if (a.token0[mid] <= f) lo = mid;
@@ -2432,7 +2432,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS, DK > 128 ? 1 : DK > 6
     attni_cu_few(const __grid_constant__ attni_cu_args a) {
 #ifdef __CUDA_ARCH__
     if constexpr (DK > 128 || __CUDA_ARCH__ < 800) {
-        extern __shared__ __align__(128) uint8_t smem[];
+        extern __shared__ __align__(256) uint8_t smem[];
         ATTNI_CU_TASKS({
             if (DK <= 128 && s->task.n_tokens * a.group > 16) {
                 attni_cu_mma<BF, Q8, DK, DV, DK <= 128, 1, 0> t;
@@ -2452,7 +2452,7 @@ static __global__ void __launch_bounds__(
     ATTNI_CU_THREADS,
     DK > 128 ? 1 : DK > 64 || (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) ? 2 : 3)
     attni_cu_many(const __grid_constant__ attni_cu_args a) {
-    extern __shared__ __align__(128) uint8_t smem[];
+    extern __shared__ __align__(256) uint8_t smem[];
     if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
         attni_cu_tall_shared *s = (attni_cu_tall_shared *)(void *)smem;
         int32_t *ticket = a.ticket + 2 * a.kind;
@@ -2485,30 +2485,47 @@ static __global__ void __launch_bounds__(
 // are folded in order. A team takes 16 rows; for up to 64, two teams share units and have every
 // other strip of 16 rows each. A row's bits are the same in both.
 
-#define ATTNI_CU_STAGES 4                        /* units that a warp has under way, at most */
 #define ATTNI_CU_TEAM_ROWS(G) ((G) == 1 ? 16 : 64)
 #define ATTNI_CU_TEAMS(G) ((G) == 1 ? 2 : 1)     /* blocks of G teams on a multiprocessor */
 
-template <int G> struct attni_cu_teams {
-    static constexpr int ROWS = ATTNI_CU_TEAM_ROWS(G);
-    float2 ml[4][ROWS];                          // a span's maxima and sums, of each stream of units
-    uint16_t bits[ATTNI_CU_STAGES][4][ROWS];     // what rows see of a partial unit
-    attni_cu_task next;
-    int32_t n_next;                              // its number
-    attni_cu_work<ROWS, 128 * G> work;
+enum { // of a block: there is one; all rows see all of it; the warp's unit can be read as it lies;
+       // a span ends behind it; the task, too; spans before it are empty; time to ask for the next
+       // task; for its record
+    ATTNI_CU_IS_THERE = 1, ATTNI_CU_IS_FULL = 2, ATTNI_CU_IS_EASY = 4, ATTNI_CU_IS_CLOSE = 8,
+    ATTNI_CU_IS_LAST = 16, ATTNI_CU_IS_GAP = 32, ATTNI_CU_IS_ASK = 64, ATTNI_CU_IS_RECORD = 128
 };
 
-__host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) { // of a warp
-    return 2 * 16 * (q8 ? d + 4 : 2 * d);
+template <int G> struct attni_cu_teams {
+    static constexpr int ROWS = ATTNI_CU_TEAM_ROWS(G);
+    float2 ml[4][ROWS];                          // a span's maxima and sums, of each stream
+    uint16_t bits[4][4][ROWS];                   // what rows see of a partial unit, of each stage
+    attni_cu_task next;
+    int32_t n_next;                              // its number
+    attni_cu_work<ROWS, 128 * G> work[2];        // tasks take turns
+};
+
+// Units that a warp has under way, and their bytes.
+__host__ __device__ constexpr int attni_cu_team_stages(int q8, int d, int g) {
+    return q8 || d == 64 ? 4 : 1 + g;
 }
-// Are states handed over in a place of their own, not where the units were?
-__host__ __device__ constexpr int attni_cu_team_apart(int q8, int g) { return q8 || g == 2; }
-__host__ __device__ constexpr int attni_cu_team_smem(int q8, int d, int g, int stages) {
-    return ((int)(g == 1 ? sizeof(attni_cu_teams<1>) : sizeof(attni_cu_teams<2>)) + 127) / 128 *
-               128 +
-           ATTNI_CU_TEAM_ROWS(g) * (2 * d + (g == 2 ? 4 * d + 8 : 0)) +
-           attni_cu_team_apart(q8, g) * g * 4 * 8 * 4 * d +
-           4 * stages * attni_cu_team_stage(q8, d);
+__host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) {
+    return 2 * 16 * (q8 ? d + 8 : 2 * d); // codes: with their scales, rounded up to 256
+}
+__host__ __device__ constexpr int attni_cu_team_smem(int q8, int d, int g) {
+    return ((int)(g == 1 ? sizeof(attni_cu_teams<1>) : sizeof(attni_cu_teams<2>)) + 255) / 256 *
+               256 +
+           ATTNI_CU_TEAM_ROWS(g) * (2 * d + 4 * d + 16) + // Q, folded states
+           (q8 ? g * 4 * 8 * 4 * d : 0) + // states handed over; 16-bit units leave room for them
+           4 * attni_cu_team_stages(q8, d, g) * attni_cu_team_stage(q8, d);
+}
+
+// What the 16-byte pieces of a row of so many bytes are exclusive-ored with: no two of a ldmatrix
+// in a bank, nor (codes) of the 16-byte loads of 8 lanes.
+template <int BYTES> ATTNI_DEV int attni_cu_twist(int r) {
+    return BYTES == 64 ? r >> 1 & 3 : (r & 1) << 2 | (r >> 1 & 3);
+}
+template <int BYTES> ATTNI_DEV uint32_t attni_cu_piece(int r, int c) {
+    return (uint32_t)(r * BYTES + ((c ^ attni_cu_twist<BYTES>(r)) << 4));
 }
 
 // What the rows of a task see of a warp's unit of block b, those of its team to bits; returns what
@@ -2531,49 +2548,90 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     return a.sparse ? any : 0xffff; // what no row sees is not read
 }
 
+// Copies a unit of block b token by token: a partial one, one whose page is none, tokens that do
+// not lie in runs, rows that are no multiples of 16 bytes. page: of the unit where there are runs.
+// A warp calls. (It has no registers to spare for this.)
+template <int Q8, int D, int G>
+ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
+                                        attni_cu_work<ATTNI_CU_TEAM_ROWS(G), 128 * G> *s,
+                                        uint8_t *to, uint16_t *bits, int32_t b, int whole,
+                                        int runs, int32_t page) {
+    constexpr int ROW = Q8 ? D : 2 * D, CHUNKS = ROW / 16, STEP = 32 / CHUNKS;
+    const attni_cu_task &w = s->task;
+    const int lane = (int)threadIdx.x & 31, stream = (int)threadIdx.x >> 5 & 3;
+    const int team = G == 2 ? (int)threadIdx.x >> 7 : 0, c = lane % CHUNKS;
+    const attni_side &mine = lane >> 4 ? a.v : a.k; // a lane has a token of K or of V
+    uint32_t seen = 0xffff;
+    int32_t p, place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
+    if (!whole && !a.closed) seen = attni_cu_look_at_rows(a, s, bits, b);
+    if (!(seen >> (lane & 15) & 1)) place = -1;
+    if (!runs && place >= 0)
+        page = a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, p)) : w.seq;
+    page = attni_cu_checked(a, s, page, place);
+    const uint8_t *row =
+        page < 0 ? NULL : mine.data + attni_cu_offset(mine, page, place, w.kv_head);
+    const uint8_t *scale = page < 0 || !Q8 ? NULL : attni_cu_scale_at(mine, page, place, w.kv_head);
+#pragma unroll 4
+    for (int i = 0; i < (3 - G) * 16; i += STEP) {
+        const int r = 16 * team + i + lane / CHUNKS; // V's rows behind those of K
+        const int n = attni_bits_of((r >> 4 ? a.v : a.k).dtype) * D / 8 - 16 * c;
+        const uint8_t *from = (const uint8_t *)__shfl_sync(~0u, (unsigned long long)row, r);
+        uint8_t *there = to + (r & 16) * ROW + attni_cu_piece<ROW>(r & 15, c);
+        if (from) from += 16 * c;
+        if (!a.odd_rows && n > 0)
+            attni_cp_async16(attni_smem(there), from ? from : a.k.data, from ? 16 : 0);
+        for (int j = 0; j < 16 && j < n && a.odd_rows; j++) there[j] = from ? from[j] : 0;
+    }
+    if (Q8 && (G == 1 || lane >> 4 == team)) {
+        uint8_t *there = to + 2 * 16 * ROW + 4 * lane;
+        if (!a.odd_rows)
+            attni_cp_async4(attni_smem(there), scale ? scale : a.k.data, scale ? 4 : 0);
+        for (int j = 0; j < 4 && a.odd_rows; j++) there[j] = scale ? scale[j] : 0;
+    }
+}
+
 template <int BF, int Q8, int D, int G> struct attni_cu_team {
     static constexpr int ROW = Q8 ? D : 2 * D, QROW = 2 * D; // bytes
     static constexpr int STAGE = attni_cu_team_stage(Q8, D);
-    static constexpr int APART = attni_cu_team_apart(Q8, G);
+    static constexpr int STAGES = attni_cu_team_stages(Q8, D, G);
     static constexpr int S = G;        // strips of 16 rows that a warp has at most
     static constexpr int NO = D / 8;   // 8-column tiles of O
     static constexpr int OWN = D / 16; // columns of a folded row that a lane has
     static constexpr int QREG = G == 1, CHUNKS = ROW / 16;
     typedef attni_cu_teams<G> teams_t;
+    typedef attni_cu_work<ATTNI_CU_TEAM_ROWS(G), 128 * G> work_t;
     const attni_cu_args &a;
     teams_t *f;
+    work_t *work;                       // the task at hand
     int lane, stream, team, rows, stage;
-    uint32_t q, total, swap, ring;      // shared memory addresses; ring: of the warp
-    // blocks to come
-    int32_t at, end, next_block, next_page, block, page; // block, page: of each lane
-    uint32_t next_full, full;
-    int32_t held;                       // blocks under way, and 1 for a full one; -1: none
+    uint32_t k_lane, v_lane;            // where ldmatrix takes the lane's rows of K and V
+    uint32_t q, total, swap, ring;      // shared memory addresses; swap, ring: of the warp
+    // blocks to come, one to a lane: the 32 at hand, those before and behind them
+    int32_t at, end, block, page, place, flags, last_block, last_flags;
+    int32_t next_block, next_page, next_full;
+    uint32_t easy, plain, closing;      // of which of them: nothing else is to be thought of when
+                                        // they are asked for, are used; CLOSE
     int runs;
     const uint8_t *kv[3 - G];           // K and V of page 0, the lane's piece; one to a team
+    int32_t drawn;                      // number of the next task; -1: not asked for, -2: fetched
     // sums
     uint32_t qf[QREG ? D / 16 : 1][4];
     float o[S][NO][4], m[S][2], l[S][2];
-    float to[QREG ? 2 : 1][OWN], tm[2], tl[2]; // G = 1: spans folded so far, of the lane's columns
 
     __device__ __forceinline__ attni_cu_team(const attni_cu_args &args, uint8_t *smem) : a(args) {
         f = (teams_t *)(void *)smem;
+        work = &f->work[1];
         lane = (int)threadIdx.x & 31;
         stream = (int)threadIdx.x >> 5 & 3;
         team = (int)threadIdx.x >> 7;
-        q = attni_smem(smem) + (sizeof(teams_t) + 127) / 128 * 128;
+        q = attni_smem(smem) + (sizeof(teams_t) + 255) / 256 * 256;
         total = q + ATTNI_CU_TEAM_ROWS(G) * QROW;
-        swap = total + (G == 2 ? ATTNI_CU_TEAM_ROWS(G) * (4 * D + 8) : 0);
-        ring = swap + APART * G * 4 * 8 * 4 * D + (uint32_t)(stream * a.stages * STAGE);
+        swap = total + ATTNI_CU_TEAM_ROWS(G) * (4 * D + 16);
+        ring = swap + (Q8 ? G * 4 * 8 * 4 * D : 0) + (uint32_t)(stream * STAGES * STAGE);
+        k_lane = !Q8 ? attni_cu_piece<ROW>((lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)
+                     : attni_cu_piece<ROW>(lane >> 2, lane & 3);
+        v_lane = 16 * ROW + attni_cu_piece<ROW>(lane & 15, lane >> 4);
         swap += (uint32_t)((4 * team + stream) * 8 * 4 * D);
-    }
-
-    // What the 16-byte pieces of a row are exclusive-ored with: no two of a ldmatrix in a bank, nor
-    // (codes) of the 16-byte loads of 8 lanes.
-    template <int BYTES> __device__ __forceinline__ static int twist(int r) {
-        return BYTES == 64 ? r >> 1 & 3 : (r & 1) << 2 | (r >> 1 & 3);
-    }
-    template <int BYTES> __device__ __forceinline__ static uint32_t piece(int r, int c) {
-        return (uint32_t)(r * BYTES + ((c ^ twist<BYTES>(r)) << 4));
     }
 
     // Row h of the pair of a lane's in the warp's strip i.
@@ -2590,167 +2648,139 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         else attni_bar<128>(1 + team);
     }
 
-    // ---- where tokens lie
+    // ---- blocks and where their tokens lie
 
-    // The 32 blocks behind `at`, one to a lane, and the pages of their units.
+    // Goes on to the next 32 blocks; those behind them are looked for, and their units' pages.
     __device__ __forceinline__ void look(void) {
-        const attni_cu_task &w = f->work.task;
+        const attni_cu_task &w = work->task;
         int32_t b = end;
-        int whole = 0;
+        last_block = block, last_flags = flags, block = next_block, page = next_page;
+        const int full = next_full;
         if (!a.sparse) {
-            const int32_t gap = attni_max32(w.lo_block - w.sink_block, 0);
             int32_t next = at + 1;
             if (next >= w.sink_block && next < w.lo_block) next = w.lo_block;
             b = next + lane;
-            if (next < w.sink_block && b >= w.sink_block) b += gap;
+            if (next < w.sink_block && b >= w.sink_block)
+                b += attni_max32(w.lo_block - w.sink_block, 0);
             at = attni_min32(__shfl_sync(~0u, b, 31), end);
             b = attni_min32(b, end);
-            whole = b >= w.full_block && b < w.full_end;
+            next_full = b >= w.full_block && b < w.full_end;
         }
 #pragma unroll 1
         for (int i = 0; i < 32 && at < end && a.sparse; i++) {
-            at = attni_cu_next(a, &f->work, w, at + 1);
-            const int all = at < end && attni_cu_full(a, &f->work, w, at);
-            if (lane == i) b = at, whole = all;
+            at = attni_cu_next(a, work, w, at + 1);
+            const int all = at < end && attni_cu_full(a, work, w, at);
+            if (lane == i) b = at, next_full = all;
         }
-        next_full = __ballot_sync(~0u, whole);
         next_block = b;
         next_page = w.seq;
-        if (runs && b < end && a.d.kv.page_table && wanted(w, b)) {
-            const int32_t j = b * ATTNI_CU_BLOCK + 16 * stream - w.pos0;
+        const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream, j = pos - w.pos0;
+        if (runs && a.d.kv.page_table && b < end && j > -16 && pos < w.hi &&
+            (pos + 15 >= w.lo || pos < w.sink_end))
             next_page = __ldg(attni_cu_page_at(
                 a, w.seq, a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens));
-        }
+        flags = about(w, full);
+        easy = __ballot_sync(~0u, (flags & (ATTNI_CU_IS_EASY | ATTNI_CU_IS_ASK)) ==
+                                      ATTNI_CU_IS_EASY);
+        plain = __ballot_sync(~0u, (flags & (ATTNI_CU_IS_FULL | ATTNI_CU_IS_GAP)) ==
+                                       ATTNI_CU_IS_FULL);
+        closing = __ballot_sync(~0u, flags & ATTNI_CU_IS_CLOSE);
     }
 
-    // Is any token of the warp's unit read?
-    __device__ __forceinline__ int wanted(const attni_cu_task &w, int32_t b) const {
-        const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream;
-        return pos < w.hi && pos + 15 >= w.pos0 && (pos + 15 >= w.lo || pos < w.sink_end);
+    // Flags of the lane's block; its place in its page.
+    __device__ __forceinline__ int32_t about(const attni_cu_task &w, int full) {
+        const int32_t shift = w.span_shift, pos = block * ATTNI_CU_BLOCK + 16 * stream;
+        int32_t behind = __shfl_down_sync(~0u, block, 1), before = __shfl_up_sync(~0u, block, 1);
+        const int32_t first = __shfl_sync(~0u, next_block, 0);
+        const int32_t last = __shfl_sync(~0u, last_block, 31);
+        int32_t is = ATTNI_CU_IS_THERE;
+        if (lane == 31) behind = first;
+        if (lane == 0) before = last;
+        place = pos - w.pos0;
+        place = a.page_shift >= 0 ? place & (a.d.kv.page_tokens - 1)
+                                  : place % a.d.kv.page_tokens;
+        if (block >= end) return 0;
+        if (full) is |= ATTNI_CU_IS_FULL;
+        if (runs && (full || a.closed) && (uint32_t)page < (uint32_t)a.d.kv.n_pages &&
+            pos >= w.pos0 && pos + 16 <= w.hi && (pos >= w.lo || pos + 16 <= w.sink_end))
+            is |= ATTNI_CU_IS_EASY;
+        if (behind >= end) is |= ATTNI_CU_IS_LAST;
+        if (behind >= end || behind >> shift != block >> shift) is |= ATTNI_CU_IS_CLOSE;
+        if (w.slots == 2 && block >> shift > (before >> shift) + 1) is |= ATTNI_CU_IS_GAP;
+        if (end - block <= 6) is |= ATTNI_CU_IS_ASK;
+        if (end - block <= 3) is |= ATTNI_CU_IS_RECORD;
+        return is;
     }
 
-    // Copies a unit: rows of a run of a page, or a page and a place in it for each lane's
-    // token (lanes 0 to 15; page -1: zeros).
-    template <int RUN> __device__ __forceinline__ void copy(int32_t pg, int32_t place) const {
+    // Block number n of the task, which is one of the last ones asked for, and its flags.
+    __device__ __forceinline__ int32_t block_of(int n) const {
+        const int behind = (n ^ (n + STAGES - 1)) & 32; // the last one is in another lot
+        return __shfl_sync(~0u, behind ? last_block : block, n & 31);
+    }
+    __device__ __forceinline__ int32_t flags_of(int n) const {
+        const int behind = (n ^ (n + STAGES - 1)) & 32;
+        return __shfl_sync(~0u, behind ? last_flags : flags, n & 31);
+    }
+
+    // Copies a unit that lies in one run of a page.
+    __device__ __forceinline__ void copy(int32_t pg, int32_t e) const {
         constexpr int STEP = 32 / CHUNKS;
-        const int c = lane % CHUNKS, r0 = lane / CHUNKS;
-        const uint32_t to = ring + (uint32_t)(stage * STAGE);
+        const int c = lane % CHUNKS, r0 = lane / CHUNKS, cc = c ^ attni_cu_twist<ROW>(r0);
+        const uint32_t there = ring + (uint32_t)(stage * STAGE + r0 * ROW);
 #pragma unroll
         for (int i = 0; i < 3 - G; i++) {
             const int v = G == 2 ? team : i;
             const attni_side &d = v ? a.v : a.k;
             const int some = !Q8 || 16 * c < attni_bits_of(d.dtype) * D / 8;
-            const uint32_t dst = to + (uint32_t)(v * 16 * ROW + r0 * ROW);
-            const int cc = c ^ twist<ROW>(r0);
-            const uint8_t *from = kv[i];
-            if (RUN) from += pg * d.page_bytes + (place + r0) * d.token_bytes;
+            const uint8_t *from = kv[i] + pg * d.page_bytes + (e + r0) * d.token_bytes;
 #pragma unroll
-            for (int n = 0; n < 16; n += STEP) {
-                const uint32_t there =
-                    dst + (uint32_t)(n * ROW + ((cc ^ twist<ROW>(n)) << 4));
-                if (RUN) {
-                    if (some) attni_cp_async16(there, from, 16);
-                    from += STEP * d.token_bytes;
-                    continue;
-                }
-                const int32_t p = __shfl_sync(~0u, pg, n + r0);
-                const int32_t e = __shfl_sync(~0u, place, n + r0);
-                const uint8_t *row = from + p * d.page_bytes + e * d.token_bytes;
-                if (some) attni_cp_async16(there, p < 0 ? a.k.data : row, p < 0 ? 0 : 16);
-            }
+            for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
+                if (some)
+                    attni_cp_async16(there + (uint32_t)((16 * v + n) * ROW +
+                                                        ((cc ^ attni_cu_twist<ROW>(n)) << 4)),
+                                     from, 16);
         }
         if (Q8 && (G == 1 || lane >> 4 == team)) {
             const attni_side &d = lane >> 4 ? a.v : a.k;
-            const int32_t e = RUN ? place + (lane & 15) : place;
-            attni_cp_async4(to + (uint32_t)(2 * 16 * ROW + 4 * lane),
-                            pg < 0 ? a.k.data
-                                   : attni_cu_scale_at(d, pg, e, f->work.task.kv_head),
-                            pg < 0 ? 0 : 4);
-        }
-    }
-
-    // The same from addresses that are no multiples of 16.
-    __device__ __forceinline__ void copy_bytes(int32_t pg, int32_t place) const {
-        const uint32_t to = ring + (uint32_t)(stage * STAGE);
-        uint8_t *at = (uint8_t *)f + (to - attni_smem(f));
-#pragma unroll 1
-        for (int i = 0; i < 2 * 16; i++) {
-            const int v = i >> 4, r = i & 15;
-            const attni_side &d = v ? a.v : a.k;
-            const int32_t p = __shfl_sync(~0u, pg, r), e = __shfl_sync(~0u, place, r);
-            const int n = attni_bits_of(d.dtype) * D / 8;
-            if (G == 2 && v != team) continue;
-            const uint8_t *from = d.data + attni_cu_offset(d, p, e, f->work.task.kv_head);
-            for (int j = lane; j < n; j += 32)
-                at[v * 16 * ROW + piece<ROW>(r, j >> 4) + (j & 15)] = p < 0 ? 0 : from[j];
-            if (!Q8 || lane >= 4) continue;
-            const uint8_t *scale =
-                p < 0 ? NULL : attni_cu_scale_at(d, p, e, f->work.task.kv_head);
-            at[2 * 16 * ROW + 4 * i + lane] = scale ? scale[lane] : 0;
+            attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
+                            attni_cu_scale_at(d, pg, e + (lane & 15), work->task.kv_head), 4);
         }
     }
 
     // Asks for the task's block number n.
     __device__ __forceinline__ void issue(int n) {
-        const attni_cu_task &w = f->work.task;
-        const int i = n & 31;
-        if (n == 0 || i == 8) look();
-        if (i == 0) block = next_block, page = next_page, full = next_full;
-        const int32_t b = __shfl_sync(~0u, block, i);
-        int32_t pg = __shfl_sync(~0u, page, i), place, p;
-        if (lane == i) held = b < end ? 2 * b + (int32_t)(full >> i & 1) : -1;
-        if (b < end) {
-            const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream;
-            uint32_t seen = 0xffff;
-            if (!(full >> i & 1) && !a.closed)
-                seen = attni_cu_look_at_rows(a, &f->work, f->bits[stage][stream], b);
-            if (runs && (uint32_t)pg >= (uint32_t)a.d.kv.n_pages) {
-                if (wanted(w, b)) attni_cu_report(a, ATTN_ERR_PAGE);
-                pg = -1;
-            }
-            if (runs && pg >= 0 && seen == 0xffff && pos >= w.pos0 && pos + 16 <= w.hi &&
-                (pos >= w.lo || pos + 16 <= w.sink_end)) {
-                place = pos - w.pos0;
-                place = a.page_shift >= 0 ? place & (a.d.kv.page_tokens - 1)
-                                          : place % a.d.kv.page_tokens;
-                copy<1>(pg, place);
-            } else {
-                place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
-                if (!(seen >> (lane & 15) & 1)) place = -1;
-                if (!runs && place >= 0)
-                    pg = attni_cu_checked(a, &f->work, a.d.kv.page_table
-                                          ? __ldg(attni_cu_page_at(a, w.seq, p)) : w.seq,
-                                          place);
-                if (place < 0) pg = -1, place = 0;
-                if (a.odd_rows) copy_bytes(pg, place);
-                else copy<0>(pg, place);
-            }
+        const int32_t pg = __shfl_sync(~0u, page, n & 31), e = __shfl_sync(~0u, place, n & 31);
+        int go = (int)(easy >> (n & 31) & 1);
+        if (!go) {
+            const int32_t is = __shfl_sync(~0u, flags, n & 31);
+            if (is & ATTNI_CU_IS_ASK && threadIdx.x < 32) draw(is & ATTNI_CU_IS_RECORD);
+            go = is & ATTNI_CU_IS_EASY;
+            if (!go && is & ATTNI_CU_IS_THERE)
+                attni_cu_copy_tokens<Q8, D, G>(
+                    a, work, (uint8_t *)f + (ring - attni_smem(f)) + stage * STAGE,
+                    f->bits[stage][stream], __shfl_sync(~0u, block, n & 31),
+                    is & ATTNI_CU_IS_FULL, runs, pg);
         }
+        if (go) copy(pg, e);
         attni_cp_commit();
-    }
-
-    // Until the oldest block under way is there.
-    __device__ __forceinline__ void wait(void) const {
-        if (a.stages == 2) attni_cp_wait<1>();
-        else if (a.stages == 3) attni_cp_wait<2>();
-        else attni_cp_wait<3>();
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
 
     // ---- rows and Q
 
     // All that is known before keys are: rows, Q (on its way), units.
     __device__ __forceinline__ void prepare(void) {
-        const attni_cu_task &w = f->work.task;
+        const attni_cu_task &w = work->task;
         rows = w.n_tokens * a.group;
         const int tid = (int)threadIdx.x, all = (rows + 15) / 16 * 16;
-        if (tid < all) f->work.row[tid] = attni_cu_get_row(a, w, tid);
+        if (tid < all) work->row[tid] = attni_cu_get_row(a, w, tid);
         __syncthreads();
         for (int e = tid; e < all * (D / 8); e += 128 * G) {
             const int r = e / (D / 8), c = e % (D / 8);
-            const attni_cu_row &y = f->work.row[r];
+            const attni_cu_row &y = work->row[r];
             const uint16_t *from = (const uint16_t *)a.d.q.data + y.token * a.d.q.stride_token +
                                    y.head * a.d.q.stride_head + 8 * c;
-            const uint32_t to_q = q + piece<QROW>(r, c);
+            const uint32_t to_q = q + attni_cu_piece<QROW>(r, c);
             uint32_t u[4] = {0, 0, 0, 0};
             if (!a.odd_q) {
                 attni_cp_async16(to_q, y.token < 0 ? a.d.q.data : from, y.token < 0 ? 0 : 16);
@@ -2760,12 +2790,13 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
                 u[j >> 1] |= (uint32_t)from[j] << 16 * (j & 1);
             attni_sts16(to_q, u);
         }
-        if (a.sparse) attni_cu_distinct(a, &f->work, all);
-        attni_cu_units(a, &f->work);
+        if (a.sparse) attni_cu_distinct(a, work, all);
+        attni_cu_units(a, work);
         end = w.end_block;
         at = attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK) - 1;
         runs = a.runs && w.pos0 % 16 == 0;
-        held = -1;
+        next_block = (w.span0 << w.span_shift) - 1;
+        next_page = 0;
 #pragma unroll
         for (int i = 0; i < 3 - G; i++) {
             const attni_side &d = (G == 2 ? team : i) ? a.v : a.k;
@@ -2779,13 +2810,13 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
                                            int i) const {
         const int r = row(strip, 0) - (lane >> 2);
         if constexpr (!Q8) {
-            attni_ldmatrix(r0, q + piece<QROW>(r + (lane & 15), 4 * i + (lane >> 4)));
-            attni_ldmatrix(r1, q + piece<QROW>(r + (lane & 15), 4 * i + 2 + (lane >> 4)));
+            attni_ldmatrix(r0, q + attni_cu_piece<QROW>(r + (lane & 15), 4 * i + (lane >> 4)));
+            attni_ldmatrix(r1, q + attni_cu_piece<QROW>(r + (lane & 15), 4 * i + 2 + (lane >> 4)));
         } else {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 uint32_t u[4];
-                attni_lds16(u, q + piece<QROW>(r + (lane >> 2) + 8 * h,
+                attni_lds16(u, q + attni_cu_piece<QROW>(r + (lane >> 2) + 8 * h,
                                                8 * (i >> 1) + 2 * (lane & 3) + (i & 1)));
                 if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
                     const uint32_t y = u[0], z = u[2];
@@ -2811,15 +2842,16 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
 
     // Codes of 8 tokens of K, 64 dims, as they are; of 16 of V, two pieces.
     __device__ __forceinline__ void raw_k(uint32_t u[4], uint32_t k, int j, int i) const {
-        const int r = 8 * j + (lane >> 2);
         u[2] = u[3] = 0;
         if (a.k.dtype == ATTN_I4)
-            attni_lds8(u, k + piece<ROW>(r, 2 * i + (lane >> 1 & 1)) + 8u * (lane & 1));
-        else attni_lds16(u, k + piece<ROW>(r, 4 * i + (lane & 3)));
+            attni_lds8(u, k - k_lane + attni_cu_piece<ROW>(8 * j + (lane >> 2),
+                                                           2 * i + (lane >> 1 & 1)) +
+                              8u * (lane & 1));
+        else attni_lds16(u, (k + 8 * j * ROW) ^ (uint32_t)(4 * i << 4));
     }
     __device__ __forceinline__ void raw_v(uint32_t u[4], uint32_t v, int j) const {
         const int half = a.v.dtype == ATTN_I4 ? j / 2 : j; // one piece has all of j's columns
-        attni_ldmatrix_trans(u, v + piece<ROW>(lane & 15, 2 * half + (lane >> 4)));
+        attni_ldmatrix_trans(u, v ^ (uint32_t)(2 * half << 4));
     }
 
     // Are there codes of E4M3 that are no numbers?
@@ -2843,8 +2875,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
 #pragma unroll
         for (int j = 0; j < 2; j++)
             if constexpr (!Q8) { // 16 dims
-                attni_ldmatrix(u, k + piece<ROW>((lane & 7) + 8 * (lane >> 4),
-                                                 4 * i + 2 * j + (lane >> 3 & 1)));
+                attni_ldmatrix(u, k ^ (uint32_t)((4 * i + 2 * j) << 4));
                 kb[0][2 * j] = u[0], kb[0][2 * j + 1] = u[1];
                 kb[1][2 * j] = u[2], kb[1][2 * j + 1] = u[3];
             } else { // 8 tokens
@@ -2896,7 +2927,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     __device__ __forceinline__ void hide(float c[2][4], int i, int32_t b) const {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const attni_cu_row &y = f->work.row[row(i, h)];
+            const attni_cu_row &y = work->row[row(i, h)];
             uint32_t bits;
             if (a.closed)
                 bits = (uint32_t)(attni_cu_closed_bits(y.lo, y.hi, b * ATTNI_CU_BLOCK) >>
@@ -2951,8 +2982,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         if constexpr (!Q8) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                attni_ldmatrix_trans(
-                    u, v + piece<ROW>(lane & 15, 4 * j + 2 * i + (lane >> 4)));
+                attni_ldmatrix_trans(u, v ^ (uint32_t)((4 * j + 2 * i) << 4));
                 vb[2 * i][0] = u[0], vb[2 * i][1] = u[1];
                 vb[2 * i + 1][0] = u[2], vb[2 * i + 1][1] = u[3];
             }
@@ -2990,15 +3020,15 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         return ((j >> sh) << (3 + sh)) + ((2 * (lane & 3) + e) << sh) + (j & ((1 << sh) - 1));
     }
 
-    // The unit of block b: N strips, codes of dtype T or (-1) whatever they are.
-    template <int N, int T> __device__ __forceinline__ void unit(int32_t b, int whole) {
-        const uint32_t k = ring + (uint32_t)(stage * STAGE), v = k + 16 * ROW;
+    // The unit of block number n: N strips, codes of dtype T or (-1) whatever they are.
+    template <int N, int T> __device__ __forceinline__ void unit(int n, int whole) {
+        const uint32_t at = ring + (uint32_t)(stage * STAGE), k = at + k_lane, v = at + v_lane;
         float c[N][2][4], y[N][2][4], vs[2][2] = {{1, 1}, {1, 1}};
         uint32_t pa[N][4];
         scores<N, T>(c, k);
 #pragma unroll
         for (int j = 0; j < 2 && Q8; j++) {
-            const uint32_t scale = v + 16 * ROW + 4u * (8 * j + 2 * (lane & 3));
+            const uint32_t scale = at + 32 * ROW + 4u * (8 * j + 2 * (lane & 3));
             float z[2];
             attni_lds8((uint32_t *)z, scale);
             attni_lds8((uint32_t *)vs[j], scale + 64);
@@ -3008,8 +3038,11 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
                 c[i][j][2] *= z[0], c[i][j][3] *= z[1];
             }
         }
-        if (!whole) hide(c[0], 0, b);
-        if (!whole && N == 2) hide(c[N - 1], 1, b);
+        if (!whole) {
+            const int32_t b = block_of(n);
+            hide(c[0], 0, b);
+            if (N == 2) hide(c[N - 1], 1, b);
+        }
         int grown = weigh<0>(c[0], y[0]);
         if (N == 2) grown |= weigh<N - 1>(c[N - 1], y[N - 1]);
         if (__any_sync(~0u, grown)) { // rare
@@ -3039,17 +3072,16 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
     }
 
-    template <int N> __device__ __forceinline__ void unit_of(int32_t b, int whole) {
+    template <int N> __device__ __forceinline__ void unit_of(int n, int whole) {
         if constexpr (Q8) {
-            const uint32_t k = ring + (uint32_t)(stage * STAGE);
-            if (a.k.dtype == ATTN_I8 && a.v.dtype == ATTN_I8)
-                unit<N, ATTN_I8>(b, whole);
-            else if (a.k.dtype == ATTN_F8E4M3 && a.v.dtype == ATTN_F8E4M3 &&
-                     !odd_codes(k, k + 16 * ROW))
-                unit<N, ATTN_F8E4M3>(b, whole);
-            else unit<N, -1>(b, whole);
+            const uint32_t at = ring + (uint32_t)(stage * STAGE);
+            const int t = a.k.dtype == a.v.dtype ? (int)a.k.dtype : -1;
+            if (G == 1 && t == ATTN_I8) unit<N, G == 1 ? ATTN_I8 : -1>(n, whole);
+            else if (G == 1 && t == ATTN_F8E4M3 && !odd_codes(at + k_lane, at + v_lane))
+                unit<N, G == 1 ? ATTN_F8E4M3 : -1>(n, whole);
+            else unit<N, -1>(n, whole);
         } else {
-            unit<N, 0>(b, whole);
+            unit<N, 0>(n, whole);
         }
     }
 
@@ -3063,7 +3095,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     // A row's state, the lane's columns, as a partial.
     __device__ __forceinline__ void leave(int r, float top, float sum, const float z[OWN],
                                           int32_t slot) const {
-        const int64_t i = attni_cu_partial(a, f->work.task, r, f->work.row[r], slot);
+        const int64_t i = attni_cu_partial(a, work->task, r, work->row[r], slot);
         float *out = a.partial_o + i * D + stream * (D / 4) + (lane & 3) * OWN;
         if ((lane & 3) == 0 && stream == 0)
             __stcg((float2 *)a.partial_ml + i, make_float2(top, sum));
@@ -3075,7 +3107,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     // A row's state, the lane's columns, as its result.
     __device__ __forceinline__ void finish(int r, float top, float sum,
                                            const float z[OWN]) const {
-        const attni_cu_row &y = f->work.row[r];
+        const attni_cu_row &y = work->row[r];
         const int col = stream * (D / 4) + (lane & 3) * OWN, bf = a.d.o.dtype == ATTN_BF16;
         float lse, w = attni_cu_close(a, y.head, top, sum, &lse);
         if (a.d.lse && (lane & 3) == 0 && stream == 0)
@@ -3097,37 +3129,23 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
     }
 
-    // Adds a state to what its row's spans before it have left, which is here when G is 1, and
-    // else in shared memory.
-    template <int H>
+    // Adds a state to what its row's spans before it have left in shared memory.
     __device__ __forceinline__ void fold(int r, float *top, float *sum, float z[OWN]) {
-        constexpr int h = QREG ? H : 0;
         const int empty = *top == ATTNI_NINF && *sum == 0.0f;
-        float y[OWN], w0, w1;
-        uint32_t u[4];
-        if constexpr (QREG) {
-            attni_cu_fold(&tm[h], &tl[h], *top, *sum, &w0, &w1);
-#pragma unroll
-            for (int j = 0; j < OWN; j++) {
-                const float b = attni_cu_blend(to[h][j], w0, z[j], w1);
-                z[j] = to[h][j] = empty ? to[h][j] : b;
-            }
-            *top = tm[h], *sum = tl[h];
-            return;
-        }
         const uint32_t state = total + (uint32_t)(ATTNI_CU_TEAM_ROWS(G) * 4 * D + 8 * r);
         const uint32_t from = total + (uint32_t)(4 * (r * D + stream * (D / 4) + (lane & 3) * OWN));
+        float w0, w1, m0, l0;
+        uint32_t u[4];
         attni_lds8(u, state);
-        float m0 = __uint_as_float(u[0]), l0 = __uint_as_float(u[1]);
+        m0 = __uint_as_float(u[0]), l0 = __uint_as_float(u[1]);
         attni_cu_fold(&m0, &l0, *top, *sum, &w0, &w1);
 #pragma unroll
         for (int j = 0; j < OWN; j += 4) {
             attni_lds16(u, from + 4 * j);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                y[j + e] = __uint_as_float(u[e]);
-                const float b = attni_cu_blend(y[j + e], w0, z[j + e], w1);
-                z[j + e] = empty ? y[j + e] : b;
+                const float y = __uint_as_float(u[e]), b = attni_cu_blend(y, w0, z[j + e], w1);
+                z[j + e] = empty ? y : b;
                 u[e] = __float_as_uint(z[j + e]);
             }
             attni_sts16(from + 4 * j, u);
@@ -3138,55 +3156,25 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             attni_sts8(state, __float_as_uint(m0), __float_as_uint(l0));
     }
 
-    // Folds the four states of half H of the rows of strip I: a lane has OWN columns of a row.
-    template <int I, int H>
-    __device__ __forceinline__ void close_rows(int32_t slots, int32_t slot, int last) {
-        const uint32_t mine = APART ? swap : ring + (uint32_t)(stage * STAGE);
-        const uint32_t step = APART ? 8 * 4 * D : (uint32_t)(a.stages * STAGE); // of streams
-        const uint32_t from = mine - (uint32_t)stream * step;
-        const int r = row(I, H);
-        float2 y[4];
-        float z[OWN], top, sum = 0;
-        if (r - (lane >> 2) >= rows) return; // none of the eight
+    // Hands half H of the rows of strip I over to the team.
+    template <int I, int H> __device__ __forceinline__ void put(uint32_t there) const {
 #pragma unroll
         for (int j = 0; j < NO; j++)
 #pragma unroll
             for (int e = 0; e < 2; e += 2 - Q8) {
-                const uint32_t there = mine + handed(lane >> 2, column(j, e));
-                if (Q8) attni_sts4(there, __float_as_uint(o[I][j][2 * H + e]));
-                else attni_sts8(there, __float_as_uint(o[I][j][2 * H]),
+                const uint32_t p = there + handed(lane >> 2, column(j, e));
+                if (Q8) attni_sts4(p, __float_as_uint(o[I][j][2 * H + e]));
+                else attni_sts8(p, __float_as_uint(o[I][j][2 * H]),
                                 __float_as_uint(o[I][j][2 * H + 1]));
             }
-        meet_team();
-#pragma unroll
-        for (int j = 0; j < 4; j++) y[j] = f->ml[j][r];
-        top = fmaxf(fmaxf(y[0].x, y[1].x), fmaxf(y[2].x, y[3].x));
-        const float zero = top == ATTNI_NINF ? 0.0f : top;
-#pragma unroll
-        for (int j = 0; j < OWN; j++) z[j] = 0;
-#pragma unroll
-        for (int t = 0; t < 4; t++) {
-            const float w = attni_exp2(y[t].x - zero);
-            sum = __fmaf_rn(y[t].y, w, sum);
-#pragma unroll
-            for (int j = 0; j < OWN; j += 4) {
-                uint32_t u[4];
-                attni_lds16(u, from + (uint32_t)t * step +
-                                   handed(lane >> 2, stream * (D / 4) + (lane & 3) * OWN + j));
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    z[j + e] = __fmaf_rn(__uint_as_float(u[e]), w, z[j + e]);
-            }
-        }
-        meet_team(); // and the copies that come next may be made
-        if (slots != 2) fold<H>(r, &top, &sum, z);
-        if (r >= rows || (slots != 2 && !last)) return;
-        if (slots) leave(r, top, sum, z, slot);
-        else finish(r, top, sum, z);
     }
 
-    // A span is through.
+    // A span is through: folds the four states of each row, of which a lane has OWN columns.
     __device__ __forceinline__ void close(int32_t slots, int32_t slot, int last) {
+        const uint32_t mine =
+            Q8 ? swap : ring + (uint32_t)(stage * STAGE + (G == 2 ? team * 16 * ROW : 0));
+        const uint32_t step = Q8 ? 8 * 4 * D : (uint32_t)(STAGES * STAGE); // of streams
+        const uint32_t from = mine - (uint32_t)stream * step;
 #pragma unroll
         for (int i = 0; i < S; i++)
 #pragma unroll
@@ -3194,114 +3182,172 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
                 const float sum = attni_quad_sum(l[i][h]);
                 if ((lane & 3) == 0) f->ml[stream][row(i, h)] = make_float2(m[i][h], sum);
             }
-        close_rows<0, 0>(slots, slot, last);
-        close_rows<0, 1>(slots, slot, last);
-        if constexpr (S == 2) {
-            close_rows<1, 0>(slots, slot, last);
-            close_rows<1, 1>(slots, slot, last);
+#pragma unroll 1
+        for (int half = 0; half < 2 * S; half++) {
+            const int r = row(half >> 1, half & 1);
+            float2 y[4];
+            float z[OWN], top, sum = 0;
+            if (r - (lane >> 2) >= rows) continue; // none of the eight
+            if (half == 0) put<0, 0>(mine);
+            else if (half == 1) put<0, 1>(mine);
+            else if (half == 2) put<S - 1, 0>(mine);
+            else put<S - 1, 1>(mine);
+            meet_team();
+#pragma unroll
+            for (int j = 0; j < 4; j++) y[j] = f->ml[j][r];
+            top = fmaxf(fmaxf(y[0].x, y[1].x), fmaxf(y[2].x, y[3].x));
+            const float zero = top == ATTNI_NINF ? 0.0f : top;
+#pragma unroll
+            for (int j = 0; j < OWN; j++) z[j] = 0;
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                const float w = attni_exp2(y[t].x - zero);
+                sum = __fmaf_rn(y[t].y, w, sum);
+#pragma unroll
+                for (int j = 0; j < OWN; j += 4) {
+                    uint32_t u[4];
+                    attni_lds16(u, from + (uint32_t)t * step +
+                                       handed(lane >> 2,
+                                              stream * (D / 4) + (lane & 3) * OWN + j));
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        z[j + e] = __fmaf_rn(__uint_as_float(u[e]), w, z[j + e]);
+                }
+            }
+            meet_team(); // and the copies that come next may be made
+            if (slots != 2) fold(r, &top, &sum, z);
+            if (r >= rows || (slots != 2 && !last)) continue;
+            if (slots) leave(r, top, sum, z, slot);
+            else finish(r, top, sum, z);
         }
         reset();
     }
 
     // Nothing is summed as yet.
     __device__ __forceinline__ void clear(void) {
+        const uint32_t none[4] = {0, 0, 0, 0};
         reset();
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            tm[h] = ATTNI_NINF, tl[h] = 0;
-#pragma unroll
-            for (int j = 0; j < OWN && QREG; j++) to[QREG ? h : 0][j] = 0;
-        }
-        if constexpr (!QREG) {
-            const uint32_t none[4] = {0, 0, 0, 0};
-            for (int i = (int)threadIdx.x; i < rows * D / 4; i += 128 * G)
-                attni_sts16(total + 16u * i, none);
-            for (int i = (int)threadIdx.x; i < rows; i += 128 * G)
-                attni_sts8(total + (uint32_t)(ATTNI_CU_TEAM_ROWS(G) * 4 * D + 8 * i), 0xff800000u,
-                           0);
-        }
+#pragma unroll 1
+        for (int i = (int)threadIdx.x; i < rows * D / 4; i += 128 * G)
+            attni_sts16(total + 16u * i, none);
+        for (int i = (int)threadIdx.x; i < rows; i += 128 * G)
+            attni_sts8(total + (uint32_t)(ATTNI_CU_TEAM_ROWS(G) * 4 * D + 8 * i), 0xff800000u, 0);
     }
 
     // ---- tasks
 
-    // Task i's record, on its way.
-    __device__ __forceinline__ void fetch(int64_t i) const {
-        if (threadIdx.x < sizeof(attni_cu_task) / 4 && i < a.cap_tasks)
-            attni_cp_async4(attni_smem(&f->next) + 4 * threadIdx.x,
-                            (const int32_t *)(const void *)(a.task + i) + threadIdx.x, 4);
-        attni_cp_commit();
+    // Asks for the next task's number, late, so that no block keeps work that others wait for; and
+    // then for its record. The first warp calls.
+    __device__ __forceinline__ void draw(int record) {
+        if (drawn == -1) {
+            drawn = 0;
+            if (lane == 0) drawn = (int32_t)gridDim.x + atomicAdd(a.ticket + 2 * a.kind, 1);
+        } else if (drawn >= 0 && record) {
+            const int32_t i = __shfl_sync(~0u, drawn, 0);
+            fetch(i);
+            if (lane == 0) f->n_next = i;
+            drawn = -2;
+        }
+    }
+    __device__ __forceinline__ void fetch(int32_t i) const {
+        int64_t from = i;
+        if (a.kind == ATTNI_CU_SOME) from += a.header->n_tasks[ATTNI_CU_FEW];
+        for (int e = lane; e < (int)sizeof(attni_cu_task) / 4 && from < a.cap_tasks; e += 32)
+            attni_cp_async4(attni_smem(&f->next) + 4u * e,
+                            (const int32_t *)(const void *)(a.task + from) + e, 4);
     }
 
-    // The task whose record has been fetched is at hand.
-    __device__ __forceinline__ void take(void) {
+    // The next task is at hand; false when there is none.
+    __device__ __forceinline__ int take(void) {
+        if (threadIdx.x < 32 && drawn != -2) {
+            draw(0);
+            draw(1);
+        }
+        attni_cp_commit();
         attni_cp_wait<0>();
         __syncthreads(); // the record is there, and the task before is through
+        work = work == f->work ? f->work + 1 : f->work;
+        drawn = -1;
+        if (f->n_next >= a.header->n_tasks[a.kind]) return 0;
         if (threadIdx.x < sizeof(attni_cu_task) / 4)
-            ((int32_t *)(void *)&f->work.task)[threadIdx.x] =
+            ((int32_t *)(void *)&work->task)[threadIdx.x] =
                 ((const int32_t *)(const void *)&f->next)[threadIdx.x];
         if (threadIdx.x == 0) {
-            f->work.n_merge = f->work.n_distinct = f->work.bad = 0;
-            f->work.scan0 = INT32_MIN / 2;
+            work->n_merge = work->n_distinct = work->bad = 0;
+            work->scan0 = INT32_MIN / 2;
         }
         __syncthreads();
+        return 1;
     }
 
-    // All of the task at hand; behind: of tasks of other kinds.
-    __device__ __forceinline__ void run(int32_t behind) {
-        const int depth = a.stages;
-        int32_t drawn = 0, span, slots, shift, span0;
-        if (threadIdx.x == 0) drawn = (int32_t)gridDim.x + atomicAdd(a.ticket + 2 * a.kind, 1);
+    // The task at hand is begun: its first blocks are under way.
+    __device__ __forceinline__ void begin(void) {
         prepare();
-        clear();
+#pragma unroll 1
+        for (int i = 0; i < 2; i++) look();
         stage = 0;
-        slots = f->work.task.slots, shift = f->work.task.span_shift, span0 = f->work.task.span0;
-        span = span0 - 1;
-        const int two = G == 2 && rows > 16 * (team + 2); // strips
-        for (int n = -depth;; n++) {
-            if (n >= 0) {
-                wait();
-                if (n == 0) {
-                    if (threadIdx.x == 0) f->n_next = drawn;
-                    __syncthreads();
-                    fetch((int64_t)f->n_next + behind);
-#pragma unroll
-                    for (int i = 0; i < D / 32 && QREG; i++)
-                        load_q(qf[QREG ? 2 * i : 0], qf[QREG ? 2 * i + 1 : 0], 0, i);
-                } else {
-                    meet();
-                }
-                const int32_t y = __shfl_sync(~0u, held, n & 31), b = y >> 1;
-                const int32_t z = __shfl_sync(~0u, held, (n + 1) & 31), now = b >> shift;
-                if (y < 0 && (n > 0 || slots == 2)) break;
-                if (y >= 0) { // else there is nothing to read
-                    if (slots == 2 && now > span + 1)
-                        attni_cu_empty_spans(a, &f->work, span + 1, now);
-                    span = now;
-                    if (two) unit_of<S>(b, y & 1);
-                    else unit_of<1>(b, y & 1);
-                    meet();
-                }
-                if (z < 0 || z >> 1 >> shift != now)
-                    close(slots, slots == 2 ? now - span0 : 0, z < 0);
-                if (y < 0) break;
-            }
-            issue(n + depth);
-            stage = stage + 1 == depth ? 0 : stage + 1;
-        }
-        if (slots == 2) attni_cu_empty_spans(a, &f->work, span + 1, f->work.task.span1);
-        attni_cu_arrive(a, &f->work);
+#pragma unroll 1
+        for (int i = 0; i < STAGES; i++) issue(i);
     }
 
-    __device__ __forceinline__ void work(void) {
-        const int some = a.kind == ATTNI_CU_SOME; // behind those of FEW
-        int32_t n, behind = some ? a.header->n_tasks[ATTNI_CU_FEW] : 0;
-        fetch((int64_t)blockIdx.x + behind);
-        n = a.header->n_tasks[a.kind];
-        if (threadIdx.x == 0) f->n_next = (int32_t)blockIdx.x;
+    // All of it but for its arrival.
+    __device__ __forceinline__ void run(void) {
+        attni_cp_wait<STAGES - 1>();
+        if (threadIdx.x < 32 && drawn >= 0) draw(1); // a short task
+        clear();
         __syncthreads();
-        while (f->n_next < n) {
-            take();
-            run(behind);
+#pragma unroll
+        for (int i = 0; i < D / 32 && QREG; i++)
+            load_q(qf[QREG ? 2 * i : 0], qf[QREG ? 2 * i + 1 : 0], 0, i);
+        const int32_t slots = work->task.slots, shift = work->task.span_shift;
+        const int32_t span0 = work->task.span0;
+        const int two = G == 2 && rows > 16 * (team + 2); // strips
+        int32_t span = span0 - 1;
+        uint32_t now_plain = 0, now_closing = 0;
+        for (int n = 0;; n++) {
+            if (!(n & 31)) now_plain = plain, now_closing = closing;
+            const int whole = (int)(now_plain >> (n & 31) & 1);
+            int close_it = (int)(now_closing >> (n & 31) & 1), there = 1;
+            if (!whole) {
+                const int32_t is = flags_of(n);
+                there = is & ATTNI_CU_IS_THERE;
+                if (is & ATTNI_CU_IS_GAP)
+                    attni_cu_empty_spans(a, work, span + 1, block_of(n) >> shift);
+            }
+            if (there) {
+                if (two) unit_of<S>(n, whole);
+                else unit_of<1>(n, whole);
+                meet();
+            } else if (slots != 2) { // nothing to read
+                close_it = 1;
+            }
+            if (close_it) {
+                const int last = !there || flags_of(n) & ATTNI_CU_IS_LAST;
+                if (there) span = block_of(n) >> shift;
+                close(slots, slots == 2 ? span - span0 : 0, last);
+                if (last) break;
+            }
+            if (!there) break;
+            if (!((n + STAGES) & 31)) look();
+            issue(n + STAGES);
+            attni_cp_wait<STAGES - 1>();
+            meet();
+        }
+        if (slots == 2) attni_cu_empty_spans(a, work, span + 1, work->task.span1);
+    }
+
+    __device__ __forceinline__ void all(void) {
+        work_t *before = NULL;
+        if (threadIdx.x < 32) fetch((int32_t)blockIdx.x);
+        if (threadIdx.x == 0) f->n_next = (int32_t)blockIdx.x;
+        drawn = -2;
+        for (;;) { // a task arrives when the next one is under way, so that nothing waits for it
+            const int more = take();
+            if (more) begin();
+            if (before) attni_cu_arrive(a, before);
+            if (!more) break;
+            run();
+            before = work;
         }
         if (threadIdx.x == 0) attni_cu_leave_tasks(a.ticket + 2 * a.kind);
     }
@@ -3311,9 +3357,9 @@ template <int BF, int Q8, int D, int G>
 static __global__ void __launch_bounds__(128 * G, ATTNI_CU_TEAMS(G))
     attni_cu_team_tasks(const __grid_constant__ attni_cu_args a) {
 #if __CUDA_ARCH__ >= 800
-    extern __shared__ __align__(128) uint8_t smem[];
+    extern __shared__ __align__(256) uint8_t smem[];
     attni_cu_team<BF, Q8, D, G> x(a, smem);
-    x.work();
+    x.all();
 #endif
 }
 
@@ -3505,7 +3551,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
 template <int NC>
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
     attni_cu_simt(const __grid_constant__ attni_cu_args a) {
-    extern __shared__ __align__(128) uint8_t smem[];
+    extern __shared__ __align__(256) uint8_t smem[];
     ATTNI_CU_TASKS(attni_cu_simt_run<NC>(
         a, s, (attni_cu_simt_tile *)(void *)(smem + (sizeof *s + 127) / 128 * 128)))
 }
@@ -3681,7 +3727,6 @@ typedef struct attni_cu_choice { // kernels of a problem
     int smem[ATTNI_CU_KINDS];
     int threads[ATTNI_CU_KINDS];
     int rows[ATTNI_CU_KINDS];               // of a tile
-    int stages[ATTNI_CU_KINDS];             // of attni_cu_team
     int32_t id;                             // the same for the same kernels
     const char *name;
 } attni_cu_choice;
@@ -3689,15 +3734,11 @@ typedef struct attni_cu_choice { // kernels of a problem
 static int attni_cu_max2(int a, int b) { return a > b ? a : b; }
 
 template <int BF, int Q8, int D, int G>
-static void attni_cu_fill_team(int kind, int smem_bytes, attni_cu_choice *c) {
-    const int none = attni_cu_team_smem(Q8, D, G, 0), one = attni_cu_team_smem(Q8, D, G, 1) - none;
-    int stages = (smem_bytes / ATTNI_CU_TEAMS(G) - none) / one;
-    stages = stages < 2 ? 2 : stages > ATTNI_CU_STAGES ? ATTNI_CU_STAGES : stages;
+static void attni_cu_fill_team(int kind, attni_cu_choice *c) {
     c->kernel[kind] = attni_cu_team_tasks<BF, Q8, D, G>;
-    c->smem[kind] = attni_cu_team_smem(Q8, D, G, stages);
+    c->smem[kind] = attni_cu_team_smem(Q8, D, G);
     c->threads[kind] = 128 * G;
     c->rows[kind] = ATTNI_CU_TEAM_ROWS(G);
-    c->stages[kind] = stages;
 }
 
 template <int BF, int Q8, int DK, int DV>
@@ -3708,8 +3749,8 @@ static void attni_cu_fill(int arch, int smem_bytes, int mods, attni_cu_choice *c
     const int plain = EXACT && arch >= 80 && !mods;
     c->threads[ATTNI_CU_FEW] = c->threads[ATTNI_CU_MANY] = ATTNI_CU_THREADS;
     if (plain) {
-        attni_cu_fill_team<BF, Q8, MK, 1>(ATTNI_CU_FEW, smem_bytes, c);
-        attni_cu_fill_team<BF, Q8, MK, 2>(ATTNI_CU_SOME, smem_bytes, c);
+        attni_cu_fill_team<BF, Q8, MK, 1>(ATTNI_CU_FEW, c);
+        attni_cu_fill_team<BF, Q8, MK, 2>(ATTNI_CU_SOME, c);
     } else if (EXACT && arch >= 80) {
         c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, WK, WV>;
         c->smem[ATTNI_CU_FEW] = attni_cu_smem_bytes(arch, Q8, WK, WV, 0);
@@ -4571,9 +4612,11 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     int64_t rows;
     int i;
     if (r != ATTN_OK) return r;
-    if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || !attni_cu_same_mask(&d->mask, &g->mask)) return ATTN_ERR_STALE;
+    if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || !attni_cu_same_mask(&d->mask, &g->mask))
+        return ATTN_ERR_STALE;
     rows = (int64_t)(partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
-    if (rows < g->n[ATTNI_CU_N_PARTIALS] || (g->n[ATTNI_CU_N_PARTIALS] && !partials) || (uintptr_t)partials % 64)
+    if (rows < g->n[ATTNI_CU_N_PARTIALS] || (g->n[ATTNI_CU_N_PARTIALS] && !partials) ||
+        (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
     if (capture != cudaStreamCaptureStatusNone && rows < g->cap[6]) return ATTN_ERR_BUFFER;
@@ -4626,7 +4669,6 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
         if (capture != cudaStreamCaptureStatusNone && !attni_cu_may_have(g, &k, i, a.group))
             continue;
         a.kind = i;
-        a.stages = k.stages[i];
         blocks = attni_min64(blocks, g->n[ATTNI_CU_N_BLOCKS + i]);
         k.kernel[i]<<<(unsigned)blocks, (unsigned)k.threads[i], (size_t)k.smem[i], stream>>>(a);
         if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
