@@ -3075,10 +3075,11 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     template <int N> __device__ __forceinline__ void unit_of(int n, int whole) {
         if constexpr (Q8) {
             const uint32_t at = ring + (uint32_t)(stage * STAGE);
+            constexpr int OWN_CODE = G == 1 && D == 128; // not for all: compile time
             const int t = a.k.dtype == a.v.dtype ? (int)a.k.dtype : -1;
-            if (G == 1 && t == ATTN_I8) unit<N, G == 1 ? ATTN_I8 : -1>(n, whole);
-            else if (G == 1 && t == ATTN_F8E4M3 && !odd_codes(at + k_lane, at + v_lane))
-                unit<N, G == 1 ? ATTN_F8E4M3 : -1>(n, whole);
+            if (OWN_CODE && t == ATTN_I8) unit<N, OWN_CODE ? ATTN_I8 : -1>(n, whole);
+            else if (OWN_CODE && t == ATTN_F8E4M3 && !odd_codes(at + k_lane, at + v_lane))
+                unit<N, OWN_CODE ? ATTN_F8E4M3 : -1>(n, whole);
             else unit<N, -1>(n, whole);
         } else {
             unit<N, 0>(n, whole);
@@ -3301,7 +3302,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             load_q(qf[QREG ? 2 * i : 0], qf[QREG ? 2 * i + 1 : 0], 0, i);
         const int32_t slots = work->task.slots, shift = work->task.span_shift;
         const int32_t span0 = work->task.span0;
-        const int two = G == 2 && rows > 16 * (team + 2); // strips
+        const int two = G == 2 && (Q8 || rows > 16 * (team + 2)); // strips (Q8: compile time)
         int32_t span = span0 - 1;
         uint32_t now_plain = 0, now_closing = 0;
         for (int n = 0;; n++) {
@@ -3344,7 +3345,8 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         for (;;) { // a task arrives when the next one is under way, so that nothing waits for it
             const int more = take();
             if (more) begin();
-            if (before) attni_cu_arrive(a, before);
+            if (before && G == 1) attni_cu_arrive(a, before);
+            else if (before) attni_cu_arrive_far(a, before);
             if (!more) break;
             run();
             before = work;
@@ -3742,7 +3744,7 @@ static void attni_cu_fill_team(int kind, attni_cu_choice *c) {
 }
 
 template <int BF, int Q8, int DK, int DV>
-static void attni_cu_fill(int arch, int smem_bytes, int mods, attni_cu_choice *c) {
+static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
     constexpr int EXACT = DK <= 128, MK = EXACT ? DK : 64, MV = EXACT ? DV : 64;
     // scores with extras are rare: one kernel for all head dims
     constexpr int WK = EXACT ? 256 : DK, WV = EXACT ? 256 : DV;
@@ -3880,7 +3882,7 @@ static attn_result attni_cu_choose(const attn_cuda *c, const attn_desc *d, attni
     (void)(bf + q8 + dv); // no kernels, no use
 #define ATTNI_X(B, Q, DK, DV)                                                                      \
     if (bf == B && q8 == Q && dk == DK && dv == DV)                                                \
-        attni_cu_fill<B, Q, DK, DV>(c->arch, c->smem_bytes, attni_cu_mods(d), &m);
+        attni_cu_fill<B, Q, DK, DV>(c->arch, attni_cu_mods(d), &m);
     ATTN_CUDA_KERNELS(ATTNI_X)
 #undef ATTNI_X
     if (!m.kernel[ATTNI_CU_FEW] || m.smem[ATTNI_CU_FEW] > c->smem_bytes) return ATTN_OK;
@@ -3927,7 +3929,7 @@ ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device) {
 #define ATTNI_X(B, Q, DK, DV)                                                                      \
     for (n = 0; n < 2; n++) {                                                                      \
         memset(&k, 0, sizeof k);                                                                   \
-        attni_cu_fill<B, Q, DK, DV>(c->arch, c->smem_bytes, n, &k);                                \
+        attni_cu_fill<B, Q, DK, DV>(c->arch, n, &k);                                               \
         if ((r = attni_cu_allow(c, &k)) != ATTN_OK) return r;                                      \
     }
     ATTN_CUDA_KERNELS(ATTNI_X)
