@@ -2506,7 +2506,7 @@ template <int G> struct attni_cu_teams {
 
 // Units that a warp has under way, and their bytes.
 __host__ __device__ constexpr int attni_cu_team_stages(int q8, int d, int g) {
-    return q8 || d == 64 ? 4 : 1 + g;
+    return d == 64 ? 4 : q8 ? 3 : 1 + g;
 }
 __host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) {
     return 2 * 16 * (q8 ? d + 8 : 2 * d); // codes: with their scales, rounded up to 256
