@@ -460,20 +460,6 @@ ATTNI_DEV void attni_cu_find(const attni_cu_args &a, const attni_cu_task &w, int
     *t = f - a.token0[lo];
 }
 
-// Token in q and head of row r, or -1.
-ATTNI_DEV int32_t attni_cu_token(const attni_cu_args &a, const attni_cu_task &w, int r,
-                                 int32_t *head) {
-    const int token = r * a.per_group >> 16;
-    int32_t seq, t = w.first_token + token, q_begin = w.q_begin;
-    *head = w.head + (r - token * a.group);
-    if (token >= w.n_tokens) return -1;
-    if (w.n_places > 1) {
-        attni_cu_find(a, w, w.token0 + t, &seq, &t);
-        q_begin = a.seq[seq].q_begin;
-    }
-    return q_begin + t;
-}
-
 ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_task &w, int r) {
     const attn_mask *m = &a.d.mask;
     attni_cu_row x = {-1, 0, 0, 0, 0, 0, 0};
@@ -600,7 +586,7 @@ template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s
     uint32_t any = 0, all = (int)threadIdx.x < W::SCAN / 4 ? 15 : 0;
     attni_masker mk;
     __syncthreads();
-    if ((int)threadIdx.x < W::SCAN / 32) s->any[(int)threadIdx.x] = s->all[(int)threadIdx.x] = 0;
+    if ((int)threadIdx.x < W::SCAN / 32) s->any[threadIdx.x] = s->all[threadIdx.x] = 0;
     attni_masker_init(&mk, &a.d);
     if ((int)threadIdx.x < W::SCAN / 4 && (int64_t)b0 * ATTNI_CU_BLOCK < w.hi)
         for (i = 0; i < s->n_distinct && (any != 15 || all); i++) {
@@ -616,7 +602,7 @@ template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s
     j = 4 * (int)threadIdx.x;
     if (any) atomicOr(&s->any[j >> 5], any << (j & 31));
     if (all) atomicOr(&s->all[j >> 5], all << (j & 31));
-    if ((int)threadIdx.x == 0) s->scan0 = b / 4 * 4;
+    if (threadIdx.x == 0) s->scan0 = b / 4 * 4;
     __syncthreads();
 }
 
@@ -699,7 +685,7 @@ template <class W> ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &
     }
     bad = __syncthreads_or(bad);
     if (bad) attni_cu_report(a, ATTN_ERR_MASK);
-    if (bad && (int)threadIdx.x == 0) s->task.hi = s->task.end_block = 0;
+    if (bad && threadIdx.x == 0) s->task.hi = s->task.end_block = 0;
     __syncthreads();
 }
 
@@ -707,6 +693,11 @@ ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, in
                                            int32_t head) {
     if (s.head_scale) return (const uint8_t *)(s.head_scale + head);
     return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
+}
+
+// Nothing is known of a new task.
+template <class W> ATTNI_DEV void attni_cu_fresh(W *s) {
+    s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
 }
 
 // Task i of its kind to s, if there are so many. All threads call.
@@ -718,7 +709,7 @@ template <class W> ATTNI_DEV int attni_cu_draw(const attni_cu_args &a, W *s, int
 #pragma unroll
     for (int r = (int)threadIdx.x; r < (int)(sizeof(attni_cu_task) / 4); r += W::THREADS)
         ((int *)&s->task)[r] = from[r];
-    if ((int)threadIdx.x == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
+    if (threadIdx.x == 0) attni_cu_fresh(s);
     __syncthreads();
     return i < n;
 }
@@ -2032,7 +2023,7 @@ ATTNI_DEV int attni_cu_take(const attni_cu_args &a, attni_cu_tall_shared *s) {
     __syncthreads(); // the task before is done with s
     if (s->next >= s->n_tasks) return 0;
     if (r < (int)(sizeof(attni_cu_task) / 4)) ((int *)&s->task)[r] = ((const int *)&s->ahead)[r];
-    if (r == 0) s->n_merge = s->n_distinct = s->bad = 0, s->scan0 = INT32_MIN / 2;
+    if (r == 0) attni_cu_fresh(s);
     __syncthreads();
     const attni_cu_row x = attni_cu_get_row(a, s->task, r);
     s->row[r] = x;
@@ -3273,10 +3264,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         if (threadIdx.x < sizeof(attni_cu_task) / 4)
             ((int32_t *)(void *)&work->task)[threadIdx.x] =
                 ((const int32_t *)(const void *)&f->next)[threadIdx.x];
-        if (threadIdx.x == 0) {
-            work->n_merge = work->n_distinct = work->bad = 0;
-            work->scan0 = INT32_MIN / 2;
-        }
+        if (threadIdx.x == 0) attni_cu_fresh(work);
         __syncthreads();
         return 1;
     }
