@@ -335,6 +335,19 @@ template <int N> ATTNI_DEV void attni_cp_wait(void) {
 #endif
 }
 
+// Launches of a run overlap (attni_cu_launch): the next one may begin; all before this one are
+// through, with what they wrote.
+ATTNI_DEV void attni_grid_release(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+ATTNI_DEV void attni_grid_wait(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Barrier `id` of N threads.
 template <int N> ATTNI_DEV void attni_bar(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
@@ -347,6 +360,13 @@ ATTNI_DEV void attni_ldmatrix(uint32_t r[4], uint32_t at) {
 ATTNI_DEV void attni_ldmatrix_trans(uint32_t r[4], uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+// 8 x 8 pairs' halves turned over: a lane has row lane / 4, columns 2 (lane % 4) and behind it.
+ATTNI_DEV uint32_t attni_turn(uint32_t x) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
 }
 
 // c (16, 8) += a (16, 16) b (16, 8). BF: bf16, else f16.
@@ -434,6 +454,18 @@ ATTNI_DEV float attni_quad_max(float x) {
 ATTNI_DEV float attni_quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Over the eight lanes that hold a column.
+ATTNI_DEV float attni_oct_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 16));
+}
+ATTNI_DEV float attni_oct_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 4);
+    x += __shfl_xor_sync(~0u, x, 8);
+    return x + __shfl_xor_sync(~0u, x, 16);
 }
 
 // ==== >>impl-rows  The query rows of a tile ======================================================
@@ -923,6 +955,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
     attni_cu_merge_tokens(const __grid_constant__ attni_cu_args a) {
     const int32_t chunks = (a.d.v_head_dim + 127) / 128, per = a.d.n_heads * chunks;
     const int64_t n = (int64_t)a.header->n_merge * per;
+    attni_grid_wait();
     int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
     for (; i < n; i += (int64_t)gridDim.x * 4) {
         int32_t at = (int32_t)(i / per), rest = (int32_t)(i - (int64_t)at * per);
@@ -969,10 +1002,23 @@ template <class W> ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) 
     }
 }
 
-// The block is through; the last one puts the counter back.
-ATTNI_DEV void attni_cu_leave_tasks(int32_t *ticket) {
+// The block is through; the last one puts the counter back, and stays for launches before its own,
+// so that the end of a run's last launch is that of all.
+ATTNI_DEV void attni_cu_leave_tasks(const attni_cu_args &a) {
+    int32_t *ticket = a.ticket + 2 * a.kind;
     __threadfence();
-    if (atomicAdd(ticket + 1, 1) == (int32_t)gridDim.x - 1) ticket[0] = ticket[1] = 0;
+    if (atomicAdd(ticket + 1, 1) != attni_min32((int32_t)gridDim.x, a.header->n_tasks[a.kind]) - 1)
+        return;
+    ticket[0] = ticket[1] = 0;
+    attni_grid_wait();
+}
+
+// The block has a task to begin with; others keep away from the counter.
+ATTNI_DEV int attni_cu_has_task(const attni_cu_args &a) {
+    const int32_t n = a.header->n_tasks[a.kind];
+    attni_grid_release();
+    if (n == 0 && blockIdx.x == 0 && threadIdx.x == 0) attni_grid_wait();
+    return (int32_t)blockIdx.x < n;
 }
 
 template <class W> ATTNI_DEV_FAR void attni_cu_arrive_far(const attni_cu_args &a, W *s) {
@@ -984,6 +1030,7 @@ template <class W> ATTNI_DEV_FAR void attni_cu_arrive_far(const attni_cu_args &a
 #define ATTNI_CU_TASKS(...)                                                                        \
     attni_cu_shared *s = (attni_cu_shared *)(void *)smem;                                          \
     int32_t i = (int32_t)blockIdx.x, *ticket = a.ticket + 2 * a.kind;                              \
+    if (!attni_cu_has_task(a)) return;                                                             \
     while (attni_cu_begin(a, s, i)) {                                                              \
         int32_t next = 0;                                                                          \
         if (threadIdx.x == 0) next = (int32_t)gridDim.x + atomicAdd(ticket, 1);                    \
@@ -993,7 +1040,7 @@ template <class W> ATTNI_DEV_FAR void attni_cu_arrive_far(const attni_cu_args &a
         __syncthreads();                                                                           \
         i = s->next;                                                                               \
     }                                                                                              \
-    if (threadIdx.x == 0) attni_cu_leave_tasks(ticket);
+    if (threadIdx.x == 0) attni_cu_leave_tasks(a);
 
 // ==== >>impl-convert  Quantised pages to 16-bit tiles ============================================
 
@@ -2447,6 +2494,7 @@ static __global__ void __launch_bounds__(
     if (R == 2 && !Q8 && attni_cu_tall<BF, DK, DV, R>::FITS) {
         attni_cu_tall_shared *s = (attni_cu_tall_shared *)(void *)smem;
         int32_t *ticket = a.ticket + 2 * a.kind;
+        if (!attni_cu_has_task(a)) return;
         if (threadIdx.x == 0) s->n_tasks = a.header->n_tasks[a.kind];
         __syncwarp();
         if (threadIdx.x < 32) attni_cu_look_ahead(a, s, (int32_t)blockIdx.x);
@@ -2458,7 +2506,7 @@ static __global__ void __launch_bounds__(
             if (s->task.slots)
                 attni_cu_arrive_far(a, static_cast<attni_cu_shared *>(s));
         }
-        if (threadIdx.x == 0) attni_cu_leave_tasks(ticket);
+        if (threadIdx.x == 0) attni_cu_leave_tasks(a);
         return;
     }
     ATTNI_CU_TASKS({
@@ -2473,11 +2521,12 @@ static __global__ void __launch_bounds__(
 // sm_80 and up, head_dim 64 and 128, plain scores, any mask. Of every block of 64 tokens each warp
 // of a team of four has 16, a unit, with copies of its own under way and maxima, sums and O of its
 // own, so that inside a span no warp waits for another. At a span's end the four states of a row
-// are folded in order. A team takes 16 rows; for up to 64, two teams share units and have every
-// other strip of 16 rows each. A row's bits are the same in both.
+// are folded in order. Products are turned over, K Q' and V' P', so that rows are the side of 8 of
+// a tensor core's tile and keys and dims that of 16: a group of heads seldom fills more. A team
+// takes 8 rows; for up to 64, two teams share units and have every other strip of 8 rows each. A
+// row's bits are the same in both.
 
-#define ATTNI_CU_TEAM_ROWS(G) ((G) == 1 ? 16 : 64)
-#define ATTNI_CU_TEAMS(G) ((G) == 1 ? 2 : 1)     /* blocks of G teams on a multiprocessor */
+#define ATTNI_CU_TEAM_ROWS(G) ((G) == 1 ? 8 : 64)
 
 enum { // of a block: there is one; all rows see all of it; the warp's unit can be read as it lies;
        // a span ends behind it; the task, too; spans before it are empty; time to ask for the next
@@ -2495,18 +2544,26 @@ template <int G> struct attni_cu_teams {
     attni_cu_work<ROWS, 128 * G> work[2];        // tasks take turns
 };
 
+// Blocks on a multiprocessor.
+__host__ __device__ constexpr int attni_cu_team_blocks(int q8, int d, int g) {
+    return g == 2 ? 1 : q8 || d == 64 ? 4 : 3;
+}
 // Units that a warp has under way, and their bytes.
 __host__ __device__ constexpr int attni_cu_team_stages(int q8, int d, int g) {
-    return d == 64 ? 4 : q8 ? 3 : 1 + g;
+    return g == 1 && d == 128 && !q8 ? 2 : 3;
 }
 __host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) {
     return 2 * 16 * (q8 ? d + 8 : 2 * d); // codes: with their scales, rounded up to 256
 }
+// Of its rows: Q, folded states.
+__host__ __device__ constexpr int attni_cu_team_row_bytes(int d, int g) {
+    return (ATTNI_CU_TEAM_ROWS(g) * (2 * d + 4 * d + 8) + 255) / 256 * 256;
+}
 __host__ __device__ constexpr int attni_cu_team_smem(int q8, int d, int g) {
     return ((int)(g == 1 ? sizeof(attni_cu_teams<1>) : sizeof(attni_cu_teams<2>)) + 255) / 256 *
                256 +
-           ATTNI_CU_TEAM_ROWS(g) * (2 * d + 4 * d + 16) + // Q, folded states
-           (q8 ? g * 4 * 8 * 4 * d : 0) + // states handed over; 16-bit units leave room for them
+           attni_cu_team_row_bytes(d, g) +
+           (q8 && g == 2 ? g * 4 * 8 * 4 * d : 0) + // states handed over; else units have room
            4 * attni_cu_team_stages(q8, d, g) * attni_cu_team_stage(q8, d);
 }
 
@@ -2530,7 +2587,7 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     for (int r = (int)threadIdx.x & 31; r < n; r += 32) {
         const uint32_t u =
             (uint32_t)(attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK) >> 16 * stream) & 0xffff;
-        if (W::THREADS == 128 || (r >> 4 & 1) == (int)threadIdx.x >> 7) bits[r] = (uint16_t)u;
+        if (W::THREADS == 128 || (r >> 3 & 1) == (int)threadIdx.x >> 7) bits[r] = (uint16_t)u;
         any |= u;
     }
 #if __CUDA_ARCH__ >= 800
@@ -2585,10 +2642,11 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     static constexpr int ROW = Q8 ? D : 2 * D, QROW = 2 * D; // bytes
     static constexpr int STAGE = attni_cu_team_stage(Q8, D);
     static constexpr int STAGES = attni_cu_team_stages(Q8, D, G);
-    static constexpr int S = G;        // strips of 16 rows that a warp has at most
-    static constexpr int NO = D / 8;   // 8-column tiles of O
-    static constexpr int OWN = D / 16; // columns of a folded row that a lane has
-    static constexpr int QREG = G == 1, CHUNKS = ROW / 16;
+    static constexpr int S = G == 1 ? 1 : 4; // strips of 8 rows that a warp has at most
+    static constexpr int NO = D / 16;        // tiles of 16 columns of O
+    static constexpr int OWN = D / 16;       // columns of a folded row that a lane has
+    static constexpr int CHUNKS = ROW / 16;
+    static constexpr int SWAP = Q8 && G == 2; // a unit is too small for two teams' states
     typedef attni_cu_teams<G> teams_t;
     typedef attni_cu_work<ATTNI_CU_TEAM_ROWS(G), 128 * G> work_t;
     const attni_cu_args &a;
@@ -2600,14 +2658,11 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     // blocks to come, one to a lane: the 32 at hand, those before and behind them
     int32_t at, end, block, page, place, flags, last_block, last_flags;
     int32_t next_block, next_page, next_full;
-    uint32_t easy, plain, closing;      // of which of them: nothing else is to be thought of when
-                                        // they are asked for, are used; CLOSE
     int runs;
     const uint8_t *kv[3 - G];           // K and V of page 0, the lane's piece; one to a team
     int32_t drawn;                      // number of the next task; -1: not asked for, -2: fetched
     // sums
-    uint32_t qf[QREG ? D / 16 : 1][4];
-    float o[S][NO][4], m[S][2], l[S][2];
+    float o[S][NO][4], m[S][2], l[S][2]; // of the pair of rows that a lane has of a strip
 
     __device__ __forceinline__ attni_cu_team(const attni_cu_args &args, uint8_t *smem) : a(args) {
         f = (teams_t *)(void *)smem;
@@ -2617,17 +2672,19 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         team = (int)threadIdx.x >> 7;
         q = attni_smem(smem) + (sizeof(teams_t) + 255) / 256 * 256;
         total = q + ATTNI_CU_TEAM_ROWS(G) * QROW;
-        swap = total + ATTNI_CU_TEAM_ROWS(G) * (4 * D + 16);
-        ring = swap + (Q8 ? G * 4 * 8 * 4 * D : 0) + (uint32_t)(stream * STAGES * STAGE);
-        k_lane = !Q8 ? attni_cu_piece<ROW>((lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)
+        swap = q + attni_cu_team_row_bytes(D, G);
+        ring = swap + (SWAP ? G * 4 * 8 * 4 * D : 0) + (uint32_t)(stream * STAGES * STAGE);
+        k_lane = !Q8 ? attni_cu_piece<ROW>(lane & 15, lane >> 4)
                      : attni_cu_piece<ROW>(lane >> 2, lane & 3);
-        v_lane = 16 * ROW + attni_cu_piece<ROW>(lane & 15, lane >> 4);
+        v_lane = 16 * ROW +
+                 (!Q8 ? attni_cu_piece<ROW>((lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)
+                      : attni_cu_piece<ROW>(lane & 15, lane >> 4));
         swap += (uint32_t)((4 * team + stream) * 8 * 4 * D);
     }
 
-    // Row h of the pair of a lane's in the warp's strip i.
-    __device__ __forceinline__ int row(int i, int h) const {
-        return 16 * (G * i + (G == 2 ? team : 0)) + (lane >> 2) + 8 * h;
+    // First row of the warp's strip i.
+    __device__ __forceinline__ int strip(int i) const {
+        return 8 * (G * i + (G == 2 ? team : 0));
     }
     // Barrier of those that read the warp's units.
     __device__ __forceinline__ void meet(void) const {
@@ -2671,11 +2728,6 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             next_page = __ldg(attni_cu_page_at(
                 a, w.seq, a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens));
         flags = about(w, full);
-        easy = __ballot_sync(~0u, (flags & (ATTNI_CU_IS_EASY | ATTNI_CU_IS_ASK)) ==
-                                      ATTNI_CU_IS_EASY);
-        plain = __ballot_sync(~0u, (flags & (ATTNI_CU_IS_FULL | ATTNI_CU_IS_GAP)) ==
-                                       ATTNI_CU_IS_FULL);
-        closing = __ballot_sync(~0u, flags & ATTNI_CU_IS_CLOSE);
     }
 
     // Flags of the lane's block; its place in its page.
@@ -2741,18 +2793,14 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     // Asks for the task's block number n.
     __device__ __forceinline__ void issue(int n) {
         const int32_t pg = __shfl_sync(~0u, page, n & 31), e = __shfl_sync(~0u, place, n & 31);
-        int go = (int)(easy >> (n & 31) & 1);
-        if (!go) {
-            const int32_t is = __shfl_sync(~0u, flags, n & 31);
-            if (is & ATTNI_CU_IS_ASK && threadIdx.x < 32) draw(is & ATTNI_CU_IS_RECORD);
-            go = is & ATTNI_CU_IS_EASY;
-            if (!go && is & ATTNI_CU_IS_THERE)
-                attni_cu_copy_tokens<Q8, D, G>(
-                    a, work, (uint8_t *)f + (ring - attni_smem(f)) + stage * STAGE,
-                    f->bits[stage][stream], __shfl_sync(~0u, block, n & 31),
-                    is & ATTNI_CU_IS_FULL, runs, pg);
-        }
-        if (go) copy(pg, e);
+        const int32_t is = __shfl_sync(~0u, flags, n & 31);
+        if (is & ATTNI_CU_IS_EASY) copy(pg, e);
+        else if (is & ATTNI_CU_IS_THERE)
+            attni_cu_copy_tokens<Q8, D, G>(
+                a, work, (uint8_t *)f + (ring - attni_smem(f)) + stage * STAGE,
+                f->bits[stage][stream], __shfl_sync(~0u, block, n & 31), is & ATTNI_CU_IS_FULL,
+                runs, pg);
+        if (is & ATTNI_CU_IS_ASK && threadIdx.x < 32) draw(is & ATTNI_CU_IS_RECORD);
         attni_cp_commit();
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
@@ -2763,7 +2811,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     __device__ __forceinline__ void prepare(void) {
         const attni_cu_task &w = work->task;
         rows = w.n_tokens * a.group;
-        const int tid = (int)threadIdx.x, all = (rows + 15) / 16 * 16;
+        const int tid = (int)threadIdx.x, all = (rows + 7) / 8 * 8;
         if (tid < all) work->row[tid] = attni_cu_get_row(a, w, tid);
         __syncthreads();
         for (int e = tid; e < all * (D / 8); e += 128 * G) {
@@ -2795,26 +2843,18 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
     }
 
-    // Q's steps 2 i and 2 i + 1 of a strip as left operands. Codes of K are taken 16
+    // Q's steps 2 i and 2 i + 1 of a strip as right operands. Codes of K are taken 16
     // neighbouring dims at a time, so then the dims of Q are shuffled in the same way.
-    __device__ __forceinline__ void load_q(uint32_t r0[4], uint32_t r1[4], int strip,
-                                           int i) const {
-        const int r = row(strip, 0) - (lane >> 2);
+    __device__ __forceinline__ void load_q(uint32_t u[4], int s, int i) const {
         if constexpr (!Q8) {
-            attni_ldmatrix(r0, q + attni_cu_piece<QROW>(r + (lane & 15), 4 * i + (lane >> 4)));
-            attni_ldmatrix(r1, q + attni_cu_piece<QROW>(r + (lane & 15), 4 * i + 2 + (lane >> 4)));
+            attni_ldmatrix(u, q + attni_cu_piece<QROW>(strip(s) + (lane & 7), 4 * i + (lane >> 3)));
         } else {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t u[4];
-                attni_lds16(u, q + attni_cu_piece<QROW>(r + (lane >> 2) + 8 * h,
-                                               8 * (i >> 1) + 2 * (lane & 3) + (i & 1)));
-                if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
-                    const uint32_t y = u[0], z = u[2];
-                    u[0] = __byte_perm(y, u[1], 0x5410), u[1] = __byte_perm(y, u[1], 0x7632);
-                    u[2] = __byte_perm(z, u[3], 0x5410), u[3] = __byte_perm(z, u[3], 0x7632);
-                }
-                r0[h] = u[0], r0[2 + h] = u[1], r1[h] = u[2], r1[2 + h] = u[3];
+            attni_lds16(u, q + attni_cu_piece<QROW>(strip(s) + (lane >> 2),
+                                                    8 * (i >> 1) + 2 * (lane & 3) + (i & 1)));
+            if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
+                const uint32_t y = u[0], z = u[2];
+                u[0] = __byte_perm(y, u[1], 0x5410), u[1] = __byte_perm(y, u[1], 0x7632);
+                u[2] = __byte_perm(z, u[3], 0x5410), u[3] = __byte_perm(z, u[3], 0x7632);
             }
         }
     }
@@ -2859,102 +2899,87 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         return __any_sync(~0u, odd != 0);
     }
 
-    // K of 16 tokens as right operands: 32 dims, or 64 of codes.
+    // K of 16 tokens as left operands: steps of 32 dims, or of 64 of codes.
     template <int T>
-    __device__ __forceinline__ void right_k(uint32_t kb[2][8], uint32_t k, int i) const {
-        uint32_t u[4];
+    __device__ __forceinline__ void left_k(uint32_t ka[][4], uint32_t k, int i) const {
+        if constexpr (!Q8) {
+            attni_ldmatrix(ka[0], k ^ (uint32_t)(4 * i << 4));
+            attni_ldmatrix(ka[1], k ^ (uint32_t)((4 * i + 2) << 4));
+        } else {
 #pragma unroll
-        for (int j = 0; j < 2; j++)
-            if constexpr (!Q8) { // 16 dims
-                attni_ldmatrix(u, k ^ (uint32_t)((4 * i + 2 * j) << 4));
-                kb[0][2 * j] = u[0], kb[0][2 * j + 1] = u[1];
-                kb[1][2 * j] = u[2], kb[1][2 * j + 1] = u[3];
-            } else { // 8 tokens
+            for (int j = 0; j < 2; j++) { // 8 tokens
+                uint32_t u[4], y[8];
                 raw_k(u, k, j, i / 2);
                 if constexpr (T < 0) {
-                    attni_cu_codes<BF>(a.k.dtype, u, kb[j]);
+                    attni_cu_codes<BF>(a.k.dtype, u, y);
                 } else {
 #pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        attni_cu_every_other<BF, T>(u[e], kb[j] + 2 * e);
+                    for (int e = 0; e < 4; e++) attni_cu_every_other<BF, T>(u[e], y + 2 * e);
                 }
+#pragma unroll
+                for (int e = 0; e < 8; e++) ka[e >> 1][j + 2 * (e & 1)] = y[e];
             }
+        }
     }
 
-    // Even and odd steps apart: half the way from one product to the next.
+    // Keys x rows. Even and odd steps apart: half the way from one product to the next.
     template <int N, int T>
-    __device__ __forceinline__ void scores(float c[N][2][4], uint32_t k) const {
-        float d[N][2][4];
+    __device__ __forceinline__ void scores(float c[N][4], uint32_t k) const {
+        float d[N][4];
 #pragma unroll
-        for (int e = 0; e < 8 * N; e++)
-            c[e >> 3][e >> 2 & 1][e & 3] = d[e >> 3][e >> 2 & 1][e & 3] = 0;
+        for (int e = 0; e < 4 * N; e++) c[e >> 2][e & 3] = d[e >> 2][e & 3] = 0;
 #pragma unroll
         for (int i = 0; i < D / 32; i += 1 + Q8) {
-            uint32_t kb[2][8];
-            right_k<T>(kb, k, i);
+            uint32_t ka[2 + 2 * Q8][4], u[4];
+            left_k<T>(ka, k, i);
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
                 for (int y = 0; y < 1 + Q8; y++) {
-                    uint32_t r0[4], r1[4];
-#pragma unroll
-                    for (int e = 0; e < 4 && QREG; e++) {
-                        r0[e] = qf[QREG ? 2 * (i + y) : 0][e];
-                        r1[e] = qf[QREG ? 2 * (i + y) + 1 : 0][e];
-                    }
-                    if (!QREG) load_q(r0, r1, n, i + y);
-#pragma unroll
-                    for (int j = 0; j < 2; j++) {
-                        attni_mma<BF>(c[n][j], r0, kb[j][4 * y], kb[j][4 * y + 1]);
-                        attni_mma<BF>(d[n][j], r1, kb[j][4 * y + 2], kb[j][4 * y + 3]);
-                    }
+                    load_q(u, n, i + y);
+                    attni_mma<BF>(c[n], ka[2 * y], u[0], u[1]);
+                    attni_mma<BF>(d[n], ka[2 * y + 1], u[2], u[3]);
                 }
         }
 #pragma unroll
-        for (int e = 0; e < 8 * N; e++)
-            c[e >> 3][e >> 2 & 1][e & 3] += d[e >> 3][e >> 2 & 1][e & 3];
+        for (int e = 0; e < 4 * N; e++) c[e >> 2][e & 3] += d[e >> 2][e & 3];
     }
 
-    __device__ __forceinline__ void hide(float c[2][4], int i, int32_t b) const {
+    __device__ __forceinline__ void hide(float c[4], int i, int32_t b) const {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const attni_cu_row &y = work->row[row(i, h)];
+            const int r = strip(i) + 2 * (lane & 3) + h;
+            const attni_cu_row &y = work->row[r];
             uint32_t bits;
             if (a.closed)
                 bits = (uint32_t)(attni_cu_closed_bits(y.lo, y.hi, b * ATTNI_CU_BLOCK) >>
                                   16 * stream);
             else
-                bits = f->bits[stage][stream][row(i, h)];
-            bits >>= 2 * (lane & 3);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                if (!(bits >> (8 * j) & 1)) c[j][2 * h] = ATTNI_NINF;
-                if (!(bits >> (8 * j) & 2)) c[j][2 * h + 1] = ATTNI_NINF;
-            }
+                bits = f->bits[stage][stream][r];
+            bits >>= lane >> 2;
+            if (!(bits & 1)) c[h] = ATTNI_NINF;
+            if (!(bits & 256)) c[2 + h] = ATTNI_NINF;
         }
     }
 
     // Scores -> weights, by the running maximum as it is; true when a score is far above it.
-    template <int i>
-    __device__ __forceinline__ int weigh(const float c[2][4], float y[2][4]) const {
+    __device__ __forceinline__ int weigh(const float c[4], float y[4], int i) const {
         int grown = 0;
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-            const float top = m[i][e >> 1 & 1], base = top == ATTNI_NINF ? 0.0f : top;
-            const float z = c[e >> 2][e & 3];
-            y[e >> 2][e & 3] = attni_exp2(__fmaf_rn(z, a.scale, -base));
-            grown |= z * a.scale > top + 8.0f; // above -inf, too
+        for (int e = 0; e < 4; e++) {
+            const float top = m[i][e & 1], base = top == ATTNI_NINF ? 0.0f : top;
+            y[e] = attni_exp2(__fmaf_rn(c[e], a.scale, -base));
+            grown |= c[e] * a.scale > top + 8.0f; // above -inf, too
         }
         return grown;
     }
 
     // Raises the running maximum where a row's scores have grown much, and scales what was
     // summed; weights are to be taken again then.
-    template <int i> __device__ __forceinline__ void raise(const float c[2][4]) {
+    __device__ __forceinline__ void raise(const float c[4], int i) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const float top = a.scale * attni_quad_max(fmaxf(
-                fmaxf(c[0][2 * h], c[0][2 * h + 1]), fmaxf(c[1][2 * h], c[1][2 * h + 1])));
+            const float top = a.scale * attni_oct_max(fmaxf(c[h], c[2 + h]));
             float y = 1.0f;
             if (top > m[i][h] + 8.0f) {
                 y = attni_exp2(m[i][h] - top);
@@ -2962,32 +2987,28 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             }
             l[i][h] *= y;
 #pragma unroll
-            for (int j = 0; j < NO; j++) o[i][j][2 * h] *= y, o[i][j][2 * h + 1] *= y;
+            for (int j = 0; j < NO; j++) o[i][j][h] *= y, o[i][j][2 + h] *= y;
         }
     }
 
-    // V of 16 tokens as right operands: tiles 4 j to 4 j + 3 of O.
+    // V of 16 tokens as left operands, turned over: tiles 2 j and 2 j + 1 of O.
     template <int T>
-    __device__ __forceinline__ void right_v(uint32_t vb[4][2], uint32_t v, int j) const {
+    __device__ __forceinline__ void left_v(uint32_t va[2][4], uint32_t v, int j) const {
         uint32_t u[4], y[2][4];
         if constexpr (!Q8) {
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                attni_ldmatrix_trans(u, v ^ (uint32_t)((4 * j + 2 * i) << 4));
-                vb[2 * i][0] = u[0], vb[2 * i][1] = u[1];
-                vb[2 * i + 1][0] = u[2], vb[2 * i + 1][1] = u[3];
-            }
+            attni_ldmatrix_trans(va[0], v ^ (uint32_t)(4 * j << 4));
+            attni_ldmatrix_trans(va[1], v ^ (uint32_t)((4 * j + 2) << 4));
             return;
         }
         raw_v(u, v, j);
         if (T < 0 && a.v.dtype == ATTN_I4) {
-            u[0] = u[2] = j & 1 ? u[2] : u[0];
-            u[1] = u[3] = j & 1 ? u[3] : u[1];
+            u[0] = j & 1 ? u[2] : u[0];
+            u[1] = j & 1 ? u[3] : u[1];
+            u[2] = u[3] = 0;
 #pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                attni_cu_columns<BF>(ATTN_I4, u, i, y);
-                vb[i][0] = y[0][0], vb[i][1] = y[0][1];
-                vb[i + 1][0] = y[1][0], vb[i + 1][1] = y[1][1];
+            for (int i = 0; i < 2; i++) {
+                attni_cu_columns<BF>(ATTN_I4, u, 2 * i, y);
+                va[i][0] = y[0][0], va[i][1] = y[1][0], va[i][2] = y[0][1], va[i][3] = y[1][1];
             }
             return;
         }
@@ -3001,65 +3022,63 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
                 y[0][i] = z[0], y[1][i] = z[1];
             }
         }
-        vb[0][0] = y[0][0], vb[0][1] = y[0][1], vb[1][0] = y[1][0], vb[1][1] = y[1][1];
-        vb[2][0] = y[0][2], vb[2][1] = y[0][3], vb[3][0] = y[1][2], vb[3][1] = y[1][3];
+#pragma unroll
+        for (int i = 0; i < 8; i++) va[i >> 2][i & 3] = y[i & 1][i >> 1];
     }
 
-    // Column of element e of tile j of O.
+    // Columns of elements e (and 2 + e) of tile j of O.
     __device__ __forceinline__ int column(int j, int e) const {
-        const int sh = !Q8 ? 0 : a.v.dtype == ATTN_I4 ? 2 : 1;
-        return ((j >> sh) << (3 + sh)) + ((2 * (lane & 3) + e) << sh) + (j & ((1 << sh) - 1));
+        const int r = lane >> 2, h = e >> 1;
+        if (!Q8) return 16 * j + r + 8 * h;
+        return a.v.dtype == ATTN_I4 ? 32 * (j >> 1) + 4 * r + 2 * (j & 1) + h : 16 * j + 2 * r + h;
     }
 
     // The unit of block number n: N strips, codes of dtype T or (-1) whatever they are.
     template <int N, int T> __device__ __forceinline__ void unit(int n, int whole) {
         const uint32_t at = ring + (uint32_t)(stage * STAGE), k = at + k_lane, v = at + v_lane;
-        float c[N][2][4], y[N][2][4], vs[2][2] = {{1, 1}, {1, 1}};
-        uint32_t pa[N][4];
+        float c[N][4], y[N][4], vs[2] = {1, 1};
+        uint32_t pb[N][2];
         scores<N, T>(c, k);
 #pragma unroll
-        for (int j = 0; j < 2 && Q8; j++) {
-            const uint32_t scale = at + 32 * ROW + 4u * (8 * j + 2 * (lane & 3));
-            float z[2];
-            attni_lds8((uint32_t *)z, scale);
-            attni_lds8((uint32_t *)vs[j], scale + 64);
+        for (int h = 0; h < 2 && Q8; h++) {
+            const uint32_t scale = at + 32 * ROW + 4u * (8 * h + (lane >> 2));
+            const float z = __uint_as_float(attni_lds4(scale));
+            vs[h] = __uint_as_float(attni_lds4(scale + 64));
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                c[i][j][0] *= z[0], c[i][j][1] *= z[1];
-                c[i][j][2] *= z[0], c[i][j][3] *= z[1];
-            }
+            for (int i = 0; i < N; i++) c[i][2 * h] *= z, c[i][2 * h + 1] *= z;
         }
         if (!whole) {
             const int32_t b = block_of(n);
-            hide(c[0], 0, b);
-            if (N == 2) hide(c[N - 1], 1, b);
+#pragma unroll
+            for (int i = 0; i < N; i++) hide(c[i], i, b);
         }
-        int grown = weigh<0>(c[0], y[0]);
-        if (N == 2) grown |= weigh<N - 1>(c[N - 1], y[N - 1]);
+        int grown = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) grown |= weigh(c[i], y[i], i);
         if (__any_sync(~0u, grown)) { // rare
-            raise<0>(c[0]);
-            (void)weigh<0>(c[0], y[0]);
-            if (N == 2) raise<N - 1>(c[N - 1]);
-            if (N == 2) (void)weigh<N - 1>(c[N - 1], y[N - 1]);
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                raise(c[i], i);
+                (void)weigh(c[i], y[i], i);
+            }
         }
 #pragma unroll
         for (int i = 0; i < N; i++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const int j = e >> 1, h = e & 1;
-                l[i][h] += y[i][j][2 * h] + y[i][j][2 * h + 1];
-                pa[i][e] = attni_pair<BF>(y[i][j][2 * h] * vs[j][0],
-                                          y[i][j][2 * h + 1] * vs[j][1]);
+            for (int h = 0; h < 2; h++) {
+                l[i][h] += y[i][h] + y[i][2 + h];
+                pb[i][h] = attni_turn(attni_pair<BF>(y[i][2 * h] * vs[h],
+                                                     y[i][2 * h + 1] * vs[h]));
             }
 #pragma unroll
-        for (int j = 0; j < NO / 4; j++) {
-            uint32_t vb[4][2];
-            right_v<T>(vb, v, j);
+        for (int j = 0; j < NO / 2; j++) {
+            uint32_t va[2][4];
+            left_v<T>(va, v, j);
 #pragma unroll
             for (int i = 0; i < N; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    attni_mma<BF>(o[i][4 * j + e], pa[i], vb[e][0], vb[e][1]);
+                for (int e = 0; e < 2; e++)
+                    attni_mma<BF>(o[i][2 * j + e], va[e], pb[i][0], pb[i][1]);
         }
     }
 
@@ -3079,9 +3098,9 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
 
     // ---- a span
 
-    // Where columns `col` and col + 1 of a row of the warp's O are handed over.
+    // Where a column of a row of the warp's O is handed over.
     __device__ __forceinline__ static uint32_t handed(int r, int col) {
-        return (uint32_t)(r * 4 * D + (((col >> 1) ^ (r << 2)) << 3) + 4 * (col & 1));
+        return (uint32_t)(r * 4 * D + (((col >> 2) ^ r) << 4) + 4 * (col & 3));
     }
 
     // A row's state, the lane's columns, as a partial.
@@ -3148,42 +3167,46 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             attni_sts8(state, __float_as_uint(m0), __float_as_uint(l0));
     }
 
-    // Hands half H of the rows of strip I over to the team.
-    template <int I, int H> __device__ __forceinline__ void put(uint32_t there) const {
+    // Hands strip I over to the team.
+    template <int I> __device__ __forceinline__ void put(uint32_t there) const {
 #pragma unroll
         for (int j = 0; j < NO; j++)
 #pragma unroll
-            for (int e = 0; e < 2; e += 2 - Q8) {
-                const uint32_t p = there + handed(lane >> 2, column(j, e));
-                if (Q8) attni_sts4(p, __float_as_uint(o[I][j][2 * H + e]));
-                else attni_sts8(p, __float_as_uint(o[I][j][2 * H]),
-                                __float_as_uint(o[I][j][2 * H + 1]));
+            for (int h = 0; h < 2; h++) {
+                const int r = 2 * (lane & 3) + h;
+                const uint32_t x = __float_as_uint(o[I][j][h]), y = __float_as_uint(o[I][j][2 + h]);
+                if (Q8) {
+                    attni_sts8(there + handed(r, column(j, 0)), x, y);
+                } else {
+                    attni_sts4(there + handed(r, column(j, 0)), x);
+                    attni_sts4(there + handed(r, column(j, 2)), y);
+                }
             }
     }
 
     // A span is through: folds the four states of each row, of which a lane has OWN columns.
     __device__ __forceinline__ void close(int32_t slots, int32_t slot, int last) {
         const uint32_t mine =
-            Q8 ? swap : ring + (uint32_t)(stage * STAGE + (G == 2 ? team * 16 * ROW : 0));
-        const uint32_t step = Q8 ? 8 * 4 * D : (uint32_t)(STAGES * STAGE); // of streams
+            SWAP ? swap : ring + (uint32_t)(stage * STAGE + (G == 2 ? team * 16 * ROW : 0));
+        const uint32_t step = SWAP ? 8 * 4 * D : (uint32_t)(STAGES * STAGE); // of streams
         const uint32_t from = mine - (uint32_t)stream * step;
 #pragma unroll
         for (int i = 0; i < S; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                const float sum = attni_quad_sum(l[i][h]);
-                if ((lane & 3) == 0) f->ml[stream][row(i, h)] = make_float2(m[i][h], sum);
+                const float sum = attni_oct_sum(l[i][h]);
+                if (lane < 4) f->ml[stream][strip(i) + 2 * lane + h] = make_float2(m[i][h], sum);
             }
 #pragma unroll 1
-        for (int half = 0; half < 2 * S; half++) {
-            const int r = row(half >> 1, half & 1);
+        for (int i = 0; i < S; i++) {
+            const int r = strip(i) + (lane >> 2);
             float2 y[4];
             float z[OWN], top, sum = 0;
-            if (r - (lane >> 2) >= rows) continue; // none of the eight
-            if (half == 0) put<0, 0>(mine);
-            else if (half == 1) put<0, 1>(mine);
-            else if (half == 2) put<S - 1, 0>(mine);
-            else put<S - 1, 1>(mine);
+            if (strip(i) >= rows) break;
+            if (i == 0) put<0>(mine);
+            else if (i == 1) put<1 % S>(mine);
+            else if (i == 2) put<2 % S>(mine);
+            else put<3 % S>(mine);
             meet_team();
 #pragma unroll
             for (int j = 0; j < 4; j++) y[j] = f->ml[j][r];
@@ -3285,38 +3308,25 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         if (threadIdx.x < 32 && drawn >= 0) draw(1); // a short task
         clear();
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < D / 32 && QREG; i++)
-            load_q(qf[QREG ? 2 * i : 0], qf[QREG ? 2 * i + 1 : 0], 0, i);
         const int32_t slots = work->task.slots, shift = work->task.span_shift;
         const int32_t span0 = work->task.span0;
-        const int two = G == 2 && (Q8 || rows > 16 * (team + 2)); // strips (Q8: compile time)
+        const int all = G == 2 && (Q8 || rows > 32); // strips (Q8: compile time)
         int32_t span = span0 - 1;
-        uint32_t now_plain = 0, now_closing = 0;
         for (int n = 0;; n++) {
-            if (!(n & 31)) now_plain = plain, now_closing = closing;
-            const int whole = (int)(now_plain >> (n & 31) & 1);
-            int close_it = (int)(now_closing >> (n & 31) & 1), there = 1;
-            if (!whole) {
-                const int32_t is = flags_of(n);
-                there = is & ATTNI_CU_IS_THERE;
-                if (is & ATTNI_CU_IS_GAP)
-                    attni_cu_empty_spans(a, work, span + 1, block_of(n) >> shift);
-            }
+            const int32_t is = flags_of(n), there = is & ATTNI_CU_IS_THERE;
+            const int32_t last = !there || is & ATTNI_CU_IS_LAST;
+            if (is & ATTNI_CU_IS_GAP)
+                attni_cu_empty_spans(a, work, span + 1, block_of(n) >> shift);
             if (there) {
-                if (two) unit_of<S>(n, whole);
-                else unit_of<1>(n, whole);
+                if (all) unit_of<S>(n, is & ATTNI_CU_IS_FULL);
+                else unit_of<(S + 1) / 2>(n, is & ATTNI_CU_IS_FULL);
                 meet();
-            } else if (slots != 2) { // nothing to read
-                close_it = 1;
             }
-            if (close_it) {
-                const int last = !there || flags_of(n) & ATTNI_CU_IS_LAST;
+            if (there ? is & ATTNI_CU_IS_CLOSE : slots != 2) { // or nothing is to be read
                 if (there) span = block_of(n) >> shift;
                 close(slots, slots == 2 ? span - span0 : 0, last);
-                if (last) break;
             }
-            if (!there) break;
+            if (last) break;
             if (!((n + STAGES) & 31)) look();
             issue(n + STAGES);
             attni_cp_wait<STAGES - 1>();
@@ -3327,6 +3337,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
 
     __device__ __forceinline__ void all(void) {
         work_t *before = NULL;
+        if (!attni_cu_has_task(a)) return;
         if (threadIdx.x < 32) fetch((int32_t)blockIdx.x);
         if (threadIdx.x == 0) f->n_next = (int32_t)blockIdx.x;
         drawn = -2;
@@ -3339,12 +3350,12 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             run();
             before = work;
         }
-        if (threadIdx.x == 0) attni_cu_leave_tasks(a.ticket + 2 * a.kind);
+        if (threadIdx.x == 0) attni_cu_leave_tasks(a);
     }
 };
 
 template <int BF, int Q8, int D, int G>
-static __global__ void __launch_bounds__(128 * G, ATTNI_CU_TEAMS(G))
+static __global__ void __launch_bounds__(128 * G, attni_cu_team_blocks(Q8, D, G))
     attni_cu_team_tasks(const __grid_constant__ attni_cu_args a) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(256) uint8_t smem[];
@@ -4592,6 +4603,25 @@ static int attni_cu_may_have(const attn_cuda_plan *g, const attni_cu_choice *k, 
     return kind == ATTNI_CU_FEW || g->shape[7] || q * group > k->rows[ATTNI_CU_FEW];
 }
 
+// joins: launches before it in this run need not have ended.
+static attn_result attni_cu_launch(const attn_cuda *c, attni_cu_kernel kernel, int64_t blocks,
+                                   int threads, int smem, int joins, const attni_cu_args *a,
+                                   attn_cuda_stream stream) {
+    cudaLaunchConfig_t l;
+    cudaLaunchAttribute early;
+    memset(&l, 0, sizeof l);
+    memset(&early, 0, sizeof early);
+    l.gridDim = dim3((unsigned)blocks);
+    l.blockDim = dim3((unsigned)threads);
+    l.dynamicSmemBytes = (size_t)smem;
+    l.stream = stream;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    l.attrs = &early;
+    l.numAttrs = joins && c->arch >= 90 && CUDART_VERSION >= 12030; // older ones do not capture it
+    return cudaLaunchKernelEx(&l, kernel, *a) == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
 ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                    void *partials, size_t partial_bytes, attn_cuda_stream stream) {
     attni_cu_args a;
@@ -4600,7 +4630,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     attn_result r = attni_cu_check(c, d, g, &k);
     const uint8_t *m;
     int64_t rows;
-    int i;
+    int i, none, joins = 0;
     if (r != ATTN_OK) return r;
     if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || !attni_cu_same_mask(&d->mask, &g->mask))
         return ATTN_ERR_STALE;
@@ -4652,22 +4682,24 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.wide_o = attni_cu_wide(&a.d, &a.d.o, g->cap[1]);
     a.pieces = attni_cu_in_pieces(&a, &a.k) && attni_cu_in_pieces(&a, &a.v);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
-    for (i = 0; i < ATTNI_CU_KINDS; i++) {
-        // a captured launch must do for every later upload
-        int64_t blocks = capture == cudaStreamCaptureStatusNone ? g->n[i] : g->cap[3];
-        if (!k.kernel[i] || !blocks) continue;
-        if (capture != cudaStreamCaptureStatusNone && !attni_cu_may_have(g, &k, i, a.group))
-            continue;
-        a.kind = i;
-        blocks = attni_min64(blocks, g->n[ATTNI_CU_N_BLOCKS + i]);
-        k.kernel[i]<<<(unsigned)blocks, (unsigned)k.threads[i], (size_t)k.smem[i], stream>>>(a);
-        if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
-    }
+    // the longest tasks first; a captured launch must do for every later upload: those of kinds
+    // that have no tasks now behind the others
+    for (none = 0; none < 2; none++)
+        for (i = ATTNI_CU_KINDS - 1; i >= 0; i--) {
+            int64_t blocks = capture == cudaStreamCaptureStatusNone ? g->n[i] : g->cap[3];
+            if (!k.kernel[i] || !blocks || none != (g->n[i] == 0)) continue;
+            if (capture != cudaStreamCaptureStatusNone && !attni_cu_may_have(g, &k, i, a.group))
+                continue;
+            a.kind = i;
+            blocks = attni_min64(blocks, g->n[ATTNI_CU_N_BLOCKS + i]);
+            r = attni_cu_launch(c, k.kernel[i], blocks, k.threads[i], k.smem[i], joins, &a, stream);
+            if (r != ATTN_OK) return r;
+            joins = 1;
+        }
     if (capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] > 0 : g->shape[7]) {
         int64_t n = capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] : g->cap[1];
         n = attni_min64((n * d->n_heads * ((attni_v_dim(d) + 127) / 128) + 3) / 4, 8 * c->n_sm);
-        attni_cu_merge_tokens<<<(unsigned)n, ATTNI_CU_THREADS, 0, stream>>>(a);
-        if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
+        return attni_cu_launch(c, attni_cu_merge_tokens, n, ATTNI_CU_THREADS, 0, joins, &a, stream);
     }
     return ATTN_OK;
 }

@@ -555,6 +555,7 @@ static attn_result exec_make(exec *e, problem *x) {
     attn_result r;
     size_t bytes;
     void *image;
+    int32_t i;
     memset(e, 0, sizeof *e);
     if ((r = attn_cuda_supports(&cuda, d)) != ATTN_OK) return r;
     memset(&p, 0, sizeof p);
@@ -575,6 +576,9 @@ static attn_result exec_make(exec *e, problem *x) {
     e->partials = carve(p.partial_bytes + 64);
     if (opt_list) return ATTN_OK;
     if ((r = attn_cuda_plan_init(&cuda, d, &p, image, bytes, &e->g)) != ATTN_OK) return r;
+    for (i = 0; i < d->n_seq; i++) // as an engine knows of a graph that it decodes with
+        if (d->q_start[i + 1] - d->q_start[i] > e->g.max_q_len)
+            e->g.max_q_len = d->q_start[i + 1] - d->q_start[i];
     CU(cudaMallocHost(&e->staging, bytes));
     return attn_cuda_upload(&cuda, d, e->plan, &e->g, e->staging, bytes, stream);
 }
