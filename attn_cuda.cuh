@@ -395,6 +395,16 @@ template <int BF> ATTNI_DEV void attni_mma(float c[4], const uint32_t a[4], uint
 #endif
 }
 
+// The same of 8-bit integers: c (16, 8) += a (16, 32) b (32, 8).
+ATTNI_DEV void attni_mma_i8(int32_t c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
 ATTNI_DEV float attni_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -415,6 +425,12 @@ template <int BF> ATTNI_DEV uint32_t attni_pair(float lo, float hi) {
     r = (uint32_t)b << 16 | a;
 #endif
     return r;
+}
+
+ATTNI_DEV float attni_half(uint16_t x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
 }
 
 // x * f, x - f on pairs.
@@ -1124,86 +1140,39 @@ ATTNI_DEV void attni_cu_convert16(const uint4 &x, uint32_t out[8]) {
                                             &out[2 * i + 1]);
 }
 
-// Codes 0 and 2, and 1 and 3, of a word of dtype T: what lies a half word apart needs no shuffling.
-template <int BF, int T> ATTNI_DEV void attni_cu_every_other(uint32_t w, uint32_t out[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (T == ATTN_I8) {
-            const uint32_t u = i ? w >> 8 : w;
-            if (BF) // 128 + the low bits, minus 128 or (negative) 256
-                out[i] = attni_fma_bf16((u & 0x00800080u) ^ 0x43004300u, 0xbf80bf80u,
-                                        (u & 0x007f007fu) ^ 0x43004300u);
-            else // 1024 + 128 + code
-                out[i] = attni_sub_f16((u & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
-            continue;
-        }
-        // the fields are moved as in attni_cu_small4
-        constexpr int E4 = T == ATTN_F8E4M3, DOWN = BF ? E4 ? 4 : 3 : E4 ? 1 : 0;
-        constexpr uint32_t MASK = (0x7f007f00u >> DOWN) & (0x7f00u >> DOWN | 0x7f000000u >> DOWN);
-        constexpr uint32_t UP =
-            BF ? E4 ? 0x7b807b80u : 0x77807780u : E4 ? 0x5c005c00u : 0x3c003c00u;
-        const uint32_t v = i ? w >> DOWN : w << (8 - DOWN), s = i ? w : w << 8;
-        const uint32_t u = (s & 0x80008000u) | (v & MASK);
-        out[i] = BF ? attni_fma_bf16(u, UP, 0x80008000u) : attni_mul_f16(u, UP);
-    }
-}
-
-// Four words of codes in this order; int4: nibble after nibble.
-template <int BF, int T>
-ATTNI_DEV void attni_cu_codes16(const uint32_t r[4], uint32_t out[8]) {
-    const uint4 x = make_uint4(r[0], r[1], r[2], r[3]);
-    if constexpr (T == ATTN_I4) {
-        attni_cu_convert16<BF, T>(x, out);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) attni_cu_every_other<BF, T>(r[i], out + 2 * i);
-    }
-    if constexpr (T == ATTN_F8E4M3 || T == ATTN_F8E5M2) {
-        uint32_t odd = 0, add = T == ATTN_F8E4M3 ? 0x01010101u : 0x04040404u;
-#pragma unroll
-        for (int i = 0; i < 4; i++) odd |= ((r[i] & 0x7f7f7f7fu) + add) & 0x80808080u;
-        if (!odd) return;
-        uint32_t slow[8]; // where its address is taken
-        attni_cu_convert_any<BF>((attn_dtype)T, x, slow);
-#pragma unroll
-        for (int i = 0; i < 8; i += 2) {
-            out[i] = __byte_perm(slow[i], slow[i + 1], 0x5410);
-            out[i + 1] = __byte_perm(slow[i], slow[i + 1], 0x7632);
-        }
-    }
-}
-
-template <int BF>
-ATTNI_DEV void attni_cu_codes(attn_dtype t, const uint32_t r[4], uint32_t out[8]) {
-    switch (t) {
-    case ATTN_F8E4M3: attni_cu_codes16<BF, ATTN_F8E4M3>(r, out); break;
-    case ATTN_F8E5M2: attni_cu_codes16<BF, ATTN_F8E5M2>(r, out); break;
-    case ATTN_I8: attni_cu_codes16<BF, ATTN_I8>(r, out); break;
-    default: attni_cu_codes16<BF, ATTN_I4>(r, out); break;
-    }
-}
-
-// Each r has 16 bits of codes from a token in its low half and of the next token in its high one.
-// Pairs of both tokens' codes number `first` and first + 1.
-template <int BF>
-ATTNI_DEV void attni_cu_columns(attn_dtype t, const uint32_t r[4], int first, uint32_t u[2][4]) {
-    uint32_t y[8];
-    if (t == ATTN_I4) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            y[i] = (r[i & 3] >> 4 * ((first + (i >> 2)) & 3) & 0x000f000fu) ^
-                   (BF ? 0x43084308u : 0x64086408u);
-            u[i >> 2][i & 3] = BF ? attni_fma_bf16(y[i], 0x3f803f80u, 0xc308c308u)
-                                  : attni_sub_f16(y[i], 0x64086408u);
-        }
+// The four codes of a word of dtype T as pairs of f16: NEXT: 0 and 1, 2 and 3; else 0 and 2, 1 and 3.
+template <int T, int NEXT> ATTNI_DEV void attni_cu_pairs(uint32_t w, uint32_t out[2]) {
+    if (T == ATTN_F8E5M2) {
+        out[0] = __byte_perm(w, 0, NEXT ? 0x1404 : 0x2404);
+        out[1] = __byte_perm(w, 0, NEXT ? 0x3424 : 0x3414);
         return;
     }
-    attni_cu_codes<BF>(t, r, y);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        u[0][i] = first & 1 ? y[2 * i + 1] : y[2 * i];
-        u[1][i] = y[2 * i + 1];
+#if __CUDA_ARCH__ >= 890
+    if (T == ATTN_F8E4M3) {
+        if (!NEXT) w = __byte_perm(w, 0, 0x3120);
+        asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2;"
+            " cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
+            : "=r"(out[0]), "=r"(out[1]) : "r"(w));
+        return;
     }
+#endif
+    if (NEXT) w = __byte_perm(w, 0, 0x3120);
+    const uint32_t nan = T == ATTN_I8 ? 0 : ((w & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t u = i ? w >> 8 : w;
+        if (T == ATTN_I8) // 1024 + 128 + code
+            out[i] = attni_sub_f16((u & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+        else // fields to their places, exponents 8 more; 7e00 where there is no number
+            out[i] = attni_mul_f16((u << 8 & 0x80008000u) | (u << 7 & 0x3f803f80u), 0x5c005c00u) |
+                     ((i ? nan >> 8 : nan) & 0x00800080u) * 0xfc;
+    }
+}
+
+// Each r has four int4 codes of a token in its low half and of the next token in its high one.
+// Pairs of f16 of both tokens' codes number n.
+ATTNI_DEV uint32_t attni_cu_nibble_pair(uint32_t r, int n) { // 1024 + 8 + code
+    return attni_sub_f16((r >> 4 * n & 0x000f000fu) ^ 0x64086408u, 0x64086408u);
 }
 
 // Raw codes of a tile (rows of n elements, `row` bytes apart) to 16-bit elements (`to` bytes apart,
@@ -2525,6 +2494,11 @@ static __global__ void __launch_bounds__(
 // a tensor core's tile and keys and dims that of 16: a group of heads seldom fills more. A team
 // takes 8 rows; for up to 64, two teams share units and have every other strip of 8 rows each. A
 // row's bits are the same in both.
+//
+// Codes never become bf16, which takes twice the instructions. Integers of K are multiplied as they
+// are with Q in 16-bit fixed point, two digits of 8 bits; all else is f16, with Q scaled to its
+// range row by row. Weights of V are kept in f16's range by a row's running maximum, which looks at
+// V's scales, too, and is kept 2^6 too low, so that small weights lose nothing.
 
 #define ATTNI_CU_TEAM_ROWS(G) ((G) == 1 ? 8 : 64)
 
@@ -2538,6 +2512,7 @@ enum { // of a block: there is one; all rows see all of it; the warp's unit can 
 template <int G> struct attni_cu_teams {
     static constexpr int ROWS = ATTNI_CU_TEAM_ROWS(G);
     float2 ml[4][ROWS];                          // a span's maxima and sums, of each stream
+    float q_scale[ROWS];                         // of scores, where K is codes
     uint16_t bits[4][4][ROWS];                   // what rows see of a partial unit, of each stage
     attni_cu_task next;
     int32_t n_next;                              // its number
@@ -2546,7 +2521,7 @@ template <int G> struct attni_cu_teams {
 
 // Blocks on a multiprocessor.
 __host__ __device__ constexpr int attni_cu_team_blocks(int q8, int d, int g) {
-    return g == 2 ? 1 : q8 || d == 64 ? 4 : 3;
+    return g == 2 ? 1 : d == 64 ? 4 : 3;
 }
 // Units that a warp has under way, and their bytes.
 __host__ __device__ constexpr int attni_cu_team_stages(int q8, int d, int g) {
@@ -2646,6 +2621,8 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     static constexpr int NO = D / 16;        // tiles of 16 columns of O
     static constexpr int OWN = D / 16;       // columns of a folded row that a lane has
     static constexpr int CHUNKS = ROW / 16;
+    static constexpr int M = Q8 ? 0 : BF;    // of products: bf16, else f16
+    static constexpr int LOW = 6;            // maxima are 2^LOW too low
     static constexpr int SWAP = Q8 && G == 2; // a unit is too small for two teams' states
     typedef attni_cu_teams<G> teams_t;
     typedef attni_cu_work<ATTNI_CU_TEAM_ROWS(G), 128 * G> work_t;
@@ -2674,8 +2651,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         total = q + ATTNI_CU_TEAM_ROWS(G) * QROW;
         swap = q + attni_cu_team_row_bytes(D, G);
         ring = swap + (SWAP ? G * 4 * 8 * 4 * D : 0) + (uint32_t)(stream * STAGES * STAGE);
-        k_lane = !Q8 ? attni_cu_piece<ROW>(lane & 15, lane >> 4)
-                     : attni_cu_piece<ROW>(lane >> 2, lane & 3);
+        k_lane = attni_cu_piece<ROW>(lane & 15, lane >> 4);
         v_lane = 16 * ROW +
                  (!Q8 ? attni_cu_piece<ROW>((lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)
                       : attni_cu_piece<ROW>(lane & 15, lane >> 4));
@@ -2843,20 +2819,69 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
     }
 
-    // Q's steps 2 i and 2 i + 1 of a strip as right operands. Codes of K are taken 16
-    // neighbouring dims at a time, so then the dims of Q are shuffled in the same way.
-    __device__ __forceinline__ void load_q(uint32_t u[4], int s, int i) const {
-        if constexpr (!Q8) {
-            attni_ldmatrix(u, q + attni_cu_piece<QROW>(strip(s) + (lane & 7), 4 * i + (lane >> 3)));
-        } else {
-            attni_lds16(u, q + attni_cu_piece<QROW>(strip(s) + (lane >> 2),
-                                                    8 * (i >> 1) + 2 * (lane & 3) + (i & 1)));
-            if (a.k.dtype != ATTN_I4) { // as attni_cu_every_other has them
-                const uint32_t y = u[0], z = u[2];
-                u[0] = __byte_perm(y, u[1], 0x5410), u[1] = __byte_perm(y, u[1], 0x7632);
-                u[2] = __byte_perm(z, u[3], 0x5410), u[3] = __byte_perm(z, u[3], 0x7632);
+    // Q has come: where K is codes, it becomes what they are multiplied with (see load_q), with the
+    // scales of its rows. A thread takes 8 dims.
+    __device__ __forceinline__ void convert_q(void) const {
+        constexpr int PER = D / 8;
+        const int n = (rows + 7) / 8 * 8 * PER, i4 = a.k.dtype == ATTN_I4;
+        for (int e = (int)threadIdx.x; e < n; e += 128 * G) {
+            const int r = e / PER, c = e % PER;
+            float x[8], top = 0, odd = 0, scale;
+            uint32_t u[4];
+            attni_lds16(u, q + attni_cu_piece<QROW>(r, c));
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const uint16_t y = (uint16_t)(u[i >> 1] >> 16 * (i & 1));
+                x[i] = a.d.q.dtype == ATTN_BF16 ? __uint_as_float((uint32_t)y << 16)
+                                                : attni_half(y);
+                top = fmaxf(top, fabsf(x[i]));
+                odd = __fmaf_rn(x[i], 0.0f, odd); // NaN, if one is no number
             }
+#pragma unroll
+            for (int i = 1; i < PER; i *= 2) {
+                top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+                odd += __shfl_xor_sync(~0u, odd, i);
+            }
+            __syncwarp();
+            if (i4 || a.k.dtype == ATTN_I8) {
+                // 8 int4 codes are even dims and odd ones, 4 bytes each
+                const int at = i4 ? 64 * (c >> 3) + 16 * (c >> 2 & 1) + 4 * (c & 3) : 8 * c;
+                const float step = fmaxf(top, 1e-30f) / 32512.0f, per = 1.0f / step;
+                uint32_t digit[2][2] = {{0, 0}, {0, 0}};
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int v = __float2int_rn(x[i] * per), hi = (v + 128) >> 8;
+                    const int word = i4 ? i & 1 : i >> 2, byte = i4 ? i >> 1 : i & 3;
+                    digit[0][0] |= word == 0 ? (uint32_t)(hi & 255) << 8 * byte : 0;
+                    digit[0][1] |= word == 1 ? (uint32_t)(hi & 255) << 8 * byte : 0;
+                    digit[1][0] |= word == 0 ? (uint32_t)(v & 255) << 8 * byte : 0;
+                    digit[1][1] |= word == 1 ? (uint32_t)(v & 255) << 8 * byte : 0;
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int to = at + (i & 1) * (i4 ? 32 : 4);
+                    attni_sts4(q + attni_cu_piece<QROW>(r, (to >> 4) + (i >> 1) * (D / 16)) +
+                                   (uint32_t)(to & 15), digit[i >> 1][i & 1]);
+                }
+                scale = i4 ? step / 16 : step;
+            } else {
+                // to below 2^11; pairs of dims 0 1, 4 5, 8 9, 12 13 of 16 before the others
+                const uint32_t y = attni_max32((int32_t)(__float_as_uint(top) >> 23), 11);
+                const float per = __uint_as_float((264 - attni_min32(y, 254)) << 23);
+#pragma unroll
+                for (int i = 0; i < 4; i++) u[i] = attni_pair<0>(x[2 * i] * per, x[2 * i + 1] * per);
+                attni_sts8(q + attni_cu_piece<QROW>(r, c & ~1) + 8u * (c & 1), u[0], u[2]);
+                attni_sts8(q + attni_cu_piece<QROW>(r, c | 1) + 8u * (c & 1), u[1], u[3]);
+                scale = __uint_as_float((y - 10) << 23);
+            }
+            if (c == 0) f->q_scale[r] = (scale + odd) * a.scale;
         }
+    }
+
+    // 64 bytes of Q of a strip as right operands of two steps, from piece c on: 32 dims in 16 bits,
+    // 64 of a digit.
+    __device__ __forceinline__ void load_q(uint32_t u[4], int s, int c) const {
+        attni_ldmatrix(u, q + attni_cu_piece<QROW>(strip(s) + (lane & 7), c + (lane >> 3)));
     }
 
     // ---- a unit
@@ -2871,78 +2896,80 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
     }
 
-    // Codes of 8 tokens of K, 64 dims, as they are; of 16 of V, two pieces.
-    __device__ __forceinline__ void raw_k(uint32_t u[4], uint32_t k, int j, int i) const {
-        u[2] = u[3] = 0;
-        if (a.k.dtype == ATTN_I4)
-            attni_lds8(u, k - k_lane + attni_cu_piece<ROW>(8 * j + (lane >> 2),
-                                                           2 * i + (lane >> 1 & 1)) +
-                              8u * (lane & 1));
-        else attni_lds16(u, (k + 8 * j * ROW) ^ (uint32_t)(4 * i << 4));
-    }
-    __device__ __forceinline__ void raw_v(uint32_t u[4], uint32_t v, int j) const {
-        const int half = a.v.dtype == ATTN_I4 ? j / 2 : j; // one piece has all of j's columns
-        attni_ldmatrix_trans(u, v ^ (uint32_t)(2 * half << 4));
-    }
-
-    // Are there codes of E4M3 that are no numbers?
-    __device__ __forceinline__ int odd_codes(uint32_t k, uint32_t v) const {
-        uint32_t odd = 0, u[4];
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            if (i < D / 32) raw_k(u, k, i & 1, i >> 1);
-            else raw_v(u, v, i - D / 32);
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                odd |= ((u[e] & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
-        }
-        return __any_sync(~0u, odd != 0);
-    }
-
-    // K of 16 tokens as left operands: steps of 32 dims, or of 64 of codes.
-    template <int T>
-    __device__ __forceinline__ void left_k(uint32_t ka[][4], uint32_t k, int i) const {
-        if constexpr (!Q8) {
-            attni_ldmatrix(ka[0], k ^ (uint32_t)(4 * i << 4));
-            attni_ldmatrix(ka[1], k ^ (uint32_t)((4 * i + 2) << 4));
-        } else {
-#pragma unroll
-            for (int j = 0; j < 2; j++) { // 8 tokens
-                uint32_t u[4], y[8];
-                raw_k(u, k, j, i / 2);
-                if constexpr (T < 0) {
-                    attni_cu_codes<BF>(a.k.dtype, u, y);
-                } else {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) attni_cu_every_other<BF, T>(u[e], y + 2 * e);
-                }
-#pragma unroll
-                for (int e = 0; e < 8; e++) ka[e >> 1][j + 2 * (e & 1)] = y[e];
-            }
-        }
-    }
-
-    // Keys x rows. Even and odd steps apart: half the way from one product to the next.
+    // Keys x rows, 16-bit K or (T) floats of 8. Even and odd steps apart: half the way from one
+    // product to the next.
     template <int N, int T>
     __device__ __forceinline__ void scores(float c[N][4], uint32_t k) const {
         float d[N][4];
 #pragma unroll
         for (int e = 0; e < 4 * N; e++) c[e >> 2][e & 3] = d[e >> 2][e & 3] = 0;
 #pragma unroll
-        for (int i = 0; i < D / 32; i += 1 + Q8) {
-            uint32_t ka[2 + 2 * Q8][4], u[4];
-            left_k<T>(ka, k, i);
+        for (int i = 0; i < D / 32; i++) {
+            uint32_t ka[2][4], u[4], y[2];
+            if constexpr (!Q8) {
+                attni_ldmatrix(ka[0], k ^ (uint32_t)(4 * i << 4));
+                attni_ldmatrix(ka[1], k ^ (uint32_t)((4 * i + 2) << 4));
+            } else { // pairs 2 dims apart are taken as if they were 8 dims apart
+                attni_ldmatrix(u, k ^ (uint32_t)(2 * i << 4));
 #pragma unroll
-            for (int n = 0; n < N; n++)
-#pragma unroll
-                for (int y = 0; y < 1 + Q8; y++) {
-                    load_q(u, n, i + y);
-                    attni_mma<BF>(c[n], ka[2 * y], u[0], u[1]);
-                    attni_mma<BF>(d[n], ka[2 * y + 1], u[2], u[3]);
+                for (int e = 0; e < 4; e++) {
+                    attni_cu_pairs<T, 1>(u[e], y);
+                    ka[e >> 1][e & 1] = y[0], ka[e >> 1][2 + (e & 1)] = y[1];
                 }
+            }
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                load_q(u, n, 4 * i);
+                attni_mma<M>(c[n], ka[0], u[0], u[1]);
+                attni_mma<M>(d[n], ka[1], u[2], u[3]);
+            }
         }
 #pragma unroll
         for (int e = 0; e < 4 * N; e++) c[e >> 2][e & 3] += d[e >> 2][e & 3];
+    }
+
+    // The same of integers; int4 codes become 16 times as much.
+    template <int N, int T>
+    __device__ __forceinline__ void scores_of_integers(float c[N][4], uint32_t k) const {
+        int32_t hi[N][4], lo[N][4];
+#pragma unroll
+        for (int e = 0; e < 4 * N; e++) hi[e >> 2][e & 3] = lo[e >> 2][e & 3] = 0;
+#pragma unroll
+        for (int i = 0; i < D / 64; i++) {
+            uint32_t ka[2][4], u[4];
+            if (T == ATTN_I8) {
+                attni_ldmatrix(ka[0], k ^ (uint32_t)(4 * i << 4));
+                attni_ldmatrix(ka[1], k ^ (uint32_t)((4 * i + 2) << 4));
+            } else {
+                attni_ldmatrix(u, k ^ (uint32_t)(2 * i << 4));
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    ka[0][e] = u[e] << 4 & 0xf0f0f0f0u, ka[1][e] = u[e] & 0xf0f0f0f0u;
+            }
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                load_q(u, n, 4 * i);
+                attni_mma_i8(hi[n], ka[0], u[0], u[1]);
+                attni_mma_i8(hi[n], ka[1], u[2], u[3]);
+                load_q(u, n, 4 * i + D / 16);
+                attni_mma_i8(lo[n], ka[0], u[0], u[1]);
+                attni_mma_i8(lo[n], ka[1], u[2], u[3]);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4 * N; e++)
+            c[e >> 2][e & 3] = (float)(256 * hi[e >> 2][e & 3] + lo[e >> 2][e & 3]);
+    }
+
+    template <int N> __device__ __forceinline__ void scores_of(float c[N][4], uint32_t k) const {
+        if constexpr (!Q8) {
+            scores<N, 0>(c, k);
+        } else {
+            if (a.k.dtype == ATTN_F8E4M3) scores<N, ATTN_F8E4M3>(c, k);
+            else if (a.k.dtype == ATTN_I8) scores_of_integers<N, ATTN_I8>(c, k);
+            else if (a.k.dtype == ATTN_F8E5M2) scores<N, ATTN_F8E5M2>(c, k);
+            else scores_of_integers<N, ATTN_I4>(c, k);
+        }
     }
 
     __device__ __forceinline__ void hide(float c[4], int i, int32_t b) const {
@@ -2962,28 +2989,37 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
     }
 
-    // Scores -> weights, by the running maximum as it is; true when a score is far above it.
-    __device__ __forceinline__ int weigh(const float c[4], float y[4], int i) const {
+    // Scores -> weights, by the running maximum as it is, and with V's scales; bit h when one of
+    // row h is too large.
+    __device__ __forceinline__ int weigh(const float c[4], float y[4], float p[4],
+                                         const float scale[2], const float vs[2], int i) const {
         int grown = 0;
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const float top = m[i][e & 1], base = top == ATTNI_NINF ? 0.0f : top;
-            y[e] = attni_exp2(__fmaf_rn(c[e], a.scale, -base));
-            grown |= c[e] * a.scale > top + 8.0f; // above -inf, too
+            y[e] = attni_exp2(__fmaf_rn(c[e], scale[e & 1], -base));
+            p[e] = Q8 ? y[e] * vs[e >> 1] : y[e];
+            const int large = c[e] * scale[e & 1] > top + (LOW + 8) || // above -inf, too
+                              (Q8 && p[e] > (float)(1 << (LOW + 8)));
+            grown |= large << (e & 1);
         }
         return grown;
     }
 
-    // Raises the running maximum where a row's scores have grown much, and scales what was
+    // Raises the running maximum of rows that have a weight which is too large, and scales what was
     // summed; weights are to be taken again then.
-    __device__ __forceinline__ void raise(const float c[4], int i) {
+    __device__ __forceinline__ void raise(const float c[4], const float scale[2],
+                                          const float vs[2], int grown, int i) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const float top = a.scale * attni_oct_max(fmaxf(c[h], c[2 + h]));
+            const float v0 = Q8 && vs[0] > 1.0f ? log2f(vs[0]) : 0.0f;
+            const float v1 = Q8 && vs[1] > 1.0f ? log2f(vs[1]) : 0.0f;
+            const float top = attni_oct_max(fmaxf(__fmaf_rn(c[h], scale[h], v0),
+                                                  __fmaf_rn(c[2 + h], scale[h], v1)));
             float y = 1.0f;
-            if (top > m[i][h] + 8.0f) {
-                y = attni_exp2(m[i][h] - top);
-                m[i][h] = top;
+            if (__ballot_sync(~0u, grown >> h & 1) & 0x11111111u << (lane & 3)) {
+                y = attni_exp2(m[i][h] - (top - LOW));
+                m[i][h] = top - LOW;
             }
             l[i][h] *= y;
 #pragma unroll
@@ -2991,39 +3027,54 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
     }
 
-    // V of 16 tokens as left operands, turned over: tiles 2 j and 2 j + 1 of O.
+    // V of 16 tokens as left operands, turned over: tiles 2 j and 2 j + 1 of O. A piece of V has
+    // the columns of a tile, every other one in its upper half; of int4, of two tiles.
     template <int T>
     __device__ __forceinline__ void left_v(uint32_t va[2][4], uint32_t v, int j) const {
-        uint32_t u[4], y[2][4];
+        uint32_t u[4], y[2];
         if constexpr (!Q8) {
             attni_ldmatrix_trans(va[0], v ^ (uint32_t)(4 * j << 4));
             attni_ldmatrix_trans(va[1], v ^ (uint32_t)((4 * j + 2) << 4));
-            return;
-        }
-        raw_v(u, v, j);
-        if (T < 0 && a.v.dtype == ATTN_I4) {
-            u[0] = j & 1 ? u[2] : u[0];
-            u[1] = j & 1 ? u[3] : u[1];
-            u[2] = u[3] = 0;
+        } else if constexpr (T == ATTN_I4) {
+            attni_ldmatrix_trans(u, v ^ (uint32_t)(2 * (j / 2) << 4));
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                attni_cu_columns<BF>(ATTN_I4, u, 2 * i, y);
-                va[i][0] = y[0][0], va[i][1] = y[1][0], va[i][2] = y[0][1], va[i][3] = y[1][1];
-            }
-            return;
-        }
-        if constexpr (T < 0) {
-            attni_cu_columns<BF>(a.v.dtype, u, 0, y);
+            for (int e = 0; e < 8; e++)
+                va[e >> 2][e & 3] = attni_cu_nibble_pair(u[2 * (j & 1) + (e >> 1 & 1)],
+                                                         2 * (e >> 2) + (e & 1));
         } else {
+            attni_ldmatrix_trans(u, v ^ (uint32_t)(2 * j << 4));
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                uint32_t z[2];
-                attni_cu_every_other<BF, T>(u[i], z);
-                y[0][i] = z[0], y[1][i] = z[1];
+            for (int e = 0; e < 4; e++) {
+                attni_cu_pairs<T, 0>(u[e], y);
+                va[e >> 1][2 * (e & 1)] = y[0], va[e >> 1][2 * (e & 1) + 1] = y[1];
             }
         }
+    }
+
+    template <int N, int T>
+    __device__ __forceinline__ void add_v(const uint32_t pb[N][2], uint32_t v) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) va[i >> 2][i & 3] = y[i & 1][i >> 1];
+        for (int j = 0; j < NO / 2; j++) {
+            uint32_t va[2][4];
+            left_v<T>(va, v, j);
+#pragma unroll
+            for (int i = 0; i < N; i++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    attni_mma<M>(o[i][2 * j + e], va[e], pb[i][0], pb[i][1]);
+        }
+    }
+
+    template <int N>
+    __device__ __forceinline__ void add_v_of(const uint32_t pb[N][2], uint32_t v) {
+        if constexpr (!Q8) {
+            add_v<N, 0>(pb, v);
+        } else {
+            if (a.v.dtype == ATTN_F8E4M3) add_v<N, ATTN_F8E4M3>(pb, v);
+            else if (a.v.dtype == ATTN_I8) add_v<N, ATTN_I8>(pb, v);
+            else if (a.v.dtype == ATTN_F8E5M2) add_v<N, ATTN_F8E5M2>(pb, v);
+            else add_v<N, ATTN_I4>(pb, v);
+        }
     }
 
     // Columns of elements e (and 2 + e) of tile j of O.
@@ -3033,33 +3084,37 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         return a.v.dtype == ATTN_I4 ? 32 * (j >> 1) + 4 * r + 2 * (j & 1) + h : 16 * j + 2 * r + h;
     }
 
-    // The unit of block number n: N strips, codes of dtype T or (-1) whatever they are.
-    template <int N, int T> __device__ __forceinline__ void unit(int n, int whole) {
+    // The unit of block number n, N strips.
+    template <int N> __device__ __forceinline__ void unit(int n, int whole) {
         const uint32_t at = ring + (uint32_t)(stage * STAGE), k = at + k_lane, v = at + v_lane;
-        float c[N][4], y[N][4], vs[2] = {1, 1};
+        float c[N][4], y[N][4], p[N][4], scale[N][2], vs[2] = {1, 1};
         uint32_t pb[N][2];
-        scores<N, T>(c, k);
+        int grown[N], any = 0;
+        scores_of<N>(c, k);
 #pragma unroll
         for (int h = 0; h < 2 && Q8; h++) {
-            const uint32_t scale = at + 32 * ROW + 4u * (8 * h + (lane >> 2));
-            const float z = __uint_as_float(attni_lds4(scale));
-            vs[h] = __uint_as_float(attni_lds4(scale + 64));
+            const uint32_t there = at + 32 * ROW + 4u * (8 * h + (lane >> 2));
+            const float z = __uint_as_float(attni_lds4(there));
+            vs[h] = __uint_as_float(attni_lds4(there + 64));
 #pragma unroll
             for (int i = 0; i < N; i++) c[i][2 * h] *= z, c[i][2 * h + 1] *= z;
         }
+#pragma unroll
+        for (int i = 0; i < 2 * N; i++)
+            scale[i >> 1][i & 1] = Q8 ? f->q_scale[strip(i >> 1) + 2 * (lane & 3) + (i & 1)]
+                                      : a.scale;
         if (!whole) {
             const int32_t b = block_of(n);
 #pragma unroll
             for (int i = 0; i < N; i++) hide(c[i], i, b);
         }
-        int grown = 0;
 #pragma unroll
-        for (int i = 0; i < N; i++) grown |= weigh(c[i], y[i], i);
-        if (__any_sync(~0u, grown)) { // rare
+        for (int i = 0; i < N; i++) any |= grown[i] = weigh(c[i], y[i], p[i], scale[i], vs, i);
+        if (__any_sync(~0u, any)) { // rare
 #pragma unroll
             for (int i = 0; i < N; i++) {
-                raise(c[i], i);
-                (void)weigh(c[i], y[i], i);
+                raise(c[i], scale[i], vs, grown[i], i);
+                (void)weigh(c[i], y[i], p[i], scale[i], vs, i);
             }
         }
 #pragma unroll
@@ -3067,33 +3122,9 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 l[i][h] += y[i][h] + y[i][2 + h];
-                pb[i][h] = attni_turn(attni_pair<BF>(y[i][2 * h] * vs[h],
-                                                     y[i][2 * h + 1] * vs[h]));
+                pb[i][h] = attni_turn(attni_pair<M>(p[i][2 * h], p[i][2 * h + 1]));
             }
-#pragma unroll
-        for (int j = 0; j < NO / 2; j++) {
-            uint32_t va[2][4];
-            left_v<T>(va, v, j);
-#pragma unroll
-            for (int i = 0; i < N; i++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    attni_mma<BF>(o[i][2 * j + e], va[e], pb[i][0], pb[i][1]);
-        }
-    }
-
-    template <int N> __device__ __forceinline__ void unit_of(int n, int whole) {
-        if constexpr (Q8) {
-            const uint32_t at = ring + (uint32_t)(stage * STAGE);
-            constexpr int OWN_CODE = G == 1 && D == 128; // not for all: compile time
-            const int t = a.k.dtype == a.v.dtype ? (int)a.k.dtype : -1;
-            if (OWN_CODE && t == ATTN_I8) unit<N, OWN_CODE ? ATTN_I8 : -1>(n, whole);
-            else if (OWN_CODE && t == ATTN_F8E4M3 && !odd_codes(at + k_lane, at + v_lane))
-                unit<N, OWN_CODE ? ATTN_F8E4M3 : -1>(n, whole);
-            else unit<N, -1>(n, whole);
-        } else {
-            unit<N, 0>(n, whole);
-        }
+        add_v_of<N>(pb, v);
     }
 
     // ---- a span
@@ -3308,6 +3339,10 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         if (threadIdx.x < 32 && drawn >= 0) draw(1); // a short task
         clear();
         __syncthreads();
+        if constexpr (Q8) {
+            convert_q();
+            __syncthreads();
+        }
         const int32_t slots = work->task.slots, shift = work->task.span_shift;
         const int32_t span0 = work->task.span0;
         const int all = G == 2 && (Q8 || rows > 32); // strips (Q8: compile time)
@@ -3318,8 +3353,8 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             if (is & ATTNI_CU_IS_GAP)
                 attni_cu_empty_spans(a, work, span + 1, block_of(n) >> shift);
             if (there) {
-                if (all) unit_of<S>(n, is & ATTNI_CU_IS_FULL);
-                else unit_of<(S + 1) / 2>(n, is & ATTNI_CU_IS_FULL);
+                if (all) unit<S>(n, is & ATTNI_CU_IS_FULL);
+                else unit<(S + 1) / 2>(n, is & ATTNI_CU_IS_FULL);
                 meet();
             }
             if (there ? is & ATTNI_CU_IS_CLOSE : slots != 2) { // or nothing is to be read
@@ -3750,8 +3785,9 @@ static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
     const int plain = EXACT && arch >= 80 && !mods;
     c->threads[ATTNI_CU_FEW] = c->threads[ATTNI_CU_MANY] = ATTNI_CU_THREADS;
     if (plain) {
-        attni_cu_fill_team<BF, Q8, MK, 1>(ATTNI_CU_FEW, c);
-        attni_cu_fill_team<BF, Q8, MK, 2>(ATTNI_CU_SOME, c);
+        constexpr int TEAM_BF = Q8 ? 0 : BF; // codes become f16, whatever Q is
+        attni_cu_fill_team<TEAM_BF, Q8, MK, 1>(ATTNI_CU_FEW, c);
+        attni_cu_fill_team<TEAM_BF, Q8, MK, 2>(ATTNI_CU_SOME, c);
     } else if (EXACT && arch >= 80) {
         c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, WK, WV>;
         c->smem[ATTNI_CU_FEW] = attni_cu_smem_bytes(arch, Q8, WK, WV, 0);
