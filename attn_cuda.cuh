@@ -322,6 +322,10 @@ ATTNI_DEV uint32_t attni_lds4(uint32_t from) {
     return x;
 }
 
+ATTNI_DEV void attni_prefetch(const void *p) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
+}
+
 ATTNI_DEV void attni_cp_commit(void) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -906,14 +910,28 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, const attni_cu_link *l
     const int vd = a.d.v_head_dim, lane = (int)threadIdx.x & 31, mine = col + 4 * lane < vd;
     float4 o = make_float4(0, 0, 0, 0);
     float m = ATTNI_NINF, l = 0, lse, f;
-    for (int c = 0; c < n_links; c++) {
-        const attni_cu_link k = link[c];
-        int64_t at = k.partial + (int64_t)(k.token_at + t) * a.d.n_heads + head;
-        int64_t step = (int64_t)k.seg_tokens * a.d.n_heads;
-        for (int i0 = 0; i0 < k.n_slots; i0 += 32, at += 32 * step) {
-            int n = attni_min32(32, k.n_slots - i0);
-            float2 x = make_float2(ATTNI_NINF, 0); // (m, l) of a slot a lane
-            if (lane < n) x = __ldcg((const float2 *)a.partial_ml + at + lane * step);
+    for (int c0 = 0; c0 < n_links; c0 += 32) { // a link a lane, and then a slot a lane
+        attni_cu_link k = {0, 0, 0, 0, 0};
+        if (c0 + lane < n_links) k = link[c0 + lane];
+        const int64_t first = k.partial + (int64_t)(k.token_at + t) * a.d.n_heads + head;
+        int32_t end = k.n_slots; // of the lane's link, among the slots of all
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+            const int32_t y = __shfl_up_sync(~0u, end, i);
+            if (lane >= i) end += y;
+        }
+        const int32_t total = __shfl_sync(~0u, end, 31);
+        for (int i0 = 0; i0 < total; i0 += 32) {
+            const int n = attni_min32(32, total - i0);
+            int c = 0; // the lane's slot is one of this link's
+#pragma unroll
+            for (int i = 16; i; i /= 2)
+                if (__shfl_sync(~0u, end, c + i - 1) <= i0 + lane) c += i;
+            const int32_t j = i0 + lane - __shfl_sync(~0u, end - k.n_slots, c & 31);
+            const int64_t step = (int64_t)__shfl_sync(~0u, k.seg_tokens, c & 31) * a.d.n_heads;
+            const int64_t at = __shfl_sync(~0u, first, c & 31) + j * step;
+            float2 x = make_float2(ATTNI_NINF, 0);
+            if (lane < n) x = __ldcg((const float2 *)a.partial_ml + at);
             // what attni_cu_fold would give one slot after the other, for all of them at once
             const int some = x.x != ATTNI_NINF || x.y != 0.0f;
             float top = x.x, before;
@@ -934,7 +952,8 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, const attni_cu_link *l
                 float4 part[16]; // first, so that one latency is waited for
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
-                    const float *from = a.partial_o + (at + (i1 + i) * step) * vd + col + 4 * lane;
+                    const float *from = a.partial_o + __shfl_sync(~0u, at, i1 + i) * vd + col +
+                                        4 * lane;
                     // where nothing was seen, O was not written
                     if (!mine || !(all >> (i1 + i) & 1))
                         from = (const float *)(const void *)a.header;
@@ -971,8 +990,13 @@ static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
     attni_cu_merge_tokens(const __grid_constant__ attni_cu_args a) {
     const int32_t chunks = (a.d.v_head_dim + 127) / 128, per = a.d.n_heads * chunks;
     const int64_t n = (int64_t)a.header->n_merge * per;
-    attni_grid_wait();
     int64_t i = (int64_t)blockIdx.x * 4 + (threadIdx.x >> 5);
+    if (i < n) { // while tasks run, what they do not write
+        const attn_plan_seq *s = a.seq + a.merge[2 * (i / per)];
+        const int lane = (int)threadIdx.x & 31;
+        if (lane < s->n_chain) attni_prefetch(a.link + s->chain + lane);
+    }
+    attni_grid_wait();
     for (; i < n; i += (int64_t)gridDim.x * 4) {
         int32_t at = (int32_t)(i / per), rest = (int32_t)(i - (int64_t)at * per);
         const attn_plan_seq *s = a.seq + a.merge[2 * at];
@@ -2491,55 +2515,52 @@ static __global__ void __launch_bounds__(
 // of a team of four has 16, a unit, with copies of its own under way and maxima, sums and O of its
 // own, so that inside a span no warp waits for another. At a span's end the four states of a row
 // are folded in order. Products are turned over, K Q' and V' P', so that rows are the side of 8 of
-// a tensor core's tile and keys and dims that of 16: a group of heads seldom fills more. A team
-// takes 8 rows; for up to 64, two teams share units and have every other strip of 8 rows each. A
-// row's bits are the same in both.
+// a tensor core's tile and keys and dims that of 16: a group of heads seldom fills more. Tiles have
+// S strips of 8 rows, 1 or 4; a row's bits are the same in both.
 //
 // Codes never become bf16, which takes twice the instructions. Integers of K are multiplied as they
 // are with Q in 16-bit fixed point, two digits of 8 bits; all else is f16, with Q scaled to its
 // range row by row. Weights of V are kept in f16's range by a row's running maximum, which looks at
 // V's scales, too, and is kept 2^6 too low, so that small weights lose nothing.
 
-#define ATTNI_CU_TEAM_ROWS(G) ((G) == 1 ? 8 : 64)
 
 enum { // of a block: there is one; all rows see all of it; the warp's unit can be read as it lies;
        // a span ends behind it; the task, too; spans before it are empty; time to ask for the next
-       // task; for its record
+       // task. Its number (of 25 bits) is kept above.
     ATTNI_CU_IS_THERE = 1, ATTNI_CU_IS_FULL = 2, ATTNI_CU_IS_EASY = 4, ATTNI_CU_IS_CLOSE = 8,
-    ATTNI_CU_IS_LAST = 16, ATTNI_CU_IS_GAP = 32, ATTNI_CU_IS_ASK = 64, ATTNI_CU_IS_RECORD = 128
+    ATTNI_CU_IS_LAST = 16, ATTNI_CU_IS_GAP = 32, ATTNI_CU_IS_ASK = 64, ATTNI_CU_IS_BITS = 7
 };
 
-template <int G> struct attni_cu_teams {
-    static constexpr int ROWS = ATTNI_CU_TEAM_ROWS(G);
+template <int S> struct attni_cu_teams {
+    static constexpr int ROWS = 8 * S;
     float2 ml[4][ROWS];                          // a span's maxima and sums, of each stream
     float q_scale[ROWS];                         // of scores, where K is codes
     uint16_t bits[4][4][ROWS];                   // what rows see of a partial unit, of each stage
+    int2 ahead[4][33];                           // blocks behind those at hand, by warps: 2 x
+                                                 // number + full, page; the last: the span before
+                                                 // them, the last block looked at
     attni_cu_task next;
     int32_t n_next;                              // its number
-    attni_cu_work<ROWS, 128 * G> work[2];        // tasks take turns
+    attni_cu_work<ROWS, 128> work[2];            // tasks take turns
 };
 
 // Blocks on a multiprocessor.
-__host__ __device__ constexpr int attni_cu_team_blocks(int q8, int d, int g) {
-    return g == 2 ? 1 : d == 64 ? 4 : 3;
+__host__ __device__ constexpr int attni_cu_team_blocks(int d, int s) {
+    return s > 1 ? 2 : d == 64 ? 4 : 3;
 }
-// Units that a warp has under way, and their bytes.
-__host__ __device__ constexpr int attni_cu_team_stages(int q8, int d, int g) {
-    return g == 1 && d == 128 && !q8 ? 2 : 3;
-}
+// Units that a warp has under way, and their bytes. (A strip's state fits into one.)
+__host__ __device__ constexpr int attni_cu_team_stages(int d) { return d == 128 ? 2 : 3; }
 __host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) {
     return 2 * 16 * (q8 ? d + 8 : 2 * d); // codes: with their scales, rounded up to 256
 }
 // Of its rows: Q, folded states.
-__host__ __device__ constexpr int attni_cu_team_row_bytes(int d, int g) {
-    return (ATTNI_CU_TEAM_ROWS(g) * (2 * d + 4 * d + 8) + 255) / 256 * 256;
+__host__ __device__ constexpr int attni_cu_team_row_bytes(int d, int s) {
+    return (8 * s * (2 * d + 4 * d + 8) + 255) / 256 * 256;
 }
-__host__ __device__ constexpr int attni_cu_team_smem(int q8, int d, int g) {
-    return ((int)(g == 1 ? sizeof(attni_cu_teams<1>) : sizeof(attni_cu_teams<2>)) + 255) / 256 *
+__host__ __device__ constexpr int attni_cu_team_smem(int q8, int d, int s) {
+    return ((int)(s == 1 ? sizeof(attni_cu_teams<1>) : sizeof(attni_cu_teams<4>)) + 255) / 256 *
                256 +
-           attni_cu_team_row_bytes(d, g) +
-           (q8 && g == 2 ? g * 4 * 8 * 4 * d : 0) + // states handed over; else units have room
-           4 * attni_cu_team_stages(q8, d, g) * attni_cu_team_stage(q8, d);
+           attni_cu_team_row_bytes(d, s) + 4 * attni_cu_team_stages(d) * attni_cu_team_stage(q8, d);
 }
 
 // What the 16-byte pieces of a row of so many bytes are exclusive-ored with: no two of a ldmatrix
@@ -2551,7 +2572,7 @@ template <int BYTES> ATTNI_DEV uint32_t attni_cu_piece(int r, int c) {
     return (uint32_t)(r * BYTES + ((c ^ attni_cu_twist<BYTES>(r)) << 4));
 }
 
-// What the rows of a task see of a warp's unit of block b, those of its team to bits; returns what
+// What the rows of a task see of a warp's unit of block b, to bits; returns what
 // any of them sees. A warp calls. (Not a member, as objects whose address is passed on keep the
 // arguments from being read as constants.)
 template <class W>
@@ -2562,7 +2583,7 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     for (int r = (int)threadIdx.x & 31; r < n; r += 32) {
         const uint32_t u =
             (uint32_t)(attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK) >> 16 * stream) & 0xffff;
-        if (W::THREADS == 128 || (r >> 3 & 1) == (int)threadIdx.x >> 7) bits[r] = (uint16_t)u;
+        bits[r] = (uint16_t)u;
         any |= u;
     }
 #if __CUDA_ARCH__ >= 800
@@ -2574,15 +2595,14 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
 // Copies a unit of block b token by token: a partial one, one whose page is none, tokens that do
 // not lie in runs, rows that are no multiples of 16 bytes. page: of the unit where there are runs.
 // A warp calls. (It has no registers to spare for this.)
-template <int Q8, int D, int G>
+template <int Q8, int D, class W>
 ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
-                                        attni_cu_work<ATTNI_CU_TEAM_ROWS(G), 128 * G> *s,
-                                        uint8_t *to, uint16_t *bits, int32_t b, int whole,
+                                        W *s, uint8_t *to, uint16_t *bits, int32_t b, int whole,
                                         int runs, int32_t page) {
     constexpr int ROW = Q8 ? D : 2 * D, CHUNKS = ROW / 16, STEP = 32 / CHUNKS;
     const attni_cu_task &w = s->task;
     const int lane = (int)threadIdx.x & 31, stream = (int)threadIdx.x >> 5 & 3;
-    const int team = G == 2 ? (int)threadIdx.x >> 7 : 0, c = lane % CHUNKS;
+    const int c = lane % CHUNKS;
     const attni_side &mine = lane >> 4 ? a.v : a.k; // a lane has a token of K or of V
     uint32_t seen = 0xffff;
     int32_t p, place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
@@ -2595,8 +2615,8 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
         page < 0 ? NULL : mine.data + attni_cu_offset(mine, page, place, w.kv_head);
     const uint8_t *scale = page < 0 || !Q8 ? NULL : attni_cu_scale_at(mine, page, place, w.kv_head);
 #pragma unroll 4
-    for (int i = 0; i < (3 - G) * 16; i += STEP) {
-        const int r = 16 * team + i + lane / CHUNKS; // V's rows behind those of K
+    for (int i = 0; i < 2 * 16; i += STEP) {
+        const int r = i + lane / CHUNKS; // V's rows behind those of K
         const int n = attni_bits_of((r >> 4 ? a.v : a.k).dtype) * D / 8 - 16 * c;
         const uint8_t *from = (const uint8_t *)__shfl_sync(~0u, (unsigned long long)row, r);
         uint8_t *there = to + (r & 16) * ROW + attni_cu_piece<ROW>(r & 15, c);
@@ -2605,7 +2625,7 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
             attni_cp_async16(attni_smem(there), from ? from : a.k.data, from ? 16 : 0);
         for (int j = 0; j < 16 && j < n && a.odd_rows; j++) there[j] = from ? from[j] : 0;
     }
-    if (Q8 && (G == 1 || lane >> 4 == team)) {
+    if (Q8) {
         uint8_t *there = to + 2 * 16 * ROW + 4 * lane;
         if (!a.odd_rows)
             attni_cp_async4(attni_smem(there), scale ? scale : a.k.data, scale ? 4 : 0);
@@ -2613,30 +2633,31 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
     }
 }
 
-template <int BF, int Q8, int D, int G> struct attni_cu_team {
+template <int BF, int Q8, int D, int S> struct attni_cu_team {
     static constexpr int ROW = Q8 ? D : 2 * D, QROW = 2 * D; // bytes
     static constexpr int STAGE = attni_cu_team_stage(Q8, D);
-    static constexpr int STAGES = attni_cu_team_stages(Q8, D, G);
-    static constexpr int S = G == 1 ? 1 : 4; // strips of 8 rows that a warp has at most
+    static constexpr int STAGES = attni_cu_team_stages(D);
     static constexpr int NO = D / 16;        // tiles of 16 columns of O
     static constexpr int OWN = D / 16;       // columns of a folded row that a lane has
     static constexpr int CHUNKS = ROW / 16;
     static constexpr int M = Q8 ? 0 : BF;    // of products: bf16, else f16
     static constexpr int LOW = 6;            // maxima are 2^LOW too low
-    static constexpr int SWAP = Q8 && G == 2; // a unit is too small for two teams' states
-    typedef attni_cu_teams<G> teams_t;
-    typedef attni_cu_work<ATTNI_CU_TEAM_ROWS(G), 128 * G> work_t;
+    typedef attni_cu_teams<S> teams_t;
+    typedef attni_cu_work<8 * S, 128> work_t;
     const attni_cu_args &a;
     teams_t *f;
     work_t *work;                       // the task at hand
-    int lane, stream, team, rows, stage;
+    int lane, stream, rows, stage;
     uint32_t k_lane, v_lane;            // where ldmatrix takes the lane's rows of K and V
-    uint32_t q, total, swap, ring;      // shared memory addresses; swap, ring: of the warp
-    // blocks to come, one to a lane: the 32 at hand, those before and behind them
-    int32_t at, end, block, page, place, flags, last_block, last_flags;
-    int32_t next_block, next_page, next_full;
+    uint32_t to_lane;                   // where the lane's first piece of a unit goes
+    uint32_t q, total, ring;            // shared memory addresses; ring: of the warp
+    // blocks to come, 32 at hand, one to a lane: number and flags, the unit's page, its place there
+    uint32_t block;
+    int32_t page, place;
+    uint32_t under_way[STAGES];         // those asked for
     int runs;
-    const uint8_t *kv[3 - G];           // K and V of page 0, the lane's piece; one to a team
+    const uint8_t *kv[2];               // K and V of page 0, the lane's piece
+    const uint8_t *scale;               // the lane's scale there: of K's token, or of V's
     int32_t drawn;                      // number of the next task; -1: not asked for, -2: fetched
     // sums
     float o[S][NO][4], m[S][2], l[S][2]; // of the pair of rows that a lane has of a strip
@@ -2645,31 +2666,17 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         f = (teams_t *)(void *)smem;
         work = &f->work[1];
         lane = (int)threadIdx.x & 31;
-        stream = (int)threadIdx.x >> 5 & 3;
-        team = (int)threadIdx.x >> 7;
+        stream = (int)threadIdx.x >> 5;
         q = attni_smem(smem) + (sizeof(teams_t) + 255) / 256 * 256;
-        total = q + ATTNI_CU_TEAM_ROWS(G) * QROW;
-        swap = q + attni_cu_team_row_bytes(D, G);
-        ring = swap + (SWAP ? G * 4 * 8 * 4 * D : 0) + (uint32_t)(stream * STAGES * STAGE);
+        total = q + 8 * S * QROW;
+        ring = q + attni_cu_team_row_bytes(D, S) + (uint32_t)(stream * STAGES * STAGE);
         k_lane = attni_cu_piece<ROW>(lane & 15, lane >> 4);
         v_lane = 16 * ROW +
                  (!Q8 ? attni_cu_piece<ROW>((lane & 7) + 8 * (lane >> 4), lane >> 3 & 1)
                       : attni_cu_piece<ROW>(lane & 15, lane >> 4));
-        swap += (uint32_t)((4 * team + stream) * 8 * 4 * D);
-    }
-
-    // First row of the warp's strip i.
-    __device__ __forceinline__ int strip(int i) const {
-        return 8 * (G * i + (G == 2 ? team : 0));
-    }
-    // Barrier of those that read the warp's units.
-    __device__ __forceinline__ void meet(void) const {
-        if (G == 1) __syncwarp();
-        else attni_bar<64>(3 + stream);
-    }
-    __device__ __forceinline__ void meet_team(void) const {
-        if (G == 1) __syncthreads();
-        else attni_bar<128>(1 + team);
+        to_lane = attni_cu_piece<ROW>(lane / CHUNKS, lane % CHUNKS);
+        // once, not in front of each use
+        asm volatile("" : "+r"(ring), "+r"(k_lane), "+r"(v_lane), "+r"(to_lane));
     }
 
     // ---- blocks and where their tokens lie
@@ -2677,9 +2684,10 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     // Goes on to the next 32 blocks; those behind them are looked for, and their units' pages.
     __device__ __forceinline__ void look(void) {
         const attni_cu_task &w = work->task;
-        int32_t b = end;
-        last_block = block, last_flags = flags, block = next_block, page = next_page;
-        const int full = next_full;
+        int2 *ahead = f->ahead[threadIdx.x >> 5];
+        const int2 now = ahead[lane], last = ahead[32];
+        const int32_t end = w.end_block, shift = w.span_shift;
+        int32_t at = last.y, b = end, full = 0, pg = w.seq;
         if (!a.sparse) {
             int32_t next = at + 1;
             if (next >= w.sink_block && next < w.lo_block) next = w.lo_block;
@@ -2688,95 +2696,96 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
                 b += attni_max32(w.lo_block - w.sink_block, 0);
             at = attni_min32(__shfl_sync(~0u, b, 31), end);
             b = attni_min32(b, end);
-            next_full = b >= w.full_block && b < w.full_end;
+            full = b >= w.full_block && b < w.full_end;
         }
 #pragma unroll 1
         for (int i = 0; i < 32 && at < end && a.sparse; i++) {
             at = attni_cu_next(a, work, w, at + 1);
             const int all = at < end && attni_cu_full(a, work, w, at);
-            if (lane == i) b = at, next_full = all;
+            if (lane == i) b = at, full = all;
         }
-        next_block = b;
-        next_page = w.seq;
         const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream, j = pos - w.pos0;
         if (runs && a.d.kv.page_table && b < end && j > -16 && pos < w.hi &&
             (pos + 15 >= w.lo || pos < w.sink_end))
-            next_page = __ldg(attni_cu_page_at(
+            pg = __ldg(attni_cu_page_at(
                 a, w.seq, a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens));
-        flags = about(w, full);
+        const int32_t n = now.x >> 1, first = __shfl_sync(~0u, b, 0);
+        int32_t behind = __shfl_down_sync(~0u, n, 1);
+        int32_t before = __shfl_up_sync(~0u, n >> shift, 1);
+        if (lane == 31) behind = first;
+        if (lane == 0) before = last.x;
+        page = now.y;
+        block = (uint32_t)n << ATTNI_CU_IS_BITS | about(w, n, behind, before, now.x & 1);
+        __syncwarp();
+        ahead[lane] = make_int2(2 * b + full, pg);
+        if (lane == 31) ahead[32] = make_int2(n >> shift, at);
+        __syncwarp();
     }
 
-    // Flags of the lane's block; its place in its page.
-    __device__ __forceinline__ int32_t about(const attni_cu_task &w, int full) {
-        const int32_t shift = w.span_shift, pos = block * ATTNI_CU_BLOCK + 16 * stream;
-        int32_t behind = __shfl_down_sync(~0u, block, 1), before = __shfl_up_sync(~0u, block, 1);
-        const int32_t first = __shfl_sync(~0u, next_block, 0);
-        const int32_t last = __shfl_sync(~0u, last_block, 31);
-        int32_t is = ATTNI_CU_IS_THERE;
-        if (lane == 31) behind = first;
-        if (lane == 0) before = last;
+    // Flags of the lane's block, before and behind which there are a span and a block; its place in
+    // its page.
+    __device__ __forceinline__ uint32_t about(const attni_cu_task &w, int32_t n, int32_t behind,
+                                              int32_t before, int full) {
+        const int32_t shift = w.span_shift, pos = n * ATTNI_CU_BLOCK + 16 * stream;
+        uint32_t is = ATTNI_CU_IS_THERE;
         place = pos - w.pos0;
         place = a.page_shift >= 0 ? place & (a.d.kv.page_tokens - 1)
                                   : place % a.d.kv.page_tokens;
-        if (block >= end) return 0;
+        if (n >= w.end_block) return 0;
         if (full) is |= ATTNI_CU_IS_FULL;
         if (runs && (full || a.closed) && (uint32_t)page < (uint32_t)a.d.kv.n_pages &&
             pos >= w.pos0 && pos + 16 <= w.hi && (pos >= w.lo || pos + 16 <= w.sink_end))
             is |= ATTNI_CU_IS_EASY;
-        if (behind >= end) is |= ATTNI_CU_IS_LAST;
-        if (behind >= end || behind >> shift != block >> shift) is |= ATTNI_CU_IS_CLOSE;
-        if (w.slots == 2 && block >> shift > (before >> shift) + 1) is |= ATTNI_CU_IS_GAP;
-        if (end - block <= 6) is |= ATTNI_CU_IS_ASK;
-        if (end - block <= 3) is |= ATTNI_CU_IS_RECORD;
+        if (behind >= w.end_block) is |= ATTNI_CU_IS_LAST;
+        if (behind >= w.end_block || behind >> shift != n >> shift) is |= ATTNI_CU_IS_CLOSE;
+        if (w.slots == 2 && n >> shift > before + 1) is |= ATTNI_CU_IS_GAP;
+        if (w.end_block - n <= 6) is |= ATTNI_CU_IS_ASK;
         return is;
     }
 
-    // Block number n of the task, which is one of the last ones asked for, and its flags.
-    __device__ __forceinline__ int32_t block_of(int n) const {
-        const int behind = (n ^ (n + STAGES - 1)) & 32; // the last one is in another lot
-        return __shfl_sync(~0u, behind ? last_block : block, n & 31);
-    }
-    __device__ __forceinline__ int32_t flags_of(int n) const {
-        const int behind = (n ^ (n + STAGES - 1)) & 32;
-        return __shfl_sync(~0u, behind ? last_flags : flags, n & 31);
+    // Bytes from a token's scale to the next one's.
+    __device__ __forceinline__ int64_t to_scale(int v) const {
+        return v ? a.v.head_scale ? 0 : a.v.scale_token : a.k.head_scale ? 0 : a.k.scale_token;
     }
 
     // Copies a unit that lies in one run of a page.
     __device__ __forceinline__ void copy(int32_t pg, int32_t e) const {
         constexpr int STEP = 32 / CHUNKS;
-        const int c = lane % CHUNKS, r0 = lane / CHUNKS, cc = c ^ attni_cu_twist<ROW>(r0);
-        const uint32_t there = ring + (uint32_t)(stage * STAGE + r0 * ROW);
+        const uint32_t there = ring + (uint32_t)(stage * STAGE) + to_lane;
 #pragma unroll
-        for (int i = 0; i < 3 - G; i++) {
-            const int v = G == 2 ? team : i;
+        for (int v = 0; v < 2; v++) {
             const attni_side &d = v ? a.v : a.k;
-            const int some = !Q8 || 16 * c < attni_bits_of(d.dtype) * D / 8;
-            const uint8_t *from = kv[i] + pg * d.page_bytes + (e + r0) * d.token_bytes;
+            const int some = !Q8 || d.dtype != ATTN_I4 || lane % CHUNKS < CHUNKS / 2;
+            const uint8_t *from = kv[v] + pg * d.page_bytes + e * d.token_bytes;
 #pragma unroll
             for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
                 if (some)
-                    attni_cp_async16(there + (uint32_t)((16 * v + n) * ROW +
-                                                        ((cc ^ attni_cu_twist<ROW>(n)) << 4)),
+                    attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(n) << 4)) +
+                                         (uint32_t)((16 * v + n) * ROW),
                                      from, 16);
         }
-        if (Q8 && (G == 1 || lane >> 4 == team)) {
-            const attni_side &d = lane >> 4 ? a.v : a.k;
+        if (Q8) {
+            const int64_t to_page = lane >> 4 ? a.v.head_scale ? 0 : a.v.page_bytes
+                                              : a.k.head_scale ? 0 : a.k.page_bytes;
             attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
-                            attni_cu_scale_at(d, pg, e + (lane & 15), work->task.kv_head), 4);
+                            scale + pg * to_page + e * to_scale(lane >> 4), 4);
         }
     }
 
     // Asks for the task's block number n.
     __device__ __forceinline__ void issue(int n) {
         const int32_t pg = __shfl_sync(~0u, page, n & 31), e = __shfl_sync(~0u, place, n & 31);
-        const int32_t is = __shfl_sync(~0u, flags, n & 31);
+        const uint32_t is = __shfl_sync(~0u, block, n & 31);
+        const int32_t b = (int32_t)(is >> ATTNI_CU_IS_BITS);
         if (is & ATTNI_CU_IS_EASY) copy(pg, e);
         else if (is & ATTNI_CU_IS_THERE)
-            attni_cu_copy_tokens<Q8, D, G>(
+            attni_cu_copy_tokens<Q8, D>(
                 a, work, (uint8_t *)f + (ring - attni_smem(f)) + stage * STAGE,
-                f->bits[stage][stream], __shfl_sync(~0u, block, n & 31), is & ATTNI_CU_IS_FULL,
-                runs, pg);
-        if (is & ATTNI_CU_IS_ASK && threadIdx.x < 32) draw(is & ATTNI_CU_IS_RECORD);
+                f->bits[stage][stream], b, is & ATTNI_CU_IS_FULL, runs, pg);
+        if (is & ATTNI_CU_IS_ASK && threadIdx.x < 32) draw(work->task.end_block - b <= 3);
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) under_way[i] = under_way[i + 1];
+        under_way[STAGES - 1] = is;
         attni_cp_commit();
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
@@ -2790,7 +2799,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         const int tid = (int)threadIdx.x, all = (rows + 7) / 8 * 8;
         if (tid < all) work->row[tid] = attni_cu_get_row(a, w, tid);
         __syncthreads();
-        for (int e = tid; e < all * (D / 8); e += 128 * G) {
+        for (int e = tid; e < all * (D / 8); e += 128) {
             const int r = e / (D / 8), c = e % (D / 8);
             const attni_cu_row &y = work->row[r];
             const uint16_t *from = (const uint16_t *)a.d.q.data + y.token * a.d.q.stride_token +
@@ -2807,15 +2816,25 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
         if (a.sparse) attni_cu_distinct(a, work, all);
         attni_cu_units(a, work);
-        end = w.end_block;
-        at = attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK) - 1;
         runs = a.runs && w.pos0 % 16 == 0;
-        next_block = (w.span0 << w.span_shift) - 1;
-        next_page = 0;
+        const int32_t at = attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK) - 1;
+        int2 *ahead = f->ahead[tid >> 5];
+        ahead[lane] = make_int2(2 * ((w.span0 << w.span_shift) - 1), 0);
+        if (lane == 0) ahead[32] = make_int2(0, at);
+        __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 3 - G; i++) {
-            const attni_side &d = (G == 2 ? team : i) ? a.v : a.k;
-            kv[i] = d.data + w.kv_head * d.head_bytes + 16 * (lane % CHUNKS);
+        for (int i = 0; i < 2; i++) {
+            const attni_side &d = i ? a.v : a.k;
+            kv[i] = d.data + w.kv_head * d.head_bytes + lane / CHUNKS * d.token_bytes +
+                    16 * (lane % CHUNKS);
+        }
+        if constexpr (Q8) {
+            const int v = lane >> 4;
+            const float *one = v ? a.v.head_scale : a.k.head_scale;
+            scale = one ? (const uint8_t *)(one + w.kv_head)
+                        : (v ? a.v.data + a.v.scale_offset + w.kv_head * a.v.scale_head
+                             : a.k.data + a.k.scale_offset + w.kv_head * a.k.scale_head) +
+                              (lane & 15) * to_scale(v);
         }
     }
 
@@ -2824,7 +2843,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     __device__ __forceinline__ void convert_q(void) const {
         constexpr int PER = D / 8;
         const int n = (rows + 7) / 8 * 8 * PER, i4 = a.k.dtype == ATTN_I4;
-        for (int e = (int)threadIdx.x; e < n; e += 128 * G) {
+        for (int e = (int)threadIdx.x; e < n; e += 128) {
             const int r = e / PER, c = e % PER;
             float x[8], top = 0, odd = 0, scale;
             uint32_t u[4];
@@ -2881,7 +2900,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     // 64 bytes of Q of a strip as right operands of two steps, from piece c on: 32 dims in 16 bits,
     // 64 of a digit.
     __device__ __forceinline__ void load_q(uint32_t u[4], int s, int c) const {
-        attni_ldmatrix(u, q + attni_cu_piece<QROW>(strip(s) + (lane & 7), c + (lane >> 3)));
+        attni_ldmatrix(u, q + attni_cu_piece<QROW>(8 * s + (lane & 7), c + (lane >> 3)));
     }
 
     // ---- a unit
@@ -2975,7 +2994,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     __device__ __forceinline__ void hide(float c[4], int i, int32_t b) const {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int r = strip(i) + 2 * (lane & 3) + h;
+            const int r = 8 * i + 2 * (lane & 3) + h;
             const attni_cu_row &y = work->row[r];
             uint32_t bits;
             if (a.closed)
@@ -3084,8 +3103,8 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         return a.v.dtype == ATTN_I4 ? 32 * (j >> 1) + 4 * r + 2 * (j & 1) + h : 16 * j + 2 * r + h;
     }
 
-    // The unit of block number n, N strips.
-    template <int N> __device__ __forceinline__ void unit(int n, int whole) {
+    // The unit of block b, N strips.
+    template <int N> __device__ __forceinline__ void unit(int32_t b, int whole) {
         const uint32_t at = ring + (uint32_t)(stage * STAGE), k = at + k_lane, v = at + v_lane;
         float c[N][4], y[N][4], p[N][4], scale[N][2], vs[2] = {1, 1};
         uint32_t pb[N][2];
@@ -3101,13 +3120,10 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
 #pragma unroll
         for (int i = 0; i < 2 * N; i++)
-            scale[i >> 1][i & 1] = Q8 ? f->q_scale[strip(i >> 1) + 2 * (lane & 3) + (i & 1)]
+            scale[i >> 1][i & 1] = Q8 ? f->q_scale[8 * (i >> 1) + 2 * (lane & 3) + (i & 1)]
                                       : a.scale;
-        if (!whole) {
-            const int32_t b = block_of(n);
 #pragma unroll
-            for (int i = 0; i < N; i++) hide(c[i], i, b);
-        }
+        for (int i = 0; i < N && !whole; i++) hide(c[i], i, b);
 #pragma unroll
         for (int i = 0; i < N; i++) any |= grown[i] = weigh(c[i], y[i], p[i], scale[i], vs, i);
         if (__any_sync(~0u, any)) { // rare
@@ -3174,7 +3190,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     // Adds a state to what its row's spans before it have left in shared memory.
     __device__ __forceinline__ void fold(int r, float *top, float *sum, float z[OWN]) {
         const int empty = *top == ATTNI_NINF && *sum == 0.0f;
-        const uint32_t state = total + (uint32_t)(ATTNI_CU_TEAM_ROWS(G) * 4 * D + 8 * r);
+        const uint32_t state = total + (uint32_t)(32 * S * D + 8 * r);
         const uint32_t from = total + (uint32_t)(4 * (r * D + stream * (D / 4) + (lane & 3) * OWN));
         float w0, w1, m0, l0;
         uint32_t u[4];
@@ -3193,7 +3209,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
             attni_sts16(from + 4 * j, u);
         }
         *top = m0, *sum = l0;
-        meet_team(); // all have read it
+        __syncthreads(); // all have read it
         if (stream == 0 && (lane & 3) == 0)
             attni_sts8(state, __float_as_uint(m0), __float_as_uint(l0));
     }
@@ -3217,28 +3233,27 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
 
     // A span is through: folds the four states of each row, of which a lane has OWN columns.
     __device__ __forceinline__ void close(int32_t slots, int32_t slot, int last) {
-        const uint32_t mine =
-            SWAP ? swap : ring + (uint32_t)(stage * STAGE + (G == 2 ? team * 16 * ROW : 0));
-        const uint32_t step = SWAP ? 8 * 4 * D : (uint32_t)(STAGES * STAGE); // of streams
+        const uint32_t mine = ring + (uint32_t)(stage * STAGE);
+        const uint32_t step = (uint32_t)(STAGES * STAGE); // of streams
         const uint32_t from = mine - (uint32_t)stream * step;
 #pragma unroll
         for (int i = 0; i < S; i++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float sum = attni_oct_sum(l[i][h]);
-                if (lane < 4) f->ml[stream][strip(i) + 2 * lane + h] = make_float2(m[i][h], sum);
+                if (lane < 4) f->ml[stream][8 * i + 2 * lane + h] = make_float2(m[i][h], sum);
             }
 #pragma unroll 1
         for (int i = 0; i < S; i++) {
-            const int r = strip(i) + (lane >> 2);
+            const int r = 8 * i + (lane >> 2);
             float2 y[4];
             float z[OWN], top, sum = 0;
-            if (strip(i) >= rows) break;
+            if (8 * i >= rows) break;
             if (i == 0) put<0>(mine);
             else if (i == 1) put<1 % S>(mine);
             else if (i == 2) put<2 % S>(mine);
             else put<3 % S>(mine);
-            meet_team();
+            __syncthreads();
 #pragma unroll
             for (int j = 0; j < 4; j++) y[j] = f->ml[j][r];
             top = fmaxf(fmaxf(y[0].x, y[1].x), fmaxf(y[2].x, y[3].x));
@@ -3260,7 +3275,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
                         z[j + e] = __fmaf_rn(__uint_as_float(u[e]), w, z[j + e]);
                 }
             }
-            meet_team(); // and the copies that come next may be made
+            __syncthreads(); // and the copies that come next may be made
             if (slots != 2) fold(r, &top, &sum, z);
             if (r >= rows || (slots != 2 && !last)) continue;
             if (slots) leave(r, top, sum, z, slot);
@@ -3274,10 +3289,10 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         const uint32_t none[4] = {0, 0, 0, 0};
         reset();
 #pragma unroll 1
-        for (int i = (int)threadIdx.x; i < rows * D / 4; i += 128 * G)
+        for (int i = (int)threadIdx.x; i < rows * D / 4; i += 128)
             attni_sts16(total + 16u * i, none);
-        for (int i = (int)threadIdx.x; i < rows; i += 128 * G)
-            attni_sts8(total + (uint32_t)(ATTNI_CU_TEAM_ROWS(G) * 4 * D + 8 * i), 0xff800000u, 0);
+        for (int i = (int)threadIdx.x; i < rows; i += 128)
+            attni_sts8(total + (uint32_t)(32 * S * D + 8 * i), 0xff800000u, 0);
     }
 
     // ---- tasks
@@ -3345,27 +3360,27 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         }
         const int32_t slots = work->task.slots, shift = work->task.span_shift;
         const int32_t span0 = work->task.span0;
-        const int all = G == 2 && (Q8 || rows > 32); // strips (Q8: compile time)
+        const int all = S > 1 && (Q8 || rows > 16); // strips (Q8: compile time)
         int32_t span = span0 - 1;
         for (int n = 0;; n++) {
-            const int32_t is = flags_of(n), there = is & ATTNI_CU_IS_THERE;
-            const int32_t last = !there || is & ATTNI_CU_IS_LAST;
-            if (is & ATTNI_CU_IS_GAP)
-                attni_cu_empty_spans(a, work, span + 1, block_of(n) >> shift);
+            const uint32_t is = under_way[0], there = is & ATTNI_CU_IS_THERE;
+            const int32_t b = (int32_t)(is >> ATTNI_CU_IS_BITS);
+            const int last = !there || is & ATTNI_CU_IS_LAST;
+            if (is & ATTNI_CU_IS_GAP) attni_cu_empty_spans(a, work, span + 1, b >> shift);
             if (there) {
-                if (all) unit<S>(n, is & ATTNI_CU_IS_FULL);
-                else unit<(S + 1) / 2>(n, is & ATTNI_CU_IS_FULL);
-                meet();
+                if (all) unit<S>(b, is & ATTNI_CU_IS_FULL);
+                else unit<(S + 1) / 2>(b, is & ATTNI_CU_IS_FULL);
+                __syncwarp();
             }
             if (there ? is & ATTNI_CU_IS_CLOSE : slots != 2) { // or nothing is to be read
-                if (there) span = block_of(n) >> shift;
+                if (there) span = b >> shift;
                 close(slots, slots == 2 ? span - span0 : 0, last);
             }
             if (last) break;
             if (!((n + STAGES) & 31)) look();
             issue(n + STAGES);
             attni_cp_wait<STAGES - 1>();
-            meet();
+            __syncwarp();
         }
         if (slots == 2) attni_cu_empty_spans(a, work, span + 1, work->task.span1);
     }
@@ -3379,7 +3394,7 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
         for (;;) { // a task arrives when the next one is under way, so that nothing waits for it
             const int more = take();
             if (more) begin();
-            if (before && G == 1) attni_cu_arrive(a, before);
+            if (before && S == 1) attni_cu_arrive(a, before);
             else if (before) attni_cu_arrive_far(a, before);
             if (!more) break;
             run();
@@ -3389,12 +3404,12 @@ template <int BF, int Q8, int D, int G> struct attni_cu_team {
     }
 };
 
-template <int BF, int Q8, int D, int G>
-static __global__ void __launch_bounds__(128 * G, attni_cu_team_blocks(Q8, D, G))
+template <int BF, int Q8, int D, int S>
+static __global__ void __launch_bounds__(128, attni_cu_team_blocks(D, S))
     attni_cu_team_tasks(const __grid_constant__ attni_cu_args a) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(256) uint8_t smem[];
-    attni_cu_team<BF, Q8, D, G> x(a, smem);
+    attni_cu_team<BF, Q8, D, S> x(a, smem);
     x.all();
 #endif
 }
@@ -3769,12 +3784,12 @@ typedef struct attni_cu_choice { // kernels of a problem
 
 static int attni_cu_max2(int a, int b) { return a > b ? a : b; }
 
-template <int BF, int Q8, int D, int G>
+template <int BF, int Q8, int D, int S>
 static void attni_cu_fill_team(int kind, attni_cu_choice *c) {
-    c->kernel[kind] = attni_cu_team_tasks<BF, Q8, D, G>;
-    c->smem[kind] = attni_cu_team_smem(Q8, D, G);
-    c->threads[kind] = 128 * G;
-    c->rows[kind] = ATTNI_CU_TEAM_ROWS(G);
+    c->kernel[kind] = attni_cu_team_tasks<BF, Q8, D, S>;
+    c->smem[kind] = attni_cu_team_smem(Q8, D, S);
+    c->threads[kind] = 128;
+    c->rows[kind] = 8 * S;
 }
 
 template <int BF, int Q8, int DK, int DV>
@@ -3787,7 +3802,7 @@ static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
     if (plain) {
         constexpr int TEAM_BF = Q8 ? 0 : BF; // codes become f16, whatever Q is
         attni_cu_fill_team<TEAM_BF, Q8, MK, 1>(ATTNI_CU_FEW, c);
-        attni_cu_fill_team<TEAM_BF, Q8, MK, 2>(ATTNI_CU_SOME, c);
+        attni_cu_fill_team<TEAM_BF, Q8, MK, 4>(ATTNI_CU_SOME, c);
     } else if (EXACT && arch >= 80) {
         c->kernel[ATTNI_CU_FEW] = attni_cu_few<BF, Q8, WK, WV>;
         c->smem[ATTNI_CU_FEW] = attni_cu_smem_bytes(arch, Q8, WK, WV, 0);
@@ -4043,8 +4058,8 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
         attni_cu_rule(out, &n, 0, 0, whole, tile, 1);
     }
     out->workers = c->n_sm;
-    // few sequences: one round of equal tasks; more of them can even each other out
-    out->tasks_per_worker = (int64_t)d->n_seq * d->n_kv_heads < c->n_sm ? 1 : 2;
+    // few sequences: as many as run at once; more of them can even each other out
+    out->tasks_per_worker = (int64_t)d->n_seq * d->n_kv_heads < c->n_sm ? 3 : 2;
     out->cost_kv_token = 80; // bytes of a token at an SM's share of bandwidth, in row x token units
     out->cost_row_token = 1;
     out->cost_partial = 60;
