@@ -2605,7 +2605,10 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
     const int c = lane % CHUNKS;
     const attni_side &mine = lane >> 4 ? a.v : a.k; // a lane has a token of K or of V
     uint32_t seen = 0xffff;
-    int32_t p, place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
+    int32_t p, next, place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
+    if (!runs && a.d.kv.page_table && // ids of the next block are in the cache then
+        attni_cu_place(a, w, b + 1, 16 * stream + (lane & 15), &next) >= 0)
+        attni_prefetch(attni_cu_page_at(a, w.seq, next));
     if (!whole && !a.closed) seen = attni_cu_look_at_rows(a, s, bits, b);
     if (!(seen >> (lane & 15) & 1)) place = -1;
     if (!runs && place >= 0)
@@ -3387,8 +3390,13 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
 
     __device__ __forceinline__ void all(void) {
         work_t *before = NULL;
-        if (!attni_cu_has_task(a)) return;
-        if (threadIdx.x < 32) fetch((int32_t)blockIdx.x);
+        if (S == 1 && threadIdx.x < 32) fetch((int32_t)blockIdx.x); // known without the header
+        attni_cp_commit();
+        if (!attni_cu_has_task(a)) {
+            attni_cp_wait<0>();
+            return;
+        }
+        if (S > 1 && threadIdx.x < 32) fetch((int32_t)blockIdx.x);
         if (threadIdx.x == 0) f->n_next = (int32_t)blockIdx.x;
         drawn = -2;
         for (;;) { // a task arrives when the next one is under way, so that nothing waits for it
@@ -4058,10 +4066,9 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
         attni_cu_rule(out, &n, 0, 0, whole, tile, 1);
     }
     out->workers = c->n_sm;
-    // few sequences: as many as run at once; more of them can even each other out
-    out->tasks_per_worker = (int64_t)d->n_seq * d->n_kv_heads < c->n_sm ? 3 : 2;
+    out->tasks_per_worker = 3; // blocks that run at once
     out->cost_kv_token = 80; // bytes of a token at an SM's share of bandwidth, in row x token units
-    out->cost_row_token = 1;
+    out->cost_row_token = 3;
     out->cost_partial = 60;
     if (!d->q_start || !d->kv.kv_len) return;
     bytes = 0;

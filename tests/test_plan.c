@@ -691,7 +691,7 @@ static void no_keys(void) {
 static void pieces(void) {
     // spans, tasks wanted of the two heads together, pieces
     static const int32_t want[10][3] = {{32, 2, 1}, {32, 8, 4}, {30, 8, 4}, {32, 5, 3},
-                                        {3, 40, 3}, {32, 12, 6}, {9, 12, 5}, {2, 3, 2},
+                                        {3, 40, 3}, {32, 12, 6}, {9, 12, 5}, {2, 3, 1},
                                         {10, 2, 1}, {32, 64, 32}};
     world w;
     void *mem;
@@ -731,6 +731,34 @@ static void pieces(void) {
                 size_t bytes = attn_plan_bytes(&w.d, &w.params);
                 CHECK_EQ(attn_plan_build(&w.d, &w.params, mem, bytes, &p), ATTN_ERR_BUFFER);
             }
+        }
+        free(mem);
+    }
+}
+
+// Long pieces are as long as they should be, and the last is what is left. Of equal sequences, those
+// that would be alone in the last round of tasks are cut, and only those.
+static void rounds(void) {
+    // sequences of 30 spans, tasks wanted of two heads together, spans of the last one's pieces
+    static const int32_t want[6][4] = {{1, 3, 20, 10}, {1, 2, 30, 0}, {3, 4, 16, 14},
+                                       {4, 4, 30, 0}, {5, 4, 16, 14}, {2, 3, 30, 0}};
+    world w;
+    void *mem;
+    attn_plan *p;
+    int32_t i, j, n, len[5] = {1920, 1920, 1920, 1920, 1920};
+    for (i = 0; i < 6; i++) {
+        decoding(&w, want[i][0], len);
+        rule(&w, 0, 0, 0, 64);
+        w.params.share = 1;
+        w.params.workers = want[i][1];
+        w.params.tasks_per_worker = 1;
+        p = build(&w, &mem);
+        check_all(&w, p);
+        n = want[i][0] + (want[i][3] > 0);
+        CHECK_EQ(p->n_segments, n);
+        for (j = 0; j < p->n_segments && p->n_segments == n; j++) {
+            const attn_segment *g = &p->segment[j];
+            CHECK_EQ(g->span1 - g->span0, j < want[i][0] - 1 ? 30 : want[i][j < want[i][0] ? 2 : 3]);
         }
         free(mem);
     }
@@ -945,6 +973,7 @@ int main(int argc, char **argv) {
     classes();
     no_keys();
     pieces();
+    rounds();
     unequal();
     shared_cost();
     early_rows();
