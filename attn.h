@@ -1847,7 +1847,6 @@ typedef struct attni_planner {
     int64_t rows_left; // partial rows in the caller's workspace
     int64_t tiles_left, chain_left, cuts_left; // what max_task_cost forces is not charged here
     float max_cost;    // dearer tasks are cut along the KV, for balance; 0: never
-    float total, spent; // cost of all tasks, of those emitted; total 0: unequal ones
     int frugal;        // no sharing and no cuts but those that max_task_cost forces
     int lacking;       // the workspace was too small for one of those
 } attni_planner;
@@ -2070,15 +2069,6 @@ static int64_t attni_owed(const attn_plan *p, const attn_plan_seq *q) {
 #define ATTNI_WHOLE 1.3f // so many times max_cost are not cut
 #define ATTNI_LONG 1024  // tokens of a piece that need not be as long as the others
 
-// What a task had better not exceed. Equal tasks run in rounds, and where the last round is not full,
-// all workers share what is left of it.
-static float attni_bound(const attni_planner *b, float task) {
-    float round = b->total / b->max_cost * task, rest;
-    if (!(round > 0) || !(round < b->total) || b->total / round > 1e6f) return b->max_cost;
-    rest = b->total - (float)(int32_t)(b->total / round) * round;
-    return b->total - b->spent > rest + 0.5f * task ? b->max_cost : rest * b->max_cost / b->total;
-}
-
 // Spans per piece of n, of `span` tokens, so that pieces are no dearer than they should be: without
 // rules, than max_cost; with them, long pieces and one with the rest, which fills gaps at the end,
 // or the nearest number of equal ones, at most `most` (what comes later wants to share, too).
@@ -2088,14 +2078,10 @@ static int32_t attni_balanced(const attni_planner *b, float one, int32_t span, i
     int64_t pieces, piece;
     if (attni_n_rules(&b->p->params) == 0) return attni_fitting(b->max_cost, one, n);
     if (n < 2 || !(b->max_cost > 0)) return attni_max32(n, 1);
-    x = (float)n * one / attni_bound(b, (float)n * one);
+    x = (float)n * one / b->max_cost;
     if (!(x > ATTNI_WHOLE)) return n;
     piece = x >= (float)n ? 1 : (int64_t)((float)n / x + 0.999f);
-    if ((float)n * one <= b->max_cost) piece = attni_max64(piece, ATTNI_LONG / span);
-    if (piece * span >= ATTNI_LONG) {
-        piece = attni_max64(piece, n / most + 1);
-        return (float)n > ATTNI_WHOLE * (float)piece ? (int32_t)piece : n;
-    }
+    if (piece * span >= ATTNI_LONG) return (int32_t)attni_min64(n, attni_max64(piece, n / most + 1));
     pieces = x >= (float)n ? n : x >= 2.25f ? (int64_t)(x + 0.5f) : 1;
     pieces = attni_max64(1, attni_min64(pieces, most));
     return (int32_t)((n + pieces - 1) / pieces);
@@ -2116,9 +2102,6 @@ static int32_t attni_piece(attni_planner *b, const attn_plan_seq *q, int32_t n, 
                                                          b->tiles_left / tiles));
     int32_t piece = attni_min32(must, attni_balanced(b, one, q->span, n, least + room / 2));
     int64_t extra = (n + piece - 1) / piece - least, more;
-    b->spent += (float)n * one * (float)(tokens / attni_seq_tile(p, q) +
-                                         (tokens % attni_seq_tile(p, q) != 0)) *
-                (float)p->n_kv_heads;
     // rows that fold have a slot less than spans, or none when they are not cut and write O; what
     // those that do not fold leave is provided for
     more = starts ? rows * (n - piece + direct) : 0;
@@ -2539,7 +2522,7 @@ ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *q) {
     return attni_plan_caps_of(d, &full, &c) == ATTN_OK ? c.bytes : 0;
 }
 
-#define ATTNI_UNEQUAL 0.4f // of the cost that tasks of equal sequences may have
+#define ATTNI_UNEQUAL 0.6f // of the cost that tasks of equal sequences may have
 
 // Plans d into p, whose arrays and capacities are set; c: what d needs of them. cost: of all tasks
 // (0: a guess, without sharing).
@@ -2583,8 +2566,6 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
     if (cost > 0) total = cost;
     b.max_cost = p->params.workers > 1 && !frugal
                      ? total / (p->params.tasks_per_worker * (float)p->params.workers) : 0;
-    b.total = unequal ? 0 : total;
-    b.spent = 0;
     // unequal sequences leave gaps that only smaller tasks fill
     if (unequal) b.max_cost *= ATTNI_UNEQUAL;
     if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;

@@ -2555,7 +2555,7 @@ __host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) {
 }
 // Of its rows: Q, folded states.
 __host__ __device__ constexpr int attni_cu_team_row_bytes(int d, int s) {
-    return (8 * s * (2 * d + 4 * d + 8) + 255) / 256 * 256;
+    return (8 * s * (2 * d + 4 * d + 4 * 8) + 255) / 256 * 256;
 }
 __host__ __device__ constexpr int attni_cu_team_smem(int q8, int d, int s) {
     return ((int)(s == 1 ? sizeof(attni_cu_teams<1>) : sizeof(attni_cu_teams<4>)) + 255) / 256 *
@@ -3190,10 +3190,11 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
         }
     }
 
-    // Adds a state to what its row's spans before it have left in shared memory.
+    // Adds a state to what its row's spans before it have left in shared memory. (Each warp keeps
+    // maxima and sums of its own there, so that no other is waited for.)
     __device__ __forceinline__ void fold(int r, float *top, float *sum, float z[OWN]) {
         const int empty = *top == ATTNI_NINF && *sum == 0.0f;
-        const uint32_t state = total + (uint32_t)(32 * S * D + 8 * r);
+        const uint32_t state = total + (uint32_t)(32 * S * D + 8 * (8 * S * stream + r));
         const uint32_t from = total + (uint32_t)(4 * (r * D + stream * (D / 4) + (lane & 3) * OWN));
         float w0, w1, m0, l0;
         uint32_t u[4];
@@ -3212,9 +3213,8 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
             attni_sts16(from + 4 * j, u);
         }
         *top = m0, *sum = l0;
-        __syncthreads(); // all have read it
-        if (stream == 0 && (lane & 3) == 0)
-            attni_sts8(state, __float_as_uint(m0), __float_as_uint(l0));
+        __syncwarp(); // all have read it
+        if ((lane & 3) == 0) attni_sts8(state, __float_as_uint(m0), __float_as_uint(l0));
     }
 
     // Hands strip I over to the team.
@@ -3294,7 +3294,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
 #pragma unroll 1
         for (int i = (int)threadIdx.x; i < rows * D / 4; i += 128)
             attni_sts16(total + 16u * i, none);
-        for (int i = (int)threadIdx.x; i < rows; i += 128)
+        for (int i = (int)threadIdx.x; i < 4 * 8 * S; i += 128)
             attni_sts8(total + (uint32_t)(32 * S * D + 8 * i), 0xff800000u, 0);
     }
 
@@ -4045,18 +4045,20 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     const int32_t whole = 1 << 30;
     attni_cu_choice k;
     int64_t rows, bytes, must = 0, most = (int64_t)256 << 20, least = (int64_t)16 << 20;
-    int32_t s, i, h, tile;
+    int32_t s, i, h, tile, codes;
     int n = 0;
     if (!out) return;
     memset(out, 0, sizeof *out);
     if (attni_cu_choose(c, d, &k) != ATTN_OK) return;
-    // a lone sequence should keep the device busy; more sequences do so by themselves
+    // a lone sequence should keep the device busy; more sequences do so by themselves. Codes of a
+    // span are of half the bytes.
     h = 1;
     while (h < 8 && 2 * h * d->n_kv_heads <= 8) h *= 2;
+    codes = 1 + (attni_is_scaled(d->kv.k.dtype) && attni_is_scaled(d->kv.v.dtype));
     tile = attni_cu_split(d, &k);
     for (i = 0; i < 6; i++)
         attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
-                      attni_max32(64, few[i][1] / h), tile * attni_cu_few_rows(&k),
+                      attni_max32(64, codes * few[i][1] / h), tile * attni_cu_few_rows(&k),
                       k.id < 16);
     if (k.kernel[ATTNI_CU_MANY]) {
         tile *= k.rows[ATTNI_CU_MANY];

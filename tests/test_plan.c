@@ -736,30 +736,28 @@ static void pieces(void) {
     }
 }
 
-// Long pieces are as long as they should be, and the last is what is left. Of equal sequences, those
-// that would be alone in the last round of tasks are cut, and only those.
-static void rounds(void) {
-    // sequences of 30 spans, tasks wanted of two heads together, spans of the last one's pieces
-    static const int32_t want[6][4] = {{1, 3, 20, 10}, {1, 2, 30, 0}, {3, 4, 16, 14},
-                                       {4, 4, 30, 0}, {5, 4, 16, 14}, {2, 3, 30, 0}};
+// Long pieces are as long as they should be, and the last is what is left.
+static void long_pieces(void) {
+    // sequences of 30 spans, tasks wanted of two heads together, spans of each one's pieces
+    static const int32_t want[5][4] = {{1, 3, 20, 10}, {1, 2, 30, 0}, {3, 10, 18, 12},
+                                       {3, 8, 23, 7}, {3, 7, 30, 0}};
     world w;
     void *mem;
     attn_plan *p;
     int32_t i, j, n, len[5] = {1920, 1920, 1920, 1920, 1920};
-    for (i = 0; i < 6; i++) {
-        decoding(&w, want[i][0], len);
+    for (i = 0; i < 5; i++) {
+        const int32_t *x = want[i];
+        decoding(&w, x[0], len);
         rule(&w, 0, 0, 0, 64);
         w.params.share = 1;
-        w.params.workers = want[i][1];
+        w.params.workers = x[1];
         w.params.tasks_per_worker = 1;
         p = build(&w, &mem);
         check_all(&w, p);
-        n = want[i][0] + (want[i][3] > 0);
-        CHECK_EQ(p->n_segments, n);
-        for (j = 0; j < p->n_segments && p->n_segments == n; j++) {
-            const attn_segment *g = &p->segment[j];
-            CHECK_EQ(g->span1 - g->span0, j < want[i][0] - 1 ? 30 : want[i][j < want[i][0] ? 2 : 3]);
-        }
+        n = x[3] ? 2 : 1;
+        CHECK_EQ(p->n_segments, n * x[0]);
+        for (j = 0; j < p->n_segments && p->n_segments == n * x[0]; j++)
+            CHECK_EQ(p->segment[j].span1 - p->segment[j].span0, x[2 + j % n]);
         free(mem);
     }
 }
@@ -768,8 +766,8 @@ static void rounds(void) {
 // sequences without queries do not count.
 static void unequal(void) {
     // tokens of the first and of three more, whether those have queries, pieces of the first
-    static const int32_t want[5][4] = {{1984, 64, 1, 7}, {1984, 1984, 1, 1}, {1984, 64, 0, 3},
-                                       {1984, 1152, 1, 1}, {1984, 960, 1, 3}};
+    static const int32_t want[5][4] = {{1984, 64, 1, 5}, {1984, 1984, 1, 1}, {1984, 64, 0, 3},
+                                       {1984, 1152, 1, 1}, {1984, 960, 1, 2}};
     int32_t i, j, n, len[4];
     world w;
     void *mem;
@@ -973,7 +971,7 @@ int main(int argc, char **argv) {
     classes();
     no_keys();
     pieces();
-    rounds();
+    long_pieces();
     unequal();
     shared_cost();
     early_rows();
