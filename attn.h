@@ -2081,7 +2081,8 @@ static int32_t attni_balanced(const attni_planner *b, float one, int32_t span, i
     x = (float)n * one / b->max_cost;
     if (!(x > ATTNI_WHOLE)) return n;
     piece = x >= (float)n ? 1 : (int64_t)((float)n / x + 0.999f);
-    if (piece * span >= ATTNI_LONG) return (int32_t)attni_min64(n, attni_max64(piece, n / most + 1));
+    if (piece * span >= ATTNI_LONG)
+        return (int32_t)attni_min64(n, attni_max64(piece, n / most + 1));
     pieces = x >= (float)n ? n : x >= 2.25f ? (int64_t)(x + 0.5f) : 1;
     pieces = attni_max64(1, attni_min64(pieces, most));
     return (int32_t)((n + pieces - 1) / pieces);

@@ -121,7 +121,7 @@ typedef struct attn_cuda_tables {
 struct attn_cuda_plan {
     attn_cuda_tables tables;
     int32_t max_q_len;             // queries of one sequence at most, ERR_BUFFER at upload beyond:
-                                   // up to 64, and up to 16 rows of a KV head where nothing is
+                                   // up to 64, and up to 8 rows of a KV head where nothing is
                                    // shared, save captured runs a launch (default 0: any)
     void *device;                  // private from here on
     size_t bytes, at[25];
@@ -352,10 +352,6 @@ ATTNI_DEV void attni_grid_wait(void) {
 #endif
 }
 
-// Barrier `id` of N threads.
-template <int N> ATTNI_DEV void attni_bar(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(N) : "memory");
-}
 ATTNI_DEV void attni_ldmatrix(uint32_t r[4], uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
@@ -912,24 +908,28 @@ ATTNI_DEV void attni_cu_merge_row(const attni_cu_args &a, const attni_cu_link *l
     float m = ATTNI_NINF, l = 0, lse, f;
     for (int c0 = 0; c0 < n_links; c0 += 32) { // a link a lane, and then a slot a lane
         attni_cu_link k = {0, 0, 0, 0, 0};
-        if (c0 + lane < n_links) k = link[c0 + lane];
+        const int one = n_links == 1;
+        if (one || c0 + lane < n_links) k = link[one ? 0 : c0 + lane];
         const int64_t first = k.partial + (int64_t)(k.token_at + t) * a.d.n_heads + head;
         int32_t end = k.n_slots; // of the lane's link, among the slots of all
 #pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
+        for (int i = 1; i < 32 && !one; i *= 2) {
             const int32_t y = __shfl_up_sync(~0u, end, i);
             if (lane >= i) end += y;
         }
         const int32_t total = __shfl_sync(~0u, end, 31);
         for (int i0 = 0; i0 < total; i0 += 32) {
             const int n = attni_min32(32, total - i0);
-            int c = 0; // the lane's slot is one of this link's
+            int64_t at = first + (i0 + lane) * (int64_t)k.seg_tokens * a.d.n_heads;
+            if (!one) {
+                int c = 0; // the lane's slot is one of this link's
 #pragma unroll
-            for (int i = 16; i; i /= 2)
-                if (__shfl_sync(~0u, end, c + i - 1) <= i0 + lane) c += i;
-            const int32_t j = i0 + lane - __shfl_sync(~0u, end - k.n_slots, c & 31);
-            const int64_t step = (int64_t)__shfl_sync(~0u, k.seg_tokens, c & 31) * a.d.n_heads;
-            const int64_t at = __shfl_sync(~0u, first, c & 31) + j * step;
+                for (int i = 16; i; i /= 2)
+                    if (__shfl_sync(~0u, end, c + i - 1) <= i0 + lane) c += i;
+                const int32_t j = i0 + lane - __shfl_sync(~0u, end - k.n_slots, c);
+                const int64_t step = (int64_t)__shfl_sync(~0u, k.seg_tokens, c) * a.d.n_heads;
+                at = __shfl_sync(~0u, first, c) + j * step;
+            }
             float2 x = make_float2(ATTNI_NINF, 0);
             if (lane < n) x = __ldcg((const float2 *)a.partial_ml + at);
             // what attni_cu_fold would give one slot after the other, for all of them at once
@@ -1164,7 +1164,8 @@ ATTNI_DEV void attni_cu_convert16(const uint4 &x, uint32_t out[8]) {
                                             &out[2 * i + 1]);
 }
 
-// The four codes of a word of dtype T as pairs of f16: NEXT: 0 and 1, 2 and 3; else 0 and 2, 1 and 3.
+// The four codes of a word of dtype T as pairs of f16: 0 and 1, 2 and 3 (NEXT), or 0 and 2, 1 and
+// 3.
 template <int T, int NEXT> ATTNI_DEV void attni_cu_pairs(uint32_t w, uint32_t out[2]) {
     if (T == ATTN_F8E5M2) {
         out[0] = __byte_perm(w, 0, NEXT ? 0x1404 : 0x2404);
@@ -2605,10 +2606,7 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
     const int c = lane % CHUNKS;
     const attni_side &mine = lane >> 4 ? a.v : a.k; // a lane has a token of K or of V
     uint32_t seen = 0xffff;
-    int32_t p, next, place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
-    if (!runs && a.d.kv.page_table && // ids of the next block are in the cache then
-        attni_cu_place(a, w, b + 1, 16 * stream + (lane & 15), &next) >= 0)
-        attni_prefetch(attni_cu_page_at(a, w.seq, next));
+    int32_t p, place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
     if (!whole && !a.closed) seen = attni_cu_look_at_rows(a, s, bits, b);
     if (!(seen >> (lane & 15) & 1)) place = -1;
     if (!runs && place >= 0)
@@ -2620,7 +2618,8 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
 #pragma unroll 4
     for (int i = 0; i < 2 * 16; i += STEP) {
         const int r = i + lane / CHUNKS; // V's rows behind those of K
-        const int n = attni_bits_of((r >> 4 ? a.v : a.k).dtype) * D / 8 - 16 * c;
+        const attn_dtype t = r >> 4 ? a.v.dtype : a.k.dtype;
+        const int n = (Q8 && t == ATTN_I4 ? D / 2 : ROW) - 16 * c;
         const uint8_t *from = (const uint8_t *)__shfl_sync(~0u, (unsigned long long)row, r);
         uint8_t *there = to + (r & 16) * ROW + attni_cu_piece<ROW>(r & 15, c);
         if (from) from += 16 * c;
@@ -2736,8 +2735,9 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
                                   : place % a.d.kv.page_tokens;
         if (n >= w.end_block) return 0;
         if (full) is |= ATTNI_CU_IS_FULL;
-        if (runs && (full || a.closed) && (uint32_t)page < (uint32_t)a.d.kv.n_pages &&
-            pos >= w.pos0 && pos + 16 <= w.hi && (pos >= w.lo || pos + 16 <= w.sink_end))
+        if ((runs ? (uint32_t)page < (uint32_t)a.d.kv.n_pages : !a.odd_rows) &&
+            (full || a.closed) && pos >= w.pos0 && pos + 16 <= w.hi &&
+            (pos >= w.lo || pos + 16 <= w.sink_end))
             is |= ATTNI_CU_IS_EASY;
         if (behind >= w.end_block) is |= ATTNI_CU_IS_LAST;
         if (behind >= w.end_block || behind >> shift != n >> shift) is |= ATTNI_CU_IS_CLOSE;
@@ -2775,13 +2775,52 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
         }
     }
 
+    // Copies a unit of block b whose tokens lie anywhere; false when one of their pages is none.
+    __device__ __forceinline__ int copy_each(int32_t b) const {
+        const attni_cu_task &w = work->task;
+        const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream + (lane & 15), j = pos - w.pos0;
+        const int32_t p = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+        const int v = lane >> 4; // a lane has a token of K or of V
+        const int32_t pg = a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, p)) : w.seq;
+        const int32_t e = j - p * a.d.kv.page_tokens;
+        if (a.d.kv.page_table && pos + ATTNI_CU_BLOCK < w.hi) { // the next block's
+            const int32_t ahead = j + ATTNI_CU_BLOCK;
+            attni_prefetch(attni_cu_page_at(a, w.seq, a.page_shift >= 0
+                                                          ? ahead >> a.page_shift
+                                                          : ahead / a.d.kv.page_tokens));
+        }
+        if (!__all_sync(~0u, (uint32_t)pg < (uint32_t)a.d.kv.n_pages)) return 0;
+        const uint8_t *row = v ? a.v.data + pg * a.v.page_bytes + e * a.v.token_bytes +
+                                     w.kv_head * a.v.head_bytes
+                               : a.k.data + pg * a.k.page_bytes + e * a.k.token_bytes +
+                                     w.kv_head * a.k.head_bytes;
+        const uint32_t there = ring + (uint32_t)(stage * STAGE) + to_lane;
+#pragma unroll
+        for (int r = 0; r < 32; r += 32 / CHUNKS) { // V's rows behind those of K
+            const attn_dtype t = r >> 4 ? a.v.dtype : a.k.dtype;
+            const uint8_t *from = (const uint8_t *)__shfl_sync(~0u, (unsigned long long)row,
+                                                               r + lane / CHUNKS);
+            if (!Q8 || t != ATTN_I4 || lane % CHUNKS < CHUNKS / 2)
+                attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(r & 15) << 4)) +
+                                     (uint32_t)(r * ROW),
+                                 from + 16 * (lane % CHUNKS), 16);
+        }
+        if (Q8) {
+            const int64_t to_page = v ? a.v.head_scale ? 0 : a.v.page_bytes
+                                      : a.k.head_scale ? 0 : a.k.page_bytes;
+            attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
+                            scale + pg * to_page + (e - (lane & 15)) * to_scale(v), 4);
+        }
+        return 1;
+    }
+
     // Asks for the task's block number n.
     __device__ __forceinline__ void issue(int n) {
         const int32_t pg = __shfl_sync(~0u, page, n & 31), e = __shfl_sync(~0u, place, n & 31);
         const uint32_t is = __shfl_sync(~0u, block, n & 31);
         const int32_t b = (int32_t)(is >> ATTNI_CU_IS_BITS);
-        if (is & ATTNI_CU_IS_EASY) copy(pg, e);
-        else if (is & ATTNI_CU_IS_THERE)
+        if (is & ATTNI_CU_IS_EASY && runs) copy(pg, e);
+        else if (is & ATTNI_CU_IS_THERE && !(is & ATTNI_CU_IS_EASY && copy_each(b)))
             attni_cu_copy_tokens<Q8, D>(
                 a, work, (uint8_t *)f + (ring - attni_smem(f)) + stage * STAGE,
                 f->bits[stage][stream], b, is & ATTNI_CU_IS_FULL, runs, pg);
@@ -2891,7 +2930,8 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
                 const uint32_t y = attni_max32((int32_t)(__float_as_uint(top) >> 23), 11);
                 const float per = __uint_as_float((264 - attni_min32(y, 254)) << 23);
 #pragma unroll
-                for (int i = 0; i < 4; i++) u[i] = attni_pair<0>(x[2 * i] * per, x[2 * i + 1] * per);
+                for (int i = 0; i < 4; i++)
+                    u[i] = attni_pair<0>(x[2 * i] * per, x[2 * i + 1] * per);
                 attni_sts8(q + attni_cu_piece<QROW>(r, c & ~1) + 8u * (c & 1), u[0], u[2]);
                 attni_sts8(q + attni_cu_piece<QROW>(r, c | 1) + 8u * (c & 1), u[1], u[3]);
                 scale = __uint_as_float((y - 10) << 23);
