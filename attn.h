@@ -2523,15 +2523,15 @@ ATTN_DEF size_t attn_plan_bytes(const attn_desc *d, const attn_plan_params *q) {
     return attni_plan_caps_of(d, &full, &c) == ATTN_OK ? c.bytes : 0;
 }
 
-#define ATTNI_UNEQUAL 0.6f // of the cost that tasks of equal sequences may have
+#define ATTNI_MIXED 1.5f // times as many tasks where rows of some are shared: kernels of two kinds
 
 // Plans d into p, whose arrays and capacities are set; c: what d needs of them. cost: of all tasks
 // (0: a guess, without sharing).
 static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_plan_caps *c,
                                   int frugal, float cost) {
     attni_planner b;
-    float total = 0, longest = 0, one;
-    int32_t s, n, active = 0, unequal;
+    float total = 0;
+    int32_t s, n;
     attn_result r;
     p->n_seq = d->n_seq;
     p->n_tokens = d->q_start[d->n_seq];
@@ -2556,19 +2556,12 @@ static attn_result attni_plan_try(attn_plan *p, const attn_desc *d, const attni_
         attni_seq_spans(d, &p->params, s, q);
         b.tiles_left -= attni_tile_count(p, q, q->q_len);
         b.rows_left -= attni_owed(p, q);
-        one = attni_seq_cost(&b, q);
-        total += one;
-        longest = one > longest ? one : longest;
-        active += q->q_len > 0;
+        total += attni_seq_cost(&b, q);
     }
-    longest *= (float)p->n_kv_heads;
     total *= (float)p->n_kv_heads;
-    unequal = attni_n_rules(&p->params) && longest * (float)active > 1.5f * total;
-    if (cost > 0) total = cost;
+    if (cost > 0) total = cost / ATTNI_MIXED;
     b.max_cost = p->params.workers > 1 && !frugal
                      ? total / (p->params.tasks_per_worker * (float)p->params.workers) : 0;
-    // unequal sequences leave gaps that only smaller tasks fill
-    if (unequal) b.max_cost *= ATTNI_UNEQUAL;
     if ((r = attni_plan_order(&b, &n)) != ATTN_OK) return r;
     p->n_active = n;
     attni_plan_segments(&b, n);

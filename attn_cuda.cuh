@@ -2545,9 +2545,9 @@ template <int S> struct attni_cu_teams {
     attni_cu_work<ROWS, 128> work[2];            // tasks take turns
 };
 
-// Blocks on a multiprocessor.
-__host__ __device__ constexpr int attni_cu_team_blocks(int d, int s) {
-    return s > 1 ? 2 : d == 64 ? 4 : 3;
+// Blocks on a multiprocessor: converting hides behind more of them, else registers are worth more.
+__host__ __device__ constexpr int attni_cu_team_blocks(int q8, int d, int s) {
+    return s == 1 && (q8 || d == 64) ? 3 : 2;
 }
 // Units that a warp has under way, and their bytes. (A strip's state fits into one.)
 __host__ __device__ constexpr int attni_cu_team_stages(int d) { return d == 128 ? 2 : 3; }
@@ -3453,7 +3453,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
 };
 
 template <int BF, int Q8, int D, int S>
-static __global__ void __launch_bounds__(128, attni_cu_team_blocks(D, S))
+static __global__ void __launch_bounds__(128, attni_cu_team_blocks(Q8, D, S))
     attni_cu_team_tasks(const __grid_constant__ attni_cu_args a) {
 #if __CUDA_ARCH__ >= 800
     extern __shared__ __align__(256) uint8_t smem[];
@@ -3826,6 +3826,7 @@ typedef struct attni_cu_choice { // kernels of a problem
     int smem[ATTNI_CU_KINDS];
     int threads[ATTNI_CU_KINDS];
     int rows[ATTNI_CU_KINDS];               // of a tile
+    int at_once;                            // tasks of FEW on a multiprocessor, about
     int32_t id;                             // the same for the same kernels
     const char *name;
 } attni_cu_choice;
@@ -3847,8 +3848,10 @@ static void attni_cu_fill(int arch, int mods, attni_cu_choice *c) {
     constexpr int WK = EXACT ? 256 : DK, WV = EXACT ? 256 : DV;
     const int plain = EXACT && arch >= 80 && !mods;
     c->threads[ATTNI_CU_FEW] = c->threads[ATTNI_CU_MANY] = ATTNI_CU_THREADS;
+    c->at_once = 2;
     if (plain) {
         constexpr int TEAM_BF = Q8 ? 0 : BF; // codes become f16, whatever Q is
+        c->at_once = attni_cu_team_blocks(Q8, MK, 1);
         attni_cu_fill_team<TEAM_BF, Q8, MK, 1>(ATTNI_CU_FEW, c);
         attni_cu_fill_team<TEAM_BF, Q8, MK, 4>(ATTNI_CU_SOME, c);
     } else if (EXACT && arch >= 80) {
@@ -3876,6 +3879,7 @@ static void attni_cu_fill_simt(int32_t vd, attni_cu_choice *c) {
     c->smem[ATTNI_CU_FEW] =
         (int)((sizeof(attni_cu_shared) + 127) / 128 * 128 + sizeof(attni_cu_simt_tile));
     c->threads[ATTNI_CU_FEW] = ATTNI_CU_THREADS;
+    c->at_once = 2;
     c->rows[ATTNI_CU_FEW] = ATTNI_CU_SIMT_ROWS;
     c->id = vd <= 256 ? 1 : 2;
     c->name = "simt";
@@ -4108,7 +4112,7 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
         attni_cu_rule(out, &n, 0, 0, whole, tile, 1);
     }
     out->workers = c->n_sm;
-    out->tasks_per_worker = 3; // blocks that run at once
+    out->tasks_per_worker = (float)k.at_once;
     out->cost_kv_token = 80; // bytes of a token at an SM's share of bandwidth, in row x token units
     out->cost_row_token = 3;
     out->cost_partial = 60;
