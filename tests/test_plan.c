@@ -393,8 +393,8 @@ static void check_cost(const world *w, const attn_task *t, int64_t spans, float 
     if (q->max_task_cost > 0)
         CHECK(t->cost <= q->max_task_cost || (spans == 1 && t->n_tokens == 1));
     if (q->workers <= 1 || q->partial_bytes < (size_t)1 << 28) return;
-    // with rules the number of pieces is rounded, and the pieces are whole spans
-    if (n_rules(w)) CHECK(t->cost <= (1.5f * top + one) * 1.001f);
+    // with rules short ones are not cut below 2.25 times it, and pieces are whole spans
+    if (n_rules(w)) CHECK(t->cost <= (2.25f * top + one) * 1.001f);
     else CHECK(t->cost <= (top > one ? top : one) * 1.0001f);
 }
 
@@ -763,7 +763,8 @@ static void long_pieces(void) {
 }
 
 // 12 sequences of 1800 tokens, 1792 of them shared. Cuts follow from what is left to compute when
-// those count once, so the common part is cut into as many pieces as make 1.5 times the tasks wanted.
+// those count once, so the common part is cut into as many pieces as make 1.5 times the tasks
+// wanted.
 static void shared_cost(void) {
     int32_t len[14], s, cut = 0;
     world w;
