@@ -40,9 +40,11 @@
    THREADS   No state but the caller's structs. One image: one run at a time, in stream order.
    ERRORS    Bad input is told at the call. Kernels compare every page, slot and block id with its
              count, skip a bad one and set *c.error.
-   NUMERICS  FAST: tensor cores round the weights P to Q's type; scores and sums are f32. APPROX is
-             FAST; PORTABLE is ERR_UNSUPPORTED. A row's bits do not depend on the rest of the batch,
-             page size, layout, placement or sharing.
+   NUMERICS  FAST: tensor cores round the weights P to Q's type, and few rows' to f16 where K and V
+             are quantised; then Q becomes, row by row, 16-bit fixed point for integers of K, f16
+             for floats. Scores and sums are f32. APPROX is FAST; PORTABLE is ERR_UNSUPPORTED.
+             A row's bits do not depend on the rest of the batch, page size, layout, placement or
+             sharing.
    LIMITS    Layout K16 is the CPU's: ERR_UNSUPPORTED. */
 
 #ifndef ATTN_CUDA_CUH
@@ -2524,7 +2526,6 @@ static __global__ void __launch_bounds__(
 // range row by row. Weights of V are kept in f16's range by a row's running maximum, which looks at
 // V's scales, too, and is kept 2^6 too low, so that small weights lose nothing.
 
-
 enum { // of a block: there is one; all rows see all of it; the warp's unit can be read as it lies;
        // a span ends behind it; the task, too; spans before it are empty; time to ask for the next
        // task. Its number (of 25 bits) is kept above.
@@ -2549,7 +2550,7 @@ template <int S> struct attni_cu_teams {
 __host__ __device__ constexpr int attni_cu_team_blocks(int q8, int d, int s) {
     return s == 1 && (q8 || d == 64) ? 3 : 2;
 }
-// Units that a warp has under way, and their bytes. (A strip's state fits into one.)
+// Units that a warp has under way, and their bytes.
 __host__ __device__ constexpr int attni_cu_team_stages(int d) { return d == 128 ? 2 : 3; }
 __host__ __device__ constexpr int attni_cu_team_stage(int q8, int d) {
     return 2 * 16 * (q8 ? d + 8 : 2 * d); // codes: with their scales, rounded up to 256
@@ -2573,9 +2574,9 @@ template <int BYTES> ATTNI_DEV uint32_t attni_cu_piece(int r, int c) {
     return (uint32_t)(r * BYTES + ((c ^ attni_cu_twist<BYTES>(r)) << 4));
 }
 
-// What the rows of a task see of a warp's unit of block b, to bits; returns what
-// any of them sees. A warp calls. (Not a member, as objects whose address is passed on keep the
-// arguments from being read as constants.)
+// What the rows of a task see of a warp's unit of block b, to bits; returns what any of them sees.
+// A warp calls. (Not a member, as objects whose address is passed on keep the arguments from being
+// read as constants.)
 template <class W>
 ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s, uint16_t *bits,
                                              int32_t b) {
@@ -2593,13 +2594,12 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     return a.sparse ? any : 0xffff; // what no row sees is not read
 }
 
-// Copies a unit of block b token by token: a partial one, one whose page is none, tokens that do
-// not lie in runs, rows that are no multiples of 16 bytes. page: of the unit where there are runs.
-// A warp calls. (It has no registers to spare for this.)
+// Copies a unit of block b token by token: a partial one, one with a page that is none, rows that
+// are no multiples of 16 bytes. page: of the unit where there are runs. A warp calls. (It has no
+// registers to spare for this.)
 template <int Q8, int D, class W>
-ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a,
-                                        W *s, uint8_t *to, uint16_t *bits, int32_t b, int whole,
-                                        int runs, int32_t page) {
+ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a, W *s, uint8_t *to, uint16_t *bits,
+                                        int32_t b, int whole, int runs, int32_t page) {
     constexpr int ROW = Q8 ? D : 2 * D, CHUNKS = ROW / 16, STEP = 32 / CHUNKS;
     const attni_cu_task &w = s->task;
     const int lane = (int)threadIdx.x & 31, stream = (int)threadIdx.x >> 5 & 3;
@@ -2644,6 +2644,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
     static constexpr int CHUNKS = ROW / 16;
     static constexpr int M = Q8 ? 0 : BF;    // of products: bf16, else f16
     static constexpr int LOW = 6;            // maxima are 2^LOW too low
+    static_assert(STAGE >= 8 * 4 * D, "a strip's state is handed over where a unit was");
     typedef attni_cu_teams<S> teams_t;
     typedef attni_cu_work<8 * S, 128> work_t;
     const attni_cu_args &a;
