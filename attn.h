@@ -2139,6 +2139,15 @@ static void attni_emit(attni_planner *b, int32_t lo, int32_t hi, int32_t span0, 
     }
 }
 
+// Is each token of the spans [from, to) seen by a row of q? (Sparse terms are another matter.)
+static int attni_sees_spans(const attn_mask *m, const attn_plan_seq *q, int32_t from, int32_t to) {
+    int64_t p0 = attni_max64((int64_t)from * q->span, q->kv_pos0), p1 = (int64_t)to * q->span;
+    int64_t end = (int64_t)q->q_pos0 + q->q_len;
+    if (m->window_left && (int64_t)q->q_pos0 - (m->window_left - 1) > p0) return 0;
+    if (m->kind != ATTN_MASK_FULL) return end >= p1;
+    return !m->window_right || end - 1 + m->window_right >= p1;
+}
+
 // Is it worth computing the spans [from, to) of places [lo, hi) once for all? Charges workspace
 // (for the whole rest of these rows, unless an outer segment did) and capacities if so.
 static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t from, int32_t to,
@@ -2147,12 +2156,13 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
     const attn_plan_seq *head = &p->seq[p->order[lo]];
     int64_t slots = 0, owed = 0, n = hi - lo, tiles;
     float gain, loss;
-    int starts = attni_folds(p, head);
+    int starts = attni_folds(p, head), all_see = 1;
     int32_t i;
     *tokens = 0;
     for (i = lo; i < hi; i++) {
         const attn_plan_seq *q = &p->seq[p->order[i]];
         *tokens += q->q_len;
+        all_see &= attni_sees_spans(&b->d->mask, q, from, to);
         starts &= from <= q->span0;
         if (reserved) // a row whose own spans end before
             slots += (int64_t)q->q_len * attni_max32(0, to - attni_max32(from, q->span1));
@@ -2163,7 +2173,7 @@ static int attni_worth_sharing(attni_planner *b, int32_t lo, int32_t hi, int32_t
     }
     if (p->params.share == 1 || b->frugal) return 0;
     // with a table: rows of a tile would meet weight 0 x NaN in V that only another sequence sees
-    if (attni_n_rules(&p->params) && attni_has_sparse(&b->d->mask)) return 0;
+    if (attni_n_rules(&p->params) && (attni_has_sparse(&b->d->mask) || !all_see)) return 0;
     if (!reserved) slots += (int64_t)*tokens * (starts ? 1 : to - from);
     slots *= p->n_heads;
     gain = (float)(n - 1) * (float)(to - from) * (float)head->span * p->params.cost_kv_token *
@@ -2654,6 +2664,11 @@ static int attni_plan_patch(attn_plan *p, const attn_desc *d) {
     }
     for (i = 0; i + 1 < p->n_active; i++)
         if (p->share[i] != attni_shared_spans(d, p, p->order[i], p->order[i + 1])) return 0;
+    for (i = 0; i < p->n_segments && attni_n_rules(&p->params) && p->n_shared; i++) {
+        const attn_segment *g = &p->segment[i];
+        for (s = g->seq0; s < g->seq0 + g->n_seq && g->n_seq > 1; s++)
+            if (!attni_sees_spans(&d->mask, &p->seq[p->order[s]], g->span0, g->span1)) return 0;
+    }
     return 1;
 }
 

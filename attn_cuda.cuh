@@ -2301,6 +2301,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                     if (sums[i][1] == 0.0f) o[i][j][2] = o[i][j][3] = 0;
                 }
         }
+        __syncwarp(); // Q has been read
         const uint32_t to = q + (uint32_t)(row(0, 0) * DV * 2 + 4 * mine);
         const uint32_t rx = (uint32_t)((lane >> 2 & 7) << 4);
 #pragma unroll
