@@ -2066,8 +2066,9 @@ static int64_t attni_owed(const attn_plan *p, const attn_plan_seq *q) {
     return attni_writes(p, q, n) ? 0 : (int64_t)q->q_len * p->n_heads * n;
 }
 
-#define ATTNI_WHOLE 1.3f // so many times max_cost are not cut
-#define ATTNI_LONG 1024  // tokens of a piece that need not be as long as the others
+#define ATTNI_LONG 1024   // tokens of a piece that need not be as long as the others
+#define ATTNI_WHOLE 1.3f  // so many times max_cost are not cut at all,
+#define ATTNI_SHORT 2.25f // nor so many into pieces shorter than ATTNI_LONG
 
 // Spans per piece of n, of `span` tokens, so that pieces are no dearer than they should be: without
 // rules, than max_cost; with them, long pieces and one with the rest, which fills gaps at the end,
@@ -2083,7 +2084,7 @@ static int32_t attni_balanced(const attni_planner *b, float one, int32_t span, i
     piece = x >= (float)n ? 1 : (int64_t)((float)n / x + 0.999f);
     if (piece * span >= ATTNI_LONG)
         return (int32_t)attni_min64(n, attni_max64(piece, n / most + 1));
-    pieces = x >= (float)n ? n : x >= 2.25f ? (int64_t)(x + 0.5f) : 1;
+    pieces = x >= (float)n ? n : x >= ATTNI_SHORT ? (int64_t)(x + 0.5f) : 1;
     pieces = attni_max64(1, attni_min64(pieces, most));
     return (int32_t)((n + pieces - 1) / pieces);
 }
