@@ -4713,10 +4713,8 @@ static int attni_cu_may_have(const attn_cuda_plan *g, const attni_cu_choice *k, 
 static attn_result attni_cu_launch(const attn_cuda *c, attni_cu_kernel kernel, int64_t blocks,
                                    int threads, int smem, int joins, const attni_cu_args *a,
                                    attn_cuda_stream stream) {
-    cudaLaunchConfig_t l;
-    cudaLaunchAttribute early;
-    memset(&l, 0, sizeof l);
-    memset(&early, 0, sizeof early);
+    cudaLaunchConfig_t l = {};
+    cudaLaunchAttribute early = {};
     l.gridDim = dim3((unsigned)blocks);
     l.blockDim = dim3((unsigned)threads);
     l.dynamicSmemBytes = (size_t)smem;
