@@ -683,12 +683,17 @@ ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *s, const attni_cu_t
     return s->all[at >> 5] >> (at & 31) & 1;
 }
 
+// The page, in its sequence, of token j of what is held.
+ATTNI_DEV int32_t attni_cu_page_index(const attni_cu_args &a, int32_t j) {
+    return a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+}
+
 // Where token i of block b lies: its page's index in the sequence and its place there, -1 when it
 // is not read.
 ATTNI_DEV int32_t attni_cu_place(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
                                  int32_t *page) {
     const int32_t pos = b * ATTNI_CU_BLOCK + i, j = pos - w.pos0; // hi is at most INT32_MAX
-    *page = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+    *page = attni_cu_page_index(a, j);
     if (pos < 0 || pos >= w.hi || pos < w.pos0 || (pos < w.lo && pos >= w.sink_end)) return -1;
     return j - *page * a.d.kv.page_tokens;
 }
@@ -2711,8 +2716,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
         const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream, j = pos - w.pos0;
         if (runs && a.d.kv.page_table && b < end && j > -16 && pos < w.hi &&
             (pos + 15 >= w.lo || pos < w.sink_end))
-            pg = __ldg(attni_cu_page_at(
-                a, w.seq, a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens));
+            pg = __ldg(attni_cu_page_at(a, w.seq, attni_cu_page_index(a, j)));
         const int32_t n = now.x >> 1, first = __shfl_sync(~0u, b, 0);
         int32_t behind = __shfl_down_sync(~0u, n, 1);
         int32_t before = __shfl_up_sync(~0u, n >> shift, 1);
@@ -2752,6 +2756,14 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
     __device__ __forceinline__ int64_t to_scale(int v) const {
         return v ? a.v.head_scale ? 0 : a.v.scale_token : a.k.head_scale ? 0 : a.k.scale_token;
     }
+    // Copies the lane's scale, of a unit, from where it lies in page pg, its token e places behind
+    // the one that `scale` is of.
+    __device__ __forceinline__ void copy_scale(int32_t pg, int32_t e) const {
+        const int64_t to_page = lane >> 4 ? a.v.head_scale ? 0 : a.v.page_bytes
+                                          : a.k.head_scale ? 0 : a.k.page_bytes;
+        attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
+                        scale + pg * to_page + e * to_scale(lane >> 4), 4);
+    }
 
     // Copies a unit that lies in one run of a page.
     __device__ __forceinline__ void copy(int32_t pg, int32_t e) const {
@@ -2769,28 +2781,19 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
                                          (uint32_t)((16 * v + n) * ROW),
                                      from, 16);
         }
-        if (Q8) {
-            const int64_t to_page = lane >> 4 ? a.v.head_scale ? 0 : a.v.page_bytes
-                                              : a.k.head_scale ? 0 : a.k.page_bytes;
-            attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
-                            scale + pg * to_page + e * to_scale(lane >> 4), 4);
-        }
+        if (Q8) copy_scale(pg, e);
     }
 
     // Copies a unit of block b whose tokens lie anywhere; false when one of their pages is none.
     __device__ __forceinline__ int copy_each(int32_t b) const {
         const attni_cu_task &w = work->task;
         const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream + (lane & 15), j = pos - w.pos0;
-        const int32_t p = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+        const int32_t p = attni_cu_page_index(a, j);
         const int v = lane >> 4; // a lane has a token of K or of V
         const int32_t pg = a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, p)) : w.seq;
         const int32_t e = j - p * a.d.kv.page_tokens;
-        if (a.d.kv.page_table && pos + ATTNI_CU_BLOCK < w.hi) { // the next block's
-            const int32_t ahead = j + ATTNI_CU_BLOCK;
-            attni_prefetch(attni_cu_page_at(a, w.seq, a.page_shift >= 0
-                                                          ? ahead >> a.page_shift
-                                                          : ahead / a.d.kv.page_tokens));
-        }
+        if (a.d.kv.page_table && pos + ATTNI_CU_BLOCK < w.hi) // the next block's
+            attni_prefetch(attni_cu_page_at(a, w.seq, attni_cu_page_index(a, j + ATTNI_CU_BLOCK)));
         if (!__all_sync(~0u, (uint32_t)pg < (uint32_t)a.d.kv.n_pages)) return 0;
         const uint8_t *row = v ? a.v.data + pg * a.v.page_bytes + e * a.v.token_bytes +
                                      w.kv_head * a.v.head_bytes
@@ -2807,12 +2810,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
                                      (uint32_t)(r * ROW),
                                  from + 16 * (lane % CHUNKS), 16);
         }
-        if (Q8) {
-            const int64_t to_page = v ? a.v.head_scale ? 0 : a.v.page_bytes
-                                      : a.k.head_scale ? 0 : a.k.page_bytes;
-            attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
-                            scale + pg * to_page + (e - (lane & 15)) * to_scale(v), 4);
-        }
+        if (Q8) copy_scale(pg, e - (lane & 15));
         return 1;
     }
 

@@ -762,6 +762,30 @@ static void pieces(void) {
     }
 }
 
+// With a table, a window that reaches over all of a shared prefix leaves it shared; one that begins
+// inside does not, nor one that a later token lets begin there.
+static void windows(void) {
+    int32_t len[3] = {1793, 1793, 1793}, s, rebuilt;
+    world w;
+    void *mem;
+    attn_plan *p;
+    decoding(&w, 3, len);
+    for (s = 0; s < 3; s++) w.page[s * STRIDE + 112] = 200 + s;
+    w.d.kv.n_pages = 300;
+    rule(&w, 0, 0, 0, 64);
+    w.params.share = 2;
+    w.params.workers = 4;
+    w.d.mask.window_left = 1793; // the last query is at 1792: all of it
+    p = build(&w, &mem);
+    check_all(&w, p);
+    CHECK(p->n_shared > 0);
+    for (s = 0; s < 3; s++) w.kv_len[s]++, w.q_pos0[s]++;
+    CHECK_EQ(attn_plan_update(p, &w.d, &rebuilt), ATTN_OK);
+    check_all(&w, p);
+    CHECK(rebuilt && p->n_shared == 0);
+    free(mem);
+}
+
 // Long pieces are as long as they should be, and the last is what is left.
 static void long_pieces(void) {
     // sequences of 30 spans, tasks wanted of two heads together, spans of each one's pieces
@@ -973,6 +997,7 @@ int main(int argc, char **argv) {
     classes();
     no_keys();
     pieces();
+    windows();
     long_pieces();
     shared_cost();
     early_rows();
