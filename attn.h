@@ -23,7 +23,8 @@
 
    CONTENTS (search for the tag)
        >>config   >>result   >>dtype   >>tensor   >>kv   >>mask   >>desc   >>validate   >>plan
-       >>ref   >>pool   >>tree   >>blob   >>check   and the implementation of each behind  >>impl
+       >>ref   >>select   >>pool   >>tree   >>blob   >>check
+       and the implementation of each behind  >>impl
 
    MACROS
        ATTN_IMPLEMENTATION        implement every attn header this file includes
@@ -207,11 +208,16 @@ typedef struct attn_block_list {
     int32_t n_lists;             // 1 (all heads share), n_kv_heads or n_heads
     int32_t n_rows;              // row blocks in each list
     const int64_t *row_start;    // (n_lists, n_rows + 1) offsets into block; NULL: no block list
+    const int64_t *row_end;      // (n_lists, n_rows + 1) where each row's entries end, the last of
+                                 // a list unused (default NULL: where the next row's start)
     const int32_t *block;        // KV block ids
     const uint64_t *bits;        // (default NULL: whole blocks)
     int32_t bits_rows, bits_cols;
     const int32_t *seq_row;      // (n_seq) list row of the row block 0 of each sequence, may be
                                  // negative (default NULL: 0 for all)
+    int64_t device_entries;      // > 0: row_start, row_end, block and bits lie in device memory,
+                                 // block with so many entries: host functions leave them alone,
+                                 // kernels check them (default 0: host memory). Not on the CPU
 } attn_block_list;
 
 // dkernel's closed form with i = p / block, j = k / block, h = KV head + head0:
@@ -478,6 +484,168 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
 // 1 when query token t (of all n_tokens) and head h see the held token j (0 .. kv_len - 1) of their
 // sequence s. d must be valid.
 ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t h, int32_t j);
+
+// ==== >>select  Block lists computed from Q and K ================================================
+//
+// A selector is a pure function of Q, K and parameters: for every row block of queries it lists the
+// KV blocks worth reading. Everything after it is the ordinary mask: put attn_selection_mask's
+// terms into the descriptor and run. Where scores tie, the lower index wins. Selection uses
+// logits.scale and softcap; ERR_UNSUPPORTED with ALiBi, bias, a window, FULL or TREE masks.
+//
+// Rows. A list row is a row block (row_block absolute positions) of one sequence that holds at
+// least one of its queries; sequences in order, each with its row blocks in order. seq_row follows
+// from that, so attn_block_list needs nothing else. In decode (q_len 1) a sequence has one row.
+// Every row's entries lie at row * row_capacity, so that rows are written by any thread.
+
+typedef enum attn_select_kind {
+    ATTN_SELECT_NONE = 0,
+    ATTN_SELECT_FLEX = 1,  // FlexPrefill: vertical-slash and query-aware heads
+    ATTN_SELECT_HIP1 = 2,  // HiP, first generation: width doubling
+    ATTN_SELECT_HIP2 = 3,  // HiP (ICLR'25): binary splitting
+    ATTN_SELECT_HIP3 = 4,  // InfiniteHiP: staged chunk scan
+    ATTN_SELECT_EXACT = 5  // ours: certified top blocks by branch and bound over page summaries
+} attn_select_kind;
+
+typedef enum attn_select_heads {
+    ATTN_SELECT_HEADS_DEFAULT = 0, // FLEX, HIP1, HIP2: EACH; HIP3: ALL; EXACT: GROUP
+    ATTN_SELECT_EACH = 1,          // a list for every query head
+    ATTN_SELECT_GROUP = 2,         // one for the query heads of a KV head
+    ATTN_SELECT_ALL = 3            // one for all heads
+} attn_select_heads;
+
+// FlexPrefill (arXiv 2502.20766). The last n = min(kv_block, q_len) queries of a sequence are
+// scored against every key, A = their softmax. Default: corrected, defined so:
+//   mass[r][j]  A / n summed over the keys of block j and the queries of row block r
+//   slash[x]    a pair at distance t adds (1 - f) A / n to x = t div B and f A / n to x + 1,
+//               f = (t mod B) / B; what lies beyond the last diagonal is dropped
+//   always kept: block 0, the diagonal block. Masses below leave their cells out.
+//   columns j   by mass summed over r, descending, until they hold gamma of what they sum to
+//   diagonals x by slash mass, descending, until they hold gamma of it; both counts within the
+//               budgets. A row r keeps columns j <= r and blocks r - x.
+//   query-aware heads, if JS(e, mass summed over r) < tau, e = softmax over blocks of the mean of
+//               these queries against blocks' mean keys: every row r has e_r = softmax over j <= r
+//               of its mean query against mean keys and keeps the fewest blocks by e_r that hold
+//               gamma'; gamma' >= gamma is the least for which the rows of A hold gamma of mass[r]
+//               too. The budgets bound the blocks of a row.
+// compatible: the reference's own sets (spec/flexprefill: as coded), scale 1 / sqrt(head_dim).
+// A sequence with q_len <= max(2 B, min_budget rounded up to B) keeps every block.
+typedef struct attn_flex {
+    int32_t compatible; // 1: as the reference's code has it (default 0: corrected)
+    float gamma;        // (default 0: .95)
+    float tau;          // (default 0: no head is query-aware)
+    int32_t min_budget; // tokens, of columns and of diagonals each (default 0: one block)
+    int32_t max_budget; // (default 0: no limit)
+} attn_flex;
+
+// Position styles for keys stored un-rotated (HiP's context extension), see spec/hip 2f.
+typedef enum attn_rope_style {
+    ATTN_ROPE_NONE = 0, // keys are stored as they are to be scored
+    ATTN_ROPE_RELATIVE = 1,
+    ATTN_ROPE_CHUNK = 2, // = streaming
+    ATTN_ROPE_INFLLM = 3,
+    ATTN_ROPE_DYNAMIC = 4,
+    ATTN_ROPE_SELF_EXTEND = 5
+} attn_rope_style;
+
+#define ATTN_HIP_STAGES 6
+
+typedef struct attn_hip_stage {
+    int32_t q_block;  // queries that share a scan, <= the stage before, a multiple of row_block
+    int32_t q_stride; // runs of so many queries are averaged (default 0: 1)
+    int32_t chunk;    // tokens of a chunk, a divisor of the stage before
+    int32_t keep;     // tokens admitted from the stage before; the first admits all
+    int32_t refresh;  // decode steps between scans (default 0: 1, every step)
+} attn_hip_stage;
+
+// HiP (arXiv 2406.09827, 2502.08910): sink + window + the keep best tokens. 0 means the default.
+typedef struct attn_hip {
+    int32_t keep;     // tokens kept besides sink and window (512; HIP3: 2048)
+    int32_t sink;     // tokens (16; HIP3: 256), multiple of kv_block
+    int32_t window;   // tokens (256; HIP3: 1024)
+    int32_t q_stride; // HIP1, HIP2: every so-manieth query scores (2)
+    int32_t k_stride; // ... and every so-manieth key of a block (1)
+    int32_t sample;   // HIP2: ATTN_HIP_...: which block stands for a group of blocks
+    int32_t low_dim;  // HIP1: score by the so many largest |q| dimensions (off)
+    int32_t refresh;  // HIP1, HIP2: decode steps between masks (1)
+    int32_t n_stages; // HIP3 (3: the reference's)
+    attn_hip_stage stage[ATTN_HIP_STAGES];
+} attn_hip;
+
+// Ours. Of the list's query rows r (of its heads too) and a block b of visible keys let M(r, b) be
+// the log of the sum of exp(score) over b's keys, Z(r) the same over the keys every row keeps: the
+// first block, the row block's own blocks, those before it that hold the last `recent` tokens.
+// value(b) = max over r of M(r, b) - Z(r). Kept: those blocks, and the largest by value until
+// `keep` tokens (and `share` of the visible blocks) are reached, or until, with epsilon > 0, every
+// row's missed mass is at most epsilon. Bounds of unread blocks come from page summaries: exact.
+typedef struct attn_exact {
+    int32_t keep;   // tokens per row block, what is always kept included (default 0: by share)
+    float share;    // ... as a share of the row block's visible blocks, rounded up
+    float epsilon;  // stop early at this missed share of softmax mass (default 0: fill the budget);
+                    // with neither keep nor share: no budget
+    int32_t recent; // tokens always kept before the row block (default 0: kv_block)
+} attn_exact;
+
+typedef struct attn_select {
+    attn_select_kind kind;
+    attn_select_heads heads;
+    int32_t row_block; // queries of a list row (default 0: FLEX 128, else 64)
+    int32_t kv_block;  // tokens of a listed block (default 0: FLEX 128, EXACT 64, HIP 2, HIP3 8);
+                       // FLEX: row_block = kv_block
+    int32_t dense_below; // sequences of at most so many tokens keep every block (default 0: none
+                         // but what a method says itself)
+    int32_t n_slots;     // rows of sequences that decode (default 0: they are like the others)
+    int32_t max_rows;    // capacity in list rows for later problems (default 0: as described)
+    int32_t max_kv_len;  // ... and in tokens, kv_pos0 included
+    attn_flex flex;
+    attn_hip hip;
+    attn_exact exact;
+} attn_select;
+
+// Per page and KV head the smallest and largest K of every dimension, kept by
+// attn_<dev>_summarize, and the same for runs of 8 and 64 pages, under the run's last page: a page
+// of a prefix tree has one history, so what sequences share they share here too.
+// data: (3, n_pages, n_kv_heads, 2, head_dim) bf16, rounded outwards. Memory of the backend.
+typedef struct attn_summary {
+    uint16_t *data;
+} attn_summary;
+
+// One layer's lists, in memory of the backend (seq_row in host memory). Plain data.
+typedef struct attn_selection {
+    attn_block_list list; // for desc.mask.blocks
+    int64_t *row_start, *row_end; // (n_lists, n_rows + 1): list's, writable
+    int32_t *block;               // (n_lists * n_rows * row_capacity): list's, writable
+    int32_t *visited;             // (n_lists, n_rows + 1) keys scored for the row, per head
+    float *missed;                // EXACT: (n_lists, n_rows + 1) bound on the missed share of mass
+    uint8_t *state;               // HIP: stage caches, private
+    int32_t *seq_row;             // (n_seq) host memory
+    int32_t row_capacity, max_rows, n_lists, keep_sink, keep_recent;
+    size_t state_bytes;
+} attn_selection;
+
+// ERR_ARGUMENT: bad parameters; ERR_UNSUPPORTED: see above; ERR_BUFFER: capacities.
+ATTN_DEF attn_result attn_select_check(const attn_desc *d, const attn_select *s);
+
+// List rows of d; bytes of a selection's memory and entries of one row for d, or for the capacities
+// in s if those are larger; 0 when invalid.
+ATTN_DEF int32_t attn_select_rows(const attn_desc *d, const attn_select *s);
+ATTN_DEF size_t attn_select_bytes(const attn_desc *d, const attn_select *s);
+
+// Lays a selection out in mem (64-byte aligned) and in seq_row ((n_seq), host memory). on_device:
+// mem is a GPU's and is not touched; else every row is empty until it is selected. ERR_BUFFER.
+ATTN_DEF attn_result attn_selection_init(const attn_desc *d, const attn_select *s, void *mem,
+                                         size_t bytes, int32_t *seq_row, int on_device,
+                                         attn_selection *out);
+
+// Follows d: fills in seq_row; host only, before a step's first select. slot: (n_seq)
+// distinct rows in [0, n_slots) of sequences with one query (default NULL: s). ERR_BUFFER.
+ATTN_DEF attn_result attn_selection_follow(const attn_desc *d, const attn_select *s,
+                                           const int32_t *slot, attn_selection *x);
+
+// Puts the selection's terms into a mask.
+ATTN_DEF void attn_selection_mask(const attn_selection *x, attn_mask *m);
+
+// Pairs (query, key, head) that d's mask lets through, and those its base term alone would.
+ATTN_DEF attn_result attn_mask_kept(const attn_desc *d, int64_t *kept, int64_t *base);
 
 // ==== >>pool  Pages and their reference counts ===================================================
 
@@ -953,6 +1121,39 @@ ATTNI_FAR double attni_ln(double x) { // x > 0, finite and normal
     return 2 * sum + t;
 }
 
+ATTNI_FN int attni_isnan64(double x) {
+    uint64_t u;
+    memcpy(&u, &x, 8);
+    return (u & ~((uint64_t)1 << 63)) > (uint64_t)0x7ff << 52;
+}
+
+// exp and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r. x <= 0.
+ATTNI_FAR double attni_exp64(double x) {
+    double r, s = 1, t = 1;
+    int64_t k;
+    uint64_t u;
+    int i;
+    if (attni_isnan64(x)) return x;
+    if (x < -745) return 0;
+    k = (int64_t)(x * 1.4426950408889634 - 0.5);
+    r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
+    for (i = 1; i < 16; i++) s += (t *= r / i);
+    if (k < -1000)
+        return attni_exp64(x + 693.14718055994530942) * 9.332636185032189e-302; // 2^-1000
+    u = (uint64_t)(k + 1023) << 52;
+    memcpy(&t, &u, 8);
+    return s * t;
+}
+
+ATTNI_FAR double attni_tanh64(double x) {
+    double a = x < 0 ? -x : x, e, y, q = x * x;
+    if (a < 0.03)
+        return x * (1 - q * (1.0 / 3 - q * (2.0 / 15 - q * (17.0 / 315 - q * (62.0 / 2835)))));
+    e = attni_exp64(-2 * a);
+    y = (1 - e) / (1 + e);
+    return x < 0 ? -y : y;
+}
+
 ATTNI_FN int32_t attni_v_dim(const attn_desc *d) {
     return d->v_head_dim ? d->v_head_dim : d->head_dim;
 }
@@ -1155,12 +1356,26 @@ ATTNI_FN int64_t attni_list_row(const attn_desc *d, int32_t seq, int64_t p) {
     return (b->seq_row ? b->seq_row[seq] : 0) + p / b->row_block;
 }
 
+// Where the entries of a row of a list begin and end.
+ATTNI_FN int64_t attni_row_start(const attn_block_list *b, int64_t list, int64_t row) {
+    return b->row_start[list * ((int64_t)b->n_rows + 1) + row];
+}
+ATTNI_FN int64_t attni_row_end(const attn_block_list *b, int64_t list, int64_t row) {
+    int64_t at = list * ((int64_t)b->n_rows + 1) + row;
+    return b->row_end ? b->row_end[at] : b->row_start[at + 1];
+}
+
 // Do masks differ between the query heads of a KV head?
 ATTNI_FN int attni_per_head(const attn_desc *d) {
     const attn_mask *m = &d->mask;
     return d->n_heads > d->n_kv_heads &&
            ((m->blocks.row_start && m->blocks.n_lists == d->n_heads) ||
             (m->vslash.block && m->vslash.n_lists == d->n_heads));
+}
+
+// Block lists that host functions may not read.
+ATTNI_FN int attni_device_list(const attn_mask *m) {
+    return m->blocks.row_start && m->blocks.device_entries;
 }
 
 ATTNI_FN int attni_has_sparse(const attn_mask *m) {
@@ -1186,11 +1401,10 @@ ATTNI_FAR int attni_sparse_pair(const attn_desc *d, int32_t seq, int64_t p, int6
         if (attni_contains(v->diag, v->diag_start[l], v->diag_start[l + 1], i - j)) return 1;
     }
     if (b->row_start) {
-        const int64_t *rs = b->row_start +
-                            attni_list_of(d, b->n_lists, head) * ((int64_t)b->n_rows + 1) +
-                            attni_list_row(d, seq, p);
-        int64_t e = attni_lower_bound(b->block, rs[0], rs[1], k / b->kv_block);
-        if (e < rs[1] && b->block[e] == k / b->kv_block) {
+        int32_t l = attni_list_of(d, b->n_lists, head);
+        int64_t row = attni_list_row(d, seq, p), end = attni_row_end(b, l, row);
+        int64_t e = attni_lower_bound(b->block, attni_row_start(b, l, row), end, k / b->kv_block);
+        if (e < end && b->block[e] == k / b->kv_block) {
             if (!b->bits) return 1;
             return attni_sub_bit(b, e, (int32_t)(p % b->row_block) / (b->row_block / b->bits_rows),
                                  (int32_t)(k % b->kv_block) / (b->kv_block / b->bits_cols));
@@ -1235,11 +1449,10 @@ ATTNI_FN void attni_masker_init(attni_masker *m, const attn_desc *d) {
 ATTNI_FAR void attni_list_bits(const attn_desc *d, int32_t seq, int64_t p, int32_t head, int64_t b0,
                               uint64_t bits[4]) {
     const attn_block_list *b = &d->mask.blocks;
-    const int64_t *rs = b->row_start +
-                        attni_list_of(d, b->n_lists, head) * ((int64_t)b->n_rows + 1) +
-                        attni_list_row(d, seq, p);
-    int64_t e = attni_lower_bound(b->block, rs[0], rs[1], b0 / b->kv_block);
-    for (; e < rs[1] && (int64_t)b->block[e] * b->kv_block < b0 + 256; e++) {
+    int32_t l = attni_list_of(d, b->n_lists, head);
+    int64_t row = attni_list_row(d, seq, p), end = attni_row_end(b, l, row);
+    int64_t e = attni_lower_bound(b->block, attni_row_start(b, l, row), end, b0 / b->kv_block);
+    for (; e < end && (int64_t)b->block[e] * b->kv_block < b0 + 256; e++) {
         int64_t first = (int64_t)b->block[e] * b->kv_block - b0;
         int32_t c, sub, width;
         if (!b->bits) {
@@ -1332,6 +1545,90 @@ ATTNI_FAR void attni_span_bits(attni_masker *m, const attn_plan_seq *s, int32_t 
                 bits[at / 64] |= (uint64_t)1 << (at % 64);
         }
     }
+}
+
+// ---- selectors: parameters and rows
+
+// Blocks of b tokens that hold positions [0, end).
+ATTNI_FN int64_t attni_n_blocks(int64_t end, int64_t b) { return (end + b - 1) / b; }
+
+ATTNI_FN int32_t attni_or(int32_t x, int32_t otherwise) { return x ? x : otherwise; }
+
+// s with every default filled in. 0 when a parameter is out of range.
+ATTNI_FAR int attni_select_fill(const attn_select *s, attn_select *f) {
+    const int hip = s->kind >= ATTN_SELECT_HIP1 && s->kind <= ATTN_SELECT_HIP3;
+    const int flex = s->kind == ATTN_SELECT_FLEX, exact = s->kind == ATTN_SELECT_EXACT;
+    const attn_hip_stage usual[3] = {
+        {64, 4, 256, 0, 32}, {64, 4, 32, 32768, 16}, {64, 1, 8, 8192, 8}};
+    int32_t i;
+    *f = *s;
+    if (!(hip || flex || exact) || (int)s->heads < 0 || s->heads > ATTN_SELECT_ALL) return 0;
+    if (s->row_block < 0 || s->kv_block < 0 || s->dense_below < 0) return 0;
+    if (s->n_slots < 0 || s->max_rows < 0 || s->max_kv_len < 0) return 0;
+    if (!f->heads)
+        f->heads = exact                          ? ATTN_SELECT_GROUP
+                   : s->kind == ATTN_SELECT_HIP3 ? ATTN_SELECT_ALL
+                                                  : ATTN_SELECT_EACH;
+    f->kv_block = attni_or(s->kv_block,
+                           flex ? 128 : exact ? 64 : s->kind == ATTN_SELECT_HIP3 ? 8 : 2);
+    f->row_block = attni_or(s->row_block, flex ? f->kv_block : 64);
+    if (flex) {
+        if (!(s->flex.gamma >= 0 && s->flex.gamma <= 1) || !(s->flex.tau >= 0)) return 0;
+        if (s->flex.min_budget < 0 || s->flex.max_budget < 0) return 0;
+        if (f->row_block != f->kv_block || f->heads == ATTN_SELECT_ALL) return 0;
+        if (!(s->flex.gamma > 0)) f->flex.gamma = 0.95f;
+        f->flex.min_budget = attni_or(s->flex.min_budget, f->kv_block);
+        f->flex.max_budget = attni_or(s->flex.max_budget, INT32_MAX);
+    }
+    if (exact) {
+        if (s->exact.keep < 0 || s->exact.recent < 0) return 0;
+        if (!(s->exact.share >= 0 && s->exact.share <= 1) || !(s->exact.epsilon >= 0)) return 0;
+        f->exact.recent = attni_or(s->exact.recent, f->kv_block);
+    }
+    if (!hip) return 1;
+    f->hip.keep = attni_or(s->hip.keep, s->kind == ATTN_SELECT_HIP3 ? 2048 : 512);
+    f->hip.sink = attni_or(s->hip.sink, s->kind == ATTN_SELECT_HIP3 ? 256 : 16);
+    f->hip.window = attni_or(s->hip.window, s->kind == ATTN_SELECT_HIP3 ? 1024 : 256);
+    f->hip.q_stride = attni_or(s->hip.q_stride, 2);
+    f->hip.k_stride = attni_or(s->hip.k_stride, 1);
+    f->hip.refresh = attni_or(s->hip.refresh, 1);
+    if (s->hip.keep < 0 || s->hip.sink < 0 || s->hip.window < 0 || s->hip.q_stride < 0) return 0;
+    if (s->hip.k_stride < 0 || s->hip.refresh < 0 || s->hip.low_dim < 0) return 0;
+    if (f->hip.sink % f->kv_block || f->hip.keep % f->kv_block) return 0;
+    if (s->kind != ATTN_SELECT_HIP3) return 1;
+    if (s->hip.n_stages < 0 || s->hip.n_stages > ATTN_HIP_STAGES) return 0;
+    if (!s->hip.n_stages) {
+        f->hip.n_stages = 3;
+        memcpy(f->hip.stage, usual, sizeof usual);
+    }
+    for (i = 0; i < f->hip.n_stages; i++) {
+        attn_hip_stage *t = f->hip.stage + i;
+        t->q_stride = attni_or(t->q_stride, 1);
+        t->refresh = attni_or(t->refresh, 1);
+        if (t->q_block < f->row_block || t->q_block % f->row_block || t->q_stride < 1) return 0;
+        if (t->chunk < 1 || t->keep < 0 || t->refresh < 1) return 0;
+        if (!i) continue;
+        if (t->q_block > t[-1].q_block || t[-1].q_block % t->q_block) return 0;
+        if (t->keep < t[-1].chunk || t->keep % t[-1].chunk || t[-1].chunk % t->chunk) return 0;
+    }
+    return f->hip.stage[f->hip.n_stages - 1].chunk == f->kv_block;
+}
+
+// Row blocks that hold queries of sequence s.
+ATTNI_FN int32_t attni_rows_of(const attn_desc *d, int32_t row_block, int32_t s) {
+    int32_t q_len = d->q_start[s + 1] - d->q_start[s], p = attni_q_pos0(d, s);
+    return q_len > 0 ? (p + (q_len - 1)) / row_block - p / row_block + 1 : 0;
+}
+
+// Bytes of what a HiP row remembers between steps: the position it was made at and, of every stage
+// but the first, the chunks it admits.
+ATTNI_FN int64_t attni_state_bytes(const attn_select *f) {
+    int64_t n = 1;
+    int32_t i;
+    if (f->kind < ATTN_SELECT_HIP1 || f->kind > ATTN_SELECT_HIP3) return 0;
+    for (i = 1; f->kind == ATTN_SELECT_HIP3 && i < f->hip.n_stages; i++)
+        n += 1 + f->hip.stage[i].keep / f->hip.stage[i - 1].chunk;
+    return 4 * n;
 }
 
 #endif // ATTNI_SHARED
@@ -1576,13 +1873,13 @@ static attn_result attni_check_kv(const attn_desc *d) {
     return ATTN_OK;
 }
 
-// ids of [start[i], start[i + 1]) must be ascending and unique; negative ones only where allowed.
-static int attni_bad_csr(const int64_t *start, const int32_t *ids, int64_t n, int negative) {
+// ids of [start[i], end[i]) must be ascending and unique; negative ones only where allowed.
+static int attni_bad_csr(const int64_t *start, const int64_t *end, const int32_t *ids, int64_t n,
+                         int negative) {
     int64_t i, e;
-    if (start[0] < 0) return 1;
     for (i = 0; i < n; i++) {
-        if (start[i + 1] < start[i] || (start[i + 1] > start[i] && !ids)) return 1;
-        for (e = start[i]; e < start[i + 1]; e++) {
+        if (start[i] < 0 || end[i] < start[i] || (end[i] > start[i] && !ids)) return 1;
+        for (e = start[i]; e < end[i]; e++) {
             if (ids[e] < 0 && !negative) return 1;
             if (e > start[i] && ids[e] <= ids[e - 1]) return 1;
         }
@@ -1602,9 +1899,12 @@ static attn_result attni_check_blocks(const attn_desc *d) {
     if (b->bits && (b->bits_rows < 1 || b->bits_cols < 1 || b->row_block % b->bits_rows ||
                     b->kv_block % b->bits_cols))
         return ATTN_ERR_MASK;
-    for (s = 0; s < b->n_lists; s++)
-        if (attni_bad_csr(b->row_start + s * ((int64_t)b->n_rows + 1), b->block, b->n_rows, 0))
-            return ATTN_ERR_MASK;
+    if (b->device_entries < 0) return ATTN_ERR_MASK;
+    for (s = 0; s < b->n_lists && !b->device_entries; s++) {
+        int64_t at = s * ((int64_t)b->n_rows + 1);
+        const int64_t *end = b->row_end ? b->row_end + at : b->row_start + at + 1;
+        if (attni_bad_csr(b->row_start + at, end, b->block, b->n_rows, 0)) return ATTN_ERR_MASK;
+    }
     for (s = 0; s < d->n_seq; s++) {
         int64_t q_len = d->q_start[s + 1] - d->q_start[s], p = attni_q_pos0(d, s);
         if (!q_len) continue;
@@ -1648,8 +1948,9 @@ static attn_result attni_check_mask(const attn_desc *d) {
     }
     if (v->block) {
         if (attni_bad_lists(d, v->n_lists) || !v->col_start || !v->diag_start) return ATTN_ERR_MASK;
-        if (attni_bad_csr(v->col_start, v->col, v->n_lists, 0)) return ATTN_ERR_MASK;
-        if (attni_bad_csr(v->diag_start, v->diag, v->n_lists, 1)) return ATTN_ERR_MASK;
+        if (attni_bad_csr(v->col_start, v->col_start + 1, v->col, v->n_lists, 0) ||
+            attni_bad_csr(v->diag_start, v->diag_start + 1, v->diag, v->n_lists, 1))
+            return ATTN_ERR_MASK;
     }
     if (m->kind == ATTN_MASK_TREE) {
         attn_result t = attni_check_tree(d);
@@ -1668,12 +1969,6 @@ ATTN_DEF attn_result attn_validate(const attn_desc *d) {
 
 // ==== >>impl-ref  fp64, one score at a time, from the definitions ================================
 
-static int attni_isnan64(double x) {
-    uint64_t u;
-    memcpy(&u, &x, 8);
-    return (u & ~((uint64_t)1 << 63)) > (uint64_t)0x7ff << 52;
-}
-
 // a < b, as attni_less.
 static int attni_less64(double a, double b) {
     const int64_t inf = (int64_t)0x7ff << 52;
@@ -1683,33 +1978,6 @@ static int attni_less64(double a, double b) {
     x = x < 0 ? -(x & INT64_MAX) : x;
     y = y < 0 ? -(y & INT64_MAX) : y;
     return x < y && x >= -inf && y <= inf;
-}
-
-// exp and tanh without libm, to about 1e-15: x = k ln 2 + r and a Taylor series in r. x <= 0.
-static double attni_exp64(double x) {
-    double r, s = 1, t = 1;
-    int64_t k;
-    uint64_t u;
-    int i;
-    if (attni_isnan64(x)) return x;
-    if (x < -745) return 0;
-    k = (int64_t)(x * 1.4426950408889634 - 0.5);
-    r = (x - (double)k * 0.693147180369123816490) - (double)k * 1.90821492927058770002e-10;
-    for (i = 1; i < 16; i++) s += (t *= r / i);
-    if (k < -1000)
-        return attni_exp64(x + 693.14718055994530942) * 9.332636185032189e-302; // 2^-1000
-    u = (uint64_t)(k + 1023) << 52;
-    memcpy(&t, &u, 8);
-    return s * t;
-}
-
-static double attni_tanh64(double x) {
-    double a = x < 0 ? -x : x, e, y, q = x * x;
-    if (a < 0.03)
-        return x * (1 - q * (1.0 / 3 - q * (2.0 / 15 - q * (17.0 / 315 - q * (62.0 / 2835)))));
-    e = attni_exp64(-2 * a);
-    y = (1 - e) / (1 + e);
-    return x < 0 ? -y : y;
 }
 
 ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t h, int32_t j) {
@@ -1825,6 +2093,209 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
                 attni_ref_query(d, &k, &v, s, t, h, o + row * attni_v_dim(d),
                                 lse ? lse + row : NULL);
             }
+    return ATTN_OK;
+}
+
+// ==== >>impl-select  Parameters, rows and memory of selectors ====================================
+
+ATTN_DEF attn_result attn_select_check(const attn_desc *d, const attn_select *s) {
+    attn_select f;
+    attn_result r;
+    if (!d || !s) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_check_shape(d)) != ATTN_OK) return r;
+    if ((r = attni_check_kv(d)) != ATTN_OK) return r;
+    if (!attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
+    if (d->mask.kind != ATTN_MASK_CAUSAL || d->mask.window_left || d->mask.window_right)
+        return ATTN_ERR_UNSUPPORTED;
+    return d->logits.alibi || d->logits.bias.data ? ATTN_ERR_UNSUPPORTED : ATTN_OK;
+}
+
+// List rows of d, and the end of its longest sequence.
+static int64_t attni_select_size(const attn_desc *d, const attn_select *f, int64_t *kv_end) {
+    int64_t n = f->n_slots;
+    int32_t s;
+    *kv_end = f->max_kv_len;
+    for (s = 0; s < d->n_seq; s++) {
+        *kv_end = attni_max64(*kv_end, (int64_t)attni_kv_pos0(d, s) + d->kv.kv_len[s]);
+        if (!f->n_slots || d->q_start[s + 1] - d->q_start[s] != 1)
+            n += attni_rows_of(d, f->row_block, s);
+    }
+    return attni_max64(n, 1);
+}
+
+// Entries that a row of a sequence ending at kv_end may have.
+static int64_t attni_row_capacity(const attn_select *f, int64_t kv_end) {
+    const int64_t b = f->kv_block, all = attni_n_blocks(kv_end, b);
+    int64_t n = all;
+    if (f->kind == ATTN_SELECT_EXACT && (f->exact.keep || f->exact.share > 0)) {
+        n = attni_max64(attni_n_blocks(f->exact.keep, b),
+                        (int64_t)((double)f->exact.share * (double)all) + 1);
+        n += attni_n_blocks(f->row_block, b) + attni_n_blocks(f->exact.recent, b) + 3;
+    } else if (f->kind != ATTN_SELECT_FLEX && f->kind != ATTN_SELECT_EXACT) n = f->hip.keep / b;
+    return attni_max64(1, attni_min64(all, attni_max64(n, attni_n_blocks(f->dense_below, b))));
+}
+
+static int32_t attni_select_lists(const attn_desc *d, const attn_select *f) {
+    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                                           : d->n_heads;
+}
+
+// Lays x out from base on (NULL: only counts); bytes, or 0 when they do not fit in size_t.
+static size_t attni_select_lay(const attn_desc *d, const attn_select *f, uint8_t *base,
+                               attn_selection *x) {
+    int64_t kv_end, rows = attni_select_size(d, f, &kv_end), lists = attni_select_lists(d, f);
+    int64_t cap = attni_row_capacity(f, kv_end), n, at = 0, size[6];
+    int i;
+    rows = attni_max64(rows, f->max_rows);
+    if (rows > INT32_MAX - 1 || rows * lists > (INT64_MAX >> 8) / cap) return 0;
+    n = lists * (rows + 1);
+    size[0] = size[1] = 8 * n;
+    size[2] = 4 * lists * rows * cap;
+    size[3] = 4 * n;
+    size[4] = f->kind == ATTN_SELECT_EXACT ? 4 * n : 0;
+    size[5] = f->n_slots * lists * attni_state_bytes(f);
+    memset(x, 0, sizeof *x);
+    for (i = 0; i < 6; i++) {
+        uint8_t *p = base && size[i] ? base + at : NULL;
+        if (i == 0) x->row_start = (int64_t *)(void *)p;
+        else if (i == 1) x->row_end = (int64_t *)(void *)p;
+        else if (i == 2) x->block = (int32_t *)(void *)p;
+        else if (i == 3) x->visited = (int32_t *)(void *)p;
+        else if (i == 4) x->missed = (float *)(void *)p;
+        else x->state = p;
+        at += (size[i] + 63) & ~(int64_t)63;
+    }
+    x->row_capacity = (int32_t)cap;
+    x->max_rows = (int32_t)rows;
+    x->n_lists = (int32_t)lists;
+    x->state_bytes = (size_t)attni_state_bytes(f);
+    return (uint64_t)at > (uint64_t)((size_t)-1 >> 1) ? 0 : (size_t)at;
+}
+
+ATTN_DEF int32_t attn_select_rows(const attn_desc *d, const attn_select *s) {
+    attn_select f;
+    int64_t end, n;
+    if (attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &f)) return 0;
+    n = attni_select_size(d, &f, &end);
+    return n > INT32_MAX - 1 ? 0 : (int32_t)n;
+}
+
+ATTN_DEF size_t attn_select_bytes(const attn_desc *d, const attn_select *s) {
+    attn_select f;
+    attn_selection x;
+    if (attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &f)) return 0;
+    return attni_select_lay(d, &f, NULL, &x);
+}
+
+ATTN_DEF attn_result attn_selection_init(const attn_desc *d, const attn_select *s, void *mem,
+                                         size_t bytes, int32_t *seq_row, int on_device,
+                                         attn_selection *out) {
+    attn_select f;
+    attn_result r = attn_select_check(d, s);
+    attn_selection x;
+    size_t need;
+    if (r != ATTN_OK) return r;
+    if (!mem || !seq_row || !out) return ATTN_ERR_ARGUMENT;
+    if (!attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
+    need = attni_select_lay(d, &f, (uint8_t *)mem, &x);
+    if (!need) return ATTN_ERR_OVERFLOW;
+    if (bytes < need || (uintptr_t)mem % 64) return ATTN_ERR_BUFFER;
+    x.seq_row = seq_row;
+    x.list.row_block = f.row_block;
+    x.list.kv_block = f.kv_block;
+    x.list.n_lists = x.n_lists;
+    x.list.n_rows = x.max_rows;
+    if (on_device) x.list.device_entries = (int64_t)x.n_lists * x.max_rows * x.row_capacity;
+    else memset(mem, 0, need);
+    x.list.row_start = x.row_start;
+    x.list.row_end = x.row_end;
+    x.list.block = x.block;
+    x.list.seq_row = seq_row;
+    if (f.kind >= ATTN_SELECT_HIP1 && f.kind <= ATTN_SELECT_HIP3) {
+        x.keep_sink = f.hip.sink;
+        x.keep_recent = f.hip.window;
+    }
+    *out = x;
+    return attn_selection_follow(d, s, NULL, out);
+}
+
+ATTN_DEF attn_result attn_selection_follow(const attn_desc *d, const attn_select *s,
+                                           const int32_t *slot, attn_selection *x) {
+    attn_select f;
+    attn_result r = attn_select_check(d, s);
+    int64_t kv_end, at;
+    int32_t i;
+    if (r != ATTN_OK) return r;
+    if (!x || !x->seq_row || !attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
+    if (attni_select_size(d, &f, &kv_end) > x->max_rows ||
+        attni_row_capacity(&f, kv_end) > x->row_capacity)
+        return ATTN_ERR_BUFFER;
+    for (i = 0; i < d->n_seq && f.n_slots; i++) {
+        int64_t own = slot ? slot[i] : i;
+        if (d->q_start[i + 1] - d->q_start[i] == 1 && (own < 0 || own >= f.n_slots))
+            return ATTN_ERR_BUFFER;
+    }
+    for (at = f.n_slots, i = 0; i < d->n_seq; i++) {
+        int32_t n = attni_rows_of(d, f.row_block, i), p = attni_q_pos0(d, i);
+        int decodes = f.n_slots && d->q_start[i + 1] - d->q_start[i] == 1;
+        x->seq_row[i] = (int32_t)((decodes ? slot ? slot[i] : i : at) - p / f.row_block);
+        if (!decodes) at += n;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF void attn_selection_mask(const attn_selection *x, attn_mask *m) {
+    m->blocks = x->list;
+    m->keep_sink = x->keep_sink;
+    m->keep_recent = x->keep_recent;
+}
+
+// Keys that query t of sequence s sees with head.
+static int64_t attni_count_seen(attni_masker *m, const attn_plan_seq *q, int32_t s, int32_t t,
+                                int32_t head) {
+    int64_t n = 0;
+    int32_t span, end = (q->kv_pos0 + q->kv_len - 1) / ATTN_SPAN, w;
+    int32_t p = q->q_pos0 + (m->d->mask.kind == ATTN_MASK_TREE
+                                 ? attni_tree_depth(m->d, q->q_begin, t) : t);
+    for (span = q->kv_pos0 / ATTN_SPAN; span <= end && q->kv_len > 0; span++) {
+        uint64_t bits[4];
+        attni_span_bits(m, q, s, t, p, head, span, bits);
+        for (w = 0; w < 4; w++)
+            for (; bits[w]; bits[w] &= bits[w] - 1) n++;
+    }
+    return n;
+}
+
+ATTN_DEF attn_result attn_mask_kept(const attn_desc *d, int64_t *kept, int64_t *base) {
+    attn_desc open;
+    attni_masker all, some;
+    attn_result r = attn_validate(d);
+    int32_t s, t, h, group;
+    if (r != ATTN_OK) return r;
+    if (!kept || !base) return ATTN_ERR_ARGUMENT;
+    if (d->mask.blocks.device_entries) return ATTN_ERR_UNSUPPORTED;
+    open = *d;
+    open.mask.blocks.row_start = NULL;
+    open.mask.stride.block = open.mask.vslash.block = 0;
+    open.mask.keep_sink = open.mask.keep_recent = 0;
+    attni_masker_init(&some, d);
+    attni_masker_init(&all, &open);
+    group = d->n_heads / d->n_kv_heads;
+    *kept = *base = 0;
+    for (s = 0; s < d->n_seq; s++) {
+        attn_plan_seq q;
+        memset(&q, 0, sizeof q);
+        q.q_begin = d->q_start[s];
+        q.q_len = d->q_start[s + 1] - q.q_begin;
+        q.q_pos0 = attni_q_pos0(d, s);
+        q.kv_len = d->kv.kv_len[s];
+        q.kv_pos0 = attni_kv_pos0(d, s);
+        for (h = 0; h < d->n_heads; h += attni_per_head(d) ? 1 : group)
+            for (t = 0; t < q.q_len; t++)
+                *kept += attni_count_seen(&some, &q, s, t, h) * (attni_per_head(d) ? 1 : group);
+        for (t = 0; t < q.q_len; t++)
+            *base += attni_count_seen(&all, &q, s, t, 0) * d->n_heads;
+    }
     return ATTN_OK;
 }
 

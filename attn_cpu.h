@@ -18,9 +18,9 @@
        while (i < plan->n_tasks && now() + plan->task[i].cost * seconds_per_cost < deadline)
            attn_cpu_run(&d, plan, i++, 1, partials, scratch);                on in a later frame
 
-   CONTENTS  >>isa  >>store  >>run   and behind  >>impl-:
+   CONTENTS  >>isa  >>store  >>run  >>select   and behind  >>impl-:
              kernels, types, scalar, avx2, avx512, dots, neon, wasm, dispatch, store, tasks,
-             run
+             run, scan, flex, hip, exact, select
 
    MACROS    ATTN_CPU_IMPLEMENTATION   implement this header
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
@@ -74,7 +74,8 @@ ATTN_DEF attn_result attn_cpu_set_isa(attn_cpu_isa isa);
 ATTN_DEF attn_result attn_cpu_open(void);
 // The kernels a problem runs on, e.g. "avx512bf16:bdot,bdot" (scores, weighted sums); static text.
 ATTN_DEF const char *attn_cpu_executor(const attn_desc *d);
-// ATTN_OK for every valid problem: on the CPU no combination is unsupported.
+// ATTN_OK for every valid problem: on the CPU no combination is unsupported, but block lists in a
+// device's memory are.
 ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d);
 
 // ==== >>store  Writing K and V into pages ========================================================
@@ -119,6 +120,31 @@ ATTN_DEF attn_result attn_cpu_merge(const attn_desc *d, const attn_plan *p, int3
 ATTN_DEF size_t attn_cpu_forward_bytes(const attn_desc *d, int32_t n_threads);
 ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t bytes,
                                       int32_t n_threads);
+
+// ==== >>select  Block lists from Q and K =========================================================
+
+// Work of a select call, cut into units that any threads may take (0 when s or d is invalid), and
+// the scratch of one thread.
+ATTN_DEF int64_t attn_cpu_select_units(const attn_desc *d, const attn_select *s);
+ATTN_DEF size_t attn_cpu_select_scratch_bytes(const attn_desc *d, const attn_select *s);
+
+// Selects for units [first, first + count) of d, whose K is stored already: writes x's rows of
+// these. y: for EXACT, or NULL: bounds are not used, every key is scored. scratch: 64-byte aligned,
+// this thread's own. d's mask may or may not hold x's terms. ERR_BUFFER: attn_selection_follow was
+// not called for d; ERR_PAGE.
+ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
+                                     const attn_summary *y, const attn_selection *x,
+                                     int64_t first, int64_t count, void *scratch);
+
+// A sequence moved into a slot: its first step selects anew.
+ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot);
+
+// Brings summaries up to date after the store of d's new tokens: units as of threads' choice, one a
+// page that holds a query token, any order.
+ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
+ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d);
+ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *y, int64_t first,
+                                        int64_t count);
 
 #endif // ATTN_CPU_H
 
@@ -2693,7 +2719,10 @@ ATTN_DEF const char *attn_cpu_executor(const attn_desc *d) {
     return names[x.isa][x.qk_kind + 3 * x.pv_kind];
 }
 
-ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) { return attn_validate(d); }
+ATTN_DEF attn_result attn_cpu_supports(const attn_desc *d) {
+    attn_result r = attn_validate(d);
+    return r == ATTN_OK && attni_device_list(&d->mask) ? ATTN_ERR_UNSUPPORTED : r;
+}
 
 // The host's floating-point mode (programs linked with -ffast-math start with denormals flushed,
 // audio code sets that itself, rounding may be anything): PORTABLE runs and stored rows are
@@ -3014,45 +3043,46 @@ typedef struct attni_work {
 
 static const uint32_t attni_zeros[ATTN_MAX_HEAD_DIM + 16] = {0};
 
+// A field's array of the scratch; with base NULL only counted.
+#define ATTNI_CARVE(w, field, type, count)                                                         \
+    if (base) (w)->field = (type)(void *)(base + at);                                              \
+    at += (sizeof *(w)->field * (size_t)(count) + 63) & ~(size_t)63;
+
 // Carves the scratch; with base NULL only counts.
 ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tokens,
                                      int32_t n_rows) {
     size_t at = 0, r = (size_t)n_rows + ATTNI_RB_MAX, t = (size_t)n_tokens, vdp = (size_t)w->vdp;
     size_t dim = ((size_t)w->d->head_dim + 31) & ~(size_t)31;
     int i;
-#define ATTNI_CARVE(field, type, count)                                                            \
-    if (base) w->field = (type)(void *)(base + at);                                                \
-    at += (sizeof *w->field * (size_t)(count) + 63) & ~(size_t)63;
-    ATTNI_CARVE(tok, int32_t *, t)
-    ATTNI_CARVE(seq, int32_t *, t)
-    ATTNI_CARVE(pos, int32_t *, t)
+    ATTNI_CARVE(w, tok, int32_t *, t)
+    ATTNI_CARVE(w, seq, int32_t *, t)
+    ATTNI_CARVE(w, pos, int32_t *, t)
     if (base) w->q = base + at;
     at += r * (dim + 16) * 4;
-    ATTNI_CARVE(o, float *, r * vdp)
-    ATTNI_CARVE(m, float *, r)
-    ATTNI_CARVE(l, float *, r)
-    ATTNI_CARVE(bits, uint64_t(*)[4], r)
-    ATTNI_CARVE(tiles, uint16_t *, r)
-    ATTNI_CARVE(s, float *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
-    ATTNI_CARVE(p16, uint16_t *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
-    ATTNI_CARVE(sm, float *, 2 * ATTNI_RB_MAX)
-    ATTNI_CARVE(sl, float *, 2 * ATTNI_RB_MAX)
-    ATTNI_CARVE(row, attni_row *, r)
-    ATTNI_CARVE(os, float *, (2 * ATTNI_RB_MAX + 16) * vdp)
+    ATTNI_CARVE(w, o, float *, r * vdp)
+    ATTNI_CARVE(w, m, float *, r)
+    ATTNI_CARVE(w, l, float *, r)
+    ATTNI_CARVE(w, bits, uint64_t(*)[4], r)
+    ATTNI_CARVE(w, tiles, uint16_t *, r)
+    ATTNI_CARVE(w, s, float *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
+    ATTNI_CARVE(w, p16, uint16_t *, 2 * ATTNI_RB_MAX * ATTNI_LDS)
+    ATTNI_CARVE(w, sm, float *, 2 * ATTNI_RB_MAX)
+    ATTNI_CARVE(w, sl, float *, 2 * ATTNI_RB_MAX)
+    ATTNI_CARVE(w, row, attni_row *, r)
+    ATTNI_CARVE(w, os, float *, (2 * ATTNI_RB_MAX + 16) * vdp)
     for (i = 0; i < 2; i++) {
-        ATTNI_CARVE(rows[i].k, const uint8_t **, ATTN_SPAN)
-        ATTNI_CARVE(rows[i].v, const void **, ATTN_SPAN + ATTNI_AHEAD)
-        ATTNI_CARVE(rows[i].ahead, const void **, ATTN_SPAN)
-        ATTNI_CARVE(rows[i].part, attni_part *, ATTN_SPAN)
-        ATTNI_CARVE(rows[i].ks, float *, ATTN_SPAN)
-        ATTNI_CARVE(rows[i].vs, float *, ATTN_SPAN)
+        ATTNI_CARVE(w, rows[i].k, const uint8_t **, ATTN_SPAN)
+        ATTNI_CARVE(w, rows[i].v, const void **, ATTN_SPAN + ATTNI_AHEAD)
+        ATTNI_CARVE(w, rows[i].ahead, const void **, ATTN_SPAN)
+        ATTNI_CARVE(w, rows[i].part, attni_part *, ATTN_SPAN)
+        ATTNI_CARVE(w, rows[i].ks, float *, ATTN_SPAN)
+        ATTNI_CARVE(w, rows[i].vs, float *, ATTN_SPAN)
     }
-    ATTNI_CARVE(kt, const uint32_t **, ATTNI_TILES)
-    ATTNI_CARVE(kraw, uint32_t *, ATTN_SPAN * dim)
-    ATTNI_CARVE(kf, float *, ATTN_SPAN * dim)
-    ATTNI_CARVE(vf, float *, ATTN_SPAN * vdp)
-    ATTNI_CARVE(add, float *, ATTN_SPAN)
-#undef ATTNI_CARVE
+    ATTNI_CARVE(w, kt, const uint32_t **, ATTNI_TILES)
+    ATTNI_CARVE(w, kraw, uint32_t *, ATTN_SPAN * dim)
+    ATTNI_CARVE(w, kf, float *, ATTN_SPAN * dim)
+    ATTNI_CARVE(w, vf, float *, ATTN_SPAN * vdp)
+    ATTNI_CARVE(w, add, float *, ATTN_SPAN)
     return at;
 }
 
@@ -3073,6 +3103,7 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
     if (r != ATTN_OK) return r;
     if (!p || !attni_is_float(d->q.dtype) || !attni_is_float(d->o.dtype)) return ATTN_ERR_ARGUMENT;
     if (!d->q.data || !d->o.data) return ATTN_ERR_ARGUMENT;
+    if (attni_device_list(&d->mask)) return ATTN_ERR_UNSUPPORTED;
     if (p->n_seq != d->n_seq || p->n_heads != d->n_heads || p->n_kv_heads != d->n_kv_heads ||
         p->head_dim != d->head_dim || p->v_head_dim != attni_v_dim(d) || p->params.rule[0].span)
         return ATTN_ERR_STALE;
@@ -3928,11 +3959,261 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
     return (attn_result)bad;
 }
 
+// ==== >>impl-scan  Scores of some queries against keys anywhere, for selectors ===================
+
+enum { ATTNI_SCAN_ROWS = 64 };
+
+// One thread's state while it selects; the arrays lie in its scratch. Scores are f32 sums of
+// products of the stored values, whatever the problem's numerics.
+typedef struct attni_scan {
+    const attn_desc *d;
+    const attn_select *f;      // filled in
+    const attn_selection *x;
+    const attn_summary *y;     // or NULL
+    attni_exec e;
+    attni_side k;
+    int32_t units, group;
+    float scale;
+    // keys: up to 256 in tiles of 16
+    int32_t n_tiles;
+    const uint32_t *kt[ATTNI_TILES + 3];
+    float *ks;                 // (256) scales, 1 without
+    uint32_t *raw;             // (256 * units)
+    float *kf;                 // (256 * head_dim)
+    float *q;                  // (SCAN_ROWS + RB_MAX, head_dim + 16)
+    float *s;                  // (SCAN_ROWS + RB_MAX, LDS)
+    uint8_t *rest;             // what the method itself wants, rest_bytes
+} attni_scan;
+
+ATTNI_CALLED size_t attni_scan_carve(attni_scan *c, uint8_t *base, const attn_desc *d) {
+    size_t at = 0, dim = ((size_t)d->head_dim + 31) & ~(size_t)31;
+    ATTNI_CARVE(c, ks, float *, ATTN_SPAN)
+    ATTNI_CARVE(c, raw, uint32_t *, ATTN_SPAN * dim)
+    ATTNI_CARVE(c, kf, float *, ATTN_SPAN * dim)
+    ATTNI_CARVE(c, q, float *, (ATTNI_SCAN_ROWS + ATTNI_RB_MAX) * (dim + 16))
+    ATTNI_CARVE(c, s, float *, (ATTNI_SCAN_ROWS + ATTNI_RB_MAX) * ATTNI_LDS)
+    if (base) c->rest = base + at;
+    return at;
+}
+
+ATTNI_CALLED attn_result attni_scan_init(attni_scan *c, const attn_desc *d, const attn_select *f,
+                                         const attn_summary *y, const attn_selection *x,
+                                         uint8_t *scratch) {
+    attn_desc plain = *d; // f32 scores whatever the problem runs on
+    attn_result r;
+    memset(c, 0, sizeof *c);
+    c->d = d;
+    c->f = f;
+    c->x = x;
+    c->y = y && y->data ? y : NULL;
+    if ((r = attni_side_init(d, 0, &c->k)) != ATTN_OK) return r;
+    plain.o.dtype = ATTN_F32;
+    if (d->numerics == ATTN_NUMERICS_APPROX) plain.numerics = ATTN_NUMERICS_FAST;
+    attni_choose(&plain, &c->e);
+    c->units = d->head_dim * attni_bits_of(d->kv.k.dtype) / 32;
+    c->group = d->n_heads / d->n_kv_heads;
+    c->scale = attni_scale(d);
+    attni_scan_carve(c, scratch, d);
+    return ATTN_OK;
+}
+
+// Row r of q: query token t, one head; NULL out: q's own row.
+ATTNI_CALLED void attni_scan_query(attni_scan *c, int32_t r, int64_t t, int32_t head, float *out) {
+    const attn_desc *d = c->d;
+    int64_t st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
+    int64_t sh = d->q.stride_head ? d->q.stride_head : d->head_dim;
+    const uint8_t *src = (const uint8_t *)d->q.data;
+    src += (t * st + head * sh) * (attni_bits_of(d->q.dtype) / 8);
+    c->e.mv->widen(d->q.dtype, src, d->head_dim, out ? out : c->q + (int64_t)r * d->head_dim);
+}
+
+// Takes n <= 256 keys of a sequence and KV head, at the positions pos[], or first + i without pos;
+// positions that are not held score 0. ERR_PAGE.
+ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_head,
+                                         const int32_t *pos, int64_t first, int32_t n) {
+    const attn_desc *d = c->d;
+    const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
+    const int32_t pt = d->kv.page_tokens;
+    const uint8_t *key[16], *ahead[16];
+    int32_t i, t;
+    c->n_tiles = (n + 15) / 16;
+    for (i = 0; i < c->n_tiles; i++) {
+        uint32_t *raw = c->raw + 16 * i * (int64_t)c->units;
+        const uint8_t *any = NULL;
+        for (t = 0; t < 16; t++) {
+            int64_t j = (pos && 16 * i + t < n ? pos[16 * i + t] : first + 16 * i + t) - kv_pos0;
+            int32_t page;
+            key[t] = NULL;
+            c->ks[16 * i + t] = 0;
+            if (16 * i + t >= n || j < 0 || j >= kv_len) continue;
+            if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
+            any = key[t] = c->k.data + page * c->k.page_bytes +
+                           attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
+            c->ks[16 * i + t] = attni_token_scale(&c->k, page, (int32_t)(j % pt), kv_head);
+        }
+        c->kt[i] = raw;
+        if (!any) {
+            memset(raw, 0, 64 * (size_t)c->units);
+        } else {
+            for (t = 0; t < 16; t++) {
+                if (!key[t]) key[t] = any;
+                ahead[t] = key[t];
+            }
+            c->e.mv->pack(key, c->k.k16 ? 64 : 4, c->units, raw, ahead);
+        }
+        if (c->k.dtype != ATTN_F32) {
+            float *out = c->kf + 16 * i * (int64_t)d->head_dim;
+            c->e.mv->widen_tile(c->k.dtype, raw, c->units, out);
+            c->kt[i] = (const uint32_t *)(const void *)out;
+        }
+    }
+    for (i = c->n_tiles; i < c->n_tiles + 3; i++) c->kt[i] = c->kt[c->n_tiles - 1];
+    return ATTN_OK;
+}
+
+// Raw products of q's rows [0, nr) with the keys: s[r * LDS + i]. Not yet times ks and scale.
+ATTNI_CALLED void attni_scan_products(attni_scan *c, int32_t nr) {
+    static const uint8_t col[ATTNI_TILES + 3] = {0, 1,  2,  3,  4,  5,  6,  7,  8, 9,
+                                                 10, 11, 12, 13, 14, 15, 15, 15, 15};
+    const uint8_t *ahead[ATTNI_TILES + 3];
+    uint8_t own[ATTNI_TILES + 3];
+    const int32_t dim = c->d->head_dim;
+    int32_t r, i;
+    for (i = 0; i < c->n_tiles + 3; i++) {
+        ahead[i] = (const uint8_t *)c->kt[i];
+        own[i] = col[attni_min32(i, c->n_tiles - 1)];
+    }
+    memset(c->q + (int64_t)nr * dim, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
+    for (r = 0; r < nr; r += c->e.rb)
+        c->e.ma->qk[ATTN_F32](c->q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt,
+                              ahead, 0, own, c->n_tiles, dim, c->s + (int64_t)r * ATTNI_LDS);
+}
+
+// The score that counts, of a raw product.
+ATTNI_INLINE float attni_scan_score(const attni_scan *c, float product, int32_t key) {
+    float s = product * (c->scale * c->ks[key]), cap = c->d->logits.softcap;
+    return cap > 0 ? (float)((double)cap * attni_tanh64((double)s / (double)cap)) : s;
+}
+
+// ==== >>impl-flex  FlexPrefill ===================================================================
+
+ATTNI_CALLED int64_t attni_flex_units(const attn_desc *d, const attn_select *f) {
+    (void)f;
+    return (int64_t)d->n_seq * d->n_kv_heads;
+}
+ATTNI_CALLED size_t attni_flex_bytes(const attn_desc *d, const attn_select *f) {
+    (void)d, (void)f;
+    return 0;
+}
+ATTNI_CALLED attn_result attni_flex_unit(attni_scan *c, int64_t unit) {
+    (void)c, (void)unit;
+    return ATTN_ERR_UNSUPPORTED;
+}
+
+// ==== >>impl-hip  HiP, three generations =========================================================
+
+ATTNI_CALLED int64_t attni_hip_units(const attn_desc *d, const attn_select *f) {
+    (void)d, (void)f;
+    return 1;
+}
+ATTNI_CALLED size_t attni_hip_bytes(const attn_desc *d, const attn_select *f) {
+    (void)d, (void)f;
+    return 0;
+}
+ATTNI_CALLED attn_result attni_hip_unit(attni_scan *c, int64_t unit) {
+    (void)c, (void)unit;
+    return ATTN_ERR_UNSUPPORTED;
+}
+
+// ==== >>impl-exact  Certified top blocks =========================================================
+
+ATTNI_CALLED int64_t attni_exact_units(const attn_desc *d, const attn_select *f) {
+    (void)d, (void)f;
+    return 1;
+}
+ATTNI_CALLED size_t attni_exact_bytes(const attn_desc *d, const attn_select *f) {
+    (void)d, (void)f;
+    return 0;
+}
+ATTNI_CALLED attn_result attni_exact_unit(attni_scan *c, int64_t unit) {
+    (void)c, (void)unit;
+    return ATTN_ERR_UNSUPPORTED;
+}
+
+// ==== >>impl-select  =============================================================================
+
+ATTN_DEF int64_t attn_cpu_select_units(const attn_desc *d, const attn_select *s) {
+    attn_select f;
+    if (attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &f)) return 0;
+    return f.kind == ATTN_SELECT_FLEX    ? attni_flex_units(d, &f)
+           : f.kind == ATTN_SELECT_EXACT ? attni_exact_units(d, &f)
+                                         : attni_hip_units(d, &f);
+}
+
+ATTN_DEF size_t attn_cpu_select_scratch_bytes(const attn_desc *d, const attn_select *s) {
+    attn_select f;
+    attni_scan c;
+    if (attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &f)) return 0;
+    return attni_scan_carve(&c, NULL, d) + (f.kind == ATTN_SELECT_FLEX ? attni_flex_bytes(d, &f)
+                                            : f.kind == ATTN_SELECT_EXACT
+                                                ? attni_exact_bytes(d, &f)
+                                                : attni_hip_bytes(d, &f));
+}
+
+ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
+                                     const attn_summary *y, const attn_selection *x,
+                                     int64_t first, int64_t count, void *scratch) {
+    attn_select f;
+    attni_scan c;
+    uint64_t mode;
+    int64_t u;
+    attn_result r = attn_select_check(d, s);
+    if (r != ATTN_OK) return r;
+    if (!x || !x->block || !scratch || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
+    if (x->list.device_entries) return ATTN_ERR_UNSUPPORTED;
+    if ((uintptr_t)scratch % 64) return ATTN_ERR_BUFFER;
+    if (!d->q.data || !attni_is_float(d->q.dtype)) return ATTN_ERR_ARGUMENT;
+    if (!attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
+    if (first + count > attn_cpu_select_units(d, s)) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_scan_init(&c, d, &f, y, x, (uint8_t *)scratch)) != ATTN_OK) return r;
+    mode = attni_mode_enter();
+    for (u = first; u < first + count && r == ATTN_OK; u++)
+        r = f.kind == ATTN_SELECT_FLEX    ? attni_flex_unit(&c, u)
+            : f.kind == ATTN_SELECT_EXACT ? attni_exact_unit(&c, u)
+                                          : attni_hip_unit(&c, u);
+    attni_mode_leave(mode);
+    return r;
+}
+
+ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot) {
+    int32_t l;
+    for (l = 0; x && x->state && l < x->n_lists; l++) {
+        int32_t none = -2;
+        size_t at = (size_t)slot * (size_t)x->n_lists + (size_t)l;
+        memcpy(x->state + at * x->state_bytes, &none, 4);
+    }
+}
+
+ATTN_DEF size_t attn_summary_bytes(const attn_desc *d) {
+    (void)d;
+    return 0;
+}
+ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d) {
+    (void)d;
+    return 0;
+}
+ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *y, int64_t first,
+                                        int64_t count) {
+    (void)d, (void)y, (void)first, (void)count;
+    return ATTN_ERR_UNSUPPORTED;
+}
+
 #undef ATTNI_AMX_BEGIN
 #undef ATTNI_AMX_END
 #undef ATTNI_ARM
 #undef ATTNI_ARM_DOTS
 #undef ATTNI_CALLED
+#undef ATTNI_CARVE
 #undef ATTNI_CHECK_COPY
 #undef ATTNI_CHECK_EVERY
 #undef ATTNI_CHECK_MERGE
