@@ -494,8 +494,12 @@ ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t 
 //
 // Rows. A list row is a row block (row_block absolute positions) of one sequence that holds at
 // least one of its queries; sequences in order, each with its row blocks in order. seq_row follows
-// from that, so attn_block_list needs nothing else. In decode (q_len 1) a sequence has one row.
-// Every row's entries lie at row * row_capacity, so that rows are written by any thread.
+// from that, so attn_block_list needs nothing else. Every row's entries lie at (list * n_rows + row)
+// * row_capacity, so that rows are written by any thread. HiP's lists outlive a decode step: the
+// first n_slots rows are for sequences with one query, row slot[s] for sequence s whatever else is
+// in the batch, the others' come behind. Such a row is scanned again when the refresh interval
+// divides its query's position, when the step before was not its sequence's, or after
+// attn_<dev>_select_forget; between that only the window moves on.
 
 typedef enum attn_select_kind {
     ATTN_SELECT_NONE = 0,
@@ -636,8 +640,8 @@ ATTN_DEF attn_result attn_selection_init(const attn_desc *d, const attn_select *
                                          size_t bytes, int32_t *seq_row, int on_device,
                                          attn_selection *out);
 
-// Follows d: fills in seq_row; host only, before a step's first select. slot: (n_seq)
-// distinct rows in [0, n_slots) of sequences with one query (default NULL: s). ERR_BUFFER.
+// Follows d: fills in seq_row; host only, before a step's first select. slot: (n_seq) distinct rows
+// in [0, n_slots) of sequences with one query (default NULL: s). ERR_BUFFER.
 ATTN_DEF attn_result attn_selection_follow(const attn_desc *d, const attn_select *s,
                                            const int32_t *slot, attn_selection *x);
 
