@@ -336,6 +336,33 @@ ATTN_DEF attn_result attn_kv_read_rows(const attn_desc *d, int is_v, int32_t pag
 ATTN_DEF attn_result attn_kv_write_rows(const attn_desc *d, int is_v, int32_t page, int32_t place,
                                         int32_t n_tokens, const void *rows);
 
+// The sparse terms of d's mask as one block list, the same set of pairs: rows and columns cover the
+// absolute positions [0, rows) and [0, cols); rows of block lists are those of sequence seq.
+//   row_block, kv_block    tokens; CAUSAL masks leave out blocks that lie above the diagonal whole
+//   bits_rows, bits_cols   divisors of the two: sub-blocks that are kept or not as one. bits NULL:
+//                          both must be 1. ERR_MASK where one is kept in part, base term aside
+//   n_lists                1, n_kv_heads or n_heads; ERR_MASK where heads of a list differ
+//   row_start out, (n_lists, ceil(rows / row_block) + 1);  block, bits, n_entries, out as above
+// ERR_ARGUMENT, ERR_MASK, ERR_FULL (capacity).
+ATTN_DEF attn_result attn_mask_lists(const attn_desc *d, int32_t seq, int32_t n_lists, int32_t rows,
+                                     int32_t cols, int32_t row_block, int32_t kv_block,
+                                     int32_t bits_rows, int32_t bits_cols, int64_t *row_start,
+                                     int32_t *block, uint64_t *bits, int64_t capacity,
+                                     int64_t *n_entries, attn_block_list *out);
+
+// The transposed lists: the rows that keep a column, ascending; backward passes over K and V read
+// these. n_cols: KV blocks; ids beyond are ERR_MASK.
+//   col_start  out, (n_lists, n_cols + 1) into row;  row, entry: out, one per entry of the list;
+//   entry (may be NULL): where the pair stands in list->block, to find its sub-block bits
+ATTN_DEF attn_result attn_mask_transpose(const attn_block_list *list, int32_t n_cols,
+                                         int64_t *col_start, int32_t *row, int64_t *entry);
+
+// Pages of sequence s that no query at position p or later can see, by causal order, window, sinks,
+// local-stride, keep_sink, keep_recent and vertical-slash: out (n_kv_heads, pages of the sequence)
+// bytes, 1 = may be evicted for that KV head. Block lists are only about rows that they have, so
+// with one nothing is; nor with FULL and TREE masks. Pages that hold a position >= p stay.
+ATTN_DEF attn_result attn_mask_evictable(const attn_desc *d, int32_t s, int64_t p, uint8_t *out);
+
 // ==== >>validate  Finding mistakes ===============================================================
 
 // ATTN_OK, or the first mistake found: pointers, shapes, dtypes, strides, page ids, positions,
@@ -494,7 +521,7 @@ ATTN_DEF int attn_ref_visible(const attn_desc *d, int32_t s, int32_t t, int32_t 
 //
 // Rows. A list row is a row block (row_block absolute positions) of one sequence that holds at
 // least one of its queries; sequences in order, each with its row blocks in order. seq_row follows
-// from that, so attn_block_list needs nothing else. Every row's entries lie at (list * n_rows + row)
+// from that, so attn_block_list needs nothing else. A row has its entries at (list * n_rows + row)
 // * row_capacity, so that rows are written by any thread. HiP's lists outlive a decode step: the
 // first n_slots rows are for sequences with one query, row slot[s] for sequence s whatever else is
 // in the batch, the others' come behind. Such a row is scanned again when the refresh interval
@@ -1806,6 +1833,205 @@ ATTN_DEF attn_result attn_mask_from_dense(const uint8_t *m, int32_t rows, int32_
     out->block = block;
     out->bits = bits;
     return n > capacity && capacity > 0 ? ATTN_ERR_FULL : ATTN_OK;
+}
+
+// A list under construction: entries beyond the capacity are only counted.
+typedef struct attni_lister {
+    attni_masker masker;
+    const attn_desc *d;
+    int32_t seq, head, rows, cols, row_block, kv_block, bits_rows, bits_cols;
+} attni_lister;
+
+// Do the keys [c0, c1) seen from position p agree? 1 or 0, -1 where they differ.
+static int attni_run_kept(attni_lister *w, int64_t p, int64_t c0, int64_t c1) {
+    int kept = -1;
+    while (c0 < c1) {
+        int64_t b0 = c0 & ~(int64_t)255, end = attni_min64(c1, b0 + 256);
+        attni_sparse_bits(&w->masker, w->seq, p, w->head, b0);
+        for (; c0 < end; c0++) {
+            int on = (int)(w->masker.bits[(c0 - b0) / 64] >> ((c0 - b0) % 64) & 1u);
+            if (kept >= 0 && on != kept) return -1;
+            kept = on;
+        }
+    }
+    return kept;
+}
+
+// Sub-block bits of one entry; 1: some are set, 0: none, -1: a sub-block is kept in part.
+static int attni_entry_bits(attni_lister *w, int32_t rb, int32_t cb, uint64_t *bits) {
+    const int32_t height = w->row_block / w->bits_rows, width = w->kv_block / w->bits_cols;
+    int32_t i, j;
+    int64_t p;
+    int any = 0;
+    for (i = 0; i < w->bits_rows; i++)
+        for (j = 0; j < w->bits_cols; j++) {
+            int64_t p0 = (int64_t)rb * w->row_block + (int64_t)i * height;
+            int64_t c0 = (int64_t)cb * w->kv_block + (int64_t)j * width;
+            int64_t p1 = attni_min64(p0 + height, w->rows), c1 = attni_min64(c0 + width, w->cols);
+            int64_t bit = (int64_t)i * w->bits_cols + j;
+            int kept = -1;
+            for (p = p0; p < p1 && c0 < c1; p++) {
+                int on = attni_run_kept(w, p, c0, c1);
+                if (on < 0 || (kept >= 0 && on != kept)) return -1;
+                kept = on;
+            }
+            if (kept <= 0) continue;
+            any = 1;
+            if (bits) bits[bit / 64] |= (uint64_t)1 << (bit % 64);
+        }
+    return any;
+}
+
+// Do the heads [h, h + n) keep the same?
+static int attni_heads_agree(const attn_desc *d, int32_t h, int32_t n) {
+    const attn_mask *m = &d->mask;
+    const int32_t group = d->n_heads / d->n_kv_heads;
+    const int32_t lists[2] = {m->blocks.row_start ? m->blocks.n_lists : 1,
+                              m->vslash.block ? m->vslash.n_lists : 1};
+    int i;
+    for (i = 0; i < 2; i++)
+        if (attni_list_of(d, lists[i], h) != attni_list_of(d, lists[i], h + n - 1)) return 0;
+    return !m->stride.block || m->stride.homogeneous || h / group == (h + n - 1) / group;
+}
+
+ATTN_DEF attn_result attn_mask_lists(const attn_desc *d, int32_t seq, int32_t n_lists, int32_t rows,
+                                     int32_t cols, int32_t row_block, int32_t kv_block,
+                                     int32_t bits_rows, int32_t bits_cols, int64_t *row_start,
+                                     int32_t *block, uint64_t *bits, int64_t capacity,
+                                     int64_t *n_entries, attn_block_list *out) {
+    attni_lister w;
+    int64_t n = 0, words;
+    int32_t l, rb, cb, n_rows;
+    attn_result r = attn_validate(d);
+    if (r != ATTN_OK) return r;
+    if (!row_start || !n_entries || !out || seq < 0 || seq >= d->n_seq || rows < 1 || cols < 1 ||
+        row_block < 1 || kv_block < 1 || bits_rows < 1 || bits_cols < 1 || capacity < 0)
+        return ATTN_ERR_ARGUMENT;
+    if (n_lists != 1 && n_lists != d->n_kv_heads && n_lists != d->n_heads) return ATTN_ERR_ARGUMENT;
+    if (row_block % bits_rows || kv_block % bits_cols || bits_rows > (1 << 20) / bits_cols)
+        return ATTN_ERR_ARGUMENT;
+    if ((!bits && bits_rows * bits_cols > 1) || (capacity > 0 && !block)) return ATTN_ERR_ARGUMENT;
+    if (attni_device_list(&d->mask)) return ATTN_ERR_UNSUPPORTED;
+    if (!attni_has_sparse(&d->mask)) return ATTN_ERR_MASK;
+    n_rows = (rows - 1) / row_block + 1;
+    if (d->mask.blocks.row_start && (attni_list_row(d, seq, 0) < 0 ||
+                                     attni_list_row(d, seq, rows - 1) >= d->mask.blocks.n_rows))
+        return ATTN_ERR_MASK;
+    memset(&w, 0, sizeof w);
+    attni_masker_init(&w.masker, d);
+    w.d = d;
+    w.seq = seq;
+    w.rows = rows;
+    w.cols = cols;
+    w.row_block = row_block;
+    w.kv_block = kv_block;
+    w.bits_rows = bits_rows;
+    w.bits_cols = bits_cols;
+    words = ((int64_t)bits_rows * bits_cols + 63) / 64;
+    for (l = 0; l < n_lists; l++) {
+        int64_t *start = row_start + l * ((int64_t)n_rows + 1);
+        w.head = l * (d->n_heads / n_lists);
+        if (!attni_heads_agree(d, w.head, d->n_heads / n_lists)) return ATTN_ERR_MASK;
+        for (rb = 0; rb < n_rows; rb++) {
+            int64_t end = cols; // keys that the last query of the row block may see
+            if (d->mask.kind == ATTN_MASK_CAUSAL)
+                end = attni_min64(end, ((int64_t)rb + 1) * row_block);
+            start[rb] = n;
+            for (cb = 0; (int64_t)cb * kv_block < end; cb++) {
+                uint64_t *mine = bits && n < capacity ? bits + n * words : NULL;
+                int any;
+                if (mine) memset(mine, 0, (size_t)words * sizeof *mine);
+                if ((any = attni_entry_bits(&w, rb, cb, mine)) < 0) return ATTN_ERR_MASK;
+                if (any && n < capacity) block[n] = cb;
+                n += any;
+            }
+        }
+        start[rb] = n;
+    }
+    *n_entries = n;
+    memset(out, 0, sizeof *out);
+    out->row_block = row_block;
+    out->kv_block = kv_block;
+    out->bits_rows = bits_rows;
+    out->bits_cols = bits_cols;
+    out->n_lists = n_lists;
+    out->n_rows = n_rows;
+    out->row_start = row_start;
+    out->block = block;
+    out->bits = bits;
+    return n > capacity && capacity > 0 ? ATTN_ERR_FULL : ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_mask_transpose(const attn_block_list *list, int32_t n_cols,
+                                         int64_t *col_start, int32_t *row, int64_t *entry) {
+    int64_t at = 0, e;
+    int32_t l, r, c;
+    if (!list || !list->row_start || !col_start || n_cols < 0 || list->n_lists < 1 ||
+        list->n_rows < 0)
+        return ATTN_ERR_ARGUMENT;
+    if (list->device_entries) return ATTN_ERR_UNSUPPORTED;
+    for (l = 0; l < list->n_lists; l++) {
+        int64_t *start = col_start + l * ((int64_t)n_cols + 1), first = at;
+        for (c = 0; c <= n_cols; c++) start[c] = 0;
+        for (r = 0; r < list->n_rows; r++) // count, one place further on
+            for (e = attni_row_start(list, l, r); e < attni_row_end(list, l, r); e++) {
+                if (list->block[e] < 0 || list->block[e] >= n_cols) return ATTN_ERR_MASK;
+                start[list->block[e] + 1]++;
+                at++;
+            }
+        for (start[0] = first, c = 0; c < n_cols; c++) start[c + 1] += start[c];
+        if (at > first && !row) return ATTN_ERR_ARGUMENT;
+        for (r = 0; r < list->n_rows; r++)
+            for (e = attni_row_start(list, l, r); e < attni_row_end(list, l, r); e++) {
+                int64_t to = start[list->block[e]]++;
+                row[to] = r;
+                if (entry) entry[to] = e;
+            }
+        for (c = n_cols; c > 0; c--) start[c] = start[c - 1]; // each has moved to the next one's
+        start[0] = first;
+    }
+    return ATTN_OK;
+}
+
+// Will a query at position p or later, with one of the heads of a KV head, see key k < p?
+static int attni_seen_later(const attn_desc *d, int32_t kv_head, int64_t p, int64_t k) {
+    const attn_mask *m = &d->mask;
+    const attn_local_stride *r = &m->stride;
+    const attn_vertical_slash *v = &m->vslash;
+    const int32_t group = d->n_heads / d->n_kv_heads;
+    int32_t h;
+    if (!attni_window_pair(m, p, k)) return 0;
+    if (!attni_has_sparse(m) || m->blocks.row_start) return 1;
+    if (k < m->keep_sink || (m->keep_recent && p - k < m->keep_recent)) return 1;
+    // in the causal form a block's distance to later rows only grows
+    if (r->block && (r->bidirectional ||
+                     attni_stride_keeps(d, kv_head, p / r->block, k / r->block)))
+        return 1;
+    for (h = kv_head * group; h < (kv_head + 1) * group && v->block; h++) {
+        int32_t l = attni_list_of(d, v->n_lists, h);
+        int64_t last = v->diag_start[l + 1];
+        if (attni_contains(v->col, v->col_start[l], v->col_start[l + 1], k / v->block)) return 1;
+        if (last > v->diag_start[l] && v->diag[last - 1] >= p / v->block - k / v->block) return 1;
+    }
+    return 0;
+}
+
+ATTN_DEF attn_result attn_mask_evictable(const attn_desc *d, int32_t s, int64_t p, uint8_t *out) {
+    attn_result r = attn_validate(d);
+    int64_t n, j, t, pos0;
+    int32_t h;
+    if (r != ATTN_OK) return r;
+    if (!out || s < 0 || s >= d->n_seq || p < 0) return ATTN_ERR_ARGUMENT;
+    n = attni_n_blocks(d->kv.kv_len[s], d->kv.page_tokens);
+    pos0 = attni_kv_pos0(d, s);
+    for (h = 0; h < d->n_kv_heads; h++)
+        for (j = 0; j < n; j++) {
+            int64_t first = pos0 + j * d->kv.page_tokens, end = first + d->kv.page_tokens;
+            int keep = d->mask.kind != ATTN_MASK_CAUSAL || end > p;
+            for (t = first; t < end && !keep; t++) keep = attni_seen_later(d, h, p, t);
+            out[h * n + j] = (uint8_t)!keep;
+        }
+    return ATTN_OK;
 }
 
 // ==== >>impl-validate  ===========================================================================

@@ -112,8 +112,8 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     static const int32_t sizes[] = {1, 8, 16, 32, 48, 64, 128};
     attn_block_list *b = &p->d.mask.blocks;
     int32_t rows_per = 0, s, i, j, l, n_blocks, max_pos = 0, *seq_row;
-    int64_t n = 0, *start;
-    int32_t *ids;
+    int64_t n = 0, *start, *end;
+    int32_t *ids, gaps = test_below(r, 2); // between rows, with nonsense in them
     uint64_t *w;
     b->row_block = attni_max32(sizes[test_below(r, 7)], p->opt.min_block);
     b->kv_block = attni_max32(sizes[test_below(r, 7)], p->opt.min_block);
@@ -126,15 +126,21 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     for (s = 0; s < p->d.n_seq; s++) seq_row[s] = s * rows_per;
     b->seq_row = seq_row;
     start = (int64_t *)problem_alloc(p, 8 * (size_t)n_lists * ((size_t)b->n_rows + 1));
-    ids = (int32_t *)problem_alloc(p, 4 * (size_t)n_lists * (size_t)b->n_rows * (size_t)n_blocks);
+    end = (int64_t *)problem_alloc(p, 8 * (size_t)n_lists * ((size_t)b->n_rows + 1));
+    ids = (int32_t *)problem_alloc(p, 4 * (size_t)n_lists * (size_t)b->n_rows *
+                                          (size_t)(n_blocks + 3));
     for (l = 0; l < n_lists; l++)
         for (i = 0; i <= b->n_rows; i++) {
-            start[l * ((int64_t)b->n_rows + 1) + i] = n;
+            int64_t at = l * ((int64_t)b->n_rows + 1) + i;
+            for (j = gaps ? test_below(r, 4) : 0; i < b->n_rows && j > 0; j--) ids[n++] = -j;
+            start[at] = end[at] = n;
             if (i == b->n_rows) break;
             for (j = 0; j < n_blocks; j++)
                 if (test_below(r, 3) == 0) ids[n++] = j;
+            end[at] = n;
         }
     b->row_start = start;
+    if (gaps) b->row_end = end;
     b->block = ids;
     if (!bits) return;
     b->bits_rows = b->row_block % 8 ? b->row_block : 8;

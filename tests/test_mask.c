@@ -34,7 +34,9 @@ static int in_blocks(const attn_desc *d, int32_t s, int32_t h, int64_t p, int64_
     const attn_block_list *b = &d->mask.blocks;
     int64_t row = (b->seq_row ? b->seq_row[s] : 0) + p / b->row_block, e, words, sub, col;
     const int64_t *start = b->row_start + (int64_t)list_index(d, b->n_lists, h) * (b->n_rows + 1);
-    for (e = start[row]; e < start[row + 1]; e++) {
+    const int64_t *end;
+    end = b->row_end ? b->row_end + (start - b->row_start) : start + 1;
+    for (e = start[row]; e < end[row]; e++) {
         if (b->block[e] != k / b->kv_block) continue;
         if (!b->bits) return 1;
         words = (b->bits_rows * b->bits_cols + 63) / 64;
@@ -236,6 +238,115 @@ static void codes(void) {
             }
 }
 
+// ---- lists of a mask, transposed lists, what may be evicted
+
+static int same_pairs(const attn_desc *a, const attn_desc *b, int32_t s) {
+    int32_t t, h, j;
+    for (t = a->q_start[s]; t < a->q_start[s + 1]; t++)
+        for (h = 0; h < a->n_heads; h++)
+            for (j = 0; j < a->kv.kv_len[s]; j++)
+                if (visible(a, s, t, h, j) != visible(b, s, t, h, j)) return 0;
+    return 1;
+}
+
+static void transposed(const attn_block_list *a, int64_t n, int32_t n_cols) {
+    int64_t *start = (int64_t *)malloc(8 * (size_t)(a->n_lists * (n_cols + 1)));
+    int32_t *row = (int32_t *)malloc(4 * (size_t)(n + 1)), l, c;
+    int64_t *entry = (int64_t *)malloc(8 * (size_t)(n + 1)), at = 0, e;
+    int ok = 1;
+    row[n] = 77;
+    CHECK_EQ(attn_mask_transpose(a, n_cols, start, row, entry), ATTN_OK);
+    for (l = 0; l < a->n_lists; l++)
+        for (c = 0; c < n_cols; c++) {
+            const int64_t *s = start + l * (n_cols + 1) + c;
+            ok &= s[0] == at && s[1] >= s[0];
+            for (e = s[0]; e < s[1]; e++, at++) {
+                const int64_t *rs = a->row_start + l * (a->n_rows + 1) + row[e];
+                ok &= entry[e] >= rs[0] && entry[e] < (a->row_end ? a->row_end[rs - a->row_start]
+                                                                  : rs[1]);
+                ok &= a->block[entry[e]] == c && (e == s[0] || row[e] > row[e - 1]);
+            }
+        }
+    CHECK(ok && at == n && row[n] == 77);
+    if (n) CHECK_EQ(attn_mask_transpose(a, a->block[0], start, row, entry), ATTN_ERR_MASK);
+    free(start), free(row), free(entry);
+}
+
+// d's sparse terms as lists: of single tokens, which is always exact; of coarser sub-blocks and
+// fewer lists, exact or refused.
+static void as_lists(const attn_desc *d, test_rng *r) {
+    const int32_t s = test_below(r, d->n_seq), q_len = d->q_start[s + 1] - d->q_start[s];
+    const int32_t lists[3] = {d->n_heads, d->n_kv_heads, 1};
+    const int32_t rb = 1 << test_below(r, 6), kb = 1 << test_below(r, 6);
+    const int32_t cols = (d->kv.kv_pos0 ? d->kv.kv_pos0[s] : 0) + d->kv.kv_len[s];
+    int32_t rows = (d->q_pos0 ? d->q_pos0[s] : cols - q_len) + q_len, i;
+    for (i = 0; i < 4 && rows > 0 && cols > 0 && q_len > 0; i++) {
+        const int32_t br = i ? 1 << test_below(r, 6) : rb, bc = i ? 1 << test_below(r, 6) : kb;
+        const int32_t n_lists = lists[i ? test_below(r, 3) : 0];
+        const int64_t n_rows = (rows - 1) / rb + 1;
+        int64_t *start, n = -1, m = -1, words = ((int64_t)br * bc + 63) / 64;
+        int32_t *block;
+        uint64_t *bits, one;
+        attn_block_list list;
+        attn_desc e = *d;
+        attn_result got;
+        if (rb % br || kb % bc) continue;
+        start = (int64_t *)malloc(8 * (size_t)(n_lists * (n_rows + 1)));
+        got = attn_mask_lists(d, s, n_lists, rows, cols, rb, kb, br, bc, start, NULL, &one, 0, &n,
+                              &list);
+        if (got != ATTN_OK) { // a list without rows for all positions, or too coarse
+            CHECK_EQ(got, ATTN_ERR_MASK);
+            CHECK(i || d->mask.blocks.row_start);
+            free(start);
+            continue;
+        }
+        block = (int32_t *)malloc(4 * (size_t)(n + 1));
+        bits = (uint64_t *)malloc(8 * (size_t)((n + 1) * words));
+        block[n] = 77, bits[n * words] = 77;
+        CHECK_EQ(attn_mask_lists(d, s, n_lists, rows, cols, rb, kb, br, bc, start, block, bits, n,
+                                 &m, &list), ATTN_OK);
+        CHECK(m == n && block[n] == 77 && bits[n * words] == 77);
+        if (n > 1)
+            CHECK_EQ(attn_mask_lists(d, s, n_lists, rows, cols, rb, kb, br, bc, start, block, bits,
+                                     n - 1, &m, &list), ATTN_ERR_FULL);
+        e.mask.blocks = list;
+        e.mask.stride.block = e.mask.vslash.block = e.mask.keep_sink = e.mask.keep_recent = 0;
+        CHECK(same_pairs(d, &e, s));
+        transposed(&list, n, (cols - 1) / kb + 1);
+        free(start), free(block), free(bits);
+    }
+}
+
+// What no later query sees, against all queries of a while.
+static void evictable(const attn_desc *d, test_rng *r) {
+    const int32_t s = test_below(r, d->n_seq), group = d->n_heads / d->n_kv_heads;
+    const int32_t pos0 = d->kv.kv_pos0 ? d->kv.kv_pos0[s] : 0, len = d->kv.kv_len[s];
+    const int32_t pt = d->kv.page_tokens, n_pages = (len + pt - 1) / pt;
+    int32_t from[1], start[2] = {0, 500}, held[1], first[1], h, j, t, q;
+    uint8_t *out = (uint8_t *)calloc((size_t)(d->n_kv_heads * n_pages + 1), 1);
+    attn_desc e = *d;
+    from[0] = pos0 + test_below(r, len + 3);
+    held[0] = len, first[0] = pos0;
+    e.n_seq = 1, e.q_start = start, e.q_pos0 = from, e.kv.kv_len = held, e.kv.kv_pos0 = first;
+    out[d->n_kv_heads * n_pages] = 77;
+    CHECK_EQ(attn_mask_evictable(d, s, from[0], out), ATTN_OK);
+    CHECK_EQ(out[d->n_kv_heads * n_pages], 77);
+    for (h = 0; h < d->n_kv_heads; h++)
+        for (j = 0; j < n_pages; j++) {
+            int seen = d->mask.kind != ATTN_MASK_CAUSAL || d->mask.blocks.row_start ||
+                       pos0 + (j + 1) * pt > from[0];
+            if (d->mask.blocks.row_start && d->mask.window_left) continue; // by the window, or not
+            for (t = j * pt; t < (j + 1) * pt && t < len && !seen; t++)
+                for (q = 0; q < 500 && !seen; q++)
+                    seen = visible(&e, 0, q, h * group, t) ||
+                           visible(&e, 0, q, h * group + test_below(r, group), t) ||
+                           visible(&e, 0, q, h * group + group - 1, t);
+            if (group < 3) CHECK_EQ(out[h * n_pages + j], !seen);
+            else CHECK(!out[h * n_pages + j] || !seen);
+        }
+    free(out);
+}
+
 // ---- random problems
 
 static void random_problem(uint64_t seed, int kind) {
@@ -299,6 +410,8 @@ static void random_problem(uint64_t seed, int kind) {
                     goto done;
                 }
     CHECK(n_all >= n_vis); // counts the problem
+    if (attni_has_sparse(&p.d.mask) && p.d.mask.kind != ATTN_MASK_TREE) as_lists(&p.d, &r);
+    evictable(&p.d, &r);
     n = (size_t)p.n_tokens * (size_t)o.n_heads;
     x = (double *)calloc(n * (size_t)o.v_head_dim + 1, 8);
     lse = (double *)calloc(n + 1, 8);
