@@ -23,7 +23,7 @@
 
    CONTENTS (search for the tag)
        >>config   >>result   >>dtype   >>tensor   >>kv   >>mask   >>desc   >>validate   >>plan
-       >>ref   >>select   >>pool   >>tree   >>blob   >>check
+       >>ref   >>select   >>pool   >>tree   >>cache   >>blob   >>check
        and the implementation of each behind  >>impl
 
    MACROS
@@ -168,6 +168,7 @@ typedef struct attn_kv_array {
 } attn_kv_array;
 
 typedef struct attn_pool attn_pool;
+typedef struct attn_kv_cache attn_kv_cache;
 
 typedef struct attn_kv {
     attn_kv_array k, v;
@@ -182,6 +183,7 @@ typedef struct attn_kv {
     const int32_t *kv_pos0; // (n_seq) absolute position of the first held token (default NULL: 0);
                             // > 0 after the front of a sequence was evicted
     const attn_pool *pool;  // checked builds: the pages' owner, see >>check (default NULL)
+    const attn_kv_cache *cache; // copies of pages in faster memory, see >>cache (default NULL)
 } attn_kv;
 
 // ==== >>mask  Which keys a query sees ============================================================
@@ -812,6 +814,79 @@ ATTN_DEF attn_pool *attn_tree_pool(attn_tree *t);
 // need the lock of a writer.
 ATTN_DEF attn_result attn_tree_check(const attn_tree *t);
 
+// ==== >>cache  Pages in slow memory behind a cache ===============================================
+//
+// KV offload. All pages of a layer lie where kv.k.data and kv.v.data say: a file mapped into memory
+// or a second pool for the CPU, page-locked host memory for a GPU. kv.cache says which of them have
+// a copy in fast memory. Executors and selectors read a page's copy where there is one, else the
+// page itself, and count reads; stores write both. So results do not depend on what is cached, and
+// nothing is lost when a cache thrashes. Between steps attn_cache_update decides by what was read
+// which copies to drop and which to make, attn_<dev>_cache_load makes them.
+
+// Memory of the backend; the counters may be NULL.
+struct attn_kv_cache {
+    void *k, *v;         // copies: n_slots pages as of kv.k and kv.v, as far apart as those
+    int32_t n_slots;
+    const int32_t *slot; // (n_pages) where a page's copy is, or -1
+    uint32_t *reads;     // (n_pages) += 1 by every task and unit of selection that reads a page's
+                         // 256 tokens, or part of them
+};
+
+typedef enum attn_cache_policy { // which pages stay; of equals those that are there, lower ids
+    ATTN_CACHE_LRU = 0,          // read last
+    ATTN_CACHE_LFU = 1,          // read most
+    ATTN_CACHE_LRU_K = 2,        // whose k-th last reading is youngest, then LRU
+    ATTN_CACHE_LRU_LFU = 3,      // LRU; of those read in the same step LFU
+    ATTN_CACHE_DECAYED_LFU = 4   // LFU, counts fading by `decay` every update
+} attn_cache_policy;
+
+#define ATTN_CACHE_K 4
+
+typedef struct attn_cache_params {
+    int32_t n_pages, n_slots;
+    attn_cache_policy policy;
+    int32_t k;         // LRU_K (default 0: 2), <= ATTN_CACHE_K
+    float decay;       // DECAYED_LFU, in (0, 1] (default 0: .9)
+    int32_t max_loads; // copies an update may ask for (default 0: n_slots)
+} attn_cache_params;
+
+typedef struct attn_cache_load { // copy this page to this slot
+    int32_t page, slot;
+} attn_cache_load;
+
+// One layer's cache, or that of several layers whose pages go together. Host memory.
+typedef struct attn_cache {
+    attn_cache_params params;
+    int32_t *slot;    // (n_pages) for attn_kv_cache.slot, copied to the device for a GPU
+    int32_t *page;    // (n_slots) the page there, or -1
+    uint32_t *reads;  // (n_pages) for attn_kv_cache.reads, or filled from a device's; update zeroes
+    uint8_t *wanted;  // (n_pages)
+    int32_t *last;    // (n_pages, K) updates in which the page was read, youngest first; 0: none
+    double *count;    // (n_pages) reads, faded
+    int32_t *order;   // (n_pages) for update
+    int32_t tick;     // updates so far
+    int64_t hits, misses, loads, evictions; // hits, misses: reads with and without a copy
+} attn_cache;
+
+// Bytes of an attn_cache and its tables, 0 when p is invalid; 64-byte aligned memory, ERR_BUFFER.
+ATTN_DEF size_t attn_cache_bytes(const attn_cache_params *p);
+ATTN_DEF attn_result attn_cache_init(const attn_cache_params *p, void *mem, size_t bytes,
+                                     attn_cache **out);
+
+// Prefetching: the next update counts the page as read in this step, without statistics. A step's
+// lists are a good guess at the next one's: attn_cache_want_listed does it for all pages that the
+// rows of sequence s list for its queries. d must be valid, its mask's lists in host memory.
+ATTN_DEF void attn_cache_want(attn_cache *c, int32_t page);
+ATTN_DEF attn_result attn_cache_want_listed(attn_cache *c, const attn_desc *d, int32_t s);
+
+// After a step: takes the reads in, and says which copies to make; slot is what it will be after
+// that, so no reader may be under way until attn_<dev>_cache_load is done. loads: max_loads.
+ATTN_DEF attn_result attn_cache_update(attn_cache *c, attn_cache_load *loads, int32_t *n_loads);
+
+// The page's copy is void: it was freed, or written by other means than attn_<dev>_store and
+// copy_pages. History is forgotten too.
+ATTN_DEF void attn_cache_drop(attn_cache *c, int32_t page);
+
 // ==== >>blob  Saving and loading a branch ========================================================
 
 // Moves token_bytes * n_tokens bytes of canonical rows (all layers, K and V, as the caller composes
@@ -1237,7 +1312,19 @@ typedef struct attni_side {
         scale_head; // bytes in the page; scale_offset < 0: none there
     const float *head_scale;
     int64_t need_bytes;               // what a page really holds
+    uint8_t *copies;                  // of pages that have one, as slot says; NULL: no cache
+    const int32_t *slot;
+    int32_t n_slots;
 } attni_side;
+
+// Where a page is read: its copy, if there is one.
+ATTNI_FN uint8_t *attni_page_data(const attni_side *s, int64_t page) {
+    if (s->copies) {
+        int32_t slot = s->slot[page];
+        if (slot >= 0 && slot < s->n_slots) return s->copies + slot * s->page_bytes;
+    }
+    return s->data + page * s->page_bytes;
+}
 
 // Byte offset of the first unit of a token inside its page.
 ATTNI_FN int64_t attni_token_offset(const attni_side *s, int32_t place, int32_t head) {
@@ -1306,6 +1393,12 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     s->dim = (int32_t)dim;
     s->page_tokens = d->kv.page_tokens;
     s->head_scale = attni_is_scaled(a->dtype) ? a->head_scale : NULL;
+    s->copies = NULL;
+    if (d->kv.cache) {
+        s->copies = (uint8_t *)(is_v ? d->kv.cache->v : d->kv.cache->k);
+        s->slot = d->kv.cache->slot;
+        s->n_slots = d->kv.cache->n_slots;
+    }
     if (st < 0 || sh < 0 || (s->k16 && (st || sh))) return ATTN_ERR_LAYOUT;
     if (d->kv.layout == ATTN_K16 && pt % 16) return ATTN_ERR_LAYOUT;
     if (!st) st = head_major ? dim : heads * dim;
@@ -2082,6 +2175,8 @@ static attn_result attni_check_kv(const attn_desc *d) {
     if (kv->page_table && kv->page_table_stride > ((int64_t)1 << 58) / d->n_seq)
         return ATTN_ERR_OVERFLOW;
     if (!kv->page_table && d->n_seq > kv->n_pages) return ATTN_ERR_PAGE;
+    if (kv->cache && (!kv->cache->k || !kv->cache->v || !kv->cache->slot || kv->cache->n_slots < 1))
+        return ATTN_ERR_ARGUMENT;
     for (s = 0; s < d->n_seq; s++) {
         int32_t len = kv->kv_len[s], n_pages = 0;
         int64_t pos0 = attni_kv_pos0(d, s), q_len = d->q_start[s + 1] - d->q_start[s];
@@ -4589,6 +4684,179 @@ ATTN_DEF attn_result attn_tree_check(const attn_tree *t) {
         tokens != t->count.tokens_cached)
         return ATTN_ERR_CORRUPT;
     return attni_check_totals(t, ref, held) ? ATTN_OK : ATTN_ERR_CORRUPT;
+}
+
+// ==== >>impl-cache  Pages in slow memory behind a cache ==========================================
+
+static size_t attni_cache_lay(const attn_cache_params *p, uint8_t *base, attn_cache *c) {
+    const size_t n = (size_t)p->n_pages, slots = (size_t)p->n_slots;
+    const size_t size[7] = {4 * n, 4 * slots, 4 * n, n, 4 * ATTN_CACHE_K * n, 8 * n, 4 * n};
+    size_t at = (sizeof *c + 63) & ~(size_t)63, where[7];
+    int i;
+    for (i = 0; i < 7; i++) {
+        where[i] = at;
+        at += (size[i] + 63) & ~(size_t)63;
+    }
+    if (!base) return at;
+    c->slot = (int32_t *)(void *)(base + where[0]);
+    c->page = (int32_t *)(void *)(base + where[1]);
+    c->reads = (uint32_t *)(void *)(base + where[2]);
+    c->wanted = base + where[3];
+    c->last = (int32_t *)(void *)(base + where[4]);
+    c->count = (double *)(void *)(base + where[5]);
+    c->order = (int32_t *)(void *)(base + where[6]);
+    return at;
+}
+
+ATTN_DEF size_t attn_cache_bytes(const attn_cache_params *p) {
+    if (!p || p->n_pages < 1 || p->n_slots < 1 || p->n_slots > p->n_pages) return 0;
+    if ((int)p->policy < 0 || p->policy > ATTN_CACHE_DECAYED_LFU) return 0;
+    if (p->k < 0 || p->k > ATTN_CACHE_K || p->max_loads < 0) return 0;
+    if (!(p->decay >= 0 && p->decay <= 1)) return 0;
+    if ((uint64_t)p->n_pages > (uint64_t)((size_t)-1 / (8 * (ATTN_CACHE_K + 8)))) return 0;
+    return attni_cache_lay(p, NULL, NULL);
+}
+
+ATTN_DEF attn_result attn_cache_init(const attn_cache_params *p, void *mem, size_t bytes,
+                                     attn_cache **out) {
+    size_t need = attn_cache_bytes(p);
+    attn_cache *c = (attn_cache *)mem;
+    int32_t i;
+    if (!need || !mem || !out) return ATTN_ERR_ARGUMENT;
+    if (bytes < need || (uintptr_t)mem % 64) return ATTN_ERR_BUFFER;
+    memset(mem, 0, need);
+    c->params = *p;
+    c->params.k = attni_or(p->k, 2);
+    c->params.max_loads = attni_min32(attni_or(p->max_loads, p->n_slots), p->n_slots);
+    if (!(p->decay > 0)) c->params.decay = 0.9f;
+    attni_cache_lay(p, (uint8_t *)mem, c);
+    for (i = 0; i < p->n_pages; i++) c->slot[i] = -1;
+    for (i = 0; i < p->n_slots; i++) c->page[i] = -1;
+    *out = c;
+    return ATTN_OK;
+}
+
+ATTN_DEF void attn_cache_want(attn_cache *c, int32_t page) {
+    if (page >= 0 && page < c->params.n_pages) c->wanted[page] = 1;
+}
+
+ATTN_DEF attn_result attn_cache_want_listed(attn_cache *c, const attn_desc *d, int32_t s) {
+    const attn_block_list *b;
+    int64_t row, end, e, t, pos0;
+    int32_t l;
+    if (!c || !d || s < 0 || s >= d->n_seq) return ATTN_ERR_ARGUMENT;
+    b = &d->mask.blocks;
+    if (!b->row_start) return ATTN_ERR_MASK;
+    if (b->device_entries) return ATTN_ERR_UNSUPPORTED;
+    pos0 = attni_kv_pos0(d, s);
+    if (d->q_start[s + 1] == d->q_start[s]) return ATTN_OK;
+    row = attni_list_row(d, s, attni_q_pos0(d, s));
+    end = attni_list_row(d, s, attni_q_pos0(d, s) + d->q_start[s + 1] - d->q_start[s] - 1);
+    for (l = 0; l < b->n_lists; l++)
+        for (t = row; t <= end; t++)
+            for (e = attni_row_start(b, l, t); e < attni_row_end(b, l, t); e++) {
+                int64_t j = attni_max64(0, (int64_t)b->block[e] * b->kv_block - pos0), last;
+                last = ((int64_t)b->block[e] + 1) * b->kv_block - pos0;
+                last = attni_min64(last, d->kv.kv_len[s]);
+                for (; j < last; j += d->kv.page_tokens - j % d->kv.page_tokens)
+                    attn_cache_want(c, attni_page_of(d, s, (int32_t)j));
+            }
+    return ATTN_OK;
+}
+
+// Does page a deserve its place more than page b?
+static int attni_cache_before(const attn_cache *c, int32_t a, int32_t b) {
+    const int32_t *x = c->last + (int64_t)a * ATTN_CACHE_K;
+    const int32_t *y = c->last + (int64_t)b * ATTN_CACHE_K;
+    const attn_cache_policy p = c->params.policy;
+    const int32_t k = c->params.k - 1;
+    if (p == ATTN_CACHE_LRU_K && x[k] != y[k]) return x[k] > y[k];
+    if (p != ATTN_CACHE_LFU && p != ATTN_CACHE_DECAYED_LFU && x[0] != y[0]) return x[0] > y[0];
+    if (p != ATTN_CACHE_LRU && p != ATTN_CACHE_LRU_K) {
+        if (c->count[a] > c->count[b]) return 1;
+        if (c->count[a] < c->count[b]) return 0;
+    }
+    if ((c->slot[a] >= 0) != (c->slot[b] >= 0)) return c->slot[a] >= 0;
+    return a < b;
+}
+
+// order[0 .. n) as a heap with the least deserving page on top, from place i down.
+static void attni_cache_sift(attn_cache *c, int32_t i, int32_t n) {
+    int32_t *h = c->order;
+    for (;;) {
+        int32_t child = 2 * i + 1, x = h[i];
+        if (child >= n) return;
+        if (child + 1 < n && attni_cache_before(c, h[child], h[child + 1])) child++;
+        if (!attni_cache_before(c, x, h[child])) return;
+        h[i] = h[child];
+        h[child] = x;
+        i = child;
+    }
+}
+
+// Takes a step's reads into the history of a page; 1 when it is one to choose from.
+static int attni_cache_note(attn_cache *c, int32_t page) {
+    int32_t *last = c->last + (int64_t)page * ATTN_CACHE_K, i;
+    const uint32_t n = c->reads[page];
+    const int now = n || c->wanted[page];
+    if (c->slot[page] >= 0) c->hits += n;
+    else c->misses += n;
+    if (c->params.policy == ATTN_CACHE_DECAYED_LFU) c->count[page] *= (double)c->params.decay;
+    c->count[page] += n;
+    for (i = ATTN_CACHE_K - 1; now && i > 0; i--) last[i] = last[i - 1];
+    if (now) last[0] = c->tick;
+    c->reads[page] = 0;
+    c->wanted[page] = 0;
+    return now || c->slot[page] >= 0;
+}
+
+static void attni_cache_leave(attn_cache *c, int32_t page) {
+    c->page[c->slot[page]] = -1;
+    c->slot[page] = -1;
+}
+
+ATTN_DEF attn_result attn_cache_update(attn_cache *c, attn_cache_load *loads, int32_t *n_loads) {
+    int32_t n = 0, i, page, slot = 0, to, worst, *order;
+    if (!c || !loads || !n_loads) return ATTN_ERR_ARGUMENT;
+    order = c->order;
+    c->tick++;
+    *n_loads = 0;
+    for (page = 0; page < c->params.n_pages; page++)
+        if (attni_cache_note(c, page)) order[n++] = page;
+    for (i = n / 2 - 1; i >= 0; i--) attni_cache_sift(c, i, n);
+    for (i = n - 1; i > 0; i--) { // the most deserving comes first
+        page = order[0];
+        order[0] = order[i];
+        order[i] = page;
+        attni_cache_sift(c, 0, i);
+    }
+    worst = n - 1;
+    for (i = 0; i < n && i < c->params.n_slots && *n_loads < c->params.max_loads; i++) {
+        page = order[i];
+        if (c->slot[page] >= 0) continue;
+        while (slot < c->params.n_slots && c->page[slot] >= 0) slot++;
+        if (slot == c->params.n_slots) { // of the pages behind the first n_slots one has a copy
+            while (c->slot[order[worst]] < 0) worst--;
+            to = c->slot[order[worst]];
+            attni_cache_leave(c, order[worst--]);
+            c->evictions++;
+        } else to = slot;
+        c->page[to] = page;
+        c->slot[page] = to;
+        loads[*n_loads].page = page;
+        loads[(*n_loads)++].slot = to;
+        c->loads++;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF void attn_cache_drop(attn_cache *c, int32_t page) {
+    if (page < 0 || page >= c->params.n_pages) return;
+    if (c->slot[page] >= 0) attni_cache_leave(c, page);
+    c->reads[page] = 0;
+    c->wanted[page] = 0;
+    c->count[page] = 0;
+    memset(c->last + (int64_t)page * ATTN_CACHE_K, 0, ATTN_CACHE_K * sizeof *c->last);
 }
 
 // ==== >>impl-blob  Saving and loading a branch ===================================================

@@ -94,6 +94,11 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies,
                                          int32_t n);
 
+// Makes the copies that attn_cache_update asked for in d.kv.cache of one layer. Thread rule:
+// disjoint loads. ERR_PAGE.
+ATTN_DEF attn_result attn_cpu_cache_load(const attn_desc *d, const attn_cache_load *loads,
+                                         int32_t n);
+
 // ==== >>run  Running a plan ======================================================================
 
 // Fills in the planner's parameters for this backend: row tile, cost model, a 64 MiB bound on
@@ -2828,6 +2833,33 @@ static attn_result attni_check_copy(const attn_desc *d, const attn_page_copy *c)
 // Machines differ in the NaN they make; stored rows must not.
 static float attni_one_nan(float x) { return attni_isnan(x) ? attni_float(0x7fc00000u) : x; }
 
+// Places t0 .. t0 + n of a page to the same places of another memory, and nothing else: the others
+// may hold newer tokens already.
+ATTNI_CALLED void attni_copy_slots(const attni_side *s, int64_t page, uint8_t *to, int32_t h0,
+                                   int32_t h1, int32_t t0, int32_t n) {
+    const uint8_t *from = s->data + page * s->page_bytes;
+    int64_t row = (int64_t)s->dim * attni_bits_of(s->dtype) / 8, at;
+    int32_t h, t, u, run;
+    if (to == from) return;
+    for (h = h0; h < h1; h++)
+        for (t = t0; t < t0 + n; t += run) {
+            size_t bytes = (size_t)row;
+            run = 1;
+            if (s->k16) { // up to the end of the tile
+                run = attni_min32(16 - t % 16, t0 + n - t);
+                bytes = 4 * (size_t)run;
+            }
+            at = attni_token_offset(s, t, h);
+            for (u = 0; u < (s->k16 ? row / 4 : 1); u++, at += 64)
+                memcpy(to + at, from + at, bytes);
+        }
+    for (h = h0; h < h1 && s->scale_offset >= 0; h++)
+        for (t = t0; t < t0 + n; t++) {
+            at = attni_scale_offset(s, t, h);
+            memcpy(to + at, from + at, 4);
+        }
+}
+
 // One row of one head into its place: codes gathered in a row, then scattered by 4-byte units.
 ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, const void *src,
                             attn_dtype st, int64_t page, int32_t place, int32_t head) {
@@ -2857,6 +2889,7 @@ ATTNI_CALLED void attni_store_row(const attni_moves *mv, const attni_side *s, co
     if (!s->k16) memcpy(p, code, 4 * (size_t)units);
     else
         for (e = 0; e < units; e++) memcpy(p + 64 * (int64_t)e, code + 4 * e, 4);
+    attni_copy_slots(s, page, attni_page_data(s, page), head, head + 1, place, 1);
 }
 
 // What run, store and merge rely on without reading tables.
@@ -2931,26 +2964,6 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     return ATTN_OK;
 }
 
-// The first n slots of a page and nothing else: the others may hold newer tokens already.
-ATTNI_CALLED void attni_copy_slots(const attn_desc *d, const attni_side *s, int32_t src,
-                                   int32_t dst, int32_t n) {
-    const uint8_t *from = s->data + src * s->page_bytes;
-    uint8_t *to = s->data + dst * s->page_bytes;
-    int64_t row = (int64_t)s->dim * attni_bits_of(s->dtype) / 8, at;
-    int32_t h, t, u;
-    for (h = 0; h < d->n_kv_heads; h++)
-        for (t = 0; t < n; t += s->k16 ? 16 : 1) {
-            size_t run = s->k16 ? 4 * (size_t)attni_min32(16, n - t) : (size_t)row;
-            at = attni_token_offset(s, t, h);
-            for (u = 0; u < (s->k16 ? row / 4 : 1); u++, at += 64) memcpy(to + at, from + at, run);
-        }
-    for (h = 0; h < d->n_kv_heads && s->scale_offset >= 0; h++)
-        for (t = 0; t < n; t++) {
-            at = attni_scale_offset(s, t, h);
-            memcpy(to + at, from + at, 4);
-        }
-}
-
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies,
                                          int32_t n) {
     attni_side side[2];
@@ -2970,9 +2983,36 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
     }
     for (is_v = 0; is_v < 2; is_v++) {
         if (is_v && d->kv.v.data == d->kv.k.data) break; // V aliases K
+        for (i = 0; i < n; i++) {
+            const attni_side *x = side + is_v;
+            uint8_t *dst = x->data + copies[i].dst * x->page_bytes;
+            attni_copy_slots(x, copies[i].src, dst, 0, d->n_kv_heads, 0, copies[i].n_tokens);
+            attni_copy_slots(x, copies[i].dst, attni_page_data(x, copies[i].dst), 0, d->n_kv_heads,
+                             0, copies[i].n_tokens);
+        }
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cpu_cache_load(const attn_desc *d, const attn_cache_load *loads,
+                                         int32_t n) {
+    attni_side side[2];
+    attn_result r = attni_cpu_check(d);
+    int32_t i, is_v;
+    if (r != ATTN_OK) return r;
+    if (n < 0 || (n > 0 && !loads) || !d->kv.cache) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
+    for (i = 0; i < n; i++) {
+        if (loads[i].page < 0 || loads[i].page >= d->kv.n_pages) return ATTN_ERR_PAGE;
+        if (loads[i].slot < 0 || loads[i].slot >= side[0].n_slots) return ATTN_ERR_PAGE;
+    }
+    for (is_v = 0; is_v < 2; is_v++) {
+        const attni_side *x = side + is_v;
+        if (is_v && x->copies == side[0].copies) break; // V aliases K
         for (i = 0; i < n; i++)
-            if (copies[i].src != copies[i].dst)
-                attni_copy_slots(d, &side[is_v], copies[i].src, copies[i].dst, copies[i].n_tokens);
+            memcpy(x->copies + loads[i].slot * x->page_bytes,
+                   x->data + loads[i].page * x->page_bytes, (size_t)x->need_bytes);
     }
     return ATTN_OK;
 }
@@ -4047,7 +4087,7 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
             c->ks[16 * i + t] = 0;
             if (16 * i + t >= n || j < 0 || j >= kv_len) continue;
             if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
-            any = key[t] = c->k.data + page * c->k.page_bytes +
+            any = key[t] = attni_page_data(&c->k, page) +
                            attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
             c->ks[16 * i + t] = attni_token_scale(&c->k, page, (int32_t)(j % pt), kv_head);
         }
