@@ -23,7 +23,7 @@
 
    CONTENTS (search for the tag)
        >>config   >>result   >>dtype   >>tensor   >>kv   >>mask   >>desc   >>validate   >>plan
-       >>ref   >>select   >>pool   >>tree   >>cache   >>blob   >>check
+       >>ref   >>select   >>delta   >>pool   >>tree   >>cache   >>blob   >>check
        and the implementation of each behind  >>impl
 
    MACROS
@@ -178,7 +178,7 @@ typedef struct attn_kv {
     const int32_t *page_table;  // (n_seq, page_table_stride) page ids; entry j holds the tokens
                                 // j * page_tokens ... of the sequence
                                 // (default NULL: sequence i is page i: contiguous KV)
-    int64_t page_table_stride;  // int32 entries between sequences
+    int64_t page_table_stride;  // int32 entries between sequences; 0: all have the same pages
     const int32_t *kv_len;      // (n_seq) tokens held, the new ones included
     const int32_t *kv_pos0; // (n_seq) absolute position of the first held token (default NULL: 0);
                             // > 0 after the front of a sequence was evicted
@@ -679,6 +679,24 @@ ATTN_DEF void attn_selection_mask(const attn_selection *x, attn_mask *m);
 
 // Pairs (query, key, head) that d's mask lets through, and those its base term alone would.
 ATTN_DEF attn_result attn_mask_kept(const attn_desc *d, int64_t *kept, int64_t *base);
+
+// ==== >>delta  Correcting sparse attention by some dense rows ====================================
+//
+// Delta correction (arXiv 2505.11254), for any mask. Every step-th query of a sequence gets a dense
+// row besides its sparse one; their difference is added to the rows up to the next of these, which
+// itself becomes the dense one. About 1 / step of dense attention more:
+//     run d as ever;   attn_delta_desc(&d, s, step, &delta, tables, &dense);   plan and run dense;
+//     attn_<dev>_delta_take, then attn_<dev>_delta_add over its rows.
+// LSE stays the sparse one's. Rows that need to be exact (the last of a prompt) are a dense problem
+// of their own: q and o from the first of them on, q_pos0 to match.
+
+// The dense rows of sequence s as a problem: sequences of one query each, over s's pages, d's base
+// mask without its sparse terms.
+//   delta   (n, n_heads, v_head_dim) for n = ceil(q_len / step) rows, f32 or as O
+//   tables  4 n + 2 entries of host memory, kept as long as out
+// ERR_ARGUMENT (step < 1, no queries), ERR_UNSUPPORTED (TREE masks, bias), those of attn_validate.
+ATTN_DEF attn_result attn_delta_desc(const attn_desc *d, int32_t s, int32_t step,
+                                     const attn_tensor *delta, int32_t *tables, attn_desc *out);
 
 // ==== >>pool  Pages and their reference counts ===================================================
 
@@ -2188,8 +2206,7 @@ static attn_result attni_check_kv(const attn_desc *d) {
             return ATTN_ERR_ARGUMENT;
         if (!kv->page_table) continue;
         n_pages = len / kv->page_tokens + (len % kv->page_tokens != 0);
-        if (n_pages > kv->page_table_stride && (d->n_seq > 1 || kv->page_table_stride))
-            return ATTN_ERR_SHAPE;
+        if (n_pages > kv->page_table_stride && kv->page_table_stride) return ATTN_ERR_SHAPE;
         for (j = 0; j < n_pages; j++) {
             int32_t page = kv->page_table[s * kv->page_table_stride + j];
             if (page < 0 || page >= kv->n_pages) return ATTN_ERR_PAGE;
@@ -2622,6 +2639,51 @@ ATTN_DEF attn_result attn_mask_kept(const attn_desc *d, int64_t *kept, int64_t *
             *base += attni_count_seen(&all, &q, s, t, 0) * d->n_heads;
     }
     return ATTN_OK;
+}
+
+// ==== >>impl-delta  Correcting sparse attention by some dense rows ===============================
+
+ATTN_DEF attn_result attn_delta_desc(const attn_desc *d, int32_t s, int32_t step,
+                                     const attn_tensor *delta, int32_t *tables, attn_desc *out) {
+    attn_result r = attn_validate(d);
+    int64_t st;
+    int32_t n, i, q_len, *pos, *len, *pos0;
+    if (r != ATTN_OK) return r;
+    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !tables || !out) return ATTN_ERR_ARGUMENT;
+    q_len = d->q_start[s + 1] - d->q_start[s];
+    if (q_len < 1) return ATTN_ERR_ARGUMENT;
+    if (d->mask.kind == ATTN_MASK_TREE || d->logits.bias.data) return ATTN_ERR_UNSUPPORTED;
+    n = (q_len - 1) / step + 1;
+    pos = tables + n + 1;
+    len = pos + n;
+    pos0 = len + n;
+    for (i = 0; i < n; i++) {
+        tables[i] = i;
+        pos[i] = attni_q_pos0(d, s) + i * step;
+        len[i] = d->kv.kv_len[s];
+        pos0[i] = attni_kv_pos0(d, s);
+    }
+    tables[n] = n;
+    *out = *d;
+    out->n_seq = n;
+    out->q_start = tables;
+    out->q_pos0 = pos;
+    out->seq_order = NULL;
+    out->kv.kv_len = len;
+    out->kv.kv_pos0 = pos0;
+    tables[4 * n + 1] = s; // contiguous: the sequence's one long page
+    out->kv.page_table = d->kv.page_table ? d->kv.page_table + s * d->kv.page_table_stride
+                                          : tables + 4 * n + 1;
+    out->kv.page_table_stride = 0;
+    st = d->q.stride_token ? d->q.stride_token : (int64_t)d->n_heads * d->head_dim;
+    out->q.data = (uint8_t *)d->q.data + d->q_start[s] * st * (attni_bits_of(d->q.dtype) / 8);
+    out->q.stride_token = st * step;
+    out->o = *delta;
+    out->lse = NULL;
+    out->mask.blocks.row_start = NULL;
+    out->mask.stride.block = out->mask.vslash.block = 0;
+    out->mask.keep_sink = out->mask.keep_recent = 0;
+    return attn_validate(out);
 }
 
 // ==== >>impl-plan  ===============================================================================

@@ -18,9 +18,9 @@
        while (i < plan->n_tasks && now() + plan->task[i].cost * seconds_per_cost < deadline)
            attn_cpu_run(&d, plan, i++, 1, partials, scratch);                on in a later frame
 
-   CONTENTS  >>isa  >>store  >>run  >>select   and behind  >>impl-:
+   CONTENTS  >>isa  >>store  >>run  >>select  >>delta   and behind  >>impl-:
              kernels, types, scalar, avx2, avx512, dots, neon, wasm, dispatch, store, tasks,
-             run, scan, flex, hip, exact, select
+             run, scan, flex, hip, exact, select, delta
 
    MACROS    ATTN_CPU_IMPLEMENTATION   implement this header
              ATTN_CPU_SCALAR_ONLY      leave the SIMD executors out (bring-up on odd toolchains)
@@ -150,6 +150,17 @@ ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
 ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d);
 ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *y, int64_t first,
                                         int64_t count);
+
+// ==== >>delta  Correcting sparse attention by some dense rows ====================================
+
+// delta -= O's rows that it stands for, rows [first, first + count) of it; after all of these
+// (another thread's, too) the same rows are added to O, each to step rows. interpolate: a row
+// between two of them gets its share of both. See attn_delta_desc; thread rule: disjoint rows.
+ATTN_DEF attn_result attn_cpu_delta_take(const attn_desc *d, int32_t s, int32_t step,
+                                         const attn_tensor *delta, int32_t first, int32_t count);
+ATTN_DEF attn_result attn_cpu_delta_add(const attn_desc *d, int32_t s, int32_t step,
+                                        int interpolate, const attn_tensor *delta, int32_t first,
+                                        int32_t count);
 
 #endif // ATTN_CPU_H
 
@@ -4246,6 +4257,71 @@ ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *
                                         int64_t count) {
     (void)d, (void)y, (void)first, (void)count;
     return ATTN_ERR_UNSUPPORTED;
+}
+
+// ==== >>impl-delta  ==============================================================================
+
+// Element 0 of a row of a tensor of heads x v_head_dim.
+static int64_t attni_o_row(const attn_desc *d, const attn_tensor *t, int64_t token, int32_t head) {
+    int64_t st = t->stride_token ? t->stride_token : (int64_t)d->n_heads * attni_v_dim(d);
+    return token * st + head * (t->stride_head ? t->stride_head : attni_v_dim(d));
+}
+
+static attn_result attni_delta_check(const attn_desc *d, int32_t s, int32_t step,
+                                     const attn_tensor *delta, int32_t first, int32_t count) {
+    attn_result r = attni_cpu_check(d);
+    int32_t q_len;
+    if (r != ATTN_OK) return r;
+    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !delta->data || !d->o.data)
+        return ATTN_ERR_ARGUMENT;
+    q_len = d->q_start[s + 1] - d->q_start[s];
+    if (first < 0 || count < 0 || q_len < 1 || first + count > (q_len - 1) / step + 1)
+        return ATTN_ERR_ARGUMENT;
+    if ((r = attni_check_rows(delta, d->n_heads, (q_len - 1) / step + 1)) != ATTN_OK) return r;
+    return attni_is_float(d->o.dtype) ? ATTN_OK : ATTN_ERR_DTYPE;
+}
+
+ATTN_DEF attn_result attn_cpu_delta_take(const attn_desc *d, int32_t s, int32_t step,
+                                         const attn_tensor *delta, int32_t first, int32_t count) {
+    attn_result r = attni_delta_check(d, s, step, delta, first, count);
+    int32_t i, h, e;
+    for (i = first; r == ATTN_OK && i < first + count; i++)
+        for (h = 0; h < d->n_heads; h++) {
+            int64_t from = attni_o_row(d, &d->o, d->q_start[s] + (int64_t)i * step, h);
+            int64_t to = attni_o_row(d, delta, i, h);
+            for (e = 0; e < attni_v_dim(d); e++) {
+                float x = attni_get(delta->data, delta->dtype, to + e);
+                attni_put(delta->data, delta->dtype, to + e,
+                          x - attni_get(d->o.data, d->o.dtype, from + e));
+            }
+        }
+    return r;
+}
+
+ATTN_DEF attn_result attn_cpu_delta_add(const attn_desc *d, int32_t s, int32_t step,
+                                        int interpolate, const attn_tensor *delta, int32_t first,
+                                        int32_t count) {
+    attn_result r = attni_delta_check(d, s, step, delta, first, count);
+    int32_t i, j, h, e, q_len, last;
+    if (r != ATTN_OK) return r;
+    q_len = d->q_start[s + 1] - d->q_start[s];
+    last = (q_len - 1) / step;
+    for (i = first; i < first + count; i++)
+        for (j = i * step; j < q_len && j - i * step < step; j++) {
+            const float f = interpolate && i < last ? (float)(j - i * step) / (float)step : 0;
+            for (h = 0; h < d->n_heads; h++) {
+                int64_t a = attni_o_row(d, delta, i, h);
+                int64_t b = attni_o_row(d, delta, attni_min32(i + 1, last), h);
+                int64_t to = attni_o_row(d, &d->o, d->q_start[s] + (int64_t)j, h);
+                for (e = 0; e < attni_v_dim(d); e++) {
+                    float x = attni_get(delta->data, delta->dtype, a + e);
+                    if (f > 0) x += f * (attni_get(delta->data, delta->dtype, b + e) - x);
+                    attni_put(d->o.data, d->o.dtype, to + e,
+                              x + attni_get(d->o.data, d->o.dtype, to + e));
+                }
+            }
+        }
+    return ATTN_OK;
 }
 
 #undef ATTNI_AMX_BEGIN

