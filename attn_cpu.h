@@ -139,6 +139,12 @@ ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot);
 
+// HiP's landmarks of the keys of d's own tokens, after their store: d, s as for select with
+// s->hip.landmark = out. Units: (sequence, KV head); scratch as for select.
+ATTN_DEF int64_t attn_cpu_landmarks_units(const attn_desc *d);
+ATTN_DEF attn_result attn_cpu_landmarks(const attn_desc *d, const attn_select *s, float *out,
+                                        int64_t first, int64_t count, void *scratch);
+
 // Brings summaries up to date after the store of d's new tokens: units as of threads' choice, one a
 // page that holds a query token, any order.
 ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
