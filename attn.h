@@ -578,7 +578,7 @@ typedef struct attn_flex {
 //     z *= 0x94d049bb133111eb, z ^= z >> 31.
 //   head_group g (ours, lists EACH; g divides the query heads of a KV head): g heads in order share
 //     one budget: the best g K of all their children stay, equal ones: lower head first.
-// HIP1. Cells of a grid of w: cell i begins at block b0 + floor(i N / w). First w = K and all cells.
+// HIP1. Cells of a grid of w: cell i begins at block b0 + floor(i N / w). First w = K, all cells.
 // While w < N: w' = min(2 w, N); cell i becomes the cells j with i w' <= j w < (i + 1) w'. If they
 // are more than max(floor(patches / block), floor(K w' / N)), so many stay, the best by S of the
 // block they begin at; else all stay, with the score (at first -infinity) of what they were.
@@ -597,8 +597,8 @@ typedef struct attn_flex {
 // than c0 (ours). Candidates of stage 0: the eligible chunks. Of stage i > 0: the keep / c_before
 // best candidates (all if fewer) of the stage before, of the q block this one lies in, cut to this
 // stage's chunks, the eligible ones of these for this q block. In a slot, where the stage before is
-// not scanned: what its last scan admitted, the eligible ones for p. The list: the hip.keep / c best
-// candidates of the last stage.
+// not scanned: what its last scan admitted, the eligible ones for p. The list: the hip.keep / c
+// best candidates of the last stage.
 //   score of a chunk, for one KV head, where S(t) is the max over the list's query heads of this KV
 //     head (all go one way together: ours) and their rows of key l + t:
 //       lo = 0, hi = c, best = -infinity
