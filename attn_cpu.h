@@ -4033,40 +4033,51 @@ ATTNI_CALLED void attni_scan_query(attni_scan *c, int32_t r, int64_t t, int32_t 
     c->e.mv->widen(d->q.dtype, src, d->head_dim, out ? out : c->q + (int64_t)r * d->head_dim);
 }
 
+// Where 16 keys lie, from the i'th of attni_scan_keys' on, and their scales; those that are not held
+// at the place of one that is. All NULL: none is.
+ATTNI_CALLED attn_result attni_scan_locate(attni_scan *c, int32_t seq, int32_t kv_head,
+                                           const int32_t *pos, int64_t first, int32_t n, int32_t i,
+                                           const uint8_t **key) {
+    const attn_desc *d = c->d;
+    const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
+    const int32_t pt = d->kv.page_tokens;
+    const uint8_t *any = NULL;
+    int32_t t, page;
+    for (t = 0; t < 16; t++) {
+        int64_t j = (pos && i + t < n ? pos[i + t] : first + i + t) - kv_pos0;
+        key[t] = NULL;
+        c->ks[i + t] = 0;
+        if (i + t >= n || j < 0 || j >= kv_len) continue;
+        if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
+        any = key[t] = c->k.data + page * c->k.page_bytes +
+                       attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
+        c->ks[i + t] = attni_token_scale(&c->k, page, (int32_t)(j % pt), kv_head);
+    }
+    for (t = 0; t < 16; t++)
+        if (!key[t]) key[t] = any;
+    return ATTN_OK;
+}
+
 // Takes n <= 256 keys of a sequence and KV head, at the positions pos[], or first + i without pos;
 // positions that are not held score 0. ERR_PAGE.
 ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_head,
                                          const int32_t *pos, int64_t first, int32_t n) {
     const attn_desc *d = c->d;
-    const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
-    const int32_t pt = d->kv.page_tokens;
-    const uint8_t *key[16], *ahead[16];
-    int32_t i, t;
+    const uint8_t *key[2][16]; // of this tile and the next
+    attn_result r = attni_scan_locate(c, seq, kv_head, pos, first, n, 0, key[0]);
+    int32_t i;
     c->n_tiles = (n + 15) / 16;
     for (i = 0; i < c->n_tiles; i++) {
         uint32_t *raw = c->raw + 16 * i * (int64_t)c->units;
-        const uint8_t *any = NULL;
-        for (t = 0; t < 16; t++) {
-            int64_t j = (pos && 16 * i + t < n ? pos[16 * i + t] : first + 16 * i + t) - kv_pos0;
-            int32_t page;
-            key[t] = NULL;
-            c->ks[16 * i + t] = 0;
-            if (16 * i + t >= n || j < 0 || j >= kv_len) continue;
-            if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
-            any = key[t] = c->k.data + page * c->k.page_bytes +
-                           attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
-            c->ks[16 * i + t] = attni_token_scale(&c->k, page, (int32_t)(j % pt), kv_head);
-        }
+        const uint8_t *const *own = key[i & 1], *const *next = key[(i + 1) & 1];
+        if (r == ATTN_OK && i + 1 < c->n_tiles)
+            r = attni_scan_locate(c, seq, kv_head, pos, first, n, 16 * i + 16, key[(i + 1) & 1]);
+        if (r != ATTN_OK) return r;
         c->kt[i] = raw;
-        if (!any) {
-            memset(raw, 0, 64 * (size_t)c->units);
-        } else {
-            for (t = 0; t < 16; t++) {
-                if (!key[t]) key[t] = any;
-                ahead[t] = key[t];
-            }
-            c->e.mv->pack(key, c->k.k16 ? 64 : 4, c->units, raw, ahead);
-        }
+        if (!own[0]) memset(raw, 0, 64 * (size_t)c->units);
+        else
+            c->e.mv->pack(own, c->k.k16 ? 64 : 4, c->units, raw,
+                          i + 1 < c->n_tiles && next[0] ? next : own);
         if (c->k.dtype != ATTN_F32) {
             float *out = c->kf + 16 * i * (int64_t)d->head_dim;
             c->e.mv->widen_tile(c->k.dtype, raw, c->units, out);
