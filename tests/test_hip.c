@@ -397,7 +397,7 @@ static void test_hills(uint64_t seed) {
         for (kind = ATTN_SELECT_HIP2; kind <= ATTN_SELECT_HIP3; kind++) {
             view v = {0};
             lists l;
-            int32_t top = 256 + test_below(&r, 2700 - 256), list;
+            int32_t top = 300 + test_below(&r, 2400), list;
             const int32_t *b;
             source_hill(&src, 0, top);
             one_query(&v, &src, 4000, 64);
