@@ -631,9 +631,10 @@ typedef enum attn_hip_sample {
 #define ATTN_HIP_CENTRE 4
 #define ATTN_HIP_KEEP_SCORES 8
 
-// Positions that a HIP3 stage scores by, for Q and K both stored un-rotated: context extension. A
-// vector x is rotated to position p, cut to [0, rope_len), before products: e < h = rope_dim / 2:
-// x[e], x[e + h] become x[e] cos[e] - x[e + h] sin[e], x[e + h] cos[e] + x[e] sin[e], f32; other
+// Positions that a HIP3 stage scores by, for context extension: select from a descriptor whose Q
+// and K are un-rotated; attention by the same lists takes its own Q and K as they are. A vector x
+// is rotated to position p, cut to [0, rope_len), before products: for e < h = rope_dim / 2 x[e]
+// and x[e + h] become x[e] cos[e] - x[e + h] sin[e] and x[e + h] cos[e] + x[e] sin[e], f32; the other
 // elements stay. A run of queries is rotated to the position of its first query q, then averaged.
 // u = max(0, window - c0), n = end, x = context. Query position; key position:
 //   RELATIVE     u + 1; the left key of a round at 0, the right one at 1 (LANDMARK: 0)
@@ -2254,26 +2255,18 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
 
 // ==== >>impl-select  Parameters, rows and memory of selectors ====================================
 
-// Not yet: positions of a stage's own.
-static attn_result attni_hip_check(const attn_desc *d, const attn_select *f) {
-    int32_t i;
-    for (i = 0; i < f->hip.n_stages; i++) {
-        if (f->hip.stage[i].style && f->hip.rope_dim > d->head_dim) return ATTN_ERR_ARGUMENT;
-        if (f->hip.stage[i].style) return ATTN_ERR_UNSUPPORTED;
-    }
-    return ATTN_OK;
-}
-
 ATTN_DEF attn_result attn_select_check(const attn_desc *d, const attn_select *s) {
     attn_select f;
     attn_result r;
+    int32_t i;
     if (!d || !s) return ATTN_ERR_ARGUMENT;
     if ((r = attni_check_shape(d)) != ATTN_OK) return r;
     if ((r = attni_check_kv(d)) != ATTN_OK) return r;
     if (!attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
     if (f.kind == ATTN_SELECT_HIP2 && d->n_heads / d->n_kv_heads % f.hip.head_group)
         return ATTN_ERR_ARGUMENT;
-    if (f.kind == ATTN_SELECT_HIP3 && (r = attni_hip_check(d, &f)) != ATTN_OK) return r;
+    for (i = 0; f.kind == ATTN_SELECT_HIP3 && i < f.hip.n_stages; i++)
+        if (f.hip.stage[i].style && f.hip.rope_dim > d->head_dim) return ATTN_ERR_ARGUMENT;
     if (d->mask.kind != ATTN_MASK_CAUSAL || d->mask.window_left || d->mask.window_right)
         return ATTN_ERR_UNSUPPORTED;
     return d->logits.alibi || d->logits.bias.data ? ATTN_ERR_UNSUPPORTED : ATTN_OK;

@@ -4033,8 +4033,8 @@ ATTNI_CALLED void attni_scan_query(attni_scan *c, int32_t r, int64_t t, int32_t 
     c->e.mv->widen(d->q.dtype, src, d->head_dim, out ? out : c->q + (int64_t)r * d->head_dim);
 }
 
-// Where 16 keys lie, from the i'th of attni_scan_keys' on, and their scales; those that are not held
-// at the place of one that is. All NULL: none is.
+// Where 16 keys lie, from the i'th of attni_scan_keys' on, and their scales; those that are not
+// held: at the place of one that is. All NULL: none is.
 ATTNI_CALLED attn_result attni_scan_locate(attni_scan *c, int32_t seq, int32_t kv_head,
                                            const int32_t *pos, int64_t first, int32_t n, int32_t i,
                                            const uint8_t **key) {
@@ -4179,6 +4179,10 @@ typedef struct attni_hip {
     int32_t n_groups;
     attni_hip_scan scan[ATTN_HIP_STAGES];
     int32_t *state; // the row's memory, or NULL
+    // a stage with positions of its own: those of the keys, or NULL; SELF_EXTEND: rows once more,
+    // for keys that are far away
+    int32_t *key_at;
+    int64_t far_rows;
 } attni_hip;
 
 ATTNI_INLINE float attni_hip_none(void) { return attni_float(0xff800000u); }
@@ -4225,7 +4229,7 @@ ATTNI_CALLED size_t attni_hip_carve(attni_hip *h, uint8_t *base, const attn_desc
     int64_t kv_end = 1, q_len = 1, n, groups = 0, wide, sets = attni_hip_sets(d, f), most;
     int64_t heads = f->heads == ATTN_SELECT_ALL && !third ? d->n_heads : d->n_heads / d->n_kv_heads;
     size_t at = 0;
-    int32_t s;
+    int32_t s, twice = 1;
     for (s = 0; s < d->n_seq; s++) {
         kv_end = attni_max64(kv_end, (int64_t)attni_kv_pos0(d, s) + d->kv.kv_len[s]);
         q_len = attni_max64(q_len, d->q_start[s + 1] - d->q_start[s]);
@@ -4238,7 +4242,9 @@ ATTNI_CALLED size_t attni_hip_carve(attni_hip *h, uint8_t *base, const attn_desc
     }
     most = attni_max64(most, d->head_dim);
     ATTNI_CARVE(h, set, attni_hip_set *, sets)
-    ATTNI_CARVE(h, rows, float *, (n * heads + ATTNI_RB_MAX) * d->head_dim)
+    for (s = 0; third && s < f->hip.n_stages; s++)
+        if (f->hip.stage[s].style == ATTN_ROPE_SELF_EXTEND) twice = 2;
+    ATTNI_CARVE(h, rows, float *, (twice * n * heads + ATTNI_RB_MAX) * d->head_dim)
     ATTNI_CARVE(h, at, int32_t *, n)
     ATTNI_CARVE(h, wide, float *, d->head_dim + 16)
     ATTNI_CARVE(h, sum, float *, d->head_dim + 16)
@@ -4308,6 +4314,25 @@ ATTNI_CALLED void attni_hip_max(const attni_scan *c, int32_t nr, const int64_t *
     }
 }
 
+// Rotates x to a position, its elements gap apart.
+ATTNI_CALLED void attni_hip_rotate(const attn_hip *p, int64_t at, float *x, int64_t gap) {
+    const int64_t half = p->rope_dim / 2;
+    const float *c, *s;
+    int64_t e;
+    c = p->rope + attni_max64(0, attni_min64(at, p->rope_len - 1)) * p->rope_dim;
+    s = c + half;
+    for (e = 0; e < half; e++) {
+        float a = x[e * gap], b = x[(e + half) * gap];
+        x[e * gap] = a * c[e] - b * s[e];
+        x[(e + half) * gap] = b * c[e] + a * s[e];
+    }
+}
+
+// SELF_EXTEND: does a key take the rows for those far away?
+ATTNI_INLINE int attni_hip_far(const attni_hip *h, int64_t key) {
+    return h->far_rows && h->p_min - key >= 8192;
+}
+
 // Scores of n <= 256 keys: the max over rows [r0, r0 + nr) of a set. late: a row scores only keys
 // that are `late` before its position (-1: all keys up to the q block's last query).
 ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set, int32_t r0,
@@ -4318,23 +4343,30 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
     const float scale = c->scale < 0 ? -c->scale : c->scale;
     int64_t limit[ATTNI_SCAN_ROWS], top = 0;
     float m[ATTN_SPAN];
-    int32_t r, i;
+    int32_t r, i, far, wanted;
     attn_result e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
     if (e != ATTN_OK) return e;
-    for (i = 0; i < ATTN_SPAN; i++) m[i] = attni_hip_none();
+    for (i = 0; h->key_at && i < n; i++) // a tile holds [head_dim][16]
+        attni_hip_rotate(&c->f->hip, h->key_at[i],
+                         (float *)(uintptr_t)(const void *)c->kt[i / 16] + i % 16, 16);
     for (i = 0; i < n; i++) top = attni_max64(top, pos[i]);
-    for (r = 0; r < nr; r += ATTNI_SCAN_ROWS) {
-        const int32_t part = attni_min32(ATTNI_SCAN_ROWS, nr - r);
-        for (i = 0; late >= 0 && i < part; i++)
-            limit[i] = h->at[(r0 + r + i) / set->n_heads] - late;
-        attni_scan_rows(c, set->row + (int64_t)(r0 + r) * dim, part);
-        attni_hip_max(c, part, late >= 0 ? limit : NULL, pos, n, top, m);
+    for (far = 0; far <= (h->far_rows > 0); far++) {
+        for (i = wanted = 0; i < n; i++) wanted |= attni_hip_far(h, pos[i]) == far;
+        if (!wanted) continue;
+        for (i = 0; i < ATTN_SPAN; i++) m[i] = attni_hip_none();
+        for (r = 0; r < nr; r += ATTNI_SCAN_ROWS) {
+            const int32_t part = attni_min32(ATTNI_SCAN_ROWS, nr - r);
+            for (i = 0; late >= 0 && i < part; i++)
+                limit[i] = h->at[(r0 + r + i) / set->n_heads] - late;
+            attni_scan_rows(c, set->row + (far * h->far_rows + r0 + r) * dim, part);
+            attni_hip_max(c, part, late >= 0 ? limit : NULL, pos, n, top, m);
+        }
+        for (i = 0; i < n; i++)
+            if (attni_hip_far(h, pos[i]) == far) out[i] = m[i] * (scale * c->ks[i]);
     }
-    for (i = 0; i < n; i++) {
-        out[i] = m[i] * (scale * c->ks[i]);
+    for (i = 0; i < n; i++)
         if (pos[i] < h->kv_pos0 || pos[i] >= h->end || attni_isnan(out[i]))
             out[i] = attni_hip_none();
-    }
     h->keys += n;
     return ATTN_OK;
 }
@@ -4379,35 +4411,80 @@ ATTNI_CALLED attn_result attni_hip_emit(attni_hip *h, int32_t list, const int32_
 
 // ---- HIP3
 
+// Where a stage's style puts a query at position q, far: for keys far away.
+ATTNI_CALLED int64_t attni_hip_query_at(const attni_hip *h, const attn_hip_stage *t, int64_t q,
+                                        int far) {
+    const attn_hip *p = &h->c->f->hip;
+    const int64_t window = attni_max32(0, p->window - p->stage[0].chunk);
+    switch ((int)t->style) {
+    case ATTN_ROPE_RELATIVE: return window + 1;
+    case ATTN_ROPE_CHUNK: return attni_min64(q, h->scan[t - p->stage].n_chunks + window);
+    case ATTN_ROPE_INFLLM: return window;
+    case ATTN_ROPE_SELF_EXTEND: return far ? q / 16 + 8192 - 512 : q;
+    default: return q;
+    }
+}
+
+// ... and a key, of the place'th candidate, probed on the left or the right.
+ATTNI_CALLED int32_t attni_hip_key_at(const attni_hip *h, const attn_hip_stage *t, int64_t key,
+                                      int32_t place, int32_t right) {
+    const int64_t x = h->c->f->hip.context, recent = x / 4, n = h->end;
+    switch ((int)t->style) {
+    case ATTN_ROPE_RELATIVE: return right;
+    case ATTN_ROPE_CHUNK: return place;
+    case ATTN_ROPE_INFLLM: return 0;
+    case ATTN_ROPE_DYNAMIC:
+        if (key >= n - recent || n <= x) return (int32_t)key;
+        return (int32_t)(n - recent - 1 - (n - recent - 1 - key) * (x - recent) / (n - recent));
+    case ATTN_ROPE_SELF_EXTEND: return (int32_t)(attni_hip_far(h, key) ? key / 16 : key);
+    default: return (int32_t)key;
+    }
+}
+
+// The mean of the queries [p, next) of a head, as stage t sees them.
+ATTNI_CALLED void attni_hip_mean(attni_hip *h, const attn_hip_stage *t, int64_t p, int64_t next,
+                                 int32_t head, int far, float *out) {
+    const attn_hip *f = &h->c->f->hip;
+    const int32_t dim = h->c->d->head_dim;
+    const int64_t at = t->style ? attni_hip_query_at(h, t, p, far) : 0;
+    int64_t q;
+    int32_t e;
+    for (q = p; q < next; q++) {
+        float *x = q == p ? h->sum : h->wide;
+        attni_hip_query(h, q, head, x);
+        if (t->style) attni_hip_rotate(f, at, x, 1);
+        for (e = 0; q > p && e < dim; e++) h->sum[e] += x[e];
+    }
+    for (e = 0; e < dim; e++) out[e] = next - p > 1 ? h->sum[e] / (float)(next - p) : h->sum[e];
+}
+
 // The rows of stage t for some query heads: means of runs.
 ATTNI_CALLED void attni_hip_pool(attni_hip *h, const attn_hip_stage *t, attni_hip_set *set) {
     const int32_t dim = h->c->d->head_dim;
     const int64_t block = h->m * t->q_block;
-    int64_t p = h->p_min, q, next;
-    int32_t e, i;
+    int64_t p, next;
+    int32_t i, far;
     float *out = h->rows;
-    for (h->n_pos = 0; p <= h->p_max; p = next, h->n_pos++) {
-        next = block + ((p - block) / t->q_stride + 1) * t->q_stride;
-        next = attni_min64(next, h->p_max + 1);
-        for (i = 0; i < set->n_heads; i++, out += dim) {
-            attni_hip_query(h, p, set->head + i, h->sum);
-            for (q = p + 1; q < next; q++) {
-                attni_hip_query(h, q, set->head + i, h->wide);
-                for (e = 0; e < dim; e++) h->sum[e] += h->wide[e];
-            }
-            for (e = 0; e < dim; e++)
-                out[e] = next - p > 1 ? h->sum[e] / (float)(next - p) : h->sum[e];
+    h->far_rows = 0;
+    for (far = 0; far <= (t->style == ATTN_ROPE_SELF_EXTEND); far++) {
+        for (h->n_pos = 0, p = h->p_min; p <= h->p_max; p = next, h->n_pos++) {
+            next = block + ((p - block) / t->q_stride + 1) * t->q_stride;
+            next = attni_min64(next, h->p_max + 1);
+            for (i = 0; i < set->n_heads; i++, out += dim)
+                attni_hip_mean(h, t, p, next, set->head + i, far, out);
         }
+        h->far_rows = far * (int64_t)h->n_pos * set->n_heads;
     }
     memset(out, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
     set->row = h->rows;
 }
 
-// Scores and representatives of n <= 128 chunks by descent.
+// Scores and representatives of n <= 128 candidates from the `place`th on by descent.
 ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t,
                                            const attni_hip_set *set, const int32_t *chunk,
-                                           int32_t n, float *score, int32_t *rep) {
+                                           int32_t place, int32_t n, float *score, int32_t *rep) {
     int32_t lo[ATTN_SPAN / 2], hi[ATTN_SPAN / 2], open[ATTN_SPAN / 2], pos[ATTN_SPAN];
+    int32_t key_at[ATTN_SPAN];
     float got[ATTN_SPAN];
     int32_t i, j, n_open = n, least = attni_max32(2, t->terminate);
     for (i = 0; i < n; i++) {
@@ -4422,7 +4499,10 @@ ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t
             int32_t l = h->c->f->hip.sink + chunk[open[j]] * t->chunk;
             pos[2 * j] = l + (lo[open[j]] + mid) / 2;
             pos[2 * j + 1] = l + (mid + hi[open[j]]) / 2;
+            for (i = 2 * j; t->style && i <= 2 * j + 1; i++)
+                key_at[i] = attni_hip_key_at(h, t, pos[i], place + open[j], i & 1);
         }
+        h->key_at = t->style ? key_at : NULL;
         e = attni_hip_values(h, set, 0, h->n_pos * set->n_heads, -1, pos, 2 * n_open, got);
         if (e != ATTN_OK) return e;
         for (j = 0; j < n_open; j++) {
@@ -4444,10 +4524,10 @@ ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t
 // The same for LANDMARK.
 ATTNI_CALLED attn_result attni_hip_landmark(attni_hip *h, const attn_hip_stage *t,
                                             const attni_hip_set *set, const int32_t *chunk,
-                                            int32_t n, float *score, int32_t *rep) {
+                                            int32_t place, int32_t n, float *score, int32_t *rep) {
     const attn_desc *d = h->c->d;
     const int32_t pt = d->kv.page_tokens;
-    int32_t i;
+    int32_t i, key_at[ATTN_SPAN];
     for (i = 0; i < n; i++) {
         int64_t l = (int64_t)h->c->f->hip.sink + (int64_t)chunk[i] * t->chunk, p;
         float best = attni_hip_none();
@@ -4459,7 +4539,9 @@ ATTNI_CALLED attn_result attni_hip_landmark(attni_hip *h, const attn_hip_stage *
             v = h->c->f->hip.landmark[((int64_t)page * d->n_kv_heads + set->kv_head) * pt + j % pt];
             if (v > best) best = v, rep[i] = (int32_t)p;
         }
+        if (t->style) key_at[i] = attni_hip_key_at(h, t, rep[i], place + i, 0);
     }
+    h->key_at = t->style ? key_at : NULL;
     return attni_hip_values(h, set, 0, h->n_pos * set->n_heads, -1, rep, n, score);
 }
 
@@ -4477,8 +4559,8 @@ ATTNI_CALLED attn_result attni_hip_stage_scan(attni_hip *h, int32_t stage) {
             const int32_t n = attni_min32(ATTN_SPAN / 2, x->n_chunks - i);
             attn_result e =
                 t->flags & ATTN_HIP_LANDMARK
-                    ? attni_hip_landmark(h, t, set, x->chunk + i, n, score + i, rep + i)
-                    : attni_hip_descend(h, t, set, x->chunk + i, n, score + i, rep + i);
+                    ? attni_hip_landmark(h, t, set, x->chunk + i, i, n, score + i, rep + i)
+                    : attni_hip_descend(h, t, set, x->chunk + i, i, n, score + i, rep + i);
             if (e != ATTN_OK) return e;
         }
         for (i = 0; s && i < x->n_chunks; i++)
@@ -4967,6 +5049,7 @@ ATTNI_CALLED attn_result attni_hip_unit(attni_scan *c, int64_t unit) {
     int64_t n, m;
     attn_result e = ATTN_OK;
     for (; unit >= (n = attni_hip_units_of(d, f, s)); s++) unit -= n;
+    memset(&h, 0, sizeof h);
     attni_hip_carve(&h, c->rest, d, f);
     attni_hip_begin(&h, c, s);
     m = h.pos0 / attni_hip_block(f, 0) + unit / apart;

@@ -358,7 +358,7 @@ static void test_random(uint64_t seed, int count) {
         }
         view_free(&whole);
         source_free(&src);
-        if (test_failed > failed) printf("    seed %llu\n", (unsigned long long)(seed + (uint64_t)i));
+        if (test_failed > failed) printf("    seed %llu\n", (unsigned long long)seed + i);
     }
 }
 
@@ -823,6 +823,105 @@ static void test_landmarks(uint64_t seed) {
     source_free(&src);
 }
 
+// Where a style puts a query and a key, by the comment in attn.h; 2000 tokens were trained for.
+static void style_places(int style, int32_t q, int32_t k, int32_t end, int32_t n, int32_t place,
+                         int32_t right, int64_t *at_q, int64_t *at_k) {
+    const int64_t u = 256 - 1;
+    *at_q = q;
+    *at_k = k;
+    if (style == ATTN_ROPE_RELATIVE) *at_q = u + 1, *at_k = right;
+    if (style == ATTN_ROPE_CHUNK) *at_q = q < n + u ? q : n + u, *at_k = place;
+    if (style == ATTN_ROPE_INFLLM) *at_q = u, *at_k = 0;
+    if (style == ATTN_ROPE_DYNAMIC && end > 2000 && k < end - 500)
+        *at_k = end - 501 - (int64_t)(end - 501 - k) * 1500 / (end - 500);
+    if (style == ATTN_ROPE_SELF_EXTEND && q - k >= 8192)
+        *at_q = q / 16 + 8192 - 512, *at_k = k / 16;
+}
+
+// Chunks of one key, so that a list is the keys with the best scores, against double precision.
+static void test_styles(uint64_t seed) {
+    enum { D = 16, ROPE = 12, LEN = 9500 };
+    test_rng r = {seed};
+    float *k = (float *)zeroed(4 * LEN * D), *q = (float *)zeroed(4 * D), o[D];
+    float *rope = (float *)zeroed(4 * LEN * ROPE);
+    double *score = (double *)zeroed(8 * LEN);
+    int32_t q_start[2] = {0, 1}, kv_len, style, i, e, side;
+    attn_desc d;
+    attn_select s;
+    memset(&d, 0, sizeof d);
+    test_fill_normal(&r, k, LEN * D, 1);
+    test_fill_normal(&r, q, D, 2);
+    for (i = 0; i < LEN; i++)
+        for (e = 0; e < ROPE / 2; e++) {
+            rope[i * ROPE + e] = (float)cos(i * pow(10, -e));
+            rope[i * ROPE + ROPE / 2 + e] = (float)sin(i * pow(10, -e));
+        }
+    d.n_seq = d.n_heads = d.n_kv_heads = d.kv.n_pages = 1;
+    d.head_dim = D;
+    d.q_start = q_start;
+    d.kv.kv_len = &kv_len;
+    d.kv.page_tokens = LEN;
+    d.q.data = q;
+    d.o.data = o;
+    d.kv.k.data = d.kv.v.data = k;
+    d.q.dtype = d.o.dtype = d.kv.k.dtype = d.kv.v.dtype = ATTN_F32;
+    memset(&s, 0, sizeof s);
+    s.kind = ATTN_SELECT_HIP3;
+    s.kv_block = s.hip.stage[0].chunk = s.hip.n_stages = 1;
+    s.hip.stage[0].q_block = 64;
+    s.hip.sink = 20;
+    s.hip.window = 256;
+    s.hip.keep = 300;
+    s.hip.rope = rope;
+    s.hip.rope_len = LEN;
+    s.hip.rope_dim = ROPE;
+    s.hip.context = 2000;
+    for (style = 0; style <= ATTN_ROPE_SELF_EXTEND; style++)
+        for (kv_len = 1500; kv_len <= LEN; kv_len += 4000) {
+            lists l;
+            double least = HUGE_VAL, most = -HUGE_VAL;
+            int32_t p = kv_len - 1, n = p + 1 - 256 - 20 + 1;
+            s.hip.stage[0].style = (attn_rope_style)style;
+            for (i = 0; i < n; i++)
+                for (score[i] = -HUGE_VAL, side = 0; side < 2; side++) {
+                    double sum = 0;
+                    int64_t a, b;
+                    style_places(style, p, 20 + i, kv_len, n, i, side, &a, &b);
+                    for (e = 0; e < ROPE / 2 && style; e++) {
+                        const float *x = k + (20 + i) * D, *u = rope + a * ROPE;
+                        const float *w = rope + b * ROPE;
+                        double c = (double)u[e] * (double)w[e] +
+                                   (double)u[e + ROPE / 2] * (double)w[e + ROPE / 2];
+                        double z = (double)u[e + ROPE / 2] * (double)w[e] -
+                                   (double)u[e] * (double)w[e + ROPE / 2];
+                        double x0 = (double)x[e], x1 = (double)x[e + ROPE / 2];
+                        sum += (double)q[e] * (x0 * c + x1 * z) +
+                               (double)q[e + ROPE / 2] * (x1 * c - x0 * z);
+                    }
+                    for (e = style ? ROPE : 0; e < D; e++)
+                        sum += (double)q[e] * (double)k[(20 + i) * D + e];
+                    if (sum > score[i]) score[i] = sum;
+                }
+            lists_make(&l, &d, &s);
+            for (i = 0; i < n; i++) {
+                int kept = holds(&l, 0, 0, p, 20 + i);
+                if (kept && score[i] < least) least = score[i];
+                if (!kept && score[i] > most) most = score[i];
+            }
+            CHECK_EQ(l.x.row_end[0] - l.x.row_start[0], 300);
+            CHECK(least > most - 1e-4);
+            lists_free(&l);
+        }
+    kv_len = 100;
+    CHECK_EQ(attn_select_check(&d, &s), ATTN_OK);
+    s.hip.rope_dim = 18;
+    CHECK_EQ(attn_select_check(&d, &s), ATTN_ERR_ARGUMENT);
+    free(k);
+    free(q);
+    free(rope);
+    free(score);
+}
+
 static void test_errors(uint64_t seed) {
     test_rng r = {seed};
     source src;
@@ -891,6 +990,7 @@ int main(int argc, char **argv) {
     test_options(seed);
     test_degenerate(seed);
     test_landmarks(seed);
+    test_styles(seed);
     test_errors(seed);
     return TEST_END();
 }
