@@ -634,8 +634,9 @@ typedef enum attn_hip_sample {
 // Positions that a HIP3 stage scores by, for context extension: select from a descriptor whose Q
 // and K are un-rotated; attention by the same lists takes its own Q and K as they are. A vector x
 // is rotated to position p, cut to [0, rope_len), before products: for e < h = rope_dim / 2 x[e]
-// and x[e + h] become x[e] cos[e] - x[e + h] sin[e] and x[e + h] cos[e] + x[e] sin[e], f32; the other
-// elements stay. A run of queries is rotated to the position of its first query q, then averaged.
+// and x[e + h] become x[e] cos[e] - x[e + h] sin[e] and x[e + h] cos[e] + x[e] sin[e], f32; the
+// other elements stay. A run of queries is rotated to the position of its first query q, then
+// averaged.
 // u = max(0, window - c0), n = end, x = context. Query position; key position:
 //   RELATIVE     u + 1; the left key of a round at 0, the right one at 1 (LANDMARK: 0)
 //   CHUNK        min(q, candidates + u); the chunk's place among the stage's candidates, from 0
