@@ -570,7 +570,109 @@ typedef struct attn_flex {
     int32_t max_budget; // (default 0: no limit)
 } attn_flex;
 
-// Position styles for keys stored un-rotated (HiP's context extension), see spec/hip 2f.
+// HiP (arXiv 2406.09827, 2502.08910): sink + window + the blocks of tokens that score best. What is
+// not said in the papers or differs from their code is marked "ours". All positions are absolute.
+//   q block m: the sequence's queries here at positions [m n, m n + n), n = row_block * q_group
+//     (HIP3: the stage's q_block). p_min, p_max: their first and last position. Its row blocks get
+//     one list, each without the blocks that start after the row block's own last query here.
+//   end = min(p_max + 1, kv_pos0 + kv_len). Keys outside [kv_pos0, end) score -infinity.
+//   score of a query row and a key: (q . k) * (scale * the key's own scale), f32. Softcap changes
+//     no order and is left out. NaN counts as -infinity, -0 as 0. "Best": the largest; of equal
+//     ones the lowest index. What scores -infinity still competes.
+//   dense_below: kv_pos0 + kv_len at most so many: a row lists every block from kv_pos0's to that
+//     of its last visible key.
+//   Decode rows in slots: with p their query's position, scanned are the stages from the first on
+//     whose refresh divides p (HIP1, HIP2: the only one); if there is none the list stays. A row
+//     that the step before did not leave made for p - 1 scans all stages.
+//   visited: keys read for the row's list / the KV heads it serves, 0 for a list that stays.
+//
+// HIP1, HIP2. Blocks of `block` tokens, K = keep / block. Eligible: [b0, b1), b0 = floor(max(sink,
+// kv_pos0) / block), b1 = floor(min(end - 1, p_max - v) / block) + 1, v = max(0, window - refresh +
+// 1): what stays of the window until the next scan, so that a list that stays leaves no gap (ours).
+// N = b1 - b0. N <= K: all, no extras. Chosen blocks are listed as the kv_blocks that hold them.
+//   S(b), of a list: the max over its heads, over the keys at places 0, k_stride, 2 k_stride .. of
+//     block b and over the queries with (p - m n) mod q_stride = q_stride - 1, and the last one, of
+//     the score; -infinity where the key is > p - v.
+//   low_dim: products only over the so many dimensions with the largest sum of |q| (f32, in order
+//     of position) over these queries, for each query head; of equal sums the lower dimension.
+// HIP2. Group i of K: blocks [start_i, start_i+1), start_i = b0 + floor(N i / K). While a group has
+// more than one block: every group is split, floor(size / 2) blocks to the left child and the rest
+// to the right; of all children that are not empty the best K by S(rep) stay. rep:
+//   MIDDLE start + floor(size / 2)   FIRST start   LAST start + size - 1
+//   POSITION start + m mod size: neighbouring q blocks look at different places (ours)
+//   RANDOM start + ((hash(start + 2^32 size, m) >> 32) * size >> 32) (ours)
+//   ORACLE the child's score is the max of S over all its blocks
+//   hash(a, c), 64 bits, of seed: z = seed * 0x9e3779b97f4a7c15 + a * 0xbf58476d1ce4e5b9 +
+//     c * 0x94d049bb133111eb; then z ^= z >> 30, z *= 0xbf58476d1ce4e5b9, z ^= z >> 27,
+//     z *= 0x94d049bb133111eb, z ^= z >> 31.
+//   head_group g (ours, lists EACH; g divides the query heads of a KV head): g heads in order share
+//     one budget: the best g K of all their children stay, equal ones: lower head first.
+// HIP1. Cells of a grid of w: cell i begins at block b0 + floor(i N / w). First w = K, all cells.
+// While w < N: w' = min(2 w, N); cell i becomes the cells j with i w' <= j w < (i + 1) w'. If they
+// are more than max(floor(patches / block), floor(K w' / N)), so many stay, the best by S of the
+// block they begin at; else all stay, with the score (at first -infinity) of what they were.
+// Extras of HIP1 and HIP2, all ours, where N > K; equal blocks are listed once:
+//   near: the `near` best of the chosen blocks, by their last score, bring the eligible blocks at
+//     most near_window away
+//   vertical: the so many best eligible blocks for the last query alone: S with it and every key
+//   diagonal: the so many best by the same, each with the eligible ones of the t blocks before it,
+//     t = ceil((p_max - p_min) / block): where their diagonals pass for the other queries
+//   random: blocks b0 + ((hash(i, m + 2^32 (list + 1)) >> 32) * N >> 32), i < random
+//
+// HIP3. Stage i: chunk j is [l, l + c), l = sink + j c, c its chunk; runs of q_stride positions
+// from the q block's start on give a row each: the mean of the run's queries here (f32 sum in order
+// of position / their number). Eligible: l + c > kv_pos0 and l <= min(end - 1, max(p_min + c0,
+// p_max) - window), c0 stage 0's chunk: a list that stays leaves no gap, nor does a q block larger
+// than c0 (ours). Candidates of stage 0: the eligible chunks. Of stage i > 0: the keep / c_before
+// best candidates (all if fewer) of the stage before, of the q block this one lies in, cut to this
+// stage's chunks, the eligible ones of these for this q block. In a slot, where the stage before is
+// not scanned: what its last scan admitted, the eligible ones for p. The list: the hip.keep / c
+// best candidates of the last stage.
+//   score of a chunk, for one KV head, where S(t) is the max over the list's query heads of this KV
+//     head (all go one way together: ours) and their rows of key l + t:
+//       lo = 0, hi = c, best = -infinity
+//       do mid = (lo + hi) / 2, a = S((lo + mid) / 2), b = S((mid + hi) / 2)
+//          best = max(best, a, b); a > b: hi = mid, else lo = mid (all divisions round down)
+//       while hi - lo >= max(2, terminate)
+//     the representative is the key that won last. A list's score: the max over its KV heads, the
+//     representative that of the first KV head with this score.
+//   LAST_SCORE   the score is that of the representative
+//   LANDMARK     the representative is the key of the chunk in [kv_pos0, end) with the largest
+//                landmark of the KV head (NaN: -infinity, equal ones: the lowest), with its score
+//   CENTRE       (stages after the first, ours) what a chunk of the stage before admits is not
+//                itself but the c_before / c chunks of this stage from floor(max(0, rep - sink -
+//                floor(c_before / 2)) / c) on, each once
+//   landmark of a key: ((q . k) summed over the queries at most 511 positions after it, of its own
+//                step and KV head) * (scale * its own scale) / the number of these queries
+//   KEEP_SCORES  (stages after the first) a chunk's score is at least that of the (lowest) one of
+//                the stage before which it was cut from
+typedef enum attn_hip_sample {
+    ATTN_HIP_MIDDLE = 0,
+    ATTN_HIP_FIRST = 1,
+    ATTN_HIP_LAST = 2,
+    ATTN_HIP_POSITION = 3,
+    ATTN_HIP_RANDOM = 4,
+    ATTN_HIP_ORACLE = 5
+} attn_hip_sample;
+
+#define ATTN_HIP_LAST_SCORE 1
+#define ATTN_HIP_LANDMARK 2
+#define ATTN_HIP_CENTRE 4
+#define ATTN_HIP_KEEP_SCORES 8
+
+// Positions that a HIP3 stage scores by, for context extension: select from a descriptor whose Q
+// and K are un-rotated; attention by the same lists takes its own Q and K as they are. A vector x
+// is rotated to position p, cut to [0, rope_len), before products: for e < h = rope_dim / 2 x[e]
+// and x[e + h] become x[e] cos[e] - x[e + h] sin[e] and x[e + h] cos[e] + x[e] sin[e], f32; the
+// other elements stay. A run of queries is rotated to the position of its first query q, then
+// averaged.
+// u = max(0, window - c0), n = end, x = context. Query position; key position:
+//   RELATIVE     u + 1; the left key of a round at 0, the right one at 1 (LANDMARK: 0)
+//   CHUNK        min(q, candidates + u); the chunk's place among the stage's candidates, from 0
+//   INFLLM       u; 0
+//   DYNAMIC      q; k >= n - floor(x / 4) or n <= x: k, else n - floor(x / 4) - 1 - floor((n -
+//                floor(x / 4) - 1 - k) (x - floor(x / 4)) / (n - floor(x / 4)))
+//   SELF_EXTEND  p_min - k < 8192: q; k, else floor(q / 16) + 8192 - 512; floor(k / 16)
 typedef enum attn_rope_style {
     ATTN_ROPE_NONE = 0, // keys are stored as they are to be scored
     ATTN_ROPE_RELATIVE = 1,
@@ -583,25 +685,44 @@ typedef enum attn_rope_style {
 #define ATTN_HIP_STAGES 6
 
 typedef struct attn_hip_stage {
-    int32_t q_block;  // queries that share a scan, <= the stage before, a multiple of row_block
-    int32_t q_stride; // runs of so many queries are averaged (default 0: 1)
-    int32_t chunk;    // tokens of a chunk, a divisor of the stage before
-    int32_t keep;     // tokens admitted from the stage before; the first admits all
-    int32_t refresh;  // decode steps between scans (default 0: 1, every step)
+    int32_t q_block;   // positions that share a scan, a multiple of row_block that divides the
+                       // stage's before
+    int32_t q_stride;  // runs of so many queries are averaged (default 0: 1)
+    int32_t chunk;     // tokens of a chunk, a divisor of the stage's before; the last: kv_block
+    int32_t keep;      // tokens admitted from the stage before, a multiple of its chunk; the first
+                       // admits all
+    int32_t refresh;   // decode steps between scans (default 0: 1, every step)
+    int32_t terminate; // width below which the descent ends (default 0: at single keys)
+    int32_t flags;     // ATTN_HIP_LAST_SCORE ... (default 0: the reference's)
+    attn_rope_style style;
 } attn_hip_stage;
 
-// HiP (arXiv 2406.09827, 2502.08910): sink + window + the keep best tokens. 0 means the default.
+// 0 means the default.
 typedef struct attn_hip {
-    int32_t keep;     // tokens kept besides sink and window (512; HIP3: 2048)
-    int32_t sink;     // tokens (16; HIP3: 256), multiple of kv_block
-    int32_t window;   // tokens (256; HIP3: 1024)
-    int32_t q_stride; // HIP1, HIP2: every so-manieth query scores (2)
-    int32_t k_stride; // ... and every so-manieth key of a block (1)
-    int32_t sample;   // HIP2: ATTN_HIP_...: which block stands for a group of blocks
-    int32_t low_dim;  // HIP1: score by the so many largest |q| dimensions (off)
-    int32_t refresh;  // HIP1, HIP2: decode steps between masks (1)
-    int32_t n_stages; // HIP3 (3: the reference's)
+    int32_t keep;       // tokens besides sink and window, a multiple of kv_block (512; HIP3: 2048)
+    int32_t sink;       // tokens, a multiple of kv_block (16; HIP3: 256; -1: none)
+    int32_t window;     // tokens (256; HIP3: 1024; -1: none)
+    // HIP1, HIP2
+    int32_t block;      // tokens that are chosen together, a divisor of kv_block (kv_block)
+    int32_t q_group;    // row blocks that share a list (1)
+    int32_t q_stride;   // every so-manieth query scores (2)
+    int32_t k_stride;   // ... and every so-manieth key of a block (1)
+    int32_t low_dim;    // score by so many dimensions (all)
+    int32_t refresh;    // decode steps between scans (1)
+    int32_t near, near_window, vertical, diagonal, random; // extras, at most 65536 each (none)
+    // HIP2
+    attn_hip_sample sample; // which block stands for a group of blocks (the middle one)
+    int32_t head_group; // query heads that share a budget (1)
+    uint64_t seed;      // of RANDOM and of `random`
+    // HIP1
+    int32_t patches;    // tokens, the least that stays, at most keep (half of keep)
+    // HIP3
+    int32_t n_stages;   // (3: the reference's)
     attn_hip_stage stage[ATTN_HIP_STAGES];
+    const float *landmark; // for LANDMARK: (n_pages, n_kv_heads, page_tokens), memory of the
+                           // backend, filled by attn_<dev>_landmarks after each store
+    const float *rope;       // for styles: (rope_len, 2, rope_dim / 2) cos, then sin
+    int32_t rope_len, rope_dim, context; // rope_dim: even; context: tokens the model was made for
 } attn_hip;
 
 // Ours. Of the list's query rows r (of its heads too) and a block b of visible keys let M(r, b) be
@@ -1696,13 +1817,67 @@ ATTNI_FN int64_t attni_n_blocks(int64_t end, int64_t b) { return (end + b - 1) /
 
 ATTNI_FN int32_t attni_or(int32_t x, int32_t otherwise) { return x ? x : otherwise; }
 
+ATTNI_FN int attni_hip_stages_fill(attn_select *f) {
+    const attn_hip_stage usual[3] = {{64, 4, 256, 0, 32, 0, 0, ATTN_ROPE_NONE},
+                                     {64, 4, 32, 32768, 16, 0, 0, ATTN_ROPE_NONE},
+                                     {64, 1, 8, 8192, 8, 0, 0, ATTN_ROPE_NONE}};
+    int32_t i;
+    if (f->hip.n_stages < 0 || f->hip.n_stages > ATTN_HIP_STAGES) return 0;
+    if (!f->hip.n_stages) {
+        f->hip.n_stages = 3;
+        memcpy(f->hip.stage, usual, sizeof usual);
+    }
+    for (i = 0; i < f->hip.n_stages; i++) {
+        attn_hip_stage *t = f->hip.stage + i;
+        t->q_stride = attni_or(t->q_stride, 1);
+        t->refresh = attni_or(t->refresh, 1);
+        if (t->q_block < f->row_block || t->q_block % f->row_block || t->q_stride < 1) return 0;
+        if (t->chunk < 1 || t->keep < 0 || t->refresh < 1 || t->terminate < 0) return 0;
+        if (t->flags & ~15 || (int)t->style < 0 || t->style > ATTN_ROPE_SELF_EXTEND) return 0;
+        if (t->flags & ATTN_HIP_LANDMARK && !f->hip.landmark) return 0;
+        if (!i && t->flags & (ATTN_HIP_CENTRE | ATTN_HIP_KEEP_SCORES)) return 0;
+        if (t->style && (!f->hip.rope || f->hip.rope_len < 1 || f->hip.rope_dim < 2)) return 0;
+        if (t->style && (f->hip.rope_dim % 2 || f->hip.context < 0)) return 0;
+        if (t->style == ATTN_ROPE_DYNAMIC && f->hip.context < 4) return 0;
+        if (!i) continue;
+        if (t->q_block > t[-1].q_block || t[-1].q_block % t->q_block) return 0;
+        if (t->keep < t[-1].chunk || t->keep % t[-1].chunk || t[-1].chunk % t->chunk) return 0;
+    }
+    return f->hip.stage[f->hip.n_stages - 1].chunk == f->kv_block;
+}
+
+// The part of attni_select_fill that is HiP's; f: s with kv_block and row_block filled in.
+ATTNI_FN int attni_hip_fill(attn_select *f) {
+    const int third = f->kind == ATTN_SELECT_HIP3;
+    attn_hip *h = &f->hip;
+    h->keep = attni_or(h->keep, third ? 2048 : 512);
+    h->sink = h->sink == -1 ? 0 : attni_or(h->sink, third ? 256 : 16);
+    h->window = h->window == -1 ? 0 : attni_or(h->window, third ? 1024 : 256);
+    if (h->keep < 0 || h->sink < 0 || h->window < 0) return 0;
+    if (h->sink % f->kv_block || h->keep % f->kv_block) return 0;
+    if (third) return attni_hip_stages_fill(f);
+    h->block = attni_or(h->block, f->kv_block);
+    h->q_group = attni_or(h->q_group, 1);
+    h->head_group = attni_or(h->head_group, 1);
+    h->q_stride = attni_or(h->q_stride, 2);
+    h->k_stride = attni_or(h->k_stride, 1);
+    h->refresh = attni_or(h->refresh, 1);
+    if (h->q_stride < 1 || h->k_stride < 1 || h->refresh < 1 || h->low_dim < 0) return 0;
+    if (h->block < 1 || f->kv_block % h->block) return 0;
+    if (h->q_group < 1 || h->q_group > INT32_MAX / f->row_block) return 0;
+    if ((uint32_t)h->near > 65536 || (uint32_t)h->near_window > 65536) return 0;
+    if ((uint32_t)h->vertical > 65536 || (uint32_t)h->diagonal > 65536) return 0;
+    if ((uint32_t)h->random > 65536 || h->patches < 0 || h->patches > h->keep) return 0;
+    h->patches = attni_max32(attni_or(h->patches, h->keep / 2), h->block);
+    if ((int)h->sample < 0 || h->sample > ATTN_HIP_ORACLE) return 0;
+    if (h->head_group < 1 || (f->heads != ATTN_SELECT_EACH && h->head_group > 1)) return 0;
+    return f->kind == ATTN_SELECT_HIP2 || h->head_group == 1;
+}
+
 // s with every default filled in. 0 when a parameter is out of range.
 ATTNI_FAR int attni_select_fill(const attn_select *s, attn_select *f) {
     const int hip = s->kind >= ATTN_SELECT_HIP1 && s->kind <= ATTN_SELECT_HIP3;
     const int flex = s->kind == ATTN_SELECT_FLEX, exact = s->kind == ATTN_SELECT_EXACT;
-    const attn_hip_stage usual[3] = {
-        {64, 4, 256, 0, 32}, {64, 4, 32, 32768, 16}, {64, 1, 8, 8192, 8}};
-    int32_t i;
     *f = *s;
     if (!(hip || flex || exact) || (int)s->heads < 0 || s->heads > ATTN_SELECT_ALL) return 0;
     if (s->row_block < 0 || s->kv_block < 0 || s->dense_below < 0) return 0;
@@ -1728,32 +1903,7 @@ ATTNI_FAR int attni_select_fill(const attn_select *s, attn_select *f) {
         f->exact.recent = attni_or(s->exact.recent, f->kv_block);
     }
     if (!hip) return 1;
-    f->hip.keep = attni_or(s->hip.keep, s->kind == ATTN_SELECT_HIP3 ? 2048 : 512);
-    f->hip.sink = attni_or(s->hip.sink, s->kind == ATTN_SELECT_HIP3 ? 256 : 16);
-    f->hip.window = attni_or(s->hip.window, s->kind == ATTN_SELECT_HIP3 ? 1024 : 256);
-    f->hip.q_stride = attni_or(s->hip.q_stride, 2);
-    f->hip.k_stride = attni_or(s->hip.k_stride, 1);
-    f->hip.refresh = attni_or(s->hip.refresh, 1);
-    if (s->hip.keep < 0 || s->hip.sink < 0 || s->hip.window < 0 || s->hip.q_stride < 0) return 0;
-    if (s->hip.k_stride < 0 || s->hip.refresh < 0 || s->hip.low_dim < 0) return 0;
-    if (f->hip.sink % f->kv_block || f->hip.keep % f->kv_block) return 0;
-    if (s->kind != ATTN_SELECT_HIP3) return 1;
-    if (s->hip.n_stages < 0 || s->hip.n_stages > ATTN_HIP_STAGES) return 0;
-    if (!s->hip.n_stages) {
-        f->hip.n_stages = 3;
-        memcpy(f->hip.stage, usual, sizeof usual);
-    }
-    for (i = 0; i < f->hip.n_stages; i++) {
-        attn_hip_stage *t = f->hip.stage + i;
-        t->q_stride = attni_or(t->q_stride, 1);
-        t->refresh = attni_or(t->refresh, 1);
-        if (t->q_block < f->row_block || t->q_block % f->row_block || t->q_stride < 1) return 0;
-        if (t->chunk < 1 || t->keep < 0 || t->refresh < 1) return 0;
-        if (!i) continue;
-        if (t->q_block > t[-1].q_block || t[-1].q_block % t->q_block) return 0;
-        if (t->keep < t[-1].chunk || t->keep % t[-1].chunk || t[-1].chunk % t->chunk) return 0;
-    }
-    return f->hip.stage[f->hip.n_stages - 1].chunk == f->kv_block;
+    return f->kv_block > 0 && attni_hip_fill(f);
 }
 
 // Row blocks that hold queries of sequence s.
@@ -1762,14 +1912,18 @@ ATTNI_FN int32_t attni_rows_of(const attn_desc *d, int32_t row_block, int32_t s)
     return q_len > 0 ? (p + (q_len - 1)) / row_block - p / row_block + 1 : 0;
 }
 
-// Bytes of what a HiP row remembers between steps: the position it was made at and, of every stage
-// but the first, the chunks it admits.
+// Bytes of what a HiP row remembers between steps: the position after the one it was made for (0,
+// -2: none) and, of every stage but the first, how many chunks it admits, the first chunk of its
+// own that each becomes, and their scores if these count.
 ATTNI_FN int64_t attni_state_bytes(const attn_select *f) {
     int64_t n = 1;
     int32_t i;
     if (f->kind < ATTN_SELECT_HIP1 || f->kind > ATTN_SELECT_HIP3) return 0;
-    for (i = 1; f->kind == ATTN_SELECT_HIP3 && i < f->hip.n_stages; i++)
-        n += 1 + f->hip.stage[i].keep / f->hip.stage[i - 1].chunk;
+    for (i = 1; f->kind == ATTN_SELECT_HIP3 && i < f->hip.n_stages; i++) {
+        const attn_hip_stage *t = f->hip.stage + i;
+        int64_t each = t->flags & ATTN_HIP_KEEP_SCORES ? 2 : 1;
+        n += 1 + each * (t->keep / t[-1].chunk);
+    }
     return 4 * n;
 }
 
@@ -2443,10 +2597,15 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
 ATTN_DEF attn_result attn_select_check(const attn_desc *d, const attn_select *s) {
     attn_select f;
     attn_result r;
+    int32_t i;
     if (!d || !s) return ATTN_ERR_ARGUMENT;
     if ((r = attni_check_shape(d)) != ATTN_OK) return r;
     if ((r = attni_check_kv(d)) != ATTN_OK) return r;
     if (!attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
+    if (f.kind == ATTN_SELECT_HIP2 && d->n_heads / d->n_kv_heads % f.hip.head_group)
+        return ATTN_ERR_ARGUMENT;
+    for (i = 0; f.kind == ATTN_SELECT_HIP3 && i < f.hip.n_stages; i++)
+        if (f.hip.stage[i].style && f.hip.rope_dim > d->head_dim) return ATTN_ERR_ARGUMENT;
     if (d->mask.kind != ATTN_MASK_CAUSAL || d->mask.window_left || d->mask.window_right)
         return ATTN_ERR_UNSUPPORTED;
     return d->logits.alibi || d->logits.bias.data ? ATTN_ERR_UNSUPPORTED : ATTN_OK;
@@ -2465,6 +2624,16 @@ static int64_t attni_select_size(const attn_desc *d, const attn_select *f, int64
     return attni_max64(n, 1);
 }
 
+// Entries that a HiP row may have.
+static int64_t attni_hip_most(const attn_select *f) {
+    const attn_hip *h = &f->hip;
+    int64_t n;
+    if (f->kind == ATTN_SELECT_HIP3) return h->keep / f->kv_block;
+    n = (int64_t)h->keep / h->block * h->head_group + 2 * (int64_t)h->near * h->near_window;
+    n += h->vertical + h->random;
+    return n + h->diagonal * (1 + attni_n_blocks((int64_t)f->row_block * h->q_group, h->block));
+}
+
 // Entries that a row of a sequence ending at kv_end may have.
 static int64_t attni_row_capacity(const attn_select *f, int64_t kv_end) {
     const int64_t b = f->kv_block, all = attni_n_blocks(kv_end, b);
@@ -2473,7 +2642,7 @@ static int64_t attni_row_capacity(const attn_select *f, int64_t kv_end) {
         n = attni_max64(attni_n_blocks(f->exact.keep, b),
                         (int64_t)((double)f->exact.share * (double)all) + 1);
         n += attni_n_blocks(f->row_block, b) + attni_n_blocks(f->exact.recent, b) + 3;
-    } else if (f->kind != ATTN_SELECT_FLEX && f->kind != ATTN_SELECT_EXACT) n = f->hip.keep / b;
+    } else if (f->kind != ATTN_SELECT_FLEX && f->kind != ATTN_SELECT_EXACT) n = attni_hip_most(f);
     return attni_max64(1, attni_min64(all, attni_max64(n, attni_n_blocks(f->dense_below, b))));
 }
 

@@ -144,6 +144,12 @@ ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot);
 
+// HiP's landmarks of the keys of d's own tokens, after their store: d, s as for select with
+// s->hip.landmark = out. Units: (sequence, KV head); scratch as for select.
+ATTN_DEF int64_t attn_cpu_landmarks_units(const attn_desc *d);
+ATTN_DEF attn_result attn_cpu_landmarks(const attn_desc *d, const attn_select *s, float *out,
+                                        int64_t first, int64_t count, void *scratch);
+
 // Brings summaries up to date after the store of d's new tokens: units as of threads' choice, one a
 // page that holds a query token, any order.
 ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
@@ -4078,40 +4084,51 @@ ATTNI_CALLED void attni_scan_query(attni_scan *c, int32_t r, int64_t t, int32_t 
     c->e.mv->widen(d->q.dtype, src, d->head_dim, out ? out : c->q + (int64_t)r * d->head_dim);
 }
 
+// Where 16 keys lie, from the i'th of attni_scan_keys' on, and their scales; those that are not
+// held: at the place of one that is. All NULL: none is.
+ATTNI_CALLED attn_result attni_scan_locate(attni_scan *c, int32_t seq, int32_t kv_head,
+                                           const int32_t *pos, int64_t first, int32_t n, int32_t i,
+                                           const uint8_t **key) {
+    const attn_desc *d = c->d;
+    const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
+    const int32_t pt = d->kv.page_tokens;
+    const uint8_t *any = NULL;
+    int32_t t, page;
+    for (t = 0; t < 16; t++) {
+        int64_t j = (pos && i + t < n ? pos[i + t] : first + i + t) - kv_pos0;
+        key[t] = NULL;
+        c->ks[i + t] = 0;
+        if (i + t >= n || j < 0 || j >= kv_len) continue;
+        if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
+        any = key[t] = attni_page_data(&c->k, page) +
+                       attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
+        c->ks[i + t] = attni_token_scale(&c->k, page, (int32_t)(j % pt), kv_head);
+    }
+    for (t = 0; t < 16; t++)
+        if (!key[t]) key[t] = any;
+    return ATTN_OK;
+}
+
 // Takes n <= 256 keys of a sequence and KV head, at the positions pos[], or first + i without pos;
 // positions that are not held score 0. ERR_PAGE.
 ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_head,
                                          const int32_t *pos, int64_t first, int32_t n) {
     const attn_desc *d = c->d;
-    const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
-    const int32_t pt = d->kv.page_tokens;
-    const uint8_t *key[16], *ahead[16];
-    int32_t i, t;
+    const uint8_t *key[2][16]; // of this tile and the next
+    attn_result r = attni_scan_locate(c, seq, kv_head, pos, first, n, 0, key[0]);
+    int32_t i;
     c->n_tiles = (n + 15) / 16;
     for (i = 0; i < c->n_tiles; i++) {
         uint32_t *raw = c->raw + 16 * i * (int64_t)c->units;
-        const uint8_t *any = NULL;
-        for (t = 0; t < 16; t++) {
-            int64_t j = (pos && 16 * i + t < n ? pos[16 * i + t] : first + 16 * i + t) - kv_pos0;
-            int32_t page;
-            key[t] = NULL;
-            c->ks[16 * i + t] = 0;
-            if (16 * i + t >= n || j < 0 || j >= kv_len) continue;
-            if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
-            any = key[t] = attni_page_data(&c->k, page) +
-                           attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
-            c->ks[16 * i + t] = attni_token_scale(&c->k, page, (int32_t)(j % pt), kv_head);
-        }
+        const uint8_t *const *own = key[i & 1], *const *next = key[(i + 1) & 1];
+        if (r == ATTN_OK && i + 1 < c->n_tiles)
+            r = attni_scan_locate(c, seq, kv_head, pos, first, n, 16 * i + 16, key[(i + 1) & 1]);
+        if (r != ATTN_OK) return r;
         c->kt[i] = raw;
-        if (!any) {
-            memset(raw, 0, 64 * (size_t)c->units);
-        } else {
-            for (t = 0; t < 16; t++) {
-                if (!key[t]) key[t] = any;
-                ahead[t] = key[t];
-            }
-            c->e.mv->pack(key, c->k.k16 ? 64 : 4, c->units, raw, ahead);
-        }
+        if (!own[0]) memset(raw, 0, 64 * (size_t)c->units);
+        else
+            c->e.mv->pack(own, c->k.k16 ? 64 : 4, c->units, raw,
+                          i + 1 < c->n_tiles && next[0] ? next : own);
         if (c->k.dtype != ATTN_F32) {
             float *out = c->kf + 16 * i * (int64_t)d->head_dim;
             c->e.mv->widen_tile(c->k.dtype, raw, c->units, out);
@@ -4122,8 +4139,9 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
     return ATTN_OK;
 }
 
-// Raw products of q's rows [0, nr) with the keys: s[r * LDS + i]. Not yet times ks and scale.
-ATTNI_CALLED void attni_scan_products(attni_scan *c, int32_t nr) {
+// Raw products of nr <= 64 rows at q (RB_MAX more may be read) with the keys: s[r * LDS + i]. Not
+// yet times ks and scale.
+ATTNI_CALLED void attni_scan_rows(attni_scan *c, const float *q, int32_t nr) {
     static const uint8_t col[ATTNI_TILES + 3] = {0, 1,  2,  3,  4,  5,  6,  7,  8, 9,
                                                  10, 11, 12, 13, 14, 15, 15, 15, 15};
     const uint8_t *ahead[ATTNI_TILES + 3];
@@ -4134,10 +4152,16 @@ ATTNI_CALLED void attni_scan_products(attni_scan *c, int32_t nr) {
         ahead[i] = (const uint8_t *)c->kt[i];
         own[i] = col[attni_min32(i, c->n_tiles - 1)];
     }
-    memset(c->q + (int64_t)nr * dim, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
     for (r = 0; r < nr; r += c->e.rb)
-        c->e.ma->qk[ATTN_F32](c->q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt,
+        c->e.ma->qk[ATTN_F32](q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt,
                               ahead, 0, own, c->n_tiles, dim, c->s + (int64_t)r * ATTNI_LDS);
+}
+
+// Of c->q's rows [0, nr).
+ATTNI_CALLED void attni_scan_products(attni_scan *c, int32_t nr) {
+    const int32_t dim = c->d->head_dim;
+    memset(c->q + (int64_t)nr * dim, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
+    attni_scan_rows(c, c->q, nr);
 }
 
 // The score that counts, of a raw product.
@@ -4163,17 +4187,998 @@ ATTNI_CALLED attn_result attni_flex_unit(attni_scan *c, int64_t unit) {
 
 // ==== >>impl-hip  HiP, three generations =========================================================
 
-ATTNI_CALLED int64_t attni_hip_units(const attn_desc *d, const attn_select *f) {
-    (void)d, (void)f;
-    return 1;
+// Query rows that score together: those of some query heads of one KV head, position by position.
+typedef struct attni_hip_set {
+    int32_t kv_head, head, n_heads;
+    float *row; // (n_pos * n_heads, head_dim)
+} attni_hip_set;
+
+// HIP2: a group of blocks, of the lane'th list of a unit. HIP1: start is a cell of the grid.
+typedef struct attni_hip_group {
+    int32_t lane, start, size, rep;
+    float score;
+} attni_hip_group;
+
+// HIP3: one stage of the q block at hand.
+typedef struct attni_hip_scan {
+    int32_t *first, n_first; // first chunk of what the stage before admits, ascending
+    float *first_score;
+    int32_t *chunk, n_chunks; // candidates, ascending
+    float *score, *part;      // of the list; of one KV head
+    int32_t *rep, *part_rep;
+    float *least;             // KEEP_SCORES: scores of what they were cut from
+} attni_hip_scan;
+
+typedef struct attni_hip {
+    attni_scan *c;
+    int32_t seq, q_start, q_len;
+    int64_t kv_pos0, kv_end, pos0;     // the sequence; pos0: its first query's position
+    int64_t m, p_min, p_max, end;      // the q block
+    int32_t n_pos, n_sets;             // query positions that score, or runs of them
+    int64_t keys;                      // read for the list so far
+    int32_t list;                      // of the lists at hand the first
+    attni_hip_set *set;                // (n_kv_heads or a group's heads)
+    float *rows;                       // (n_kv_heads * group * positions + RB_MAX, head_dim)
+    int32_t *at;                       // (positions) of the rows
+    float *wide, *sum;                 // (head_dim + 16)
+    int32_t *ids;                      // blocks of a list
+    uint64_t *mark;                    // eligible blocks that are listed
+    uint32_t *key;                     // what `best` sorts by
+    int32_t *pick, *blk, *from;
+    float *out, *all;                  // scores of blk; of all eligible blocks of every lane
+    attni_hip_group *group, *child;    // (K * head_group), twice that
+    int32_t n_groups;
+    attni_hip_scan scan[ATTN_HIP_STAGES];
+    int32_t *state; // the row's memory, or NULL
+    // a stage with positions of its own: those of the keys, or NULL; SELF_EXTEND: rows once more,
+    // for keys that are far away
+    int32_t *key_at;
+    int64_t far_rows;
+} attni_hip;
+
+ATTNI_INLINE float attni_hip_none(void) { return attni_float(0xff800000u); }
+
+// Positions of a q block of stage 0.
+ATTNI_INLINE int64_t attni_hip_block(const attn_select *f, int32_t stage) {
+    return f->kind == ATTN_SELECT_HIP3 ? f->hip.stage[stage].q_block
+                                       : (int64_t)f->row_block * f->hip.q_group;
 }
+
+ATTNI_INLINE int32_t attni_hip_sets(const attn_desc *d, const attn_select *f) {
+    return f->heads == ATTN_SELECT_ALL    ? d->n_kv_heads
+           : f->heads == ATTN_SELECT_EACH ? d->n_heads / d->n_kv_heads
+                                          : 1;
+}
+
+ATTNI_CALLED size_t attni_hip_carve3(attni_hip *h, uint8_t *base, size_t at, const attn_select *f,
+                                     int64_t kv_end) {
+    int32_t i;
+    for (i = 0; i < f->hip.n_stages; i++) {
+        const attn_hip_stage *t = f->hip.stage + i;
+        attni_hip_scan *x = &h->scan[i];
+        int64_t n = attni_n_blocks(kv_end, t->chunk) + 2, first = 0;
+        if (i) {
+            first = attni_min64(t->keep / t[-1].chunk, attni_n_blocks(kv_end, t[-1].chunk) + 2);
+            n = attni_min64(n, first * (t[-1].chunk / t->chunk));
+        }
+        ATTNI_CARVE(x, first, int32_t *, first)
+        ATTNI_CARVE(x, first_score, float *, first)
+        ATTNI_CARVE(x, chunk, int32_t *, n)
+        ATTNI_CARVE(x, score, float *, n)
+        ATTNI_CARVE(x, part, float *, n)
+        ATTNI_CARVE(x, rep, int32_t *, n)
+        ATTNI_CARVE(x, part_rep, int32_t *, n)
+        ATTNI_CARVE(x, least, float *, n)
+    }
+    return at;
+}
+
+// Lays h's arrays out from base on (NULL: only counts).
+ATTNI_CALLED size_t attni_hip_carve(attni_hip *h, uint8_t *base, const attn_desc *d,
+                                    const attn_select *f) {
+    const int third = f->kind == ATTN_SELECT_HIP3;
+    int64_t kv_end = 1, q_len = 1, n, groups = 0, wide, sets = attni_hip_sets(d, f), most;
+    int64_t heads = f->heads == ATTN_SELECT_ALL && !third ? d->n_heads : d->n_heads / d->n_kv_heads;
+    size_t at = 0;
+    int32_t s, twice = 1;
+    for (s = 0; s < d->n_seq; s++) {
+        kv_end = attni_max64(kv_end, (int64_t)attni_kv_pos0(d, s) + d->kv.kv_len[s]);
+        q_len = attni_max64(q_len, d->q_start[s + 1] - d->q_start[s]);
+    }
+    n = attni_min64(q_len, attni_hip_block(f, 0)) + 1;
+    most = wide = attni_n_blocks(kv_end, third ? f->kv_block : f->hip.block) + 2;
+    if (!third) {
+        groups = attni_min64(f->hip.keep / f->hip.block, wide) * f->hip.head_group;
+        most = attni_max64(most, 2 * groups);
+    }
+    most = attni_max64(most, d->head_dim);
+    ATTNI_CARVE(h, set, attni_hip_set *, sets)
+    for (s = 0; third && s < f->hip.n_stages; s++)
+        if (f->hip.stage[s].style == ATTN_ROPE_SELF_EXTEND) twice = 2;
+    ATTNI_CARVE(h, rows, float *, (twice * n * heads + ATTNI_RB_MAX) * d->head_dim)
+    ATTNI_CARVE(h, at, int32_t *, n)
+    ATTNI_CARVE(h, wide, float *, d->head_dim + 16)
+    ATTNI_CARVE(h, sum, float *, d->head_dim + 16)
+    ATTNI_CARVE(h, ids, int32_t *, wide)
+    ATTNI_CARVE(h, mark, uint64_t *, wide / 64 + 1)
+    ATTNI_CARVE(h, key, uint32_t *, most)
+    ATTNI_CARVE(h, pick, int32_t *, most)
+    ATTNI_CARVE(h, blk, int32_t *, most)
+    ATTNI_CARVE(h, from, int32_t *, most)
+    ATTNI_CARVE(h, out, float *, most)
+    ATTNI_CARVE(h, all, float *, f->hip.sample == ATTN_HIP_ORACLE ? wide * f->hip.head_group : 0)
+    ATTNI_CARVE(h, group, attni_hip_group *, groups)
+    ATTNI_CARVE(h, child, attni_hip_group *, 2 * groups)
+    return third ? attni_hip_carve3(h, base, at, f, kv_end) : at;
+}
+
 ATTNI_CALLED size_t attni_hip_bytes(const attn_desc *d, const attn_select *f) {
-    (void)d, (void)f;
-    return 0;
+    attni_hip h;
+    return attni_hip_carve(&h, NULL, d, f);
 }
+
+// The `keep` largest of n scores, of equal ones those with the lower index: their indices,
+// ascending, in h->pick. Their number. Four rounds of counting find the least that stays.
+ATTNI_CALLED int32_t attni_hip_best(attni_hip *h, const float *score, int32_t n, int64_t keep) {
+    uint32_t low = 0, fixed = 0, count[256];
+    int32_t i, j, shift, k = 0;
+    int64_t left = keep;
+    if (keep >= n) {
+        for (i = 0; i < n; i++) h->pick[i] = i;
+        return n;
+    }
+    if (keep < 1) return 0;
+    for (i = 0; i < n; i++) {
+        uint32_t u = attni_bits32(score[i]);
+        if ((u & 0x7fffffffu) > 0x7f800000u) u = 0xff800000u;
+        if (u == 0x80000000u) u = 0;
+        h->key[i] = u >> 31 ? ~u : u | 0x80000000u;
+    }
+    for (shift = 24; shift >= 0; shift -= 8) {
+        memset(count, 0, sizeof count);
+        for (i = 0; i < n; i++)
+            if ((h->key[i] & fixed) == low) count[h->key[i] >> shift & 255]++;
+        for (j = 255; count[j] < left; j--) left -= count[j];
+        low |= (uint32_t)j << shift;
+        fixed |= (uint32_t)255 << shift;
+    }
+    for (i = 0; i < n; i++)
+        if (h->key[i] > low || (h->key[i] == low && left-- > 0)) h->pick[k++] = i;
+    return k;
+}
+
+// m[i], i < 16 n_tiles: the max of nr rows of scores; of row r only keys at pos <= limit[r] (NULL:
+// all). A NaN loses to anything.
+ATTNI_CALLED void attni_hip_max(const attni_scan *c, int32_t nr, const int64_t *limit,
+                                const int32_t *pos, int32_t n, int64_t top, float *m) {
+    int32_t r, i, j;
+    for (r = 0; r < nr; r++) {
+        const float *s = c->s + (int64_t)r * ATTNI_LDS;
+        if (!limit || limit[r] >= top) {
+            for (i = 0; i < c->n_tiles; i++)
+                for (j = 0; j < 16; j++)
+                    m[16 * i + j] = s[16 * i + j] > m[16 * i + j] ? s[16 * i + j] : m[16 * i + j];
+        } else {
+            for (i = 0; i < n; i++)
+                if (pos[i] <= limit[r] && s[i] > m[i]) m[i] = s[i];
+        }
+    }
+}
+
+// Rotates x to a position, its elements gap apart.
+ATTNI_CALLED void attni_hip_rotate(const attn_hip *p, int64_t at, float *x, int64_t gap) {
+    const int64_t half = p->rope_dim / 2;
+    const float *c, *s;
+    int64_t e;
+    c = p->rope + attni_max64(0, attni_min64(at, p->rope_len - 1)) * p->rope_dim;
+    s = c + half;
+    for (e = 0; e < half; e++) {
+        float a = x[e * gap], b = x[(e + half) * gap];
+        x[e * gap] = a * c[e] - b * s[e];
+        x[(e + half) * gap] = b * c[e] + a * s[e];
+    }
+}
+
+// SELF_EXTEND: does a key take the rows for those far away?
+ATTNI_INLINE int attni_hip_far(const attni_hip *h, int64_t key) {
+    return h->far_rows && h->p_min - key >= 8192;
+}
+
+// Scores of n <= 256 keys: the max over rows [r0, r0 + nr) of a set. late: a row scores only keys
+// that are `late` before its position (-1: all keys up to the q block's last query).
+ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set, int32_t r0,
+                                          int32_t nr, int64_t late, const int32_t *pos, int32_t n,
+                                          float *out) {
+    attni_scan *c = h->c;
+    const int32_t dim = c->d->head_dim;
+    const float scale = c->scale < 0 ? -c->scale : c->scale;
+    int64_t limit[ATTNI_SCAN_ROWS], top = 0;
+    float m[ATTN_SPAN];
+    int32_t r, i, far, wanted;
+    attn_result e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
+    if (e != ATTN_OK) return e;
+    for (i = 0; h->key_at && i < n; i++) // a tile holds [head_dim][16]
+        attni_hip_rotate(&c->f->hip, h->key_at[i],
+                         (float *)(uintptr_t)(const void *)c->kt[i / 16] + i % 16, 16);
+    for (i = 0; i < n; i++) top = attni_max64(top, pos[i]);
+    for (far = 0; far <= (h->far_rows > 0); far++) {
+        for (i = wanted = 0; i < n; i++) wanted |= attni_hip_far(h, pos[i]) == far;
+        if (!wanted) continue;
+        for (i = 0; i < ATTN_SPAN; i++) m[i] = attni_hip_none();
+        for (r = 0; r < nr; r += ATTNI_SCAN_ROWS) {
+            const int32_t part = attni_min32(ATTNI_SCAN_ROWS, nr - r);
+            for (i = 0; late >= 0 && i < part; i++)
+                limit[i] = h->at[(r0 + r + i) / set->n_heads] - late;
+            attni_scan_rows(c, set->row + (far * h->far_rows + r0 + r) * dim, part);
+            attni_hip_max(c, part, late >= 0 ? limit : NULL, pos, n, top, m);
+        }
+        for (i = 0; i < n; i++)
+            if (attni_hip_far(h, pos[i]) == far) out[i] = m[i] * (scale * c->ks[i]);
+    }
+    for (i = 0; i < n; i++)
+        if (pos[i] < h->kv_pos0 || pos[i] >= h->end || attni_isnan(out[i]))
+            out[i] = attni_hip_none();
+    h->keys += n;
+    return ATTN_OK;
+}
+
+// The q block m of n positions; 0 when the sequence has no query in it.
+ATTNI_CALLED int attni_hip_focus(attni_hip *h, int64_t m, int64_t n) {
+    h->m = m;
+    h->p_min = attni_max64(m * n, h->pos0);
+    h->p_max = attni_min64(m * n + n, h->pos0 + h->q_len) - 1;
+    h->end = attni_min64(h->p_max + 1, h->kv_end);
+    return h->p_min <= h->p_max;
+}
+
+// One query, where scores fall with a negative scale turned round.
+ATTNI_CALLED void attni_hip_query(attni_hip *h, int64_t p, int32_t head, float *out) {
+    int32_t e;
+    attni_scan_query(h->c, 0, h->q_start + (p - h->pos0), head, out);
+    for (e = 0; h->c->scale < 0 && e < h->c->d->head_dim; e++) out[e] = -out[e];
+}
+
+// Writes n blocks, ascending, to the rows of the q block: those its queries may reach.
+ATTNI_CALLED attn_result attni_hip_emit(attni_hip *h, int32_t list, const int32_t *ids, int32_t n,
+                                        int64_t visited) {
+    const attn_selection *x = h->c->x;
+    const attn_select *f = h->c->f;
+    int64_t b;
+    for (b = h->p_min / f->row_block; b <= h->p_max / f->row_block; b++) {
+        const int64_t last = attni_min64(h->p_max, (b + 1) * f->row_block - 1);
+        const int64_t row = x->seq_row[h->seq] + b, to = list * (int64_t)x->max_rows + row;
+        const int64_t at = list * ((int64_t)x->max_rows + 1) + row;
+        int32_t k = n;
+        if (row < 0 || row >= x->max_rows || list >= x->n_lists) return ATTN_ERR_BUFFER;
+        while (k > 0 && (int64_t)ids[k - 1] * f->kv_block > last) k--;
+        if (k > x->row_capacity) return ATTN_ERR_BUFFER;
+        x->row_start[at] = to * x->row_capacity;
+        x->row_end[at] = x->row_start[at] + k;
+        memcpy(x->block + x->row_start[at], ids, 4 * (size_t)k);
+        x->visited[at] = (int32_t)attni_min64(visited, INT32_MAX);
+    }
+    return ATTN_OK;
+}
+
+// ---- HIP3
+
+// Where a stage's style puts a query at position q, far: for keys far away.
+ATTNI_CALLED int64_t attni_hip_query_at(const attni_hip *h, const attn_hip_stage *t, int64_t q,
+                                        int far) {
+    const attn_hip *p = &h->c->f->hip;
+    const int64_t window = attni_max32(0, p->window - p->stage[0].chunk);
+    switch ((int)t->style) {
+    case ATTN_ROPE_RELATIVE: return window + 1;
+    case ATTN_ROPE_CHUNK: return attni_min64(q, h->scan[t - p->stage].n_chunks + window);
+    case ATTN_ROPE_INFLLM: return window;
+    case ATTN_ROPE_SELF_EXTEND: return far ? q / 16 + 8192 - 512 : q;
+    default: return q;
+    }
+}
+
+// ... and a key, of the place'th candidate, probed on the left or the right.
+ATTNI_CALLED int32_t attni_hip_key_at(const attni_hip *h, const attn_hip_stage *t, int64_t key,
+                                      int32_t place, int32_t right) {
+    const int64_t x = h->c->f->hip.context, recent = x / 4, n = h->end;
+    switch ((int)t->style) {
+    case ATTN_ROPE_RELATIVE: return right;
+    case ATTN_ROPE_CHUNK: return place;
+    case ATTN_ROPE_INFLLM: return 0;
+    case ATTN_ROPE_DYNAMIC:
+        if (key >= n - recent || n <= x) return (int32_t)key;
+        return (int32_t)(n - recent - 1 - (n - recent - 1 - key) * (x - recent) / (n - recent));
+    case ATTN_ROPE_SELF_EXTEND: return (int32_t)(attni_hip_far(h, key) ? key / 16 : key);
+    default: return (int32_t)key;
+    }
+}
+
+// The mean of the queries [p, next) of a head, as stage t sees them.
+ATTNI_CALLED void attni_hip_mean(attni_hip *h, const attn_hip_stage *t, int64_t p, int64_t next,
+                                 int32_t head, int far, float *out) {
+    const attn_hip *f = &h->c->f->hip;
+    const int32_t dim = h->c->d->head_dim;
+    const int64_t at = t->style ? attni_hip_query_at(h, t, p, far) : 0;
+    int64_t q;
+    int32_t e;
+    for (q = p; q < next; q++) {
+        float *x = q == p ? h->sum : h->wide;
+        attni_hip_query(h, q, head, x);
+        if (t->style) attni_hip_rotate(f, at, x, 1);
+        for (e = 0; q > p && e < dim; e++) h->sum[e] += x[e];
+    }
+    for (e = 0; e < dim; e++) out[e] = next - p > 1 ? h->sum[e] / (float)(next - p) : h->sum[e];
+}
+
+// The rows of stage t for some query heads: means of runs.
+ATTNI_CALLED void attni_hip_pool(attni_hip *h, const attn_hip_stage *t, attni_hip_set *set) {
+    const int32_t dim = h->c->d->head_dim;
+    const int64_t block = h->m * t->q_block;
+    int64_t p, next;
+    int32_t i, far;
+    float *out = h->rows;
+    h->far_rows = 0;
+    for (far = 0; far <= (t->style == ATTN_ROPE_SELF_EXTEND); far++) {
+        for (h->n_pos = 0, p = h->p_min; p <= h->p_max; p = next, h->n_pos++) {
+            next = block + ((p - block) / t->q_stride + 1) * t->q_stride;
+            next = attni_min64(next, h->p_max + 1);
+            for (i = 0; i < set->n_heads; i++, out += dim)
+                attni_hip_mean(h, t, p, next, set->head + i, far, out);
+        }
+        h->far_rows = far * (int64_t)h->n_pos * set->n_heads;
+    }
+    memset(out, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
+    set->row = h->rows;
+}
+
+// Scores and representatives of n <= 128 candidates from the `place`th on by descent.
+ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t,
+                                           const attni_hip_set *set, const int32_t *chunk,
+                                           int32_t place, int32_t n, float *score, int32_t *rep) {
+    int32_t lo[ATTN_SPAN / 2], hi[ATTN_SPAN / 2], open[ATTN_SPAN / 2], pos[ATTN_SPAN];
+    int32_t key_at[ATTN_SPAN];
+    float got[ATTN_SPAN];
+    int32_t i, j, n_open = n, least = attni_max32(2, t->terminate);
+    for (i = 0; i < n; i++) {
+        lo[i] = 0, hi[i] = t->chunk, open[i] = i;
+        score[i] = attni_hip_none();
+    }
+    while (n_open) {
+        attn_result e;
+        int32_t still = 0;
+        for (j = 0; j < n_open; j++) {
+            int32_t mid = (lo[open[j]] + hi[open[j]]) / 2;
+            int32_t l = h->c->f->hip.sink + chunk[open[j]] * t->chunk;
+            pos[2 * j] = l + (lo[open[j]] + mid) / 2;
+            pos[2 * j + 1] = l + (mid + hi[open[j]]) / 2;
+            for (i = 2 * j; t->style && i <= 2 * j + 1; i++)
+                key_at[i] = attni_hip_key_at(h, t, pos[i], place + open[j], i & 1);
+        }
+        h->key_at = t->style ? key_at : NULL;
+        e = attni_hip_values(h, set, 0, h->n_pos * set->n_heads, -1, pos, 2 * n_open, got);
+        if (e != ATTN_OK) return e;
+        for (j = 0; j < n_open; j++) {
+            int32_t mid, left = got[2 * j] > got[2 * j + 1];
+            float won = got[2 * j + !left];
+            i = open[j];
+            mid = (lo[i] + hi[i]) / 2;
+            if (left) hi[i] = mid;
+            else lo[i] = mid;
+            rep[i] = pos[2 * j + !left];
+            if (won > score[i] || t->flags & ATTN_HIP_LAST_SCORE) score[i] = won;
+            if (hi[i] - lo[i] >= least) open[still++] = i;
+        }
+        n_open = still;
+    }
+    return ATTN_OK;
+}
+
+// The same for LANDMARK.
+ATTNI_CALLED attn_result attni_hip_landmark(attni_hip *h, const attn_hip_stage *t,
+                                            const attni_hip_set *set, const int32_t *chunk,
+                                            int32_t place, int32_t n, float *score, int32_t *rep) {
+    const attn_desc *d = h->c->d;
+    const int32_t pt = d->kv.page_tokens;
+    int32_t i, key_at[ATTN_SPAN];
+    for (i = 0; i < n; i++) {
+        int64_t l = (int64_t)h->c->f->hip.sink + (int64_t)chunk[i] * t->chunk, p;
+        float best = attni_hip_none();
+        rep[i] = (int32_t)attni_max64(l, h->kv_pos0);
+        for (p = rep[i]; p < attni_min64(l + t->chunk, h->end); p++) {
+            int32_t j = (int32_t)(p - h->kv_pos0), page = attni_page_of(d, h->seq, j);
+            float v;
+            if (page < 0) return ATTN_ERR_PAGE;
+            v = h->c->f->hip.landmark[((int64_t)page * d->n_kv_heads + set->kv_head) * pt + j % pt];
+            if (v > best) best = v, rep[i] = (int32_t)p;
+        }
+        if (t->style) key_at[i] = attni_hip_key_at(h, t, rep[i], place + i, 0);
+    }
+    h->key_at = t->style ? key_at : NULL;
+    return attni_hip_values(h, set, 0, h->n_pos * set->n_heads, -1, rep, n, score);
+}
+
+// Scores of the candidates of a stage, for the list of the sets.
+ATTNI_CALLED attn_result attni_hip_stage_scan(attni_hip *h, int32_t stage) {
+    const attn_hip_stage *t = h->c->f->hip.stage + stage;
+    attni_hip_scan *x = &h->scan[stage];
+    int32_t s, i;
+    for (s = 0; s < h->n_sets; s++) {
+        attni_hip_set *set = h->set + s;
+        float *score = s ? x->part : x->score;
+        int32_t *rep = s ? x->part_rep : x->rep;
+        if (x->n_chunks) attni_hip_pool(h, t, set);
+        for (i = 0; i < x->n_chunks; i += ATTN_SPAN / 2) {
+            const int32_t n = attni_min32(ATTN_SPAN / 2, x->n_chunks - i);
+            attn_result e =
+                t->flags & ATTN_HIP_LANDMARK
+                    ? attni_hip_landmark(h, t, set, x->chunk + i, i, n, score + i, rep + i)
+                    : attni_hip_descend(h, t, set, x->chunk + i, i, n, score + i, rep + i);
+            if (e != ATTN_OK) return e;
+        }
+        for (i = 0; s && i < x->n_chunks; i++)
+            if (score[i] > x->score[i]) x->score[i] = score[i], x->rep[i] = rep[i];
+    }
+    for (i = 0; t->flags & ATTN_HIP_KEEP_SCORES && i < x->n_chunks; i++)
+        if (x->least[i] > x->score[i]) x->score[i] = x->least[i];
+    return ATTN_OK;
+}
+
+// The eligible chunks of a stage: of stage 0 all, of another those its first[] become.
+ATTNI_CALLED void attni_hip_candidates(attni_hip *h, int32_t stage) {
+    const attn_hip *p = &h->c->f->hip;
+    const int64_t c = p->stage[stage].chunk, c0 = p->stage[0].chunk;
+    const int64_t lim = attni_min64(h->end - 1, attni_max64(h->p_min + c0, h->p_max) - p->window);
+    // chunk y is eligible when low <= y <= high
+    const int64_t low = h->kv_pos0 > p->sink ? (h->kv_pos0 - p->sink) / c : 0;
+    const int64_t high = lim < p->sink ? -1 : (lim - p->sink) / c;
+    attni_hip_scan *x = &h->scan[stage];
+    int64_t y, next = low;
+    int32_t i;
+    x->n_chunks = 0;
+    for (y = low; !stage && y <= high; y++) x->chunk[x->n_chunks++] = (int32_t)y;
+    for (i = 0; stage && i < x->n_first; i++) {
+        const int64_t stop = x->first[i] + p->stage[stage - 1].chunk / c;
+        for (y = attni_max64(x->first[i], next); y < stop && y <= high; y++) {
+            x->least[x->n_chunks] = x->first_score[i];
+            x->chunk[x->n_chunks++] = (int32_t)y;
+        }
+        next = attni_max64(next, stop);
+    }
+}
+
+// What of a scanned stage the next one admits.
+ATTNI_CALLED void attni_hip_admit(attni_hip *h, int32_t next) {
+    const attn_hip_stage *t = h->c->f->hip.stage + next;
+    const attni_hip_scan *x = &h->scan[next - 1];
+    attni_hip_scan *y = &h->scan[next];
+    const int32_t c = t[-1].chunk;
+    int32_t i, n = attni_hip_best(h, x->score, x->n_chunks, t->keep / c);
+    for (i = 0; i < n; i++) {
+        const int32_t j = h->pick[i], off = x->rep[j] - h->c->f->hip.sink - c / 2;
+        y->first[i] = t->flags & ATTN_HIP_CENTRE ? attni_max32(0, off) / t->chunk
+                                                 : x->chunk[j] * (c / t->chunk);
+        y->first_score[i] = x->score[j];
+    }
+    y->n_first = n;
+}
+
+// The place of a stage in a row's memory; moves on.
+ATTNI_CALLED void attni_hip_remember(attni_hip *h, int32_t stage, int write) {
+    const attn_hip_stage *t = h->c->f->hip.stage;
+    attni_hip_scan *x = &h->scan[stage];
+    int32_t i, *at = h->state + 1, most = 0;
+    for (i = 1; i <= stage; i++) {
+        if (i > 1) at += 1 + (t[i - 1].flags & ATTN_HIP_KEEP_SCORES ? 2 : 1) * (int64_t)most;
+        most = t[i].keep / t[i - 1].chunk;
+    }
+    if (write) {
+        *at = x->n_first;
+        memcpy(at + 1, x->first, 4 * (size_t)x->n_first);
+        if (t[stage].flags & ATTN_HIP_KEEP_SCORES)
+            memcpy(at + 1 + most, x->first_score, 4 * (size_t)x->n_first);
+    } else {
+        // no more than there is room for, whatever the row was made with
+        x->n_first = (int32_t)attni_min64(
+            attni_min32(*at, most), attni_n_blocks(h->kv_end, t[stage - 1].chunk) + 2);
+        memcpy(x->first, at + 1, 4 * (size_t)x->n_first);
+        if (t[stage].flags & ATTN_HIP_KEEP_SCORES)
+            memcpy(x->first_score, at + 1 + most, 4 * (size_t)x->n_first);
+    }
+}
+
+// Stages from `stage` on for q block m of it, and all smaller ones within.
+ATTNI_CALLED attn_result attni_hip_run3(attni_hip *h, int32_t stage, int64_t m) {
+    const attn_select *f = h->c->f;
+    const attn_hip_stage *t = f->hip.stage + stage;
+    attni_hip_scan *x = &h->scan[stage];
+    const int64_t before = h->keys;
+    attn_result e;
+    int64_t k, per;
+    int32_t i, n;
+    if (!attni_hip_focus(h, m, t->q_block)) return ATTN_OK;
+    attni_hip_candidates(h, stage);
+    if ((e = attni_hip_stage_scan(h, stage)) != ATTN_OK) return e;
+    if (stage + 1 == f->hip.n_stages) {
+        n = attni_hip_best(h, x->score, x->n_chunks, f->hip.keep / t->chunk);
+        for (i = 0; i < n; i++) h->ids[i] = f->hip.sink / f->kv_block + x->chunk[h->pick[i]];
+        e = attni_hip_emit(h, h->list, h->ids, n, h->keys / h->n_sets);
+    } else {
+        attni_hip_admit(h, stage + 1);
+        if (h->state) attni_hip_remember(h, stage + 1, 1);
+        per = t->q_block / t[1].q_block;
+        for (k = m * per; k < (m + 1) * per && e == ATTN_OK; k++)
+            e = attni_hip_run3(h, stage + 1, k);
+    }
+    h->keys = before;
+    return e;
+}
+
+// ---- HIP1 and HIP2
+
+ATTNI_INLINE uint64_t attni_hip_hash(uint64_t seed, uint64_t a, uint64_t c) {
+    uint64_t z = seed * 0x9e3779b97f4a7c15u + a * 0xbf58476d1ce4e5b9u + c * 0x94d049bb133111ebu;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+// Below n, from the upper half of a hash.
+ATTNI_INLINE int64_t attni_hip_below(uint64_t hash, int64_t n) {
+    return (int64_t)((hash >> 32) * (uint64_t)n >> 32);
+}
+
+// low_dim: zeros in all but the dimensions that count, head by head.
+ATTNI_CALLED void attni_hip_thin(attni_hip *h, const attni_hip_set *set) {
+    const int32_t dim = h->c->d->head_dim;
+    int32_t i, e, r, n, k;
+    for (i = 0; i < set->n_heads; i++) {
+        memset(h->sum, 0, 4 * (size_t)dim);
+        for (r = i; r < h->n_pos * set->n_heads; r += set->n_heads)
+            for (e = 0; e < dim; e++) {
+                float v = set->row[(int64_t)r * dim + e];
+                h->sum[e] += v < 0 ? -v : v;
+            }
+        n = attni_hip_best(h, h->sum, dim, h->c->f->hip.low_dim);
+        for (r = i; r < h->n_pos * set->n_heads; r += set->n_heads)
+            for (e = k = 0; e < dim; e++) {
+                if (k < n && h->pick[k] == e) k++;
+                else set->row[(int64_t)r * dim + e] = 0;
+            }
+    }
+}
+
+// The queries of the q block that score, for all sets.
+ATTNI_CALLED void attni_hip_gather(attni_hip *h) {
+    const attn_hip *p = &h->c->f->hip;
+    const int64_t block = h->m * attni_hip_block(h->c->f, 0);
+    const int32_t dim = h->c->d->head_dim;
+    float *out = h->rows;
+    int32_t s, i, j;
+    int64_t t;
+    h->n_pos = 0;
+    for (t = h->p_min; t <= h->p_max; t++)
+        if ((t - block) % p->q_stride == p->q_stride - 1 || t == h->p_max)
+            h->at[h->n_pos++] = (int32_t)t;
+    for (s = 0; s < h->n_sets; s++) {
+        h->set[s].row = out;
+        for (i = 0; i < h->n_pos; i++)
+            for (j = 0; j < h->set[s].n_heads; j++, out += dim)
+                attni_hip_query(h, h->at[i], h->set[s].head + j, out);
+    }
+    memset(out, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
+    for (s = 0; s < h->n_sets && p->low_dim && p->low_dim < dim; s++)
+        attni_hip_thin(h, h->set + s);
+}
+
+// S of n blocks for one lane (blk NULL: block first + i), by all its rows or the last query's.
+ATTNI_CALLED attn_result attni_hip_blocks(attni_hip *h, int32_t lane, int last, const int32_t *blk,
+                                          int64_t first, int32_t n, float *out) {
+    const attn_select *f = h->c->f;
+    const int32_t b = f->hip.block, stride = last ? 1 : attni_min32(f->hip.k_stride, b);
+    const int64_t per = (b + stride - 1) / stride, late = attni_max32(
+                                                       0, f->hip.window - f->hip.refresh + 1);
+    const int one = f->heads == ATTN_SELECT_EACH;
+    int32_t s, i, pos[ATTN_SPAN];
+    float got[ATTN_SPAN];
+    int64_t j, k;
+    for (i = 0; i < n; i++) out[i] = attni_hip_none();
+    for (s = one ? lane : 0; s < (one ? lane + 1 : h->n_sets); s++) {
+        const attni_hip_set *set = h->set + s;
+        const int32_t r0 = last ? (h->n_pos - 1) * set->n_heads : 0;
+        for (j = 0; j < n * per; j += ATTN_SPAN) {
+            const int32_t part = (int32_t)attni_min64(ATTN_SPAN, n * per - j);
+            attn_result e;
+            for (k = j; k < j + part; k++)
+                pos[k - j] = (int32_t)((blk ? blk[k / per] : first + k / per) * b +
+                                       k % per * stride);
+            e = attni_hip_values(h, set, r0, h->n_pos * set->n_heads - r0, late, pos, part, got);
+            if (e != ATTN_OK) return e;
+            for (k = j; k < j + part; k++)
+                if (got[k - j] > out[k / per]) out[k / per] = got[k - j];
+        }
+    }
+    return ATTN_OK;
+}
+
+// Which block stands for a group.
+ATTNI_CALLED int32_t attni_hip_rep(const attni_hip *h, int64_t start, int64_t size) {
+    const attn_hip *p = &h->c->f->hip;
+    switch ((int)p->sample) {
+    case ATTN_HIP_FIRST: return (int32_t)start;
+    case ATTN_HIP_LAST: return (int32_t)(start + size - 1);
+    case ATTN_HIP_POSITION: return (int32_t)(start + h->m % size);
+    case ATTN_HIP_RANDOM: {
+        uint64_t z = (uint64_t)start + ((uint64_t)size << 32);
+        z = attni_hip_hash(p->seed, z, (uint64_t)h->m);
+        return (int32_t)(start + attni_hip_below(z, size));
+    }
+    default: return (int32_t)(start + size / 2);
+    }
+}
+
+// Scores those of the n children whose rep is not negative, lane by lane.
+ATTNI_CALLED attn_result attni_hip_score(attni_hip *h, int32_t n, int64_t b0, int64_t n_blocks) {
+    const int oracle = h->c->f->hip.sample == ATTN_HIP_ORACLE && h->c->f->kind == ATTN_SELECT_HIP2;
+    int32_t i, j, k, lane;
+    for (i = 0; i < n; i = j) {
+        attn_result e = ATTN_OK;
+        lane = h->child[i].lane;
+        for (j = i, k = 0; j < n && h->child[j].lane == lane; j++)
+            if (h->child[j].rep >= 0) {
+                h->from[k] = j;
+                h->blk[k++] = h->child[j].rep;
+            }
+        if (!oracle) e = attni_hip_blocks(h, lane, 0, h->blk, 0, k, h->out);
+        if (e != ATTN_OK) return e;
+        for (; k > 0; k--) {
+            attni_hip_group *g = h->child + h->from[k - 1];
+            int64_t at = lane * n_blocks + g->start - b0, stop = at + g->size;
+            g->score = oracle ? h->all[at] : h->out[k - 1];
+            while (oracle && ++at < stop)
+                if (h->all[at] > g->score) g->score = h->all[at];
+        }
+    }
+    return ATTN_OK;
+}
+
+// Of n children the best `keep` become the groups.
+ATTNI_CALLED void attni_hip_keep(attni_hip *h, int32_t n, int64_t keep) {
+    int32_t i;
+    for (i = 0; i < n; i++) h->out[i] = h->child[i].score;
+    h->n_groups = attni_hip_best(h, h->out, n, keep);
+    for (i = 0; i < h->n_groups; i++) h->group[i] = h->child[h->pick[i]];
+}
+
+// HIP2's rounds over the blocks [b0, b0 + n), n > K.
+ATTNI_CALLED attn_result attni_hip_split(attni_hip *h, int64_t b0, int64_t n) {
+    const attn_hip *p = &h->c->f->hip;
+    const int64_t most = p->keep / p->block;
+    attn_result e = ATTN_OK;
+    int32_t i, j, k, open = 1;
+    h->n_groups = 0;
+    for (i = 0; i < p->head_group; i++) {
+        if (p->sample == ATTN_HIP_ORACLE)
+            e = attni_hip_blocks(h, i, 0, NULL, b0, (int32_t)n, h->all + i * n);
+        if (e != ATTN_OK) return e;
+        for (j = 0; j < most; j++) {
+            attni_hip_group *g = h->group + h->n_groups++;
+            g->lane = i;
+            g->start = (int32_t)(b0 + n * j / most);
+            g->size = (int32_t)(b0 + n * (j + 1) / most) - g->start;
+            g->rep = -1;
+        }
+    }
+    while (open) {
+        for (i = k = open = 0; i < h->n_groups; i++)
+            for (j = 0; j < 2; j++) {
+                attni_hip_group g = h->group[i];
+                const int32_t half = g.size / 2;
+                g.start += j ? half : 0;
+                g.size = j ? g.size - half : half;
+                if (g.size) h->child[k++] = g;
+            }
+        // what stands for a child as it stood for its parent is not scored again: its rep is
+        // hidden meanwhile
+        for (i = 0; i < k; i++) {
+            attni_hip_group *g = h->child + i;
+            const int32_t rep = attni_hip_rep(h, g->start, g->size);
+            const int same = rep == g->rep && p->sample != ATTN_HIP_ORACLE;
+            g->rep = same ? -1 - rep : rep;
+        }
+        if ((e = attni_hip_score(h, k, b0, n)) != ATTN_OK) return e;
+        for (i = 0; i < k; i++)
+            if (h->child[i].rep < 0) h->child[i].rep = -1 - h->child[i].rep;
+        attni_hip_keep(h, k, most * p->head_group);
+        for (i = 0; i < h->n_groups; i++)
+            if (h->group[i].size > 1) open = 1;
+    }
+    return e;
+}
+
+// HIP1's rounds; at the end every group is a block.
+ATTNI_CALLED attn_result attni_hip_widen(attni_hip *h, int64_t b0, int64_t n) {
+    const attn_hip *p = &h->c->f->hip;
+    const int64_t most = p->keep / p->block;
+    int64_t w = most, next, j, stop, budget;
+    attn_result e;
+    int32_t i, k;
+    h->n_groups = (int32_t)most;
+    for (i = 0; i < h->n_groups; i++) {
+        h->group[i].lane = 0;
+        h->group[i].start = i;
+        h->group[i].score = attni_hip_none();
+    }
+    for (; w < n; w = next) {
+        next = attni_min64(2 * w, n);
+        for (i = k = 0; i < h->n_groups; i++) {
+            attni_hip_group g = h->group[i];
+            stop = ((g.start + (int64_t)1) * next + w - 1) / w;
+            for (j = (g.start * next + w - 1) / w; j < stop; j++) {
+                g.start = (int32_t)j;
+                g.rep = (int32_t)(b0 + j * n / next);
+                h->child[k++] = g;
+            }
+        }
+        budget = attni_max64(p->patches / p->block, most * next / n);
+        if (k > budget && (e = attni_hip_score(h, k, b0, n)) != ATTN_OK) return e;
+        attni_hip_keep(h, k, budget);
+    }
+    for (i = 0; i < h->n_groups; i++) h->group[i].start += (int32_t)b0;
+    return ATTN_OK;
+}
+
+ATTNI_CALLED void attni_hip_mark(attni_hip *h, int64_t first, int64_t last, int64_t n) {
+    int64_t i = attni_max64(first, 0);
+    for (; i <= attni_min64(last, n - 1); i++) h->mark[i / 64] |= (uint64_t)1 << (i % 64);
+}
+
+// A lane's extras.
+ATTNI_CALLED attn_result attni_hip_extras(attni_hip *h, int32_t lane, int64_t b0, int64_t n) {
+    const attn_hip *p = &h->c->f->hip;
+    const int64_t t = attni_n_blocks(h->p_max - h->p_min, p->block);
+    const uint64_t salt = (uint64_t)h->m + ((uint64_t)(h->list + lane + 1) << 32);
+    int32_t i, j, k, top;
+    for (i = k = 0; p->near && i < h->n_groups; i++) {
+        if (h->group[i].lane != lane) continue;
+        h->from[k] = i;
+        h->out[k++] = h->group[i].score;
+    }
+    top = p->near ? attni_hip_best(h, h->out, k, p->near) : 0;
+    for (i = 0; i < top; i++) {
+        int64_t b = h->group[h->from[h->pick[i]]].start - b0;
+        attni_hip_mark(h, b - p->near_window, b + p->near_window, n);
+    }
+    if (p->vertical || p->diagonal) {
+        attn_result e = attni_hip_blocks(h, lane, 1, NULL, b0, (int32_t)n, h->out);
+        if (e != ATTN_OK) return e;
+        for (j = 0; j < 2; j++) {
+            top = attni_hip_best(h, h->out, (int32_t)n, j ? p->diagonal : p->vertical);
+            for (i = 0; i < top; i++)
+                attni_hip_mark(h, h->pick[i] - (j ? t : 0), h->pick[i], n);
+        }
+    }
+    for (i = 0; i < p->random; i++) {
+        int64_t b = attni_hip_below(attni_hip_hash(p->seed, (uint64_t)i, salt), n);
+        attni_hip_mark(h, b, b, n);
+    }
+    return ATTN_OK;
+}
+
+// The q block's lists: one a lane.
+ATTNI_CALLED attn_result attni_hip_run2(attni_hip *h, int32_t n_lanes) {
+    const attn_select *f = h->c->f;
+    const attn_hip *p = &f->hip;
+    const int64_t late = attni_max32(0, p->window - p->refresh + 1);
+    const int64_t edge = attni_min64(h->end - 1, h->p_max - late);
+    const int64_t b0 = attni_max64(p->sink, h->kv_pos0) / p->block;
+    const int64_t n = edge < 0 ? 0 : attni_max64(0, edge / p->block + 1 - b0);
+    const int all = n <= p->keep / p->block;
+    int32_t lane, i, k, last;
+    int64_t b;
+    attn_result e = ATTN_OK;
+    if (!all) {
+        attni_hip_gather(h);
+        e = f->kind == ATTN_SELECT_HIP2 ? attni_hip_split(h, b0, n) : attni_hip_widen(h, b0, n);
+    }
+    for (lane = 0; lane < n_lanes && e == ATTN_OK; lane++) {
+        memset(h->mark, 0, 8 * (size_t)((n + 63) / 64));
+        if (all) attni_hip_mark(h, 0, n - 1, n);
+        for (i = 0; !all && i < h->n_groups; i++)
+            if (h->group[i].lane == lane)
+                attni_hip_mark(h, h->group[i].start - b0, h->group[i].start - b0, n);
+        if (!all && (e = attni_hip_extras(h, lane, b0, n)) != ATTN_OK) return e;
+        for (b = 0, k = 0, last = -1; b < n; b++) {
+            int32_t id = (int32_t)((b0 + b) * p->block / f->kv_block);
+            if (b % 64 == 0 && !h->mark[b / 64]) b += 63;
+            else if ((h->mark[b / 64] >> (b % 64) & 1) && id != last) h->ids[k++] = last = id;
+        }
+        e = attni_hip_emit(h, h->list + lane, h->ids, k, h->keys / attni_max32(h->n_sets, 1));
+    }
+    return e;
+}
+
+// ---- units
+
+// Every block for the row block of a sequence that dense_below keeps whole.
+ATTNI_CALLED attn_result attni_hip_dense(attni_hip *h, int32_t n_lists) {
+    const attn_select *f = h->c->f;
+    const int64_t b0 = h->kv_pos0 / f->kv_block, b1 = (h->end - 1) / f->kv_block;
+    attn_result e = ATTN_OK;
+    int32_t n = 0, l;
+    int64_t b;
+    for (b = b0; b <= b1 && h->end > h->kv_pos0; b++) h->ids[n++] = (int32_t)b;
+    for (l = 0; l < n_lists && e == ATTN_OK; l++)
+        e = attni_hip_emit(h, h->list + l, h->ids, n, 0);
+    return e;
+}
+
+// From which stage on position p's row is scanned: n_stages when it stays.
+ATTNI_CALLED int32_t attni_hip_due(const attni_hip *h, int64_t p) {
+    const attn_select *f = h->c->f;
+    int32_t i = 0;
+    if (!h->state || *h->state != p) return 0;
+    if (f->kind != ATTN_SELECT_HIP3) return p % f->hip.refresh ? 1 : 0;
+    while (i < f->hip.n_stages && p % f->hip.stage[i].refresh) i++;
+    return i;
+}
+
+// Every lane's row remembers `made`; a list that stays was read for no key.
+ATTNI_CALLED void attni_hip_stamp(attni_hip *h, int32_t n_lanes, int64_t made, int stays) {
+    const attn_selection *x = h->c->x;
+    int32_t l, *state = h->state;
+    for (l = 0; state && l < n_lanes; l++) {
+        const int64_t row = x->seq_row[h->seq] + h->p_min / h->c->f->row_block;
+        *state = (int32_t)made;
+        state = (int32_t *)(void *)((uint8_t *)state + x->state_bytes);
+        if (stays) x->visited[(h->list + l) * ((int64_t)x->max_rows + 1) + row] = 0;
+    }
+}
+
+// Lists [list, list + n_lanes) of q block m, made by the sets.
+ATTNI_CALLED attn_result attni_hip_lists(attni_hip *h, int64_t m, int32_t n_lanes) {
+    const attn_select *f = h->c->f;
+    const attn_selection *x = h->c->x;
+    const int third = f->kind == ATTN_SELECT_HIP3, dense = h->kv_end <= f->dense_below;
+    int32_t from, stages = third ? f->hip.n_stages : 1;
+    attn_result e;
+    int64_t p;
+    if (!attni_hip_focus(h, m, attni_hip_block(f, 0))) return ATTN_OK;
+    p = h->p_min;
+    h->keys = 0;
+    h->state = NULL;
+    if (f->n_slots && h->q_len == 1) {
+        const int64_t row = x->seq_row[h->seq] + p / f->row_block;
+        if (row < 0 || row >= f->n_slots || !x->state) return ATTN_ERR_BUFFER;
+        h->state = (int32_t *)(void *)(x->state +
+                                       (size_t)(row * x->n_lists + h->list) * x->state_bytes);
+    }
+    from = dense ? 0 : attni_hip_due(h, p);
+    if (from == stages) {
+        attni_hip_stamp(h, n_lanes, p + 1, 1);
+        return ATTN_OK;
+    }
+    attni_hip_stamp(h, n_lanes, 0, 0); // should this fail half way
+    if (from) attni_hip_remember(h, from, 0);
+    e = dense   ? attni_hip_dense(h, n_lanes)
+        : third ? attni_hip_run3(h, from, p / attni_hip_block(f, from))
+                : attni_hip_run2(h, n_lanes);
+    if (e == ATTN_OK && !dense) attni_hip_stamp(h, n_lanes, p + 1, 0);
+    return e;
+}
+
+ATTNI_CALLED void attni_hip_begin(attni_hip *h, attni_scan *c, int32_t seq) {
+    h->c = c;
+    h->seq = seq;
+    h->q_start = c->d->q_start[seq];
+    h->q_len = c->d->q_start[seq + 1] - h->q_start;
+    h->pos0 = attni_q_pos0(c->d, seq);
+    h->kv_pos0 = attni_kv_pos0(c->d, seq);
+    h->kv_end = h->kv_pos0 + c->d->kv.kv_len[seq];
+}
+
+// q blocks of sequence s, times what is done apart: KV heads, but for lists of all heads.
+ATTNI_CALLED int64_t attni_hip_units_of(const attn_desc *d, const attn_select *f, int32_t s) {
+    const int64_t n = attni_hip_block(f, 0), p = attni_q_pos0(d, s);
+    const int64_t q_len = d->q_start[s + 1] - d->q_start[s];
+    if (q_len < 1) return 0;
+    return ((p + q_len - 1) / n - p / n + 1) * (f->heads == ATTN_SELECT_ALL ? 1 : d->n_kv_heads);
+}
+
+ATTNI_CALLED int64_t attni_hip_units(const attn_desc *d, const attn_select *f) {
+    int64_t n = 0;
+    int32_t s;
+    for (s = 0; s < d->n_seq; s++) n += attni_hip_units_of(d, f, s);
+    return n;
+}
+
 ATTNI_CALLED attn_result attni_hip_unit(attni_scan *c, int64_t unit) {
-    (void)c, (void)unit;
-    return ATTN_ERR_UNSUPPORTED;
+    const attn_desc *d = c->d;
+    const attn_select *f = c->f;
+    const int32_t apart = f->heads == ATTN_SELECT_ALL ? 1 : d->n_kv_heads;
+    const int32_t lanes = f->kind == ATTN_SELECT_HIP3 ? 1 : f->hip.head_group;
+    attni_hip h;
+    int32_t s = 0, i, j, kv_head;
+    int64_t n, m;
+    attn_result e = ATTN_OK;
+    for (; unit >= (n = attni_hip_units_of(d, f, s)); s++) unit -= n;
+    memset(&h, 0, sizeof h);
+    attni_hip_carve(&h, c->rest, d, f);
+    attni_hip_begin(&h, c, s);
+    m = h.pos0 / attni_hip_block(f, 0) + unit / apart;
+    kv_head = (int32_t)(unit % apart);
+    h.n_sets = f->heads == ATTN_SELECT_ALL ? d->n_kv_heads : lanes;
+    if (f->heads != ATTN_SELECT_EACH) {
+        for (i = 0; i < h.n_sets; i++) {
+            h.set[i].kv_head = kv_head + i;
+            h.set[i].head = (kv_head + i) * c->group;
+            h.set[i].n_heads = c->group;
+        }
+        h.list = kv_head;
+        return attni_hip_lists(&h, m, 1);
+    }
+    for (i = 0; i < c->group && e == ATTN_OK; i += lanes) {
+        h.list = kv_head * c->group + i;
+        for (j = 0; j < lanes; j++) {
+            h.set[j].kv_head = kv_head;
+            h.set[j].head = h.list + j;
+            h.set[j].n_heads = 1;
+        }
+        e = attni_hip_lists(&h, m, lanes);
+    }
+    return e;
+}
+
+// ---- landmarks
+
+// Those of n <= 64 keys from position p on. sum: of the queries [p, p + 512), moves on by n.
+ATTNI_CALLED attn_result attni_hip_landmarks(attni_hip *h, int64_t p, int32_t n, double *sum,
+                                             float *out) {
+    attni_scan *c = h->c;
+    const attn_desc *d = c->d;
+    const int32_t dim = d->head_dim, pt = d->kv.page_tokens;
+    const attni_hip_set *set = h->set;
+    const int64_t stop = h->pos0 + h->q_len;
+    int32_t i, j, e;
+    attn_result r = attni_scan_keys(c, h->seq, set->kv_head, NULL, p, n);
+    for (i = 0; i < n && r == ATTN_OK; i++) {
+        for (e = 0; e < dim; e++) c->q[(int64_t)i * dim + e] = (float)sum[e];
+        for (j = 0; j < set->n_heads; j++) {
+            attni_scan_query(c, 0, h->q_start + (p + i - h->pos0), set->head + j, h->wide);
+            for (e = 0; e < dim; e++) sum[e] -= (double)h->wide[e];
+            if (p + i + 512 >= stop) continue;
+            attni_scan_query(c, 0, h->q_start + (p + i + 512 - h->pos0), set->head + j, h->wide);
+            for (e = 0; e < dim; e++) sum[e] += (double)h->wide[e];
+        }
+    }
+    if (r != ATTN_OK) return r;
+    attni_scan_products(c, n);
+    for (i = 0; i < n; i++) {
+        const int64_t at = p + i - h->kv_pos0;
+        const float count = (float)(attni_min64(512, stop - p - i) * set->n_heads);
+        int32_t page;
+        if (at < 0 || p + i >= h->kv_end) continue;
+        if ((page = attni_page_of(d, h->seq, (int32_t)at)) < 0) return ATTN_ERR_PAGE;
+        out[((int64_t)page * d->n_kv_heads + set->kv_head) * pt + at % pt] =
+            c->s[(int64_t)i * ATTNI_LDS + i] * (c->scale * c->ks[i]) / count;
+    }
+    return ATTN_OK;
+}
+
+// A sequence's, for the KV head of h->set.
+ATTNI_CALLED attn_result attni_hip_landmarks_of(attni_hip *h, float *out) {
+    const attni_hip_set *set = h->set;
+    double sum[ATTN_MAX_HEAD_DIM];
+    attn_result r = ATTN_OK;
+    int32_t i, j, e;
+    memset(sum, 0, sizeof sum);
+    for (i = 0; i < attni_min32(512, h->q_len); i++)
+        for (j = 0; j < set->n_heads; j++) {
+            attni_scan_query(h->c, 0, h->q_start + i, set->head + j, h->wide);
+            for (e = 0; e < h->c->d->head_dim; e++) sum[e] += (double)h->wide[e];
+        }
+    for (i = 0; i < h->q_len && r == ATTN_OK; i += ATTNI_SCAN_ROWS)
+        r = attni_hip_landmarks(h, h->pos0 + i, attni_min32(ATTNI_SCAN_ROWS, h->q_len - i), sum,
+                                out);
+    return r;
 }
 
 // ==== >>impl-exact  Certified top blocks =========================================================
@@ -4243,6 +5248,39 @@ ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot) {
         size_t at = (size_t)slot * (size_t)x->n_lists + (size_t)l;
         memcpy(x->state + at * x->state_bytes, &none, 4);
     }
+}
+
+ATTN_DEF int64_t attn_cpu_landmarks_units(const attn_desc *d) {
+    return attn_validate(d) == ATTN_OK ? (int64_t)d->n_seq * d->n_kv_heads : 0;
+}
+
+ATTN_DEF attn_result attn_cpu_landmarks(const attn_desc *d, const attn_select *s, float *out,
+                                        int64_t first, int64_t count, void *scratch) {
+    attn_select f;
+    attni_scan c;
+    attni_hip h;
+    attni_hip_set set;
+    uint64_t mode;
+    int64_t u;
+    attn_result r = attn_select_check(d, s);
+    if (r != ATTN_OK) return r;
+    if (!attni_select_fill(s, &f) || f.kind != ATTN_SELECT_HIP3) return ATTN_ERR_ARGUMENT;
+    if (!out || !scratch || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
+    if (first + count > (int64_t)d->n_seq * d->n_kv_heads) return ATTN_ERR_ARGUMENT;
+    if ((uintptr_t)scratch % 64) return ATTN_ERR_BUFFER;
+    if ((r = attni_scan_init(&c, d, &f, NULL, NULL, (uint8_t *)scratch)) != ATTN_OK) return r;
+    attni_hip_carve(&h, c.rest, d, &f);
+    h.set = &set;
+    mode = attni_mode_enter();
+    for (u = first; u < first + count && r == ATTN_OK; u++) {
+        attni_hip_begin(&h, &c, (int32_t)(u / d->n_kv_heads));
+        set.kv_head = (int32_t)(u % d->n_kv_heads);
+        set.head = set.kv_head * c.group;
+        set.n_heads = c.group;
+        r = attni_hip_landmarks_of(&h, out);
+    }
+    attni_mode_leave(mode);
+    return r;
 }
 
 ATTN_DEF size_t attn_summary_bytes(const attn_desc *d) {
