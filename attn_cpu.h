@@ -4169,7 +4169,7 @@ ATTNI_CALLED int attni_flex_shape(const attn_desc *d, const attn_select *f, int3
     if (f->flex.compatible) plain.logits.scale = 0;
     w->scale = attni_scale(&plain);
     w->softcap = f->flex.compatible ? 0 : d->logits.softcap;
-    return d->kv.kv_len[s] <= f->dense_below ||
+    return w->kv0 + d->kv.kv_len[s] <= f->dense_below ||
            w->q_len <= attni_max64(2 * b, w->min_blocks * b);
 }
 
@@ -4715,11 +4715,10 @@ ATTNI_CALLED double attni_flex_raise(attni_scan *c, attni_flex *w, const attni_f
     int32_t r, i, b;
     for (r = w->pos / w->block; r <= (w->end - 1) / w->block; r++) {
         const double *mass = w->mass + (r > w->pos / w->block ? w->ld : 0);
-        double all = 0, held, sum = 0;
+        double all = 0, held = 0, sum = 0;
         attni_flex_row(c, w, rule, r - w->row0, w->e);
         attni_flex_take(w, w->e, r, 2);
-        for (b = w->first; b <= r; b++) all += mass[b];
-        held = mass[r] + (r && !w->first ? mass[0] : 0);
+        for (b = attni_max32(w->first, 1); b < r; b++) all += mass[b];
         for (i = 0; i < r + 1 - w->first && held < (double)c->f->flex.gamma * all; i++) {
             b = (int32_t)(uint32_t)w->order[i];
             sum += (double)attni_flex_value(w->order[i]);

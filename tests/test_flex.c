@@ -210,9 +210,121 @@ static void flex_golden(const char *dir, int needed) {
     free(json);
 }
 
+// ---- recall
+
+// Mean share of the softmax mass that the lists keep, over queries [q0, n), every step-th; the
+// smallest in *least.
+static double flex_recall(const flex_case *c, int32_t head, int32_t q0, int32_t step,
+                          double *least) {
+    const int32_t b = c->x.list.kv_block, dim = c->dim, kv = head * c->kv_heads / c->heads;
+    const int32_t list = c->x.n_lists == c->heads ? head : kv;
+    const int32_t p0 = c->n - c->q_start[1];
+    double sum = 0, count = 0;
+    double *s = (double *)malloc(8 * (size_t)c->n);
+    uint8_t *kept = (uint8_t *)malloc((size_t)(c->n / b + 2));
+    int32_t p, j, e;
+    *least = 1;
+    for (p = q0 > p0 ? q0 : p0; p < c->n; p += step) {
+        const float *q = c->q + ((int64_t)p * c->heads + head) * dim;
+        int64_t at = (int64_t)list * (c->x.list.n_rows + 1) + c->seq_row[0] + p / b, i;
+        double top = -HUGE_VAL, all = 0, held = 0;
+        memset(kept, 0, (size_t)(c->n / b + 2));
+        for (i = c->x.row_start[at]; i < c->x.row_end[at]; i++) kept[c->x.block[i]] = 1;
+        for (j = 0; j <= p; j++) {
+            const float *k = c->k + ((int64_t)j * c->kv_heads + kv) * dim;
+            float x[8] = {0}, y = 0;
+            for (e = 0; e < dim; e += 8) {
+                int32_t f;
+                for (f = 0; f < 8; f++) x[f] += q[e + f] * k[e + f];
+            }
+            for (e = 0; e < 8; e++) y += x[e];
+            s[j] = (double)y * (double)attni_scale(&c->d);
+            if (s[j] > top) top = s[j];
+        }
+        for (j = 0; j <= p; j++) {
+            s[j] = exp(s[j] - top);
+            all += s[j];
+            if (kept[j / b]) held += s[j];
+        }
+        sum += held / all;
+        if (held / all < *least) *least = held / all;
+        count++;
+    }
+    free(s);
+    free(kept);
+    return sum / count;
+}
+
+static double flex_share(const flex_case *c, int32_t list) {
+    const int32_t b = c->x.list.kv_block, nb = (c->n + b - 1) / b, r0 = (c->n - c->q_start[1]) / b;
+    double kept = 0, all = 0;
+    int32_t r;
+    for (r = r0; r < nb; r++) {
+        int64_t at = (int64_t)list * (c->x.list.n_rows + 1) + c->seq_row[0] + r;
+        kept += (double)(c->x.row_end[at] - c->x.row_start[at]);
+        all += r + 1;
+    }
+    return kept / all;
+}
+
+// The heads on which the reference misses its gamma (spec: the table), two kinds besides.
+enum { H_GAUSS, H_TOKENS, H_OFFSET, H_BOTH, H_SINK_LOCAL, N_HEADS };
+static const char *const flex_heads[N_HEADS] = {"Gaussian", "40 heavy tokens", "one offset",
+                                                "tokens and offset", "sink and local"};
+
+static void flex_fill(flex_case *c, test_rng *r, int kind, int32_t offset) {
+    const int32_t dim = c->dim, n = c->n;
+    int32_t i, e, heavy;
+    float *u = (float *)malloc(4 * (size_t)dim);
+    test_fill_normal(r, c->k, (size_t)n * (size_t)(c->kv_heads * dim), 1);
+    test_fill_normal(r, c->q, (size_t)n * (size_t)(c->heads * dim), kind == H_GAUSS ? 1 : 0.3);
+    for (e = 0; e < dim; e++) u[e] = test_below(r, 2) ? 1 : -1;
+    if (kind == H_TOKENS || kind == H_BOTH) { // heavy tokens point where every query looks
+        for (heavy = 0; heavy < 40; heavy++)
+            for (i = test_below(r, n), e = 0; e < dim; e++) c->k[(int64_t)i * dim + e] = 1.5f * u[e];
+        for (i = 0; i < n * c->heads; i++)
+            for (e = 0; e < dim; e++) c->q[(int64_t)i * dim + e] += u[e];
+    }
+    if (kind == H_SINK_LOCAL)
+        for (e = 0; e < dim; e++) c->k[e] = 1.5f * u[e];
+    if (kind == H_OFFSET || kind == H_BOTH || kind == H_SINK_LOCAL)
+        for (i = 0; i < n * c->heads; i++) {
+            int32_t t = i / c->heads;
+            int32_t from = t - (kind == H_SINK_LOCAL ? test_below(r, 300) : offset);
+            for (e = 0; e < dim && from >= 0; e++)
+                c->q[(int64_t)i * dim + e] += 2 * c->k[(int64_t)from * dim + e];
+            for (e = 0; e < dim && kind == H_SINK_LOCAL; e++) c->q[(int64_t)i * dim + e] += 1.2f * u[e];
+        }
+    free(u);
+}
+
+static void flex_adversarial(test_rng *r, int32_t n) {
+    static const float gammas[2] = {0.9f, 0.95f};
+    int kind, i;
+    for (kind = 0; kind < N_HEADS; kind++)
+        for (i = 0; i < 2; i++) {
+            flex_case c;
+            double last, mean, least, ignore;
+            flex_open(&c, n, 1, 1, 64, 128, gammas[i]);
+            c.s.flex.tau = 0.1f;
+            flex_fill(&c, r, kind, (int32_t)(1000 * (int64_t)n / 16384)); // 7.8 blocks of 16384
+            flex_store(&c, ATTN_F32, 0, 0);
+            flex_select(&c);
+            last = flex_recall(&c, 0, n - 128, 1, &ignore);
+            mean = flex_recall(&c, 0, 0, n > 5000 ? 37 : 5, &least);
+            printf("  %-18s gamma %.2f: recall of the last block %.4f, mean %.4f, least %.4f; kept %.3f\n",
+                   flex_heads[kind], (double)gammas[i], last, mean, least, flex_share(&c, 0));
+            CHECK(last >= (double)gammas[i] - 1e-5);
+            if (kind <= H_OFFSET) CHECK(mean >= (double)gammas[i]);
+            flex_close(&c);
+        }
+}
+
 int main(int argc, char **argv) {
-    (void)argc, (void)argv;
+    test_rng r;
+    r.state = test_arg(argc, argv, 1, 1);
     flex_golden("tests/golden/flexprefill", 1);
     flex_golden("../shared/golden/flexprefill", 0);
+    flex_adversarial(&r, (int32_t)test_arg(argc, argv, 2, 4096));
     return TEST_END();
 }
