@@ -4170,19 +4170,801 @@ ATTNI_INLINE float attni_scan_score(const attni_scan *c, float product, int32_t 
     return cap > 0 ? (float)((double)cap * attni_tanh64((double)s / (double)cap)) : s;
 }
 
+#define attni_scan_dots attni_scan_rows
 // ==== >>impl-flex  FlexPrefill ===================================================================
+//
+// One pass over K scores the last queries of some heads of a KV head and keeps, per query and block,
+// a maximum, a sum of weights below it and the sum's split over two diagonals. The compatible mode
+// counts single tokens: it goes over K once more, when the rows' sums are known.
+
+enum { ATTNI_FLEX_HEADS = 4, ATTNI_FLEX_BINS = 2048 };
+
+typedef struct attni_flex_rule { // what a head keeps
+    uint8_t *col, *diag;         // (n_blocks) 1: kept
+    float *mean;                 // (rows, head_dim) mean queries
+    int aware;
+    double gamma;                // aware: of e_r a row holds
+    uint32_t least;              // compatible: bits of the smallest e_r kept,
+    int64_t ties;                // ... and how many of just that size
+} attni_flex_rule;
+
+typedef struct attni_flex {
+    int32_t seq, group, block, n_blocks, first; // first: block of the first key held
+    int32_t kv0, end;            // positions: of the first key held; behind the last query
+    int32_t q_begin, q_len, q_pos0, row0, n_rows;
+    int32_t n, pos;              // queries that are scored, the first one's position
+    int32_t ld, min_blocks, max_blocks; // ld: of rows of blocks
+    float scale, softcap;
+    float *q;                    // (FLEX_HEADS, n, head_dim)
+    float *m, *l, *lo, *hi;      // (FLEX_HEADS, n, ld): lo, hi: weights times the keys' distance
+                                 // before and behind the query's own place in its block
+    float *near_lo, *near_hi;    // (2 * block) distances
+    float *row_m, *row_l;        // (FLEX_HEADS, n) compatible: of whole rows
+    float *v, *s;                // (FLEX_HEADS, end) compatible: mass by key, by distance from end
+    float *mean_k;               // (n_blocks / 16, head_dim, 16)
+    float *e, *part;             // (ld), (ld)
+    double *mass, *slash;        // (2, ld): by row block of the queries; (ld + 1)
+    uint64_t *order;             // (n_blocks)
+    uint8_t *mark;               // (n_blocks)
+    attni_flex_rule *rule;       // (group)
+    uint8_t *kept;               // (group, 2, n_blocks)
+    float *mean_q;               // (group, n_rows, head_dim)
+    int32_t *bin_n;              // (FLEX_BINS)
+    double *bin_sum;
+} attni_flex;
+
+// Where sequence s begins and ends; 1 when it keeps every block.
+ATTNI_CALLED int attni_flex_shape(const attn_desc *d, const attn_select *f, int32_t s,
+                                  attni_flex *w) {
+    const int64_t b = f->kv_block;
+    attn_desc plain = *d;
+    w->seq = s;
+    w->group = d->n_heads / d->n_kv_heads;
+    w->block = f->kv_block;
+    w->q_begin = d->q_start[s];
+    w->q_len = d->q_start[s + 1] - w->q_begin;
+    w->q_pos0 = attni_q_pos0(d, s);
+    w->kv0 = attni_kv_pos0(d, s);
+    w->end = w->q_pos0 + w->q_len;
+    w->first = w->kv0 / f->kv_block;
+    w->n_blocks = (int32_t)attni_n_blocks(w->end, b);
+    w->row0 = w->q_pos0 / f->kv_block;
+    w->n_rows = attni_rows_of(d, f->kv_block, s);
+    w->n = attni_min32(f->kv_block, w->q_len);
+    w->pos = w->end - w->n;
+    w->ld = (w->n_blocks + 31) & ~31; // the softmax kernel writes 32 at a time
+    w->min_blocks = (int32_t)attni_n_blocks(f->flex.min_budget, b);
+    w->max_blocks = (int32_t)attni_n_blocks(f->flex.max_budget, b);
+    if (f->flex.compatible) plain.logits.scale = 0;
+    w->scale = attni_scale(&plain);
+    w->softcap = f->flex.compatible ? 0 : d->logits.softcap;
+    return w->kv0 + d->kv.kv_len[s] <= f->dense_below ||
+           w->q_len <= attni_max64(2 * b, w->min_blocks * b);
+}
+
+// Lays w's arrays out from base on (NULL: only counts); bytes.
+ATTNI_CALLED size_t attni_flex_carve(attni_flex *w, uint8_t *base, const attn_desc *d,
+                                     const attn_select *f) {
+    const size_t dim = (size_t)d->head_dim, n = (size_t)w->n, ld = (size_t)w->ld;
+    const size_t cells = ATTNI_FLEX_HEADS * n * ld, blocks = (size_t)w->n_blocks;
+    const size_t old = f->flex.compatible ? 1 : 0, aware = f->flex.tau > 0 ? 1 : 0;
+    size_t at = 0;
+    ATTNI_CARVE(w, q, float *, (ATTNI_FLEX_HEADS * n + ATTNI_RB_MAX + 1) * dim)
+    ATTNI_CARVE(w, m, float *, cells)
+    ATTNI_CARVE(w, l, float *, cells)
+    ATTNI_CARVE(w, lo, float *, old ? 0 : cells)
+    ATTNI_CARVE(w, hi, float *, old ? 0 : cells)
+    ATTNI_CARVE(w, near_lo, float *, 2 * (size_t)w->block + 32)
+    ATTNI_CARVE(w, near_hi, float *, 2 * (size_t)w->block + 32)
+    ATTNI_CARVE(w, row_m, float *, ATTNI_FLEX_HEADS * n)
+    ATTNI_CARVE(w, row_l, float *, ATTNI_FLEX_HEADS * n)
+    ATTNI_CARVE(w, v, float *, old * ATTNI_FLEX_HEADS * (size_t)w->end)
+    ATTNI_CARVE(w, s, float *, old * ATTNI_FLEX_HEADS * (size_t)w->end)
+    ATTNI_CARVE(w, mean_k, float *, aware * (blocks + 15) / 16 * 16 * dim)
+    ATTNI_CARVE(w, e, float *, ld)
+    ATTNI_CARVE(w, part, float *, ld)
+    ATTNI_CARVE(w, mass, double *, 2 * ld)
+    ATTNI_CARVE(w, slash, double *, ld + 1)
+    ATTNI_CARVE(w, order, uint64_t *, blocks)
+    ATTNI_CARVE(w, mark, uint8_t *, blocks)
+    ATTNI_CARVE(w, rule, attni_flex_rule *, w->group)
+    ATTNI_CARVE(w, kept, uint8_t *, 2 * blocks * (size_t)w->group)
+    ATTNI_CARVE(w, mean_q, float *, aware * (size_t)w->group * (size_t)w->n_rows * dim)
+    ATTNI_CARVE(w, bin_n, int32_t *, old * ATTNI_FLEX_BINS)
+    ATTNI_CARVE(w, bin_sum, double *, old * ATTNI_FLEX_BINS)
+    return at;
+}
 
 ATTNI_CALLED int64_t attni_flex_units(const attn_desc *d, const attn_select *f) {
     (void)f;
     return (int64_t)d->n_seq * d->n_kv_heads;
 }
+
 ATTNI_CALLED size_t attni_flex_bytes(const attn_desc *d, const attn_select *f) {
-    (void)d, (void)f;
-    return 0;
+    size_t most = 0, n;
+    int32_t s;
+    for (s = 0; s < d->n_seq; s++) {
+        attni_flex w;
+        if (attni_flex_shape(d, f, s, &w)) continue;
+        n = attni_flex_carve(&w, NULL, d, f);
+        if (n > most) most = n;
+    }
+    return most;
 }
+
+// ---- scores
+
+ATTNI_INLINE void attni_flex_bits(uint64_t *bits, int32_t from, int32_t to) {
+    int32_t i;
+    for (i = 0; i < 4; i++) {
+        int32_t a = attni_max32(from - 64 * i, 0), b = attni_min32(to - 64 * i, 64);
+        bits[i] = a >= b ? 0 : (~(uint64_t)0 >> (64 - (b - a))) << a;
+    }
+}
+
+// Raw products of the rows at s to weights below each row's maximum, for the keys [from, to) of the
+// tile at position first. pos: the first row's own, which sees no key behind it.
+ATTNI_CALLED void attni_flex_soft(attni_scan *c, const attni_flex *w, int32_t nr, int64_t first,
+                                  int32_t from, int32_t to, int64_t pos, float *m, float *l) {
+    attni_row row[ATTNI_SCAN_ROWS];
+    uint64_t some[ATTNI_SCAN_ROWS][4], all[4];
+    attni_soft a;
+    int32_t i, held = attni_max32(from, (int32_t)attni_max64(w->kv0 - first, 0));
+    memset(&a, 0, sizeof a);
+    memset(row, 0, (size_t)nr * sizeof *row);
+    a.k_scale = attn_dtype_scaled(c->d->kv.k.dtype) ? c->ks : NULL;
+    a.scale = w->scale;
+    a.softcap = w->softcap;
+    a.m = m;
+    a.l = l;
+    attni_flex_bits(all, held, to);
+    for (i = 0; i < nr; i++) {
+        row[i].s = c->s + (int64_t)i * ATTNI_LDS;
+        row[i].tiles = ((1u << ((to + 15) / 16)) - 1) & ~((1u << from / 16) - 1);
+        row[i].bits = all;
+        if (pos + i + 1 >= first + to) continue;
+        attni_flex_bits(some[i], held, (int32_t)(pos + i + 1 - first));
+        row[i].bits = some[i];
+    }
+    c->e.ma->soft(&a, row, nr);
+}
+
+// The sum of e[i] x[i], n <= 256.
+ATTNI_CALLED float attni_flex_dot(const float *e, const float *x, int32_t n) {
+    float a[16] = {0}, sum = 0;
+    int32_t i, j;
+    for (i = 0; i + 16 <= n; i += 16)
+        for (j = 0; j < 16; j++) a[j] += e[i + j] * x[i + j];
+    for (; i < n; i++) sum += e[i] * x[i];
+    for (i = 8; i > 0; i /= 2)
+        for (j = 0; j < i; j++) a[j] += a[j + i];
+    return a[0] + sum;
+}
+
+// Adds a run of a block's keys to a cell; runs of one block come one after another.
+ATTNI_CALLED void attni_flex_cell(attni_flex *w, int64_t at, int anew, float m, float l, float lo,
+                                  float hi) {
+    const float top = anew || attni_less(w->m[at], m) ? m : w->m[at];
+    float a, b;
+    if (anew) {
+        a = 0;
+        b = 1;
+    } else {
+        if (!(l > 0)) return;
+        a = w->l[at] > 0 ? (float)attni_exp64((double)w->m[at] - (double)top) : 0;
+        b = (float)attni_exp64((double)m - (double)top);
+    }
+    w->m[at] = top;
+    w->l[at] = (anew ? 0 : w->l[at] * a) + l * b;
+    if (!w->lo) return;
+    w->lo[at] = (anew ? 0 : w->lo[at] * a) + lo * b;
+    w->hi[at] = (anew ? 0 : w->hi[at] * a) + hi * b;
+}
+
+// Cells of rows [r0, r0 + nr) of head h from the products at s: one block's keys, [from, to) of the
+// tile at position first.
+ATTNI_CALLED void attni_flex_cells(attni_scan *c, attni_flex *w, int32_t h, int32_t r0, int32_t nr,
+                                   int64_t first, int32_t from, int32_t to) {
+    float m[ATTNI_SCAN_ROWS], l[ATTNI_SCAN_ROWS];
+    const int32_t b = (int32_t)((first + from) / w->block), n = to - from;
+    const int32_t w0 = (int32_t)(first + from - (int64_t)b * w->block); // place in the block
+    const int anew = !w0 || first + from <= w->kv0;
+    int32_t i;
+    attni_flex_soft(c, w, nr, first, from, to, w->pos + r0, m, l);
+    for (i = 0; i < nr; i++) {
+        const float *e = c->s + (int64_t)i * ATTNI_LDS + from;
+        const int32_t p = w->pos + r0 + i, u = p % w->block;
+        float lo = 0, hi = 0;
+        if (w->lo && b && b < p / w->block) {
+            const int32_t at = w0 + w->block - 1 - u;
+            const int32_t cut = attni_max32(0, attni_min32(u - w0, n)), even = cut & ~15;
+            lo = attni_flex_dot(e, w->near_lo + at, attni_min32((cut + 15) & ~15, n));
+            hi = attni_flex_dot(e + even, w->near_hi + at + even, n - even);
+        }
+        attni_flex_cell(w, ((int64_t)h * w->n + r0 + i) * w->ld + b, anew, m[i], l[i], lo, hi);
+    }
+}
+
+// Adds the keys of the tile at position first, n of them, to their blocks' sums.
+ATTNI_CALLED void attni_flex_mean_keys(attni_scan *c, attni_flex *w, int64_t first, int32_t n) {
+    const int32_t dim = c->d->head_dim;
+    int32_t i, j, e;
+    for (i = 0; i < n; i += 16) {
+        const int64_t b = (first + i) / w->block;
+        const float *k = (const float *)(const void *)c->kt[i / 16], *f = c->ks + i;
+        float *out = w->mean_k + b / 16 * 16 * dim + b % 16;
+        for (e = 0; e < dim; e++) {
+            float a[16];
+            for (j = 0; j < 16; j++) a[j] = k[16 * e + j] * f[j];
+            for (j = 0; j < 8; j++) a[j] += a[j + 8];
+            for (j = 0; j < 4; j++) a[j] += a[j + 4];
+            out[16 * e] += (a[0] + a[2]) + (a[1] + a[3]);
+        }
+    }
+}
+
+// Compatible: adds the weights at s to the masses of single keys and of single distances.
+ATTNI_CALLED void attni_flex_tokens(attni_scan *c, attni_flex *w, int32_t h, int32_t r0, int32_t nr,
+                                    int64_t first, int32_t n) {
+    float m[ATTNI_SCAN_ROWS], l[ATTNI_SCAN_ROWS];
+    int32_t i, j, t;
+    attni_flex_soft(c, w, nr, first, 0, n, w->pos + r0, m, l);
+    for (i = 0; i < nr; i++) {
+        const float *e = c->s + (int64_t)i * ATTNI_LDS;
+        const int64_t row = (int64_t)h * w->n + r0 + i, p = w->pos + r0 + i;
+        float *v = w->v + (int64_t)h * w->end + first, *s, f;
+        int32_t see = (int32_t)attni_min64(n, p + 1 - first);
+        if (!(l[i] > 0) && !attni_isnan(l[i])) continue;
+        f = (float)(attni_exp64((double)m[i] - (double)w->row_m[row]) / (double)w->row_l[row]);
+        s = w->s + (int64_t)h * w->end + (w->end - 1 - p + first);
+        for (t = 0; t + 16 <= see; t += 16)
+            for (j = 0; j < 16; j++) {
+                v[t + j] += e[t + j] * f;
+                s[t + j] += e[t + j] * f;
+            }
+        for (; t < see; t++) {
+            v[t] += e[t] * f;
+            s[t] += e[t] * f;
+        }
+    }
+}
+
+// Goes over the keys for heads [h0, h0 + nh) of KV head kv, whose queries lie at q. tokens: the
+// second time.
+ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t kv, int32_t nh,
+                                         int means, int tokens) {
+    const int32_t dim = c->d->head_dim, b = w->block;
+    const int32_t most = b > ATTN_SPAN || b % 32 ? attni_min32(b, ATTN_SPAN) : ATTN_SPAN / b * b;
+    int64_t first = w->kv0 / b * (int64_t)b, n, from;
+    int32_t h, r, nr;
+    attn_result res;
+    // the kernels work on 32 keys at a time: a tile is whole blocks of so many, or part of one
+    for (; first < w->end; first += n) {
+        n = attni_min64(most, w->end - first);
+        if (b > ATTN_SPAN || b % 32) n = attni_min64(n, b - first % b);
+        if (first + n <= w->kv0) continue;
+        res = attni_scan_keys(c, w->seq, kv, NULL, first, (int32_t)n);
+        if (res != ATTN_OK) return res;
+        if (means) attni_flex_mean_keys(c, w, first, (int32_t)n);
+        for (h = 0; h < nh; h++)
+            for (r = 0; r < w->n; r += nr) {
+                nr = attni_min32(w->n - r, ATTNI_SCAN_ROWS);
+                attni_scan_dots(c, w->q + ((int64_t)h * w->n + r) * dim, nr);
+                if (tokens) {
+                    attni_flex_tokens(c, w, h, r, nr, first, (int32_t)n);
+                    continue;
+                }
+                for (from = 0; from < n; from += b)
+                    attni_flex_cells(c, w, h, r, nr, first, (int32_t)from,
+                                     (int32_t)attni_min64(from + b, n));
+            }
+    }
+    return ATTN_OK;
+}
+
+// ---- masses
+
+// Weights of scores [w->first, n) of a row, which they replace: below the largest of their run of 256, whose
+// factor to those of the whole row is part[run]. The row's maximum and sum.
+ATTNI_CALLED void attni_flex_weights(attni_scan *c, attni_flex *w, float *x, int32_t n, float scale,
+                                     float softcap, double *top, double *sum) {
+    uint64_t bits[4];
+    attni_soft a;
+    attni_row row;
+    float m, l;
+    int32_t i, runs = (n + ATTN_SPAN - 1) / ATTN_SPAN;
+    memset(&a, 0, sizeof a);
+    memset(&row, 0, sizeof row);
+    a.scale = scale;
+    a.softcap = softcap;
+    a.m = &m;
+    a.l = &l;
+    row.bits = bits;
+    *top = *sum = 0;
+    for (i = 0; i < runs; i++) {
+        const int32_t k = attni_min32(n - ATTN_SPAN * i, ATTN_SPAN);
+        attni_flex_bits(bits, attni_min32(attni_max32(w->first - ATTN_SPAN * i, 0), k), k);
+        row.tiles = (1u << ((k + 15) / 16)) - 1;
+        row.s = x + (int64_t)ATTN_SPAN * i;
+        c->e.ma->soft(&a, &row, 1);
+        w->part[i] = m;
+        if (!(l > 0) && !attni_isnan(l)) continue;
+        if (!(*sum != 0) || *top < (double)m) {
+            *sum = *sum != 0 ? *sum * attni_exp64(*top - (double)m) : 0;
+            *top = (double)m;
+        }
+        *sum += (double)l * attni_exp64((double)m - *top);
+    }
+    for (i = 0; i < runs; i++)
+        w->part[i] = attni_bits32(w->part[i]) == 0xff800000u
+                         ? 0 : (float)attni_exp64((double)w->part[i] - *top);
+}
+
+// Corrected: the rows of head h, normalised and summed into mass and slash.
+ATTNI_CALLED void attni_flex_masses(attni_scan *c, attni_flex *w, int32_t h) {
+    const double n = (double)w->n, nb = (double)w->n * (double)w->block;
+    int32_t i, b;
+    memset(w->mass, 0, 16 * (size_t)w->ld);
+    memset(w->slash, 0, 8 * ((size_t)w->ld + 1));
+    for (i = 0; i < w->n; i++) {
+        const int64_t at = ((int64_t)h * w->n + i) * w->ld;
+        const float *l = w->l + at, *lo = w->lo + at, *hi = w->hi + at;
+        const int32_t r = (w->pos + i) / w->block;
+        double *mass = w->mass + (r > w->pos / w->block ? w->ld : 0);
+        double top, sum, f;
+        float *x = w->m + at;
+        attni_flex_weights(c, w, x, r + 1, 1, 0, &top, &sum);
+        for (sum = 0, b = w->first; b <= r; b++) {
+            x[b] *= w->part[b / ATTN_SPAN];
+            sum += (double)(x[b] * l[b]);
+        }
+        for (f = 1 / sum, b = w->first; b <= r; b++) {
+            double p = (double)(x[b] * l[b]) * f, before, behind;
+            mass[b] += p / n;
+            if (!b || b == r) continue;
+            before = (double)(x[b] * lo[b]) * f / nb;
+            behind = (double)(x[b] * hi[b]) * f / nb;
+            w->slash[r - b + 1] += before;
+            w->slash[r - b] += p / n - before - behind;
+            w->slash[r - b - 1] += behind;
+        }
+    }
+}
+
+// Compatible: rows' maxima and sums of head h.
+ATTNI_CALLED void attni_flex_rows(attni_flex *w, int32_t h) {
+    int32_t i, b;
+    for (i = 0; i < w->n; i++) {
+        const int64_t row = (int64_t)h * w->n + i, at = row * w->ld;
+        const int32_t r = (w->pos + i) / w->block;
+        float top = attni_float(0xff800000u);
+        double sum = 0;
+        for (b = w->first; b <= r; b++)
+            if (w->l[at + b] > 0 && attni_less(top, w->m[at + b])) top = w->m[at + b];
+        for (b = w->first; b <= r; b++)
+            if (w->l[at + b] != 0)
+                sum += (double)w->l[at + b] *
+                       attni_exp64((double)w->m[at + b] - (double)top);
+        w->row_m[row] = top;
+        w->row_l[row] = (float)sum;
+    }
+}
+
+// Compatible: v and s of head h to means and, summed by blocks, to mass and slash.
+ATTNI_CALLED void attni_flex_pool(attni_flex *w, int32_t h) {
+    float *v = w->v + (int64_t)h * w->end, *s = w->s + (int64_t)h * w->end;
+    int32_t t;
+    memset(w->mass, 0, 16 * (size_t)w->ld);
+    memset(w->slash, 0, 8 * ((size_t)w->ld + 1));
+    for (t = 0; t < w->end; t++) {
+        v[t] /= (float)w->n;
+        s[t] /= (float)w->n;
+        w->mass[t / w->block] += (double)v[t];
+        w->slash[t / w->block] += (double)s[t];
+    }
+}
+
+// ---- choosing
+
+// Ascending, by heap.
+ATTNI_CALLED void attni_flex_sort(uint64_t *x, int32_t n) {
+    int32_t i, j, k, end;
+    uint64_t t;
+    for (i = n / 2, end = n; end > 1;) {
+        if (i > 0) {
+            t = x[--i];
+        } else {
+            t = x[--end];
+            x[end] = x[0];
+        }
+        for (j = i; (k = 2 * j + 1) < end; j = k) {
+            if (k + 1 < end && x[k] < x[k + 1]) k++;
+            if (t >= x[k]) break;
+            x[j] = x[k];
+        }
+        x[j] = t;
+    }
+}
+
+// The sort key of entry i of value x >= 0: the largest first, then the lower index.
+ATTNI_INLINE uint64_t attni_flex_key(float x, int32_t i) {
+    return (uint64_t)~attni_bits32(x) << 32 | (uint32_t)i;
+}
+
+ATTNI_INLINE float attni_flex_value(uint64_t key) { return attni_float(~(uint32_t)(key >> 32)); }
+
+// Corrected: marks the largest of x until they hold gamma of the sum, within the budgets.
+ATTNI_CALLED void attni_flex_most(attni_flex *w, const double *x, double gamma, uint8_t *kept) {
+    double all = 0, sum = 0;
+    int32_t i;
+    for (i = 0; i < w->n_blocks; i++) {
+        w->order[i] = attni_flex_key((float)x[i], i);
+        all += (double)(float)x[i];
+    }
+    attni_flex_sort(w->order, w->n_blocks);
+    for (i = 0; i < w->n_blocks && i < w->max_blocks; i++) {
+        if (i >= w->min_blocks && sum >= gamma * all) break;
+        kept[(uint32_t)w->order[i]] = 1;
+        sum += (double)attni_flex_value(w->order[i]);
+    }
+}
+
+// Compatible: the n largest of x, entry forced before all others.
+ATTNI_CALLED void attni_flex_first(attni_flex *w, const double *x, int32_t forced, int64_t n,
+                                   int flip, uint8_t *kept) {
+    int32_t i, j;
+    for (i = 0; i < w->n_blocks; i++)
+        w->order[i] = i == forced ? (uint64_t)(uint32_t)i : attni_flex_key((float)x[i], i);
+    attni_flex_sort(w->order, w->n_blocks);
+    for (i = 0; i < w->n_blocks && i < n; i++) {
+        j = (int32_t)(uint32_t)w->order[i];
+        kept[flip ? w->n_blocks - 1 - j : j] = 1;
+    }
+}
+
+// How many of a multiset of values >= 0, the largest first, keep their running sum (f32, as the
+// reference's) at or below a limit: found by their bits, from the top, in three rounds over the
+// values. After the last: least, and how many of just that size.
+typedef struct attni_flex_count {
+    int32_t *n;       // (FLEX_BINS)
+    double *sum, base;
+    int64_t taken, ties;
+    uint32_t least;
+    int shift, all;
+    float limit;
+} attni_flex_count;
+
+ATTNI_CALLED void attni_flex_count_round(attni_flex_count *k, int round) {
+    if (!round) k->least = 0, k->all = 0, k->base = 0, k->taken = k->ties = 0;
+    k->shift = round == 0 ? 20 : round == 1 ? 9 : 0;
+    memset(k->n, 0, 4 * ATTNI_FLEX_BINS);
+    memset(k->sum, 0, 8 * ATTNI_FLEX_BINS);
+}
+
+ATTNI_INLINE void attni_flex_count_add(attni_flex_count *k, float x) {
+    const uint32_t u = attni_bits32(x) & 0x7fffffffu;
+    const int wide = k->shift == 9 ? 20 : k->shift ? 31 : 9;
+    const uint32_t bin = (u & (((uint32_t)1 << wide) - 1)) >> k->shift;
+    if (u >> wide != k->least >> wide) return;
+    k->n[bin]++;
+    k->sum[bin] += (double)x;
+}
+
+ATTNI_CALLED void attni_flex_count_end(attni_flex_count *k) {
+    int32_t i;
+    if (k->all) return;
+    for (i = ATTNI_FLEX_BINS - 1; i >= 0; i--) {
+        if (!k->n[i]) continue;
+        if (!((float)(k->base + k->sum[i]) <= k->limit)) break;
+        k->base += k->sum[i];
+        k->taken += k->n[i];
+    }
+    if (i < 0) { // nothing passes the limit
+        k->all = 1;
+        k->ties = INT64_MAX;
+        return;
+    }
+    k->least |= (uint32_t)i << k->shift;
+    if (k->shift) return;
+    while (k->ties < k->n[i] &&
+           (float)(k->base + (double)attni_float(k->least) * (double)(k->ties + 1)) <= k->limit)
+        k->ties++;
+    k->taken += k->ties;
+}
+
+ATTNI_CALLED int64_t attni_flex_tokens_of(attni_flex *w, const float *x, float gamma) {
+    attni_flex_count k;
+    int round;
+    int32_t i;
+    k.n = w->bin_n;
+    k.sum = w->bin_sum;
+    k.limit = gamma;
+    for (round = 0; round < 3; round++) {
+        attni_flex_count_round(&k, round);
+        for (i = 0; i < w->end && !k.all; i++) attni_flex_count_add(&k, x[i]);
+        attni_flex_count_end(&k);
+    }
+    return k.taken;
+}
+
+// ---- query-aware heads
+
+// Products of a mean query with the blocks' mean keys, e[0 .. n).
+ATTNI_CALLED void attni_flex_mean_scores(attni_scan *c, attni_flex *w, const float *q, int32_t n,
+                                         float *e) {
+    const int32_t dim = c->d->head_dim;
+    int32_t b, i, k;
+    memcpy(c->q, q, 4 * (size_t)dim);
+    for (b = 0; b < n; b += ATTN_SPAN) {
+        k = attni_min32(n - b, ATTN_SPAN);
+        c->n_tiles = (k + 15) / 16;
+        for (i = 0; i < c->n_tiles + 3; i++)
+            c->kt[i] = (const uint32_t *)(const void *)(
+                w->mean_k + ((int64_t)b + 16 * attni_min32(i, c->n_tiles - 1)) * dim);
+        attni_scan_products(c, 1);
+        memcpy(e + b, c->s, 4 * (size_t)k);
+    }
+}
+
+// e_r into e: the share of every block up to r, of row i of the head's mean queries.
+ATTNI_CALLED void attni_flex_row(attni_scan *c, attni_flex *w, const attni_flex_rule *rule,
+                                 int32_t i, float *e) {
+    const int32_t r = w->row0 + i;
+    double top, sum;
+    int32_t b;
+    attni_flex_mean_scores(c, w, rule->mean + (int64_t)i * c->d->head_dim, r + 1, e);
+    attni_flex_weights(c, w, e, r + 1, w->scale, w->softcap, &top, &sum);
+    for (b = w->first; b <= r; b++)
+        e[b] = (float)((double)(e[b] * w->part[b / ATTN_SPAN]) / sum);
+}
+
+// Whether the distance between what the mean of the last queries expects of the blocks and their
+// mass is below tau. q: a head's n queries.
+ATTNI_CALLED int attni_flex_is_aware(attni_scan *c, attni_flex *w, const float *q) {
+    const int32_t dim = c->d->head_dim;
+    double top = 0, sum = 0, js = 0;
+    float *mean = c->q + dim; // row 0 is attni_flex_mean_scores' own
+    int32_t i, b;
+    if (!(c->f->flex.tau > 0)) return 0;
+    memset(mean, 0, 4 * (size_t)dim);
+    for (i = 0; i < w->n; i++)
+        for (b = 0; b < dim; b++) mean[b] += q[(int64_t)i * dim + b];
+    for (b = 0; b < dim; b++) mean[b] /= (float)w->n;
+    attni_flex_mean_scores(c, w, mean, w->n_blocks, w->e);
+    for (b = w->first; b < w->n_blocks; b++) {
+        w->e[b] *= w->scale;
+        if (w->softcap > 0)
+            w->e[b] = w->softcap * (float)attni_tanh64((double)w->e[b] / (double)w->softcap);
+        if (b == w->first || (double)w->e[b] > top) top = (double)w->e[b];
+    }
+    for (b = w->first; b < w->n_blocks; b++) sum += attni_exp64((double)w->e[b] - top);
+    for (b = w->first; b < w->n_blocks; b++) {
+        const double e = (double)(float)(attni_exp64((double)w->e[b] - top) / sum);
+        const double p = (double)(float)(w->mass[b] + w->mass[w->ld + b]), m = (e + p) / 2;
+        if (!(e > 0 && p > 0) && c->f->flex.compatible) return 0; // 0 ln 0 is NaN there
+        if (e > 0) js += e * attni_ln(e / m) / 2;
+        if (p > 0) js += p * attni_ln(p / m) / 2;
+    }
+    return js >= 0 && js < (double)c->f->flex.tau * (double)c->f->flex.tau;
+}
+
+// The mean queries of a head's rows.
+ATTNI_CALLED void attni_flex_mean_queries(attni_scan *c, attni_flex *w, int32_t head, float *out) {
+    const int32_t dim = c->d->head_dim;
+    int32_t i, e, p;
+    for (i = 0; i < w->n_rows; i++, out += dim) {
+        const int64_t at = (w->row0 + i) * (int64_t)w->block;
+        const int32_t from = (int32_t)attni_max64(at, w->q_pos0);
+        const int32_t to = (int32_t)attni_min64(at + w->block, w->end);
+        memset(out, 0, 4 * (size_t)dim);
+        for (p = from; p < to; p++) {
+            attni_scan_query(c, 0, w->q_begin + (p - w->q_pos0), head, NULL);
+            for (e = 0; e < dim; e++) out[e] += c->q[e];
+        }
+        for (e = 0; e < dim; e++) out[e] /= (float)(to - from);
+    }
+}
+
+// Corrected: how many blocks of e_r, sorted into order, row r keeps.
+ATTNI_CALLED int32_t attni_flex_take(attni_flex *w, const float *e, int32_t r, double gamma) {
+    double sum = 0;
+    int32_t b, n = 0, held = r + 1 - w->first;
+    for (b = w->first; b <= r; b++) w->order[n++] = attni_flex_key(e[b], b);
+    attni_flex_sort(w->order, held);
+    for (n = 0; n < held && n < w->max_blocks; n++) {
+        if (n >= w->min_blocks && sum >= gamma) break;
+        sum += (double)attni_flex_value(w->order[n]);
+    }
+    return n;
+}
+
+// Corrected: the least gamma' for which the scored rows hold gamma of their mass.
+ATTNI_CALLED double attni_flex_raise(attni_scan *c, attni_flex *w, const attni_flex_rule *rule) {
+    double gamma = (double)c->f->flex.gamma;
+    int32_t r, i, b;
+    for (r = w->pos / w->block; r <= (w->end - 1) / w->block; r++) {
+        const double *mass = w->mass + (r > w->pos / w->block ? w->ld : 0);
+        double all = 0, held = 0, sum = 0;
+        attni_flex_row(c, w, rule, r - w->row0, w->e);
+        attni_flex_take(w, w->e, r, 2);
+        for (b = attni_max32(w->first, 1); b < r; b++) all += mass[b];
+        for (i = 0; i < r + 1 - w->first && held < (double)c->f->flex.gamma * all; i++) {
+            b = (int32_t)(uint32_t)w->order[i];
+            sum += (double)attni_flex_value(w->order[i]);
+            if (b && b != r) held += mass[b];
+        }
+        if (sum > gamma) gamma = sum;
+    }
+    return gamma;
+}
+
+// Compatible: the size of the smallest e_r kept, over all rows at once.
+ATTNI_CALLED void attni_flex_least(attni_scan *c, attni_flex *w, attni_flex_rule *rule) {
+    attni_flex_count k;
+    int round;
+    int32_t i, b;
+    k.n = w->bin_n;
+    k.sum = w->bin_sum;
+    k.limit = (float)((double)c->f->flex.gamma * (double)w->n_rows);
+    for (round = 0; round < 3; round++) {
+        attni_flex_count_round(&k, round);
+        for (i = 0; i < w->n_rows && !k.all; i++) {
+            attni_flex_row(c, w, rule, i, w->e);
+            for (b = w->first; b <= w->row0 + i; b++) attni_flex_count_add(&k, w->e[b]);
+        }
+        attni_flex_count_end(&k);
+    }
+    rule->least = k.least;
+    rule->ties = k.ties;
+}
+
+// ---- lists
+
+// What head h of a pass (query head `head`) keeps.
+ATTNI_CALLED void attni_flex_decide(attni_scan *c, attni_flex *w, int32_t h, int32_t head,
+                                    attni_flex_rule *rule) {
+    const double gamma = (double)c->f->flex.gamma;
+    const int old = c->f->flex.compatible;
+    if (old) attni_flex_pool(w, h);
+    else attni_flex_masses(c, w, h);
+    rule->aware = attni_flex_is_aware(c, w, w->q + (int64_t)h * w->n * c->d->head_dim);
+    if (rule->aware) attni_flex_mean_queries(c, w, head, rule->mean);
+    if (old) {
+        int64_t n[2];
+        int i;
+        for (i = 0; i < 2; i++) {
+            const float *x = (i ? w->s : w->v) + (int64_t)h * w->end;
+            n[i] = (attni_flex_tokens_of(w, x, c->f->flex.gamma) + 1) / 128 + 1;
+            n[i] = attni_max64(n[i], w->min_blocks);
+            n[i] = attni_min64(n[i], w->max_blocks);
+            if (rule->aware) n[i] = w->min_blocks;
+        }
+        attni_flex_first(w, w->mass, 0, n[0], 0, rule->col);
+        attni_flex_first(w, w->slash, w->n_blocks - 1, n[1], 1, rule->diag);
+        if (rule->aware) attni_flex_least(c, w, rule);
+    } else if (rule->aware) {
+        rule->gamma = attni_flex_raise(c, w, rule);
+    } else {
+        int32_t b, r;
+        for (r = w->pos / w->block; r <= (w->end - 1) / w->block; r++)
+            w->mass[(r > w->pos / w->block ? w->ld : 0) + r] = 0;
+        w->mass[0] = w->mass[w->ld] = 0;
+        for (b = 0; b < w->n_blocks; b++) w->mass[b] += w->mass[w->ld + b];
+        attni_flex_most(w, w->mass, gamma, rule->col);
+        attni_flex_most(w, w->slash, gamma, rule->diag);
+    }
+}
+
+// Marks what a head keeps of row i; how many mean keys it was compared with.
+ATTNI_CALLED int32_t attni_flex_mark(attni_scan *c, attni_flex *w, attni_flex_rule *rule,
+                                     int32_t i) {
+    const int32_t r = w->row0 + i;
+    int32_t b, n;
+    for (b = w->first; b <= r; b++) w->mark[b] |= rule->col[b] | rule->diag[r - b];
+    if (!c->f->flex.compatible) {
+        w->mark[r] = 1;
+        if (!w->first) w->mark[0] = 1;
+    }
+    if (!rule->aware) return 0;
+    attni_flex_row(c, w, rule, i, w->e);
+    if (c->f->flex.compatible) {
+        for (b = w->first; b <= r; b++) {
+            const uint32_t u = attni_bits32(w->e[b]);
+            if (u > rule->least || (u == rule->least && rule->ties-- > 0)) w->mark[b] = 1;
+        }
+    } else {
+        n = attni_flex_take(w, w->e, r, rule->gamma);
+        for (b = 0; b < n; b++) w->mark[(uint32_t)w->order[b]] = 1;
+    }
+    return r + 1 - w->first;
+}
+
+// Writes the list's rows for n heads of rules; no rules: every block.
+ATTNI_CALLED attn_result attni_flex_write(attni_scan *c, attni_flex *w, int32_t list,
+                                          attni_flex_rule *rule, int32_t n) {
+    const attn_selection *x = c->x;
+    int32_t i, b, h;
+    for (i = 0; i < w->n_rows; i++) {
+        const int64_t row = (int64_t)x->seq_row[w->seq] + w->row0 + i;
+        const int64_t at = (int64_t)list * (x->max_rows + 1) + row;
+        const int32_t r = w->row0 + i;
+        int32_t *out, scored = 0;
+        if (row < 0 || row >= x->max_rows || r + 1 - w->first > x->row_capacity)
+            return ATTN_ERR_BUFFER;
+        x->row_start[at] = ((int64_t)list * x->max_rows + row) * x->row_capacity;
+        out = x->block + x->row_start[at];
+        if (rule) memset(w->mark, 0, (size_t)w->n_blocks);
+        for (h = 0; h < n; h++)
+            scored = attni_max32(scored, attni_flex_mark(c, w, rule + h, i));
+        for (b = w->first; b <= r; b++)
+            if (!rule || w->mark[b]) *out++ = b;
+        x->row_end[at] = out - x->block;
+        if (rule && r >= w->pos / w->block)
+            scored += attni_min32(w->end, (r + 1) * w->block) - w->kv0;
+        x->visited[at] = scored;
+    }
+    return ATTN_OK;
+}
+
+// The heads of KV head kv from h0 on, at most FLEX_HEADS: their queries, their passes, their rules.
+ATTNI_CALLED attn_result attni_flex_heads(attni_scan *c, attni_flex *w, int32_t kv, int32_t h0,
+                                          int32_t nh) {
+    const int32_t dim = c->d->head_dim, old = c->f->flex.compatible;
+    const int means = c->f->flex.tau > 0 && !h0;
+    attn_result r;
+    int32_t h, i, b;
+    for (h = 0; h < nh; h++)
+        for (i = 0; i < w->n; i++)
+            attni_scan_query(c, 0, w->q_begin + w->q_len - w->n + i, kv * w->group + h0 + h,
+                             w->q + ((int64_t)h * w->n + i) * dim);
+    memset(w->q + (int64_t)nh * w->n * dim, 0, 4 * (size_t)((ATTNI_RB_MAX + 1) * dim));
+    if (means) memset(w->mean_k, 0, 4 * (size_t)((w->n_blocks + 15) / 16 * 16) * (size_t)dim);
+    if ((r = attni_flex_pass(c, w, kv, nh, means, 0)) != ATTN_OK) return r;
+    for (b = w->first; means && b < w->n_blocks; b++) {
+        const int64_t at = (int64_t)b * w->block;
+        const float n = (float)(attni_min64(at + w->block, w->end) - attni_max64(at, w->kv0));
+        for (i = 0; i < dim; i++) w->mean_k[(b / 16 * (int64_t)dim + i) * 16 + b % 16] /= n;
+    }
+    if (old) {
+        memset(w->v, 0, 4 * (size_t)nh * (size_t)w->end);
+        memset(w->s, 0, 4 * (size_t)nh * (size_t)w->end);
+        for (h = 0; h < nh; h++) attni_flex_rows(w, h);
+        if ((r = attni_flex_pass(c, w, kv, nh, 0, 1)) != ATTN_OK) return r;
+    }
+    for (h = 0; h < nh; h++)
+        attni_flex_decide(c, w, h, kv * w->group + h0 + h, w->rule + h0 + h);
+    return ATTN_OK;
+}
+
 ATTNI_CALLED attn_result attni_flex_unit(attni_scan *c, int64_t unit) {
-    (void)c, (void)unit;
-    return ATTN_ERR_UNSUPPORTED;
+    const int32_t kv = (int32_t)(unit % c->d->n_kv_heads), seq = (int32_t)(unit / c->d->n_kv_heads);
+    const int each = c->f->heads == ATTN_SELECT_EACH;
+    attn_result r = ATTN_OK;
+    attni_flex w;
+    int32_t h, i, n;
+    int dense = attni_flex_shape(c->d, c->f, seq, &w);
+    n = each ? w.group : 1;
+    for (h = 0; dense && h < n && r == ATTN_OK; h++)
+        r = attni_flex_write(c, &w, kv * n + h, NULL, 0);
+    if (dense) return r;
+    attni_flex_carve(&w, c->rest, c->d, c->f);
+    if (c->f->flex.compatible) w.lo = w.hi = NULL;
+    for (i = 0; i < 2 * w.block; i++) {
+        w.near_lo[i] = (float)attni_max32(w.block - 1 - i, 0);
+        w.near_hi[i] = (float)attni_max32(i - w.block + 1, 0);
+    }
+    memset(w.kept, 0, 2 * (size_t)w.group * (size_t)w.n_blocks);
+    memset(w.rule, 0, (size_t)w.group * sizeof *w.rule);
+    for (h = 0; h < w.group; h++) {
+        w.rule[h].col = w.kept + 2 * (int64_t)h * w.n_blocks;
+        w.rule[h].diag = w.rule[h].col + w.n_blocks;
+        w.rule[h].mean = w.mean_q + (int64_t)h * w.n_rows * c->d->head_dim;
+    }
+    for (h = 0; h < w.group && r == ATTN_OK; h += ATTNI_FLEX_HEADS)
+        r = attni_flex_heads(c, &w, kv, h, attni_min32(w.group - h, ATTNI_FLEX_HEADS));
+    for (h = 0; h < n && r == ATTN_OK; h++)
+        r = attni_flex_write(c, &w, kv * n + h, w.rule + h, each ? 1 : w.group);
+    return r;
 }
 
 // ==== >>impl-hip  HiP, three generations =========================================================
