@@ -575,17 +575,24 @@ typedef struct attn_hip {
     attn_hip_stage stage[ATTN_HIP_STAGES];
 } attn_hip;
 
-// Ours. Of the list's query rows r (of its heads too) and a block b of visible keys let M(r, b) be
-// the log of the sum of exp(score) over b's keys, Z(r) the same over the keys every row keeps: the
-// first block, the row block's own blocks, those before it that hold the last `recent` tokens.
-// value(b) = max over r of M(r, b) - Z(r). Kept: those blocks, and the largest by value until
-// `keep` tokens (and `share` of the visible blocks) are reached, or until, with epsilon > 0, every
-// row's missed mass is at most epsilon. Bounds of unread blocks come from page summaries: exact.
+// Ours: certified top blocks. The first block (of position kv_pos0), the blocks from the row block's
+// first position on, and before these the ones that hold its last `recent` positions are always
+// kept. The others up to them compete. For a query row r of the list (of each of its heads) let
+// M(r, b) be the log of the sum of exp(score) over the keys of block b, Z(r) the same over those
+// keys of the blocks always kept that r sees, and
+//   value(b) = max over r of M(r, b) - Z(r);  +inf where a score of b is NaN or +inf.
+// Kept: by value, descending, until the row has `budget` blocks, what is always kept included:
+// the larger of ceil(keep / kv_block) and ceil((share - 1e-6) * visible blocks); with epsilon > 0
+// only the fewest (none, if they will do) for which no row's missed share of mass
+//   missed(r) = sum of exp(score) over the keys r sees of unlisted blocks / ... of all blocks
+// is above epsilon. Blocks that summaries prove to be worth less are not read: the lists are the
+// same with and without summaries. attn_selection.missed: a bound that no missed(r) of the list row
+// exceeds, whatever rounding did; 1 where it would not be finite, 0 where every block is listed.
 typedef struct attn_exact {
     int32_t keep;   // tokens per row block, what is always kept included (default 0: by share)
-    float share;    // ... as a share of the row block's visible blocks, rounded up
-    float epsilon;  // stop early at this missed share of softmax mass (default 0: fill the budget);
-                    // with neither keep nor share: no budget
+    float share;    // ... as a share of the blocks up to the row block's last query; neither keep
+                    // nor share: every block
+    float epsilon;  // stop early at this missed share of softmax mass (default 0: fill the budget)
     int32_t recent; // tokens always kept before the row block (default 0: kv_block)
 } attn_exact;
 
@@ -605,13 +612,20 @@ typedef struct attn_select {
     attn_exact exact;
 } attn_select;
 
-// Per page and KV head the smallest and largest K of every dimension, kept by
-// attn_<dev>_summarize, and the same for runs of 8 and 64 pages, under the run's last page: a page
-// of a prefix tree has one history, so what sequences share they share here too.
-// data: (3, n_pages, n_kv_heads, 2, head_dim) bf16, rounded outwards. Memory of the backend.
+// What K lies in, per KV head: for cells of up to 64 tokens (a page is cut into such from its first
+// token on; a smaller page is one) the smallest and largest value of every dimension, rounded
+// outwards to bf16, and a radius about the middle; and the same of runs of 8 cells (absolute: the
+// first of a run is a multiple of 8 from position 0 on), under their last cell. A page of a prefix
+// tree has one history, so what sequences share they share here too: pages that two sequences share
+// must have the same pages before them, kv_pos0 may differ by whole pages. Memory of the backend,
+// which knows the layout.
 typedef struct attn_summary {
-    uint16_t *data;
+    uint16_t *data; // attn_summary_bytes, 64-byte aligned
 } attn_summary;
+
+// Bytes of one layer's summary; 0 when d is invalid or they do not fit in size_t. Reads n_kv_heads,
+// head_dim, kv.page_tokens, kv.n_pages.
+ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
 
 // One layer's lists, in memory of the backend (seq_row in host memory). Plain data.
 typedef struct attn_selection {

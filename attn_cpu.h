@@ -139,9 +139,10 @@ ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot);
 
-// Brings summaries up to date after the store of d's new tokens: units as of threads' choice, one a
-// page that holds a query token, any order.
-ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
+// Brings summaries up to date after the store of d's query tokens: cells that hold one of them are
+// made anew from K. units: of work, for any threads in any order. After attn_cpu_copy_pages or
+// loading a blob: a d whose q_start and q_pos0 cover these tokens, from their page's first one on.
+// Reads no Q. ERR_PAGE.
 ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d);
 ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *y, int64_t first,
                                         int64_t count);
@@ -4194,10 +4195,6 @@ ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot) {
     }
 }
 
-ATTN_DEF size_t attn_summary_bytes(const attn_desc *d) {
-    (void)d;
-    return 0;
-}
 ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d) {
     (void)d;
     return 0;
