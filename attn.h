@@ -580,7 +580,8 @@ typedef struct attn_hip {
 // kept. The others up to them compete. For a query row r of the list (of each of its heads) let
 // M(r, b) be the log of the sum of exp(score) over the keys of block b, Z(r) the same over those
 // keys of the blocks always kept that r sees, and
-//   value(b) = max over r of M(r, b) - Z(r);  +inf where a score of b is NaN or +inf.
+//   value(b) = max over r of M(r, b) - Z(r);  +inf where a score of b is NaN or +inf;
+// rows whose Z is NaN or +inf count for the latter only.
 // Kept: by value, descending, until the row has `budget` blocks, what is always kept included:
 // the larger of ceil(keep / kv_block) and ceil((share - 1e-6) * visible blocks); with epsilon > 0
 // only the fewest (none, if they will do) for which no row's missed share of mass
@@ -1649,6 +1650,27 @@ ATTNI_FN int64_t attni_state_bytes(const attn_select *f) {
     return 4 * n;
 }
 
+// ---- summaries: nodes [2 levels: cells, runs][page][cell of the page][KV head] of 2 dim + 8 bf16:
+// smallest, largest, radius, padding
+
+enum { ATTNI_CELL = 64, ATTNI_RUN = 8 }; // tokens; cells
+
+ATTNI_FN int32_t attni_page_cells(const attn_desc *d) {
+    return (int32_t)attni_n_blocks(d->kv.page_tokens, ATTNI_CELL);
+}
+
+// Cell, counted from position 0 on, of the token at place j of a sequence.
+ATTNI_FN int64_t attni_cell_of(const attn_desc *d, int32_t s, int64_t j) {
+    const int64_t pt = d->kv.page_tokens;
+    return (attni_kv_pos0(d, s) / pt + j / pt) * attni_page_cells(d) + j % pt / ATTNI_CELL;
+}
+
+// The first place of a cell; may be negative where the sequence's front was evicted.
+ATTNI_FN int64_t attni_cell_place(const attn_desc *d, int32_t s, int64_t cell) {
+    const int64_t pt = d->kv.page_tokens, n = attni_page_cells(d);
+    return (cell / n - attni_kv_pos0(d, s) / pt) * pt + cell % n * ATTNI_CELL;
+}
+
 #endif // ATTNI_SHARED
 #endif // any implementation
 
@@ -2150,7 +2172,8 @@ static int64_t attni_row_capacity(const attn_select *f, int64_t kv_end) {
                         (int64_t)((double)f->exact.share * (double)all) + 1);
         n += attni_n_blocks(f->row_block, b) + attni_n_blocks(f->exact.recent, b) + 3;
     } else if (f->kind != ATTN_SELECT_FLEX && f->kind != ATTN_SELECT_EXACT) n = f->hip.keep / b;
-    return attni_max64(1, attni_min64(all, attni_max64(n, attni_n_blocks(f->dense_below, b))));
+    if (f->dense_below) n = attni_max64(n, f->dense_below / b + 2); // they may begin inside a block
+    return attni_max64(1, attni_min64(all, n));
 }
 
 static int32_t attni_select_lists(const attn_desc *d, const attn_select *f) {
@@ -2203,6 +2226,16 @@ ATTN_DEF size_t attn_select_bytes(const attn_desc *d, const attn_select *s) {
     attn_selection x;
     if (attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &f)) return 0;
     return attni_select_lay(d, &f, NULL, &x);
+}
+
+ATTN_DEF size_t attn_summary_bytes(const attn_desc *d) {
+    uint64_t n, most = (uint64_t)((size_t)-1 >> 1);
+    if (!d || d->n_kv_heads < 1 || d->kv.page_tokens < 1 || d->kv.n_pages < 1) return 0;
+    if (d->head_dim < 8 || d->head_dim % 8 || d->head_dim > ATTN_MAX_HEAD_DIM) return 0;
+    n = 4 * (2 * (uint64_t)d->head_dim + 8) * (uint64_t)d->n_kv_heads; // < 2^44
+    if (n > most / (uint64_t)attni_page_cells(d)) return 0;
+    n *= (uint64_t)attni_page_cells(d);
+    return n > most / (uint64_t)d->kv.n_pages ? 0 : (size_t)(n * (uint64_t)d->kv.n_pages);
 }
 
 ATTN_DEF attn_result attn_selection_init(const attn_desc *d, const attn_select *s, void *mem,
