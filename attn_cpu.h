@@ -4250,7 +4250,7 @@ typedef struct attni_exact {
     float *norm, *ref;           // per row: of q; masses are in units of e^ref
     double *z, *all, *kept;      // Z; masses of what was scored, of what is listed
     float *bm, *bl;              // of a block of several segments: maximum, sum
-    uint8_t *lost;               // 1: Z is NaN or +inf, or a score was; no mass is known
+    uint8_t *lost;               // no mass is known: 1: Z is NaN or +inf, 2: a block's M is
     float *key;                  // (blocks) of competing ones
     uint8_t *by;
     int32_t *heap, *list;
@@ -4366,7 +4366,7 @@ ATTNI_CALLED float attni_exact_value(const attni_exact *x, int32_t r, float m, f
     const float inf = attni_float(0x7f800000u), none = attni_float(0xff800000u);
     double z = x->z[r];
     if (attni_isnan(l)) return inf;
-    if (x->lost[r] || attni_bits32(m) == 0xff800000u) return none;
+    if ((x->lost[r] & 1) || attni_bits32(m) == 0xff800000u) return none;
     if (z < -1e300) return inf; // nothing is kept that the row sees
     return (float)((double)m - z + attni_ln((double)l));
 }
@@ -4570,7 +4570,7 @@ ATTNI_CALLED attn_result attni_exact_bound(attni_scan *c, attni_exact *x, int le
             for (i = r; i < r1; i++) {
                 const float *s = c->s + (int64_t)(i - r) * ATTNI_LDS;
                 float z = (float)x->z[i];
-                if (x->lost[i]) continue;
+                if (x->lost[i] & (mass ? 3 : 1)) continue;
                 z -= 1e-6f * (z < 0 ? -z : z);
                 if (mass) mass[i] += c->e.ma->bounds(&a, s, x->norm[i], x->ref[i], NULL, x->weight);
                 else c->e.ma->bounds(&a, s, x->norm[i], z, x->best, NULL);

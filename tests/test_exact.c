@@ -279,7 +279,6 @@ static void check_row(const attn_desc *d, const attn_select *f, const choice *o,
     else CHECK(n <= want);
     // nothing left out is worth more than what is listed; ties go to the lower block
     if (in_id >= 0 && out_id >= 0 && (best_out > worst_in || (best_out == worst_in && out_id < in_id))) {
-        if (kind == INTEGERS && best_out == worst_in && 0) CHECK(!"ties");
         if (CHECK(best_out - worst_in <= slack(c, best_out)) && best_out != worst_in) n_excused++;
     }
     miss = true_missed(c, listed);
