@@ -725,17 +725,25 @@ typedef struct attn_hip {
     int32_t rope_len, rope_dim, context; // rope_dim: even; context: tokens the model was made for
 } attn_hip;
 
-// Ours. Of the list's query rows r (of its heads too) and a block b of visible keys let M(r, b) be
-// the log of the sum of exp(score) over b's keys, Z(r) the same over the keys every row keeps: the
-// first block, the row block's own blocks, those before it that hold the last `recent` tokens.
-// value(b) = max over r of M(r, b) - Z(r). Kept: those blocks, and the largest by value until
-// `keep` tokens (and `share` of the visible blocks) are reached, or until, with epsilon > 0, every
-// row's missed mass is at most epsilon. Bounds of unread blocks come from page summaries: exact.
+// Ours: certified top blocks. The first block (of position kv_pos0), the blocks from the row block's
+// first position on, and before these the ones that hold its last `recent` positions are always
+// kept. The others up to them compete. For a query row r of the list (of each of its heads) let
+// M(r, b) be the log of the sum of exp(score) over the keys of block b, Z(r) the same over those
+// keys of the blocks always kept that r sees, and
+//   value(b) = max over r of M(r, b) - Z(r);  +inf where a score of b is NaN or +inf;
+// rows whose Z is NaN or +inf count for the latter only.
+// Kept: by value, descending, until the row has `budget` blocks, what is always kept included:
+// the larger of ceil(keep / kv_block) and ceil((share - 1e-6) * visible blocks); with epsilon > 0
+// only the fewest (none, if they will do) for which no row's missed share of mass
+//   missed(r) = sum of exp(score) over the keys r sees of unlisted blocks / ... of all blocks
+// is above epsilon. Blocks that summaries prove to be worth less are not read: the lists are the
+// same with and without summaries. attn_selection.missed: a bound that no missed(r) of the list row
+// exceeds, whatever rounding did; 1 where it would not be finite, 0 where every block is listed.
 typedef struct attn_exact {
     int32_t keep;   // tokens per row block, what is always kept included (default 0: by share)
-    float share;    // ... as a share of the row block's visible blocks, rounded up
-    float epsilon;  // stop early at this missed share of softmax mass (default 0: fill the budget);
-                    // with neither keep nor share: no budget
+    float share;    // ... as a share of the blocks up to the row block's last query; neither keep
+                    // nor share: every block
+    float epsilon;  // stop early at this missed share of softmax mass (default 0: fill the budget)
     int32_t recent; // tokens always kept before the row block (default 0: kv_block)
 } attn_exact;
 
@@ -755,13 +763,20 @@ typedef struct attn_select {
     attn_exact exact;
 } attn_select;
 
-// Per page and KV head the smallest and largest K of every dimension, kept by
-// attn_<dev>_summarize, and the same for runs of 8 and 64 pages, under the run's last page: a page
-// of a prefix tree has one history, so what sequences share they share here too.
-// data: (3, n_pages, n_kv_heads, 2, head_dim) bf16, rounded outwards. Memory of the backend.
+// What K lies in, per KV head: for cells of up to 64 tokens (a page is cut into such from its first
+// token on; a smaller page is one) the smallest and largest value of every dimension, rounded
+// outwards to bf16, and a radius about the middle; and the same of runs of 8 cells (absolute: the
+// first of a run is a multiple of 8 from position 0 on), under their last cell. A page of a prefix
+// tree has one history, so what sequences share they share here too: pages that two sequences share
+// must have the same pages before them, kv_pos0 may differ by whole pages. Memory of the backend,
+// which knows the layout.
 typedef struct attn_summary {
-    uint16_t *data;
+    uint16_t *data; // attn_summary_bytes, 64-byte aligned
 } attn_summary;
+
+// Bytes of one layer's summary; 0 when d is invalid or they do not fit in size_t. Reads n_kv_heads,
+// head_dim, kv.page_tokens, kv.n_pages.
+ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
 
 // One layer's lists, in memory of the backend (seq_row in host memory). Plain data.
 typedef struct attn_selection {
@@ -1927,6 +1942,27 @@ ATTNI_FN int64_t attni_state_bytes(const attn_select *f) {
     return 4 * n;
 }
 
+// ---- summaries: nodes [2 levels: cells, runs][page][cell of the page][KV head] of 2 dim + 8 bf16:
+// smallest, largest, radius, padding
+
+enum { ATTNI_CELL = 64, ATTNI_RUN = 8 }; // tokens; cells
+
+ATTNI_FN int32_t attni_page_cells(const attn_desc *d) {
+    return (int32_t)attni_n_blocks(d->kv.page_tokens, ATTNI_CELL);
+}
+
+// Cell, counted from position 0 on, of the token at place j of a sequence.
+ATTNI_FN int64_t attni_cell_of(const attn_desc *d, int32_t s, int64_t j) {
+    const int64_t pt = d->kv.page_tokens;
+    return (attni_kv_pos0(d, s) / pt + j / pt) * attni_page_cells(d) + j % pt / ATTNI_CELL;
+}
+
+// The first place of a cell; may be negative where the sequence's front was evicted.
+ATTNI_FN int64_t attni_cell_place(const attn_desc *d, int32_t s, int64_t cell) {
+    const int64_t pt = d->kv.page_tokens, n = attni_page_cells(d);
+    return (cell / n - attni_kv_pos0(d, s) / pt) * pt + cell % n * ATTNI_CELL;
+}
+
 #endif // ATTNI_SHARED
 #endif // any implementation
 
@@ -2643,7 +2679,8 @@ static int64_t attni_row_capacity(const attn_select *f, int64_t kv_end) {
                         (int64_t)((double)f->exact.share * (double)all) + 1);
         n += attni_n_blocks(f->row_block, b) + attni_n_blocks(f->exact.recent, b) + 3;
     } else if (f->kind != ATTN_SELECT_FLEX && f->kind != ATTN_SELECT_EXACT) n = attni_hip_most(f);
-    return attni_max64(1, attni_min64(all, attni_max64(n, attni_n_blocks(f->dense_below, b))));
+    if (f->dense_below) n = attni_max64(n, f->dense_below / b + 2); // they may begin inside a block
+    return attni_max64(1, attni_min64(all, n));
 }
 
 static int32_t attni_select_lists(const attn_desc *d, const attn_select *f) {
@@ -2696,6 +2733,16 @@ ATTN_DEF size_t attn_select_bytes(const attn_desc *d, const attn_select *s) {
     attn_selection x;
     if (attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &f)) return 0;
     return attni_select_lay(d, &f, NULL, &x);
+}
+
+ATTN_DEF size_t attn_summary_bytes(const attn_desc *d) {
+    uint64_t n, most = (uint64_t)((size_t)-1 >> 1);
+    if (!d || d->n_kv_heads < 1 || d->kv.page_tokens < 1 || d->kv.n_pages < 1) return 0;
+    if (d->head_dim < 8 || d->head_dim % 8 || d->head_dim > ATTN_MAX_HEAD_DIM) return 0;
+    n = 4 * (2 * (uint64_t)d->head_dim + 8) * (uint64_t)d->n_kv_heads; // < 2^44
+    if (n > most / (uint64_t)attni_page_cells(d)) return 0;
+    n *= (uint64_t)attni_page_cells(d);
+    return n > most / (uint64_t)d->kv.n_pages ? 0 : (size_t)(n * (uint64_t)d->kv.n_pages);
 }
 
 ATTN_DEF attn_result attn_selection_init(const attn_desc *d, const attn_select *s, void *mem,

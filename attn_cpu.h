@@ -150,9 +150,10 @@ ATTN_DEF int64_t attn_cpu_landmarks_units(const attn_desc *d);
 ATTN_DEF attn_result attn_cpu_landmarks(const attn_desc *d, const attn_select *s, float *out,
                                         int64_t first, int64_t count, void *scratch);
 
-// Brings summaries up to date after the store of d's new tokens: units as of threads' choice, one a
-// page that holds a query token, any order.
-ATTN_DEF size_t attn_summary_bytes(const attn_desc *d);
+// Brings summaries up to date after the store of d's query tokens: cells that hold one of them are
+// made anew from K. units: of work, for any threads in any order. After attn_cpu_copy_pages or
+// loading a blob: a d whose q_start and q_pos0 cover these tokens, from their page's first one on.
+// Reads no Q. ERR_PAGE.
 ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d);
 ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *y, int64_t first,
                                         int64_t count);
@@ -871,6 +872,86 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
         (o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), zero));
 }
 
+// For selectors. Raw products of a row, in segments of whole tiles, to each segment's maximum score m
+// and sum l of exp(score - m), NaN if it met NaN or +inf, and e = l exp(m - ref). Returns ref, raised
+// to the largest m where e would leave f32's range.
+ATTNI_TGT static float ATTNI_K(sums)(const attni_segments *a, float *s, float ref, float *m, float *l,
+                                     float *e) {
+    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
+    const V scale = ATTNI_I(set1)(a->scale), cap = ATTNI_I(set1)(a->softcap);
+    float top = attni_float(0xff800000u);
+    V x, y, max, sum;
+    int i, j;
+    for (j = 0; j < a->n; j++) {
+        const int32_t *seg = a->seg + 2 * j;
+        float *p = s + 16 * seg[0];
+        const float *ks = a->k_scale + 16 * seg[0];
+        max = ninf;
+        for (i = 0; 16 * i < seg[1]; i++) {
+            x = ATTNI_I(mul)(ATTNI_I(mul)(ATTNI_I(load)(p + 16 * i), ATTNI_I(load)(ks + 16 * i)),
+                             scale);
+            if (a->softcap > 0)
+                x = ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap);
+            if (seg[1] - 16 * i < 16)
+                x = ATTNI_I(pick)((1u << (seg[1] - 16 * i)) - 1, x, ninf);
+            ATTNI_I(store)(p + 16 * i, x);
+            max = ATTNI_I(max)(x, max); // NaN is passed over here and shows in the sum
+        }
+        m[j] = ATTNI_I(hmax)(max);
+        if (attni_less(top, m[j])) top = m[j];
+        y = ATTNI_I(set1)(attni_bits32(m[j]) == 0xff800000u ? 0 : m[j]);
+        sum = ATTNI_I(set1)(0);
+        for (i = 0; 16 * i < seg[1]; i++)
+            sum = ATTNI_I(add)(sum, ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(load)(p + 16 * i), y)));
+        l[j] = ATTNI_I(hsum)(sum);
+    }
+    if (attni_less(ref + 60, top)) ref = top;
+    x = ATTNI_K(exp)(ATTNI_I(sub)(ATTNI_I(load)(m), ATTNI_I(set1)(ref)));
+    ATTNI_I(store)(e, ATTNI_I(mul)(x, ATTNI_I(load)(l)));
+    return ref;
+}
+
+// Bounds x on a row's scores in 16 n nodes: products with their middles and, 128 floats on, of
+// absolute values with their half-widths, the box's; the ball's replaces these if it is smaller.
+// best: raised to x - z. weight: instead, returns the sum of weight exp(x - z), 3e38 past e^60.
+ATTNI_TGT static float ATTNI_K(bounds)(const attni_bounds *a, const float *s, float norm, float z,
+                                       float *best, const float *weight) {
+    const V scale = ATTNI_I(set1)(a->scale), cap = ATTNI_I(set1)(a->softcap);
+    const V q = ATTNI_I(set1)(norm), zz = ATTNI_I(set1)(z), most = ATTNI_I(set1)(60.0f);
+    V sum = ATTNI_I(set1)(0), x, y;
+    int i;
+    for (i = 0; i < a->n; i++) {
+        x = ATTNI_I(load)(s + 128 + 16 * i);
+        y = ATTNI_I(mul)(q, ATTNI_I(load)(a->radius + 16 * i));
+        x = ATTNI_I(add)(ATTNI_I(load)(s + 16 * i), ATTNI_I(less)(x, y, x, y));
+        x = ATTNI_I(add)(x, ATTNI_I(mul)(q, ATTNI_I(load)(a->slack + 16 * i)));
+        x = ATTNI_I(mul)(x, scale);
+        if (a->softcap > 0)
+            x = ATTNI_I(add)(ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap),
+                             ATTNI_I(mul)(cap, ATTNI_I(set1)(2e-6f)));
+        x = ATTNI_I(sub)(x, zz);
+        if (!weight) {
+            ATTNI_I(store)(best + 16 * i, ATTNI_I(max)(x, ATTNI_I(load)(best + 16 * i)));
+            continue;
+        }
+        y = ATTNI_K(exp)(ATTNI_I(less)(x, most, x, most));
+        y = ATTNI_I(less)(x, most, y, ATTNI_I(set1)(3e38f));
+        sum = ATTNI_I(add)(sum, ATTNI_I(mul)(y, ATTNI_I(load)(weight + 16 * i)));
+    }
+    return weight ? ATTNI_I(hsum)(sum) : 0;
+}
+
+// Squared norms of a tile's 16 rows.
+ATTNI_TGT static void ATTNI_K(norms)(const float *tile, int dim, float *out) {
+    V sum = ATTNI_I(set1)(0), x;
+    int i;
+    for (i = 0; i < dim; i++) {
+        x = ATTNI_I(load)(tile + 16 * i);
+        sum = ATTNI_I(add)(sum, ATTNI_I(mul)(x, x));
+    }
+    ATTNI_I(store)(out, sum);
+}
+
 #endif // ATTNI_PORTABLE
 
 #if ATTNI_PORTABLE || !ATTNI_DIRECT
@@ -886,7 +967,9 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
     }
 #endif
 static const attni_math ATTNI_K(math) = {ATTNI_ALL(qk), ATTNI_ALL(pv), ATTNI_K(soft),
-                                         ATTNI_I(fold_portable), ATTNI_I(finish_portable)};
+                                         ATTNI_I(fold_portable), ATTNI_I(finish_portable),
+                                         ATTNI_I(sums_portable), ATTNI_I(bounds_portable),
+                                         ATTNI_I(norms_portable)};
 
 #undef ATTNI_ALL
 #undef ATTNI_MADD
@@ -1138,6 +1221,19 @@ typedef struct attni_row {
     int32_t token, head;  // of the task's tokens; of all heads
 } attni_row;
 
+// Of the keys of a scan, for one row after the other.
+typedef struct attni_segments {
+    const float *k_scale; // per key
+    float scale, softcap;
+    const int32_t *seg;   // (n <= 16, 2) first tile, keys
+    int n;
+} attni_segments;
+typedef struct attni_bounds {
+    const float *radius, *slack; // (16 n) balls' radii; rounding, both times the row's norm
+    float scale, softcap;        // scale > 0
+    int n;                       // tiles of nodes, <= 8
+} attni_bounds;
+
 typedef struct attni_run { // tokens [t0, t1) of a span, multiples of 16
     int32_t t0, t1;
 } attni_run;
@@ -1180,6 +1276,10 @@ typedef struct attni_math {
                  int nr, int n);
     void (*finish)(float *o, float *m, float *l, float sink,
                    int n); // normalise; adds the sink logit
+    float (*sums)(const attni_segments *a, float *s, float ref, float *m, float *l, float *e);
+    float (*bounds)(const attni_bounds *a, const float *s, float norm, float z, float *best,
+                    const float *weight);
+    void (*norms)(const float *tile, int dim, float *out);
 } attni_math;
 
 // ==== >>impl-scalar  Vocabulary: 16 virtual lanes in plain C =====================================
@@ -5964,18 +6064,750 @@ ATTNI_CALLED attn_result attni_hip_landmarks_of(attni_hip *h, float *out) {
 }
 
 // ==== >>impl-exact  Certified top blocks =========================================================
+//
+// Best first: a heap holds the blocks that compete by what bounds their value, first a run's, then
+// their cells', then the value itself; a block that is popped with its value is the next best.
+
+// What bounds a competing block's value.
+enum { ATTNI_BY_RUN = 0, ATTNI_BY_CELL = 1, ATTNI_BY_KEYS = 2 };
+enum { ATTNI_NODES = 128 }; // bounded together
+
+typedef struct attni_exact {
+    const attn_desc *d;
+    int32_t seq, kv_head, n_kv;  // the list's KV heads
+    int32_t head, n_head;        // its query heads: first, of each KV head
+    int32_t token, n_q, pos;     // queries: first token, count, position of the first
+    int32_t n_rows, kv_rows;     // n_kv * kv_rows; kv_rows = n_head * n_q
+    int32_t kv_pos0, kv_end, b;  // b: kv_block
+    int32_t first, always, last; // blocks: first, of the row block's own stretch, last
+    int32_t n, want;             // competing: first + 1 ..., how many of them are wanted
+    int32_t n_heap, n_listed, n_keys, open;
+    int wild;                    // no bound holds
+    float top_norm, top_key;     // norms of q and of keys met, at most
+    float *q, *qa;               // (n_rows + RB_MAX, head_dim) and absolute values
+    float *norm, *ref;           // per row: of q; masses are in units of e^ref
+    double *z, *all, *kept;      // Z; masses of what was scored, of what is listed
+    float *bm, *bl;              // of a block of several segments: maximum, sum
+    uint8_t *lost;               // no mass is known: 1: Z is NaN or +inf, 2: a block's M is
+    float *key;                  // (blocks) of competing ones
+    uint8_t *by;
+    int32_t *heap, *list;
+    float *cell, *run;           // bounds of nodes, NaN: not known yet
+    int64_t cell0, run0;         // absolute numbers of the first of each
+    int32_t n_cells, n_runs;
+    int32_t *node;               // (NODES) what is bounded together
+    float *weight, *radius, *slack, *best; // (NODES)
+} attni_exact;
+
+// At least the square root of x >= 0: Newton's steps come from above. Inf and NaN stay.
+ATTNI_CALLED float attni_root(float x) {
+    float y = attni_float((attni_bits32(x) >> 1) + 0x1fbd1df5u);
+    if (!attni_less(0, x) || !attni_finite(x)) return x;
+    y = 0.5f * (y + attni_div(x, y));
+    y = 0.5f * (y + attni_div(x, y));
+    return y * 1.000001f;
+}
+
+ATTNI_CALLED size_t attni_exact_carve(attni_exact *x, uint8_t *base, const attn_desc *d,
+                                      const attn_select *f) {
+    const size_t dim = ((size_t)d->head_dim + 15) & ~(size_t)15;
+    size_t at = 0, rows = 0, blocks = 0, cells = 0, heads;
+    int32_t s;
+    for (s = 0; s < d->n_seq; s++) {
+        size_t q_len = (size_t)(d->q_start[s + 1] - d->q_start[s]), len = (size_t)d->kv.kv_len[s];
+        size_t pt = (size_t)d->kv.page_tokens;
+        if (q_len > rows) rows = q_len;
+        if (len / (size_t)f->kv_block + 2 > blocks) blocks = len / (size_t)f->kv_block + 2;
+        len = (len + pt - 1) / pt * (size_t)attni_page_cells(d);
+        if (len > cells) cells = len;
+    }
+    if (rows > (size_t)f->row_block) rows = (size_t)f->row_block;
+    heads = (size_t)(f->heads == ATTN_SELECT_ALL ? d->n_heads : f->heads == ATTN_SELECT_EACH
+                                                                    ? 1
+                                                                    : d->n_heads / d->n_kv_heads);
+    rows *= heads;
+    ATTNI_CARVE(x, q, float *, (rows + ATTNI_RB_MAX) * dim)
+    ATTNI_CARVE(x, qa, float *, (rows + ATTNI_RB_MAX) * dim)
+    ATTNI_CARVE(x, norm, float *, rows)
+    ATTNI_CARVE(x, ref, float *, rows)
+    ATTNI_CARVE(x, z, double *, rows)
+    ATTNI_CARVE(x, all, double *, rows)
+    ATTNI_CARVE(x, kept, double *, rows)
+    ATTNI_CARVE(x, bm, float *, rows)
+    ATTNI_CARVE(x, bl, float *, rows)
+    ATTNI_CARVE(x, lost, uint8_t *, rows)
+    ATTNI_CARVE(x, key, float *, blocks)
+    ATTNI_CARVE(x, by, uint8_t *, blocks)
+    ATTNI_CARVE(x, heap, int32_t *, blocks)
+    ATTNI_CARVE(x, list, int32_t *, blocks)
+    ATTNI_CARVE(x, cell, float *, cells)
+    ATTNI_CARVE(x, run, float *, cells / ATTNI_RUN + 2)
+    ATTNI_CARVE(x, node, int32_t *, ATTNI_NODES)
+    ATTNI_CARVE(x, weight, float *, ATTNI_NODES)
+    ATTNI_CARVE(x, radius, float *, ATTNI_NODES)
+    ATTNI_CARVE(x, slack, float *, ATTNI_NODES)
+    ATTNI_CARVE(x, best, float *, ATTNI_NODES)
+    return at;
+}
+
+ATTNI_CALLED size_t attni_exact_bytes(const attn_desc *d, const attn_select *f) {
+    attni_exact x;
+    return attni_exact_carve(&x, NULL, d, f);
+}
 
 ATTNI_CALLED int64_t attni_exact_units(const attn_desc *d, const attn_select *f) {
-    (void)d, (void)f;
-    return 1;
+    int64_t n = 0;
+    int32_t s;
+    for (s = 0; s < d->n_seq; s++) n += attni_rows_of(d, f->row_block, s);
+    return n * (f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                                                : d->n_heads);
 }
-ATTNI_CALLED size_t attni_exact_bytes(const attn_desc *d, const attn_select *f) {
-    (void)d, (void)f;
-    return 0;
+
+// ---- keys' scores
+
+// Products of q's rows [r, r + nr) with n tiles: s[i * LDS + col].
+ATTNI_CALLED void attni_exact_dots(attni_scan *c, const float *q, int32_t r, int32_t nr,
+                                   const uint32_t *const *tile, int32_t n, int32_t col) {
+    const uint32_t *kt[ATTNI_TILES + 3];
+    const uint8_t *ahead[ATTNI_TILES + 3];
+    uint8_t own[ATTNI_TILES + 3];
+    const int32_t dim = c->d->head_dim;
+    int32_t i;
+    for (i = 0; i < n + 3; i++) {
+        kt[i] = tile[attni_min32(i, n - 1)];
+        ahead[i] = (const uint8_t *)kt[i];
+        own[i] = (uint8_t)attni_min32(i, n - 1);
+    }
+    for (i = 0; i < nr; i += c->e.rb)
+        c->e.ma->qk[ATTN_F32](q + (int64_t)(r + i) * dim, dim, attni_min32(c->e.rb, nr - i), kt,
+                              ahead, 0, own, n, dim, c->s + (int64_t)i * ATTNI_LDS + col);
 }
+
+// (m, l) += (m1, l1): maximum and sum of exp(score - maximum).
+ATTNI_CALLED void attni_exact_fold(float *m, float *l, float m1, float l1) {
+    if (attni_bits32(m1) == 0xff800000u && !attni_isnan(l1)) return;
+    if (attni_bits32(*m) == 0xff800000u && !attni_isnan(*l)) {
+        *m = m1;
+        *l = l1;
+    } else if (attni_isnan(*l) || attni_isnan(l1)) {
+        *l = attni_float(0x7fc00000u);
+    } else if (attni_less(*m, m1)) {
+        *l = (float)((double)*l * attni_exp64((double)*m - (double)m1)) + l1;
+        *m = m1;
+    } else {
+        *l += (float)((double)l1 * attni_exp64((double)m1 - (double)*m));
+    }
+}
+
+// M - Z of a row.
+ATTNI_CALLED float attni_exact_value(const attni_exact *x, int32_t r, float m, float l) {
+    const float inf = attni_float(0x7f800000u), none = attni_float(0xff800000u);
+    double z = x->z[r];
+    if (attni_isnan(l)) return inf;
+    if ((x->lost[r] & 1) || attni_bits32(m) == 0xff800000u) return none;
+    if (z < -1e300) return inf; // nothing is kept that the row sees
+    return (float)((double)m - z + attni_ln((double)l));
+}
+
+// A row's part of one pass over n segments: seg (n, 2) with lo[j] the position of its first key;
+// block j's value, of which *best is the largest yet. pass 0: Z; 1: values, masses; 2: listed.
+typedef struct attni_exact_pass {
+    int32_t pass, n, several; // several: segments of one block that come one after the other
+    int32_t seg[32], lo[16];
+    float best[16];
+} attni_exact_pass;
+
+ATTNI_CALLED void attni_exact_row(attni_scan *c, attni_exact *x, attni_exact_pass *p, int32_t r,
+                                  float *s) {
+    float m[16] = {0}, l[16] = {0}, e[16], ref = x->lost[r] ? 0 : x->ref[r], now;
+    int32_t seg[32], j, at = x->pos + r % x->n_q;
+    attni_segments a;
+    a.k_scale = c->ks;
+    a.scale = c->scale < 0 ? -c->scale : c->scale;
+    a.softcap = c->d->logits.softcap;
+    a.seg = p->seg;
+    a.n = p->n;
+    if (!p->pass) { // up to the query's own position
+        memcpy(seg, p->seg, sizeof seg);
+        for (j = 0; j < p->n; j++)
+            seg[2 * j + 1] = attni_max32(0, attni_min32(seg[2 * j + 1], at - p->lo[j] + 1));
+        a.seg = seg;
+        ref = 3e38f;
+    }
+    now = c->e.ma->sums(&a, s, ref, m, l, e);
+    if (!p->pass) {
+        for (j = 0; j < p->n; j++) attni_exact_fold(x->bm + r, x->bl + r, m[j], l[j]);
+        return;
+    }
+    if (attni_less(ref, now) && attni_finite(now) && !x->lost[r]) {
+        double by = attni_exp64((double)ref - (double)now);
+        x->ref[r] = now;
+        x->all[r] *= by;
+        x->kept[r] *= by;
+    }
+    for (j = 0; j < p->n; j++) {
+        if (attni_isnan(l[j])) x->lost[r] |= 2; // its value is +inf, and no mass is known
+        else if (p->pass == 2) x->kept[r] += (double)e[j];
+        else x->all[r] += (double)e[j];
+        if (p->pass == 2) continue;
+        if (p->several) attni_exact_fold(x->bm + r, x->bl + r, m[j], l[j]);
+        // l <= 256: ln l < 5.6
+        else if (attni_isnan(l[j]) || x->z[r] < -1e300 ||
+                 (double)m[j] - x->z[r] + 5.6 > (double)p->best[j]) {
+            float v = attni_exact_value(x, r, m[j], l[j]);
+            if (attni_less(p->best[j], v)) p->best[j] = v;
+        }
+    }
+}
+
+// One pass of all rows over the segments.
+ATTNI_CALLED attn_result attni_exact_keys(attni_scan *c, attni_exact *x, attni_exact_pass *p) {
+    const int32_t n_tiles = p->seg[2 * p->n - 2] + (p->seg[2 * p->n - 1] + 15) / 16;
+    int32_t pos[ATTN_SPAN], i, j, h, r, r1;
+    attn_result res;
+    for (i = 0; i < 16 * n_tiles; i++) pos[i] = -1;
+    for (j = 0; j < p->n; j++)
+        for (i = 0; i < p->seg[2 * j + 1]; i++) pos[16 * p->seg[2 * j] + i] = p->lo[j] + i;
+    for (h = 0; h < x->n_kv; h++) {
+        res = attni_scan_keys(c, x->seq, x->kv_head + h, pos, 0, 16 * n_tiles);
+        if (res != ATTN_OK) return res;
+        for (i = 0; i < n_tiles; i++) {
+            float norm[16];
+            c->e.ma->norms((const float *)(const void *)c->kt[i], c->d->head_dim, norm);
+            for (j = 0; j < 16; j++) {
+                float k = c->ks[16 * i + j];
+                if (pos[16 * i + j] < 0) continue;
+                k = norm[j] * k * k;
+                if (!attni_less(k, x->top_key)) x->top_key = k; // squared; NaN stays, too
+            }
+        }
+        for (r = h * x->kv_rows; r < (h + 1) * x->kv_rows; r = r1) {
+            r1 = attni_min32(r + ATTNI_SCAN_ROWS, (h + 1) * x->kv_rows);
+            attni_exact_dots(c, x->q, r, r1 - r, c->kt, n_tiles, 0);
+            for (i = r; i < r1; i++)
+                attni_exact_row(c, x, p, i, c->s + (int64_t)(i - r) * ATTNI_LDS);
+        }
+    }
+    return ATTN_OK;
+}
+
+// Passes over n blocks, at most 16; values of pass 1 go to x->key.
+ATTNI_CALLED attn_result attni_exact_blocks(attni_scan *c, attni_exact *x, int pass,
+                                            const int32_t *id, int32_t n) {
+    const float none = attni_float(0xff800000u);
+    attni_exact_pass p;
+    attn_result res;
+    int32_t i = 0, j, r, tile, lo, hi, from;
+    for (p.pass = pass; i < n; i = j) {
+        p.several = 0;
+        for (p.n = tile = 0, j = i; j < n && p.n < 16; j++, p.n++) {
+            lo = attni_max32(id[j] * x->b, x->kv_pos0);
+            hi = (int32_t)attni_min64(((int64_t)id[j] + 1) * x->b, x->kv_end);
+            if (p.n && tile + (hi - lo + 15) / 16 > ATTNI_TILES) break;
+            p.seg[2 * p.n] = tile;
+            p.seg[2 * p.n + 1] = attni_min32(hi - lo, ATTN_SPAN);
+            p.lo[p.n] = lo;
+            p.best[p.n] = none;
+            tile += (hi - lo + 15) / 16;
+            if (pass < 2) x->n_keys += hi - lo;
+            if (hi - lo <= ATTN_SPAN) continue;
+            p.several = 1; // alone, in segments
+            for (r = 0; r < x->n_rows && pass == 1; r++) x->bm[r] = none, x->bl[r] = 0;
+            for (from = lo; from < hi; from += ATTN_SPAN) {
+                p.n = 1;
+                p.lo[0] = from;
+                p.seg[1] = attni_min32(hi - from, ATTN_SPAN);
+                if ((res = attni_exact_keys(c, x, &p)) != ATTN_OK) return res;
+            }
+            for (r = 0; r < x->n_rows && pass == 1; r++) {
+                float v = attni_exact_value(x, r, x->bm[r], x->bl[r]);
+                if (attni_less(p.best[0], v)) p.best[0] = v;
+            }
+            j++;
+            break;
+        }
+        if (!p.several && (res = attni_exact_keys(c, x, &p)) != ATTN_OK) return res;
+        for (r = i; r < j && pass == 1; r++) {
+            x->key[id[r] - x->first] = p.best[r - i];
+            x->by[id[r] - x->first] = ATTNI_BY_KEYS;
+        }
+    }
+    return ATTN_OK;
+}
+
+// ---- nodes' bounds
+
+// Middles and half-widths of x->node's n nodes of one level and KV head as tiles: kt[i], kt[8 + i].
+ATTNI_CALLED attn_result attni_exact_nodes(attni_scan *c, attni_exact *x, int level,
+                                           int32_t kv_head, int32_t n) {
+    const attn_desc *d = c->d;
+    const int64_t dim = d->head_dim, stride = 2 * dim + 8, pc = attni_page_cells(d);
+    const uint8_t *row[16], *ahead[16];
+    int32_t i, t, e, side;
+    for (i = 0; i < n; i += 16) {
+        float *mid = c->kf + (i / 16) * 16 * dim, *half = c->kf + (8 + i / 16) * 16 * dim;
+        float sum[16] = {0};
+        for (side = 0; side < 2; side++) {
+            for (t = 0; t < 16; t++) {
+                int64_t cell = x->node[attni_min32(i + t, n - 1)], at;
+                int32_t page;
+                cell = level ? (x->run0 + cell) * ATTNI_RUN + ATTNI_RUN - 1 : x->cell0 + cell;
+                at = attni_cell_place(d, x->seq, cell);
+                page = attni_page_of(d, x->seq, (int32_t)attni_max64(at, 0));
+                if (page < 0) return ATTN_ERR_PAGE;
+                at = ((level * (int64_t)d->kv.n_pages + page) * pc + cell % pc) * d->n_kv_heads;
+                row[t] = (const uint8_t *)(c->y->data + (at + kv_head) * stride + side * dim);
+                ahead[t] = row[t];
+                if (!side) x->radius[i + t] =
+                    attni_from_bf16(c->y->data[(at + kv_head) * stride + 2 * dim]);
+            }
+            c->e.mv->pack(row, 4, (int)dim / 2, c->raw, ahead);
+            c->e.mv->widen_tile(ATTN_BF16, c->raw, (int)dim / 2, side ? half : mid);
+        }
+        for (e = 0; e < dim; e++)
+            for (t = 0; t < 16; t++) {
+                float lo = mid[16 * e + t], hi = half[16 * e + t], m = (lo + hi) * 0.5f;
+                mid[16 * e + t] = m;
+                half[16 * e + t] = hi - m;
+                m = (m < 0 ? -m : m) + (hi - m);
+                sum[t] += m * m;
+            }
+        for (t = 0; t < 16; t++) { // what rounding may add to a product, over the norm of q
+            float norm = attni_root(sum[t]);
+            x->slack[i + t] = norm * (float)(dim + 16) * 2.4e-7f + 1e-23f;
+            if (!attni_less(norm * x->top_norm, 1e30f)) x->slack[i + t] = attni_float(0x7f800000u);
+        }
+    }
+    return ATTN_OK;
+}
+
+// Bounds x->node's n nodes. mass NULL: the largest over rows of bound - Z to x->best; else adds
+// weighted masses of the nodes, at most, to mass[row].
+ATTNI_CALLED attn_result attni_exact_bound(attni_scan *c, attni_exact *x, int level, int32_t n,
+                                           float *mass) {
+    const float none = attni_float(0xff800000u);
+    const uint32_t *kt[ATTNI_TILES];
+    int32_t i, h, r, r1;
+    attn_result res;
+    attni_bounds a;
+    a.radius = x->radius;
+    a.slack = x->slack;
+    a.scale = c->scale < 0 ? -c->scale : c->scale;
+    a.softcap = c->d->logits.softcap;
+    a.n = (n + 15) / 16;
+    for (i = 0; i < ATTNI_TILES; i++)
+        kt[i] = (const uint32_t *)(const void *)(c->kf + i * 16 * (int64_t)c->d->head_dim);
+    for (i = 0; i < ATTNI_NODES; i++) x->best[i] = none;
+    for (i = n; i < ATTNI_NODES; i++) x->weight[i] = 0;
+    for (h = 0; h < x->n_kv; h++) {
+        if ((res = attni_exact_nodes(c, x, level, x->kv_head + h, n)) != ATTN_OK) return res;
+        for (r = h * x->kv_rows; r < (h + 1) * x->kv_rows; r = r1) {
+            r1 = attni_min32(r + ATTNI_SCAN_ROWS, (h + 1) * x->kv_rows);
+            attni_exact_dots(c, x->q, r, r1 - r, kt, a.n, 0);
+            attni_exact_dots(c, x->qa, r, r1 - r, kt + 8, a.n, ATTNI_NODES);
+            for (i = r; i < r1; i++) {
+                const float *s = c->s + (int64_t)(i - r) * ATTNI_LDS;
+                float z = (float)x->z[i];
+                if (x->lost[i] & (mass ? 3 : 1)) continue;
+                z -= 1e-6f * (z < 0 ? -z : z);
+                if (mass) mass[i] += c->e.ma->bounds(&a, s, x->norm[i], x->ref[i], NULL, x->weight);
+                else c->e.ma->bounds(&a, s, x->norm[i], z, x->best, NULL);
+            }
+        }
+        for (i = 0; i < n; i++) // NaN and infinities bound nothing
+            if (!attni_finite(x->slack[i])) x->best[i] = attni_float(0x7f800000u);
+    }
+    return ATTN_OK;
+}
+
+// The cells [*c0, *c1) of what is held of block first + i, from the first cell on.
+ATTNI_CALLED void attni_exact_cells(const attni_exact *x, int32_t i, int32_t *c0, int32_t *c1) {
+    int64_t lo = attni_max64((int64_t)(x->first + i) * x->b, x->kv_pos0);
+    int64_t hi = attni_min64(((int64_t)(x->first + i) + 1) * x->b, x->kv_end);
+    *c0 = (int32_t)(attni_cell_of(x->d, x->seq, lo - x->kv_pos0) - x->cell0);
+    *c1 = (int32_t)(attni_cell_of(x->d, x->seq, hi - 1 - x->kv_pos0) - x->cell0) + 1;
+}
+
+ATTNI_INLINE int32_t attni_exact_run(const attni_exact *x, int32_t cell) {
+    return (int32_t)((x->cell0 + cell) / ATTNI_RUN - x->run0);
+}
+
+// What a bound on a node says of a block's value.
+ATTNI_INLINE float attni_exact_raise(float best, float log_b) {
+    return best + log_b + 3e-5f + 1e-6f * (best < 0 ? -best : best);
+}
+
+// Bounds of all runs, and of the blocks by them; a run that goes on behind the last cell has none.
+ATTNI_CALLED attn_result attni_exact_begin(attni_scan *c, attni_exact *x, float log_b) {
+    const float inf = attni_float(0x7f800000u), none = attni_float(0xff800000u);
+    int32_t i, j, n, c0, c1;
+    attn_result res;
+    for (i = 1; i <= x->n; i++) {
+        x->key[i] = inf;
+        x->by[i] = x->wild ? ATTNI_BY_CELL : ATTNI_BY_RUN;
+    }
+    if (x->wild || x->n < 1) return ATTN_OK;
+    x->cell0 = attni_cell_of(x->d, x->seq, 0);
+    x->run0 = x->cell0 / ATTNI_RUN;
+    x->n_cells = (int32_t)(attni_cell_of(x->d, x->seq, x->kv_end - x->kv_pos0 - 1) - x->cell0) + 1;
+    x->n_runs = (int32_t)((x->cell0 + x->n_cells) / ATTNI_RUN - x->run0);
+    for (i = 0; i < x->n_cells; i++) x->cell[i] = attni_float(0x7fc00000u);
+    attni_exact_cells(x, x->n, &c0, &c1);
+    x->n_runs = attni_min32(x->n_runs, attni_exact_run(x, c1 - 1) + 1);
+    for (i = 0; i < x->n_runs; i += n) {
+        n = attni_min32(ATTNI_NODES, x->n_runs - i);
+        for (j = 0; j < n; j++) x->node[j] = i + j;
+        if ((res = attni_exact_bound(c, x, 1, n, NULL)) != ATTN_OK) return res;
+        memcpy(x->run + i, x->best, 4 * (size_t)n);
+    }
+    for (i = 1; i <= x->n; i++) {
+        float most = none;
+        attni_exact_cells(x, i, &c0, &c1);
+        if (attni_exact_run(x, c1 - 1) >= x->n_runs) continue;
+        for (j = attni_exact_run(x, c0); j <= attni_exact_run(x, c1 - 1); j++)
+            if (attni_less(most, x->run[j])) most = x->run[j];
+        x->key[i] = attni_exact_raise(most, log_b);
+    }
+    return ATTN_OK;
+}
+
+// ---- the heap: largest key first, then the lowest block
+
+ATTNI_INLINE int attni_exact_before(const attni_exact *x, int32_t i, int32_t j) {
+    return attni_less(x->key[j], x->key[i]) || (!attni_less(x->key[i], x->key[j]) && i < j);
+}
+
+ATTNI_CALLED void attni_exact_sink(attni_exact *x, int32_t at) {
+    int32_t i = x->heap[at], kid;
+    while ((kid = 2 * at + 1) < x->n_heap) {
+        if (kid + 1 < x->n_heap && attni_exact_before(x, x->heap[kid + 1], x->heap[kid])) kid++;
+        if (!attni_exact_before(x, x->heap[kid], i)) break;
+        x->heap[at] = x->heap[kid];
+        at = kid;
+    }
+    x->heap[at] = i;
+}
+
+ATTNI_CALLED int32_t attni_exact_pop(attni_exact *x) {
+    int32_t i = x->heap[0];
+    x->heap[0] = x->heap[--x->n_heap];
+    if (x->n_heap) attni_exact_sink(x, 0);
+    return i;
+}
+
+ATTNI_CALLED void attni_exact_push(attni_exact *x, int32_t i) {
+    int32_t at = x->n_heap++;
+    for (; at > 0 && attni_exact_before(x, i, x->heap[(at - 1) / 2]); at = (at - 1) / 2)
+        x->heap[at] = x->heap[(at - 1) / 2];
+    x->heap[at] = i;
+}
+
+// Bounds blocks that are known by their runs by their cells instead: i, and more while they come
+// next and their cells fit.
+ATTNI_CALLED attn_result attni_exact_refine(attni_scan *c, attni_exact *x, int32_t i, float log_b) {
+    const float none = attni_float(0xff800000u);
+    int32_t n = 0, k = 0, c0, c1, j, e0, e1;
+    attn_result res;
+    for (;; i = attni_exact_pop(x)) { // the whole run's cells: its other blocks come soon
+        x->list[x->n_listed + k++] = i;
+        attni_exact_cells(x, i, &c0, &c1);
+        e0 = (int32_t)((x->cell0 + c0) / ATTNI_RUN * ATTNI_RUN - x->cell0);
+        e1 = (int32_t)((x->cell0 + c1 + ATTNI_RUN - 1) / ATTNI_RUN * ATTNI_RUN - x->cell0);
+        e1 = attni_min32(e1, x->n_cells);
+        for (j = attni_max32(e0, 0); j < e1; j++) {
+            if (!attni_isnan(x->cell[j])) continue;
+            if (n == ATTNI_NODES) {
+                if ((res = attni_exact_bound(c, x, 0, n, NULL)) != ATTN_OK) return res;
+                while (n > 0) n--, x->cell[x->node[n]] = x->best[n];
+            }
+            x->cell[j] = none;
+            x->node[n++] = j;
+        }
+        if (!x->n_heap || x->by[x->heap[0]] != ATTNI_BY_RUN || n + 2 * ATTNI_RUN > ATTNI_NODES)
+            break;
+    }
+    if (n && (res = attni_exact_bound(c, x, 0, n, NULL)) != ATTN_OK) return res;
+    while (n > 0) n--, x->cell[x->node[n]] = x->best[n];
+    while (k-- > 0) {
+        float most = none;
+        i = x->list[x->n_listed + k];
+        attni_exact_cells(x, i, &c0, &c1);
+        for (j = c0; j < c1; j++) if (attni_less(most, x->cell[j])) most = x->cell[j];
+        x->key[i] = attni_exact_raise(most, log_b);
+        x->by[i] = ATTNI_BY_CELL;
+        attni_exact_push(x, i);
+    }
+    return ATTN_OK;
+}
+
+// ---- masses
+
+// Adds what unread blocks may hold to mass[row] (+inf: anything).
+ATTNI_CALLED attn_result attni_exact_unread(attni_scan *c, attni_exact *x, float *mass) {
+    int32_t level, n, i, c0, c1, j, r, any = 0;
+    attn_result res;
+    for (i = 1; i <= x->n; i++) any |= x->by[i] < ATTNI_BY_KEYS;
+    if (any && x->wild)
+        for (r = 0; r < x->n_rows; r++) mass[r] = 3e38f;
+    if (!any || x->wild) return ATTN_OK;
+    for (level = 0; level < 2; level++) {
+        for (n = 0, i = 1; i <= x->n; i++) {
+            int by_run = x->by[i] == ATTNI_BY_RUN && attni_finite(x->key[i]);
+            if (x->by[i] >= ATTNI_BY_KEYS || by_run != level) continue;
+            attni_exact_cells(x, i, &c0, &c1);
+            for (j = c0; j < c1; j++) {
+                int64_t at = attni_cell_place(x->d, x->seq, x->cell0 + j) + x->kv_pos0;
+                int64_t end = attni_cell_place(x->d, x->seq, x->cell0 + j + 1) + x->kv_pos0;
+                int32_t node = level ? attni_exact_run(x, j) : j;
+                at = attni_max64(at, (int64_t)(x->first + i) * x->b);
+                end = attni_min64(end, ((int64_t)(x->first + i) + 1) * x->b);
+                if (!n || x->node[n - 1] != node) {
+                    if (n == ATTNI_NODES) {
+                        if ((res = attni_exact_bound(c, x, level, n, mass)) != ATTN_OK) return res;
+                        n = 0;
+                    }
+                    x->node[n] = node;
+                    x->weight[n++] = 0;
+                }
+                x->weight[n - 1] += (float)(end - at);
+            }
+        }
+        if (n && (res = attni_exact_bound(c, x, level, n, mass)) != ATTN_OK) return res;
+    }
+    return ATTN_OK;
+}
+
+// Reads the unread blocks of the largest bounds, to a factor of about 50 in mass.
+ATTNI_CALLED attn_result attni_exact_more(attni_scan *c, attni_exact *x) {
+    float top = attni_float(0xff800000u);
+    int32_t i, n = 0, id[16];
+    attn_result res;
+    for (i = 1; i <= x->n; i++)
+        if (x->by[i] < ATTNI_BY_KEYS && attni_less(top, x->key[i])) top = x->key[i];
+    for (i = 1; i <= x->n; i++) {
+        if (x->by[i] >= ATTNI_BY_KEYS || attni_less(x->key[i], top - 4)) continue;
+        id[n++] = x->first + i;
+        if (n < 16) continue;
+        if ((res = attni_exact_blocks(c, x, 1, id, n)) != ATTN_OK) return res;
+        n = 0;
+    }
+    if (n && (res = attni_exact_blocks(c, x, 1, id, n)) != ATTN_OK) return res;
+    for (i = x->n_heap / 2; i-- > 0;) attni_exact_sink(x, i);
+    return ATTN_OK;
+}
+
+// *yes: no row misses more than epsilon of its mass.
+ATTNI_CALLED attn_result attni_exact_enough(attni_scan *c, attni_exact *x, int *yes) {
+    const double part = 1 - (double)c->f->exact.epsilon;
+    attn_result res;
+    int32_t r;
+    for (*yes = 0;;) {
+        for (r = 0; r < x->n_rows; r++)
+            if (x->lost[r] || x->kept[r] < part * x->all[r]) return ATTN_OK;
+        memset(x->bm, 0, 4 * (size_t)x->n_rows);
+        if ((res = attni_exact_unread(c, x, x->bm)) != ATTN_OK) return res;
+        for (r = 0; r < x->n_rows; r++)
+            if (x->kept[r] < part * (x->all[r] + 1.0001 * (double)x->bm[r])) break;
+        if (r == x->n_rows) break;
+        if ((res = attni_exact_more(c, x)) != ATTN_OK) return res;
+    }
+    *yes = 1;
+    return ATTN_OK;
+}
+
+// The largest bound over rows on the missed share; every listed block's mass is in kept.
+ATTNI_CALLED attn_result attni_exact_missed(attni_scan *c, attni_exact *x, float *out) {
+    const float dim = (float)c->d->head_dim, cap = c->d->logits.softcap;
+    const float key = attni_root(x->top_key), scale = c->scale < 0 ? -c->scale : c->scale;
+    double worst = 0;
+    attn_result res;
+    int32_t r;
+    memset(x->bm, 0, 4 * (size_t)x->n_rows);
+    if ((res = attni_exact_unread(c, x, x->bm)) != ATTN_OK) return res;
+    for (r = 0; r < x->n_rows; r++) {
+        // scores are off by so much at most, by the rounding of their sums
+        float off = (dim + 16) * 2.4e-7f * x->norm[r] * key * scale + 2e-6f * cap;
+        double mu, miss;
+        if (x->lost[r] || !attni_finite(off) || attni_less(1e30f, x->bm[r])) break;
+        mu = attni_exp64(-2 * (double)off - 2e-5);
+        miss = x->all[r] - x->kept[r];
+        if (miss < 0) miss = 0;
+        // masses of a row whose unit changed are not the same number twice
+        miss += (x->ref[r] > (float)x->z[r] ? 2e-5 : 1e-12) * x->all[r];
+        miss += 1.0001 * (double)x->bm[r];
+        miss /= miss + x->kept[r] * mu * mu;
+        if (worst < miss) worst = miss;
+    }
+    worst = r < x->n_rows || worst > 1 ? 1 : worst * (1 + 1e-6);
+    *out = worst < 1 ? (float)worst : 1;
+    return ATTN_OK;
+}
+
+// ---- a list row
+
+// Finds out the list row of a unit. 0: it sees no key.
+ATTNI_CALLED int attni_exact_find(const attni_scan *c, attni_exact *x, int64_t unit, int32_t *row) {
+    const attn_desc *d = c->d;
+    const attn_select *f = c->f;
+    const int32_t lists = c->x->n_lists, l = (int32_t)(unit % lists);
+    int32_t s = 0, n, q_len, p0, at, p1;
+    int64_t from;
+    for (unit /= lists; unit >= (n = attni_rows_of(d, f->row_block, s)); s++) unit -= n;
+    x->d = d;
+    x->seq = s;
+    q_len = d->q_start[s + 1] - d->q_start[s];
+    p0 = attni_q_pos0(d, s);
+    at = p0 / f->row_block + (int32_t)unit;
+    *row = c->x->seq_row[s] + at;
+    from = (int64_t)at * f->row_block;
+    x->pos = attni_max32(p0, (int32_t)from);
+    p1 = (int32_t)attni_min64(from + f->row_block, (int64_t)p0 + q_len) - 1;
+    x->n_q = p1 - x->pos + 1;
+    x->token = d->q_start[s] + x->pos - p0;
+    x->n_kv = f->heads == ATTN_SELECT_ALL ? d->n_kv_heads : 1;
+    x->n_head = f->heads == ATTN_SELECT_EACH ? 1 : c->group;
+    x->kv_head = f->heads == ATTN_SELECT_EACH ? l / c->group : l;
+    x->head = f->heads == ATTN_SELECT_EACH ? l : l * c->group;
+    x->kv_rows = x->n_head * x->n_q;
+    x->n_rows = x->n_kv * x->kv_rows;
+    x->b = f->kv_block;
+    x->kv_pos0 = attni_kv_pos0(d, s);
+    x->kv_end = x->kv_pos0 + d->kv.kv_len[s];
+    x->first = x->kv_pos0 / x->b;
+    x->last = attni_min32(p1, x->kv_end - 1) / x->b;
+    x->always = (int32_t)(attni_max64(from - f->exact.recent, 0) / x->b);
+    x->always = attni_max32(x->always, x->first);
+    x->n = attni_max32(0, attni_min32(x->always - 1, x->last) - x->first);
+    return d->kv.kv_len[s] > 0 && p1 >= x->kv_pos0;
+}
+
+// How many of the competing blocks are wanted.
+ATTNI_CALLED int32_t attni_exact_want(const attni_scan *c, const attni_exact *x) {
+    const attn_exact *e = &c->f->exact;
+    const int32_t visible = x->last - x->first + 1, always = visible - x->n;
+    double share = ((double)e->share - 1e-6) * (double)visible;
+    int64_t n = attni_n_blocks(e->keep, x->b), by_share = (int64_t)share;
+    if (c->d->kv.kv_len[x->seq] <= c->f->dense_below) return x->n;
+    if (!e->keep && !(e->share > 0)) return x->n;
+    if (share > 0) n = attni_max64(n, by_share + ((double)by_share < share));
+    return (int32_t)attni_max64(0, attni_min64(x->n, n - always));
+}
+
+// Loads the queries, and Z from the keys that are always kept.
+ATTNI_CALLED attn_result attni_exact_load(attni_scan *c, attni_exact *x) {
+    const float none = attni_float(0xff800000u);
+    const int64_t dim = c->d->head_dim;
+    int32_t r, i, e;
+    attn_result res;
+    x->n_heap = x->n_listed = x->n_keys = 0;
+    x->wild = !c->y;
+    x->top_key = x->top_norm = 0;
+    for (r = 0; r < x->n_rows; r++) {
+        float *q = x->q + r * dim, *qa = x->qa + r * dim;
+        double sum = 0;
+        attni_scan_query(c, 0, x->token + r % x->n_q, x->head + r / x->n_q, q);
+        for (e = 0; e < dim; e++) {
+            if (c->scale < 0) q[e] = -q[e];
+            qa[e] = attni_float(attni_bits32(q[e]) & 0x7fffffffu);
+            sum += (double)q[e] * (double)q[e];
+        }
+        x->norm[r] = attni_root((float)sum) + 1e-19f;
+        if (!attni_less(x->norm[r], 1e18f)) x->wild = 1; // nor where a sum may overflow
+        if (!attni_less(x->norm[r], x->top_norm)) x->top_norm = x->norm[r];
+        x->bm[r] = none;
+        x->bl[r] = 0;
+        x->lost[r] = 0;
+    }
+    memset(x->q + x->n_rows * dim, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
+    memset(x->qa + x->n_rows * dim, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
+    if (x->first < x->always && (res = attni_exact_blocks(c, x, 0, &x->first, 1)) != ATTN_OK)
+        return res;
+    for (i = x->always; i <= x->last; i++)
+        if ((res = attni_exact_blocks(c, x, 0, &i, 1)) != ATTN_OK) return res;
+    for (r = 0; r < x->n_rows; r++) {
+        x->lost[r] = (uint8_t)attni_isnan(x->bl[r]);
+        x->z[r] = -1e301;
+        if (attni_bits32(x->bm[r]) == 0xff800000u) x->wild = 1;
+        else if (!x->lost[r]) x->z[r] = (double)x->bm[r] + attni_ln((double)x->bl[r]);
+        x->ref[r] = x->z[r] < -1e300 ? 0 : (float)x->z[r];
+        x->all[r] = x->kept[r] = x->z[r] < -1e300 ? 0 : 1 + (x->z[r] - (double)x->ref[r]);
+    }
+    return ATTN_OK;
+}
+
+// Lists the blocks wanted, in order of value.
+ATTNI_CALLED attn_result attni_exact_choose(attni_scan *c, attni_exact *x) {
+    const int certain = c->f->exact.epsilon > 0;
+    const int32_t most = attni_max32(1, ATTNI_TILES / ((attni_min32(x->b, ATTN_SPAN) + 15) / 16));
+    const float log_b = (float)attni_ln((double)x->b);
+    int32_t i, j, n, id[16];
+    int yes = 0;
+    attn_result res;
+    if ((res = attni_exact_begin(c, x, log_b)) != ATTN_OK) return res;
+    for (i = 1; i <= x->n; i++) attni_exact_push(x, i);
+    if (certain && (res = attni_exact_enough(c, x, &yes)) != ATTN_OK) return res;
+    while (x->n_listed < x->want && !yes) {
+        i = attni_exact_pop(x);
+        if (x->by[i] == ATTNI_BY_KEYS) {
+            x->list[x->n_listed++] = i;
+            id[0] = x->first + i;
+            if (!certain) continue;
+            if ((res = attni_exact_blocks(c, x, 2, id, 1)) != ATTN_OK) return res;
+            if ((res = attni_exact_enough(c, x, &yes)) != ATTN_OK) return res;
+        } else if (x->by[i] == ATTNI_BY_RUN) {
+            if ((res = attni_exact_refine(c, x, i, log_b)) != ATTN_OK) return res;
+        } else {
+            for (n = 0, id[n++] = i; n < most && n < 16 && x->n_heap &&
+                                     x->by[x->heap[0]] == ATTNI_BY_CELL;)
+                id[n++] = attni_exact_pop(x);
+            for (j = 0; j < n; j++) id[j] += x->first;
+            if ((res = attni_exact_blocks(c, x, 1, id, n)) != ATTN_OK) return res;
+            for (j = 0; j < n; j++) attni_exact_push(x, id[j] - x->first);
+        }
+    }
+    for (i = 0; i < x->n_listed && !certain; i += n) {
+        n = attni_min32(16, x->n_listed - i);
+        for (j = 0; j < n; j++) id[j] = x->first + x->list[i + j];
+        if ((res = attni_exact_blocks(c, x, 2, id, n)) != ATTN_OK) return res;
+    }
+    return ATTN_OK;
+}
+
 ATTNI_CALLED attn_result attni_exact_unit(attni_scan *c, int64_t unit) {
-    (void)c, (void)unit;
-    return ATTN_ERR_UNSUPPORTED;
+    const attn_selection *o = c->x;
+    const int32_t l = (int32_t)(unit % o->n_lists);
+    attni_exact x;
+    attn_result res;
+    float missed = 0;
+    int32_t row, i, n = 0, *out, sees, all;
+    int64_t at;
+    attni_exact_carve(&x, c->rest, c->d, c->f);
+    sees = attni_exact_find(c, &x, unit, &row);
+    if (row < 0 || row >= o->max_rows) return ATTN_ERR_BUFFER;
+    at = l * ((int64_t)o->max_rows + 1) + row;
+    o->row_start[at] = o->row_end[at] = (l * (int64_t)o->max_rows + row) * o->row_capacity;
+    o->visited[at] = 0;
+    o->missed[at] = 0;
+    if (!sees) return ATTN_OK;
+    x.want = attni_exact_want(c, &x);
+    all = x.want == x.n && !(c->f->exact.epsilon > 0 &&
+                             c->d->kv.kv_len[x.seq] > c->f->dense_below);
+    if (x.last - x.first + 1 - x.n + (all ? x.n : x.want) > o->row_capacity) return ATTN_ERR_BUFFER;
+    x.n_keys = 0;
+    if (!all) {
+        if ((res = attni_exact_load(c, &x)) != ATTN_OK) return res;
+        if ((res = attni_exact_choose(c, &x)) != ATTN_OK) return res;
+        if (x.n_listed < x.n && (res = attni_exact_missed(c, &x, &missed)) != ATTN_OK) return res;
+        for (i = 1; i <= x.n; i++) x.by[i] = 0;
+        for (i = 0; i < x.n_listed; i++) x.by[x.list[i]] = 1;
+    }
+    out = o->block + o->row_start[at];
+    for (i = x.first; i <= x.last; i++)
+        if (i == x.first || i >= x.always || all || x.by[i - x.first]) out[n++] = i;
+    o->row_end[at] += n;
+    o->visited[at] = x.n_keys;
+    o->missed[at] = missed;
+    return ATTN_OK;
 }
 
 // ==== >>impl-select  =============================================================================
@@ -6065,18 +6897,274 @@ ATTN_DEF attn_result attn_cpu_landmarks(const attn_desc *d, const attn_select *s
     return r;
 }
 
-ATTN_DEF size_t attn_summary_bytes(const attn_desc *d) {
-    (void)d;
-    return 0;
+// ---- summaries
+
+// The sequences' places [*j0, *j1) that a call makes anew.
+ATTNI_CALLED void attni_summary_new(const attn_desc *d, int32_t s, int64_t *j0, int64_t *j1) {
+    const int64_t from = (int64_t)attni_q_pos0(d, s) - attni_kv_pos0(d, s);
+    *j0 = attni_max64(from, 0);
+    *j1 = attni_min64(from + d->q_start[s + 1] - d->q_start[s], d->kv.kv_len[s]);
+    if (*j1 < *j0) *j1 = *j0;
 }
+
+// Runs that hold new tokens of sequence s, from *run on.
+ATTNI_CALLED int64_t attni_summary_runs(const attn_desc *d, int32_t s, int64_t *run) {
+    int64_t j0, j1;
+    attni_summary_new(d, s, &j0, &j1);
+    if (j0 == j1) return 0;
+    *run = attni_cell_of(d, s, j0) / ATTNI_RUN;
+    return attni_cell_of(d, s, j1 - 1) / ATTNI_RUN - *run + 1;
+}
+
+typedef struct attni_summer {
+    const attn_desc *d;
+    attni_side k;
+    const attni_moves *mv;
+    uint16_t *data;
+    float lo[ATTN_MAX_HEAD_DIM], hi[ATTN_MAX_HEAD_DIM];
+} attni_summer;
+
+// A key as it counts, padded to 16 with zeros.
+ATTNI_CALLED void attni_summer_key(const attni_summer *m, int32_t page, int32_t place, int32_t head,
+                                   float *out) {
+    const int32_t dim = m->d->head_dim, units = dim * attni_bits_of(m->k.dtype) / 32;
+    const uint8_t *src = m->k.data + page * m->k.page_bytes + attni_token_offset(&m->k, place, head);
+    const float scale = attni_token_scale(&m->k, page, place, head);
+    uint32_t raw[ATTN_MAX_HEAD_DIM];
+    int32_t i;
+    for (i = 0; i < units; i++) memcpy(raw + i, src + i * (m->k.k16 ? 64 : 4), 4);
+    m->mv->widen(m->k.dtype, raw, dim, out);
+    for (i = 0; i < dim; i++) out[i] *= scale;
+}
+
+// To bf16, away from zero or towards it: up or down.
+ATTNI_INLINE uint16_t attni_outwards(float x, int up) {
+    uint32_t u = attni_bits32(x);
+    if ((u & 0xffffu) && (u >> 31) != (uint32_t)up) u += 0x10000u;
+    return (uint16_t)(u >> 16);
+}
+
+ATTNI_CALLED void attni_summer_begin(attni_summer *m) {
+    int32_t i;
+    for (i = 0; i < m->d->head_dim; i++) {
+        m->lo[i] = attni_float(0x7f800000u);
+        m->hi[i] = attni_float(0xff800000u);
+    }
+}
+
+// Writes lo and hi as a node; not finite: anything is possible.
+ATTNI_CALLED void attni_summer_box(attni_summer *m, int finite, uint16_t *node) {
+    const int32_t dim = m->d->head_dim;
+    int32_t i;
+    for (i = 0; i < dim; i++) {
+        node[i] = finite ? attni_outwards(m->lo[i], 0) : 0xff80u;
+        node[dim + i] = finite ? attni_outwards(m->hi[i], 1) : 0x7f80u;
+    }
+    memset(node + 2 * dim, 0, 16);
+    node[2 * dim] = 0x7f80u;
+}
+
+// The middle of a node as bounds are taken about it.
+ATTNI_INLINE float attni_node_middle(const uint16_t *node, int32_t dim, int32_t i) {
+    return (attni_from_bf16(node[i]) + attni_from_bf16(node[dim + i])) * 0.5f;
+}
+
+// Widens the ball of a node by one of radius r at distance sqrt(sum).
+ATTNI_INLINE void attni_summer_ball(double sum, float r, float *radius) {
+    float far = attni_root((float)sum) * 1.0001f + r;
+    if (!attni_less(far, *radius)) *radius = far;
+}
+
+// A cell of n tokens from its page's token `place` on.
+ATTNI_CALLED void attni_summer_cell(attni_summer *m, int32_t page, int32_t place, int32_t n,
+                                    int32_t head, uint16_t *node) {
+    const int32_t dim = m->d->head_dim;
+    float key[ATTN_MAX_HEAD_DIM], radius = 0;
+    int32_t t, i;
+    int finite = 1;
+    attni_summer_begin(m);
+    for (t = 0; t < n; t++) {
+        attni_summer_key(m, page, place + t, head, key);
+        for (i = 0; i < dim; i++) {
+            finite &= attni_finite(key[i]);
+            m->lo[i] = key[i] < m->lo[i] ? key[i] : m->lo[i];
+            m->hi[i] = key[i] > m->hi[i] ? key[i] : m->hi[i];
+        }
+    }
+    attni_summer_box(m, finite, node);
+    for (t = 0; t < n && finite; t++) {
+        float sum = 0;
+        attni_summer_key(m, page, place + t, head, key);
+        for (i = 0; i < dim; i++) {
+            float off = key[i] - attni_node_middle(node, dim, i);
+            sum += off * off;
+        }
+        attni_summer_ball((double)sum, 0, &radius);
+    }
+    if (finite) node[2 * dim] = attni_outwards(radius, 1);
+}
+
+// A run from its n cells' nodes.
+ATTNI_CALLED void attni_summer_run(attni_summer *m, uint16_t *const *cell, int32_t n,
+                                   uint16_t *node) {
+    const int32_t dim = m->d->head_dim;
+    float radius = 0;
+    int32_t t, i;
+    attni_summer_begin(m);
+    for (t = 0; t < n; t++)
+        for (i = 0; i < dim; i++) {
+            float lo = attni_from_bf16(cell[t][i]), hi = attni_from_bf16(cell[t][dim + i]);
+            m->lo[i] = lo < m->lo[i] ? lo : m->lo[i];
+            m->hi[i] = hi > m->hi[i] ? hi : m->hi[i];
+        }
+    attni_summer_box(m, 1, node);
+    for (t = 0; t < n; t++) {
+        float sum = 0;
+        for (i = 0; i < dim; i++) {
+            float off = attni_node_middle(cell[t], dim, i) - attni_node_middle(node, dim, i);
+            sum += off * off;
+        }
+        attni_summer_ball((double)sum, attni_from_bf16(cell[t][2 * dim]), &radius);
+    }
+    node[2 * dim] = attni_finite(radius) ? attni_outwards(radius, 1) : 0x7f80u;
+}
+
+// New cells of sequence s in a run: [*g0, *g1); 0 when there are none.
+ATTNI_CALLED int attni_summary_cells(const attn_desc *d, int32_t s, int64_t run, int64_t *g0,
+                                     int64_t *g1) {
+    int64_t j0, j1;
+    attni_summary_new(d, s, &j0, &j1);
+    if (j0 == j1) return 0;
+    *g0 = attni_max64(attni_cell_of(d, s, j0), run * ATTNI_RUN);
+    *g1 = attni_min64(attni_cell_of(d, s, j1 - 1), run * ATTNI_RUN + ATTNI_RUN - 1) + 1;
+    return *g0 < *g1;
+}
+
+// The page of a cell of sequence s, *place and *n its tokens there; -1 where none is held.
+ATTNI_CALLED int32_t attni_summary_page(const attn_desc *d, int32_t s, int64_t cell, int32_t *place,
+                                        int32_t *n) {
+    const int32_t pt = d->kv.page_tokens;
+    int64_t j = attni_cell_place(d, s, cell);
+    if (j < 0 || j >= d->kv.kv_len[s]) return -1;
+    *place = (int32_t)(j % pt);
+    *n = attni_min32(attni_min32(ATTNI_CELL, pt - *place), (int32_t)(d->kv.kv_len[s] - j));
+    return attni_page_of(d, s, (int32_t)j);
+}
+
+ATTNI_CALLED uint16_t *attni_summary_node(const attn_desc *d, uint16_t *data, int level,
+                                          int32_t page, int64_t cell, int32_t head) {
+    const int64_t pc = attni_page_cells(d);
+    const int64_t at = (level * (int64_t)d->kv.n_pages + page) * pc + cell % pc;
+    return data + (at * d->n_kv_heads + head) * (2 * (int64_t)d->head_dim + 8);
+}
+
+// Sequences that share a page may all have new tokens in it or behind it. Those of a run for which
+// the first new cell any of them sees is the same are the work of the first of them. Returns that
+// one, *cell: that cell.
+ATTNI_CALLED int32_t attni_summary_leader(const attn_desc *d, int32_t s, int64_t run,
+                                          int64_t *cell) {
+    int64_t g0, g1, first;
+    int32_t u, at, n;
+    if (!attni_summary_cells(d, s, run, &first, &g1)) return -1;
+    for (u = 0; u < d->n_seq; u++)
+        if (u != s && attni_summary_cells(d, u, run, &g0, &g1) && g0 < first &&
+            attni_summary_page(d, u, g0, &at, &n) == attni_summary_page(d, s, g0, &at, &n))
+            first = g0;
+    for (u = 0; u < s; u++)
+        if (attni_summary_cells(d, u, run, &g0, &g1) &&
+            attni_summary_page(d, u, first, &at, &n) == attni_summary_page(d, s, first, &at, &n))
+            break;
+    *cell = first;
+    return u;
+}
+
+// The new cells of sequence s in a run.
+ATTNI_CALLED attn_result attni_summary_fill(attni_summer *m, int32_t s, int64_t run) {
+    const attn_desc *d = m->d;
+    int64_t g, g0 = 0, g1 = 0;
+    int32_t u, h, page, place, n, at, most;
+    attni_summary_cells(d, s, run, &g0, &g1);
+    for (g = g0; g < g1; g++) {
+        if ((page = attni_summary_page(d, s, g, &place, &most)) < 0) return ATTN_ERR_PAGE;
+        for (u = 0; u < d->n_seq; u++) // who shares it may hold more of it
+            if (attni_summary_page(d, u, g, &at, &n) == page) most = attni_max32(most, n);
+        for (h = 0; h < d->n_kv_heads; h++)
+            attni_summer_cell(m, page, place, most, h,
+                              attni_summary_node(d, m->data, 0, page, g, h));
+    }
+    return ATTN_OK;
+}
+
+// The run's own node, once its last cell is there.
+ATTNI_CALLED attn_result attni_summary_close(attni_summer *m, int32_t s, int64_t run) {
+    const attn_desc *d = m->d;
+    uint16_t *cell[ATTNI_RUN];
+    int32_t page[ATTNI_RUN], h, i, n, at, len;
+    int64_t g = run * ATTNI_RUN;
+    if (attni_cell_of(d, s, d->kv.kv_len[s] - 1) < g + ATTNI_RUN - 1) return ATTN_OK;
+    for (i = 0; i < ATTNI_RUN; i++) { // the front may be gone
+        if (attni_cell_place(d, s, g + i) < 0) page[i] = -1;
+        else if ((page[i] = attni_summary_page(d, s, g + i, &at, &len)) < 0) return ATTN_ERR_PAGE;
+    }
+    for (h = 0; h < d->n_kv_heads; h++) {
+        for (n = i = 0; i < ATTNI_RUN; i++)
+            if (page[i] >= 0) cell[n++] = attni_summary_node(d, m->data, 0, page[i], g + i, h);
+        attni_summer_run(m, cell, n,
+                         attni_summary_node(d, m->data, 1, page[ATTNI_RUN - 1], g + ATTNI_RUN - 1,
+                                            h));
+    }
+    return ATTN_OK;
+}
+
+ATTNI_CALLED attn_result attni_summary_unit(attni_summer *m, int32_t s, int64_t run) {
+    const attn_desc *d = m->d;
+    int64_t first, other;
+    attn_result r;
+    int pass;
+    int32_t u;
+    if (attni_summary_leader(d, s, run, &first) != s) return ATTN_OK;
+    for (pass = 0; pass < 2; pass++)
+        for (u = s; u < d->n_seq; u++) {
+            if (u != s && (attni_summary_leader(d, u, run, &other) != s || other != first)) continue;
+            r = pass ? attni_summary_close(m, u, run) : attni_summary_fill(m, u, run);
+            if (r != ATTN_OK) return r;
+        }
+    return ATTN_OK;
+}
+
 ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d) {
-    (void)d;
-    return 0;
+    int64_t n = 0, run;
+    int32_t s;
+    if (!d || attni_check_shape(d) != ATTN_OK || attni_check_kv(d) != ATTN_OK) return 0;
+    for (s = 0; s < d->n_seq; s++) n += attni_summary_runs(d, s, &run);
+    return n;
 }
+
 ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *y, int64_t first,
                                         int64_t count) {
-    (void)d, (void)y, (void)first, (void)count;
-    return ATTN_ERR_UNSUPPORTED;
+    attni_summer m;
+    attni_exec e;
+    uint64_t mode;
+    int64_t n, run = 0;
+    int32_t s;
+    attn_result r;
+    if (!d || !y || !y->data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
+    if ((uintptr_t)y->data % 64) return ATTN_ERR_BUFFER;
+    if (first > attn_cpu_summarize_units(d) - count) return ATTN_ERR_ARGUMENT;
+    m.d = d;
+    m.data = y->data;
+    if ((r = attni_side_init(d, 0, &m.k)) != ATTN_OK) return r;
+    attni_choose(d, &e);
+    m.mv = e.mv;
+    mode = attni_mode_enter();
+    for (s = 0; s < d->n_seq && count > 0 && r == ATTN_OK; s++) {
+        n = attni_summary_runs(d, s, &run);
+        for (; first < n && count > 0 && r == ATTN_OK; first++, count--)
+            r = attni_summary_unit(&m, s, run + first);
+        first = attni_max64(first - n, 0);
+    }
+    attni_mode_leave(mode);
+    return r;
 }
 
 // ==== >>impl-delta  ==============================================================================
