@@ -3288,26 +3288,25 @@ static int attni_walk_run(const attn_block_list *b, attni_walk *k, int64_t *lo, 
 // Walks over the next span; x, unless NULL, becomes that span (empty at the end).
 ATTNI_CALLED void attni_walk_span(const attni_work *w, attni_walk *k, attni_rows *x) {
     int64_t lo, hi;
+    uint64_t in[4], rest[4] = {0, 0, 0, 0};
     int32_t n = 0, j, m;
-    int listed, w4;
+    int listed;
     if (x) x->from = *k;
     if (k->end < 0) {
         n = k->pos < k->until ? ATTN_SPAN : 0;
         for (j = 0; x && j < n; j++) x->at[j] = (int32_t)k->pos + j;
         k->pos += n;
     } else {
-        for (w4 = 0; x && w4 < 4; w4++) x->listed[w4] = ~(uint64_t)0;
         for (; n < ATTN_SPAN && attni_walk_run(&w->d->mask.blocks, k, &lo, &hi, &listed); n += m) {
             if (n == 0 && lo >= k->until) break;
             m = (int32_t)attni_min64(hi - lo, ATTN_SPAN - n);
             for (j = 0; x && j < m; j++) x->at[n + j] = (int32_t)lo + j;
-            if (x && !listed) {
-                uint64_t not_in[4] = {0, 0, 0, 0};
-                attni_bits_set(not_in, n, n + m);
-                for (w4 = 0; w4 < 4; w4++) x->listed[w4] &= ~not_in[w4];
-            }
+            if (!listed) attni_bits_set(rest, n, n + m);
             k->pos = lo + m;
         }
+        memset(in, 0, sizeof in);
+        attni_bits_set(in, 0, n);
+        for (j = 0; x && j < 4; j++) x->listed[j] = in[j] & ~rest[j];
     }
     if (!x) return;
     x->n = n;
@@ -3381,26 +3380,27 @@ static int32_t attni_at_least(const attni_rows *x, int64_t p) {
     return (int32_t)attni_lower_bound(x->at, 0, x->n, p);
 }
 
-// Which tokens of a gathered span the query of the task's token i sees.
+// Which tokens of a gathered span the query of the task's token i sees: mostly all that are listed.
 ATTNI_CALLED void attni_gathered_bits(const attni_work *w, int32_t i, uint64_t bits[4]) {
     const attn_mask *m = &w->d->mask;
     const attni_rows *x = &w->rows[0];
     const attn_plan_seq *q = &w->p->seq[w->seq[i]];
-    int64_t lo = q->kv_pos0, hi = lo + q->kv_len, p = w->pos[i];
-    uint64_t kept[4];
+    const int64_t at0 = x->at[0], at1 = x->at[x->n - 1], p = w->pos[i];
+    int64_t lo = q->kv_pos0, hi = lo + q->kv_len, left = lo;
+    uint64_t base[4] = {0, 0, 0, 0};
     int j;
+    memcpy(bits, x->listed, sizeof x->listed);
+    if (at0 < m->keep_sink) attni_bits_set(bits, 0, attni_at_least(x, m->keep_sink));
+    if (m->keep_recent && at1 > p - m->keep_recent)
+        attni_bits_set(bits, attni_at_least(x, p - (m->keep_recent - 1)), x->n);
     if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p + 1);
-    memset(bits, 0, 4 * sizeof bits[0]);
-    attni_bits_set(bits,
-                   attni_at_least(x, m->window_left ? attni_max64(lo, p - (m->window_left - 1))
-                                                    : lo),
+    if (m->window_left) left = attni_max64(lo, p - (m->window_left - 1));
+    if (at0 >= left && at1 < hi && !m->window_right) return;
+    attni_bits_set(base, attni_at_least(x, left),
                    attni_at_least(x, m->window_right ? attni_min64(hi, p + m->window_right) : hi));
     if (m->n_sink)
-        attni_bits_set(bits, attni_at_least(x, lo), attni_at_least(x, attni_min64(hi, m->n_sink)));
-    memcpy(kept, x->listed, sizeof kept);
-    if (m->keep_sink) attni_bits_set(kept, 0, attni_at_least(x, m->keep_sink));
-    if (m->keep_recent) attni_bits_set(kept, attni_at_least(x, p - (m->keep_recent - 1)), x->n);
-    for (j = 0; j < 4; j++) bits[j] &= kept[j];
+        attni_bits_set(base, attni_at_least(x, lo), attni_at_least(x, attni_min64(hi, m->n_sink)));
+    for (j = 0; j < 4; j++) bits[j] &= base[j];
 }
 
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
