@@ -3136,14 +3136,40 @@ ATTN_DEF attn_result attn_cpu_cache_load(const attn_desc *d, const attn_cache_lo
 
 // ==== >>impl-tasks  ==============================================================================
 
+// A row's KV comes in spans of at most 256 tokens, which are folded in order. What a span is depends
+// on the row's own mask and position only, so its bits do not either:
+//  - in general, spans are cut at multiples of 256 positions, and the mask says which are seen;
+//  - under a block list (whole blocks, with nothing but keep_sink and keep_recent beside it) the
+//    tokens that a list row's queries may see are gathered: the union of the sinks, the listed
+//    blocks and what is recent for any query of the row block, ascending, 256 at a time from its
+//    beginning. So work is what is listed, however small or scattered its blocks are. What a single
+//    query does not see of this (the future, what is recent for others only) is masked.
+// Such a span belongs to where it begins: to the segment, and the slot there, of the 256 positions
+// that hold its first token. Spans begin 256 positions apart at least, so no slot gets two. What
+// begins before the sequence's first segment (and may reach into it, when a front was evicted or
+// lies before the window) is the first segment's, which folds.
+
 typedef struct attni_part { // tokens of one tile that stand in one page
     int32_t t, n, page, place;
 } attni_part;
-// Where the tokens of a span are. What is not held stands on a neighbour (K, where it is masked) or
-// on zeros (V).
+
+// A place among the spans of some rows. Two equal ones go on alike.
+typedef struct attni_walk {
+    int32_t seq, head;  // whose K and V
+    int64_t pos;        // what is below was walked over
+    int64_t until;      // spans that begin here or later are another's
+    int64_t stop;       // no token from here on
+    int64_t e, end;     // the list row's entries that are left; end -1: spans of 256 positions
+    int64_t sink, recent; // kept besides: what is below, what is not below
+} attni_walk;
+
+// A span: its tokens and where they are. What is not held stands on a neighbour (K, where it is
+// masked) or on zeros (V).
 typedef struct attni_rows {
-    int32_t seq, head, span;   // seq -1: nothing
-    uint32_t tiles;            // the 16-token tiles that are filled in
+    attni_walk from, to;       // before and behind the span
+    int32_t n, *at;            // (256) positions of its n tokens, ascending
+    uint64_t listed[4];        // gathered: which are in the list
+    uint32_t tiles;            // the 16-token tiles whose rows are filled in
     attni_part *part;          // (256)
     int n_parts, has_scales;
     const uint8_t **k;         // (256) first units
@@ -3171,13 +3197,16 @@ typedef struct attni_work {
     float scale;
     int v_dense;               // the V rows of a tile are one piece of memory
     int per_head;              // masks differ between the heads of a group
+    int gathers;               // spans are gathered from block lists
     // the task
-    int32_t segment, kv_head, n_tokens, n_rows; // rows: heads of the group x tokens
+    const attn_task *task;
+    int32_t *tok, *seq;        // (its tokens) global query token, sequence
+    int32_t *pos;              // (its tokens) position
+    // its rows at work: all of them, or, when spans are gathered, those that share a list row
+    int32_t first, n_tokens, head, n_heads, n_rows; // tokens from first on x heads
     int32_t keep;              // tiles of K and V that are kept converted: all of a span, or 4
     int32_t r0, r1;            // the rows at work, whose scores stay in the first-level cache
     int32_t q_rows;            // so many rows of q are there
-    int32_t *tok, *seq;        // (n_tokens) global query token, sequence
-    int32_t *pos;              // (n_tokens) position
     void *q;                   // (n_rows + 32, ldq)
     float *o, *m, *l;          // (n_rows, vdp), (n_rows)
     // the span
@@ -3189,7 +3218,7 @@ typedef struct attni_work {
     attni_row *row;            // (n_rows)
     float *os;                 // (64, vdp) weighted sums of rows r0 .. r1; 16 for attni_row_again
     attni_rows rows[2];        // this span and the next
-    int next;                  // rows[1] holds what comes next
+    int next;                  // rows[1] holds what comes next, if it is what is then asked for
     const attn_task *then;     // what this thread will probably run after this task, or NULL
     const uint32_t **kt;       // (16) K16 tiles
     uint32_t *kraw;            // (16, k_units, 16)
@@ -3228,6 +3257,7 @@ ATTNI_CALLED size_t attni_work_carve(attni_work *w, uint8_t *base, int32_t n_tok
     ATTNI_CARVE(w, row, attni_row *, r)
     ATTNI_CARVE(w, os, float *, (2 * ATTNI_RB_MAX + 16) * vdp)
     for (i = 0; i < 2; i++) {
+        ATTNI_CARVE(w, rows[i].at, int32_t *, ATTN_SPAN)
         ATTNI_CARVE(w, rows[i].k, const uint8_t **, ATTN_SPAN)
         ATTNI_CARVE(w, rows[i].v, const void **, ATTN_SPAN + ATTNI_AHEAD)
         ATTNI_CARVE(w, rows[i].ahead, const void **, ATTN_SPAN)
@@ -3255,6 +3285,12 @@ ATTN_DEF size_t attn_cpu_scratch_bytes(const attn_desc *d, const attn_plan *p) {
     return attni_work_carve(&w, NULL, tile, tile * group);
 }
 
+// Are spans gathered? Sub-block bits, token trees and closed forms go the general way.
+static int attni_gathers(const attn_mask *m) {
+    return m->blocks.row_start && !m->blocks.bits && !m->stride.block && !m->vslash.block &&
+           m->kind != ATTN_MASK_TREE;
+}
+
 ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, const attn_plan *p) {
     attn_result r = attni_cpu_check(d);
     if (r != ATTN_OK) return r;
@@ -3275,8 +3311,9 @@ ATTNI_CALLED attn_result attni_work_init(attni_work *w, const attn_desc *d, cons
     w->group = d->n_heads / d->n_kv_heads;
     w->vdp = (p->v_head_dim + 15) & ~15;
     w->k_units = d->head_dim * attni_bits_of(d->kv.k.dtype) / 32;
+    w->gathers = attni_gathers(&d->mask);
     w->v_dense = w->v.token_bytes * 8 == (int64_t)w->v.dim * attni_bits_of(w->v.dtype) &&
-                 d->kv.page_tokens % 16 == 0;
+                 d->kv.page_tokens % 16 == 0 && !(w->gathers && d->mask.blocks.kv_block % 16);
     w->scale = attni_scale(d);
     return ATTN_OK;
 }
@@ -3316,28 +3353,28 @@ ATTNI_CALLED void attni_load_q(attni_work *w) {
         memset((uint8_t *)w->q + w->n_rows * row_bytes, 0, (size_t)(ATTNI_RB_MAX * row_bytes));
 }
 
-ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
+// Is the sequence not as the plan saw it?
+static int attni_stale(const attni_work *w, int32_t s) {
+    const attn_plan_seq *q = &w->p->seq[s];
+    return w->d->kv.kv_len[s] != q->kv_len || w->d->q_start[s] != q->q_begin ||
+           attni_q_pos0(w->d, s) != q->q_pos0 || attni_kv_pos0(w->d, s) != q->kv_pos0;
+}
+
+// The task's query tokens.
+ATTNI_CALLED attn_result attni_load_tokens(attni_work *w, const attn_task *t) {
     const attn_plan *p = w->p;
     const attn_segment *g = &p->segment[t->segment];
     int32_t i = 0, place, skip = t->first_token;
-    w->segment = t->segment;
-    w->kv_head = t->kv_head;
-    w->n_tokens = t->n_tokens;
-    w->n_rows = t->n_tokens * w->group;
-    // many rows in one block: what is converted for them is used at once, from the nearest cache
-    w->keep = w->n_rows > ATTNI_FEW && w->n_rows <= ATTNI_ONE && w->x.qk_kind == ATTNI_F32 &&
-                      w->x.pv_kind == ATTNI_F32 && w->vdp % 64 == 0 ? 4 : ATTNI_TILES;
-    for (place = g->seq0; place < g->seq0 + g->n_seq && i < w->n_tokens; place++) {
+    w->task = t;
+    for (place = g->seq0; place < g->seq0 + g->n_seq && i < t->n_tokens; place++) {
         int32_t s = p->order[place], j;
         const attn_plan_seq *q = &p->seq[s];
         if (skip >= q->q_len) {
             skip -= q->q_len;
             continue;
         }
-        if (w->d->kv.kv_len[s] != q->kv_len || w->d->q_start[s] != q->q_begin ||
-            attni_q_pos0(w->d, s) != q->q_pos0 || attni_kv_pos0(w->d, s) != q->kv_pos0)
-            return ATTN_ERR_STALE;
-        for (j = skip, skip = 0; j < q->q_len && i < w->n_tokens; j++, i++) {
+        if (attni_stale(w, s)) return ATTN_ERR_STALE;
+        for (j = skip, skip = 0; j < q->q_len && i < t->n_tokens; j++, i++) {
             w->tok[i] = q->q_begin + j;
             w->seq[i] = s;
             w->pos[i] = q->q_pos0 + j;
@@ -3345,19 +3382,142 @@ ATTNI_CALLED attn_result attni_load_rows(attni_work *w, const attn_task *t) {
                 w->pos[i] = q->q_pos0 + attni_tree_depth(w->d, q->q_begin, j);
         }
     }
+    return ATTN_OK;
+}
+
+// Rows: n of the task's tokens from first on, n_heads heads from head on.
+ATTNI_CALLED void attni_set_rows(attni_work *w, int32_t first, int32_t n, int32_t head,
+                                 int32_t n_heads) {
+    // rows that stand together share masks: the heads of a token, or the tokens of a head
+    const int by_head = w->per_head && n_heads > 1;
+    int32_t i;
+    w->first = first;
+    w->n_tokens = n;
+    w->head = head;
+    w->n_heads = n_heads;
+    w->n_rows = n * n_heads;
+    // many rows in one block: what is converted for them is used at once, from the nearest cache
+    w->keep = w->n_rows > ATTNI_FEW && w->n_rows <= ATTNI_ONE && w->x.qk_kind == ATTNI_F32 &&
+                      w->x.pv_kind == ATTNI_F32 && w->vdp % 64 == 0 ? 4 : ATTNI_TILES;
     for (i = 0; i < w->n_rows; i++) {
-        // rows that stand together share masks: the heads of a token, or the tokens of a head
         attni_row *x = w->row + i;
-        x->token = w->per_head ? i % w->n_tokens : i / w->group;
-        x->head = w->kv_head * w->group + (w->per_head ? i / w->n_tokens : i % w->group);
-        x->bits = w->bits[w->per_head ? i : x->token];
+        x->token = first + (by_head ? i % n : i / n_heads);
+        x->head = head + (by_head ? i / n : i % n_heads);
+        x->bits = w->bits[by_head ? i : i / n_heads];
         x->add = NULL;
         x->alibi = x->alibi_first = 0;
         w->m[i] = attni_float(0xff800000u);
         w->l[i] = 0;
     }
     w->q_rows = 0;
-    return ATTN_OK;
+}
+
+// How many of the task's tokens from i on share a list row.
+static int32_t attni_row_mates(const attni_work *w, int32_t i) {
+    const int32_t rb = w->d->mask.blocks.row_block;
+    int32_t n = 1;
+    while (i + n < w->task->n_tokens && w->seq[i + n] == w->seq[i] &&
+           w->pos[i + n] / rb == w->pos[i] / rb)
+        n++;
+    return n;
+}
+
+// ---- spans, in order
+
+// The next tokens [lo, hi) from k->pos on, none of them or all in the list. 0 at the end.
+static int attni_walk_run(const attn_block_list *b, attni_walk *k, int64_t *lo, int64_t *hi,
+                          int *listed) {
+    const int64_t size = b->kv_block, pos = k->pos;
+    int64_t block, rest = pos < k->sink || pos > k->recent ? pos : k->recent;
+    while (k->e < k->end && (b->block[k->e] + (int64_t)1) * size <= pos) k->e++;
+    block = k->e < k->end ? b->block[k->e] * size : k->stop;
+    *listed = block <= rest;
+    if (*listed) {
+        *lo = attni_max64(block, pos);
+        *hi = attni_min64(block + size, k->stop);
+    } else {
+        *lo = rest;
+        *hi = attni_min64(rest < k->sink ? k->sink : k->stop, attni_min64(block, k->stop));
+    }
+    return *lo < *hi;
+}
+
+// Walks over the next span; x, unless NULL, becomes that span (empty at the end).
+ATTNI_CALLED void attni_walk_span(const attni_work *w, attni_walk *k, attni_rows *x) {
+    int64_t lo, hi;
+    uint64_t in[4], rest[4] = {0, 0, 0, 0};
+    int32_t n = 0, j, m;
+    int listed;
+    if (x) x->from = *k;
+    if (k->end < 0) {
+        n = k->pos < k->until ? ATTN_SPAN : 0;
+        for (j = 0; x && j < n; j++) x->at[j] = (int32_t)k->pos + j;
+        k->pos += n;
+    } else {
+        for (; n < ATTN_SPAN && attni_walk_run(&w->d->mask.blocks, k, &lo, &hi, &listed); n += m) {
+            if (n == 0 && lo >= k->until) break;
+            m = (int32_t)attni_min64(hi - lo, ATTN_SPAN - n);
+            for (j = 0; x && j < m; j++) x->at[n + j] = (int32_t)lo + j;
+            if (!listed) attni_bits_set(rest, n, n + m);
+            k->pos = lo + m;
+        }
+        memset(in, 0, sizeof in);
+        attni_bits_set(in, 0, n);
+        for (j = 0; x && j < 4; j++) x->listed[j] = in[j] & ~rest[j];
+    }
+    if (!x) return;
+    x->n = n;
+    x->tiles = 0;
+    x->to = *k;
+}
+
+// Where the rows of a segment at position pos of a sequence begin: those with this head.
+ATTNI_CALLED void attni_walk_start(const attni_work *w, attni_walk *k, int32_t segment, int32_t s,
+                                   int64_t pos, int32_t head) {
+    const attn_mask *m = &w->d->mask;
+    const attn_block_list *b = &m->blocks;
+    const attn_segment *g = &w->p->segment[segment];
+    const attn_plan_seq *q = &w->p->seq[s];
+    int64_t row0, first, lo, hi;
+    int32_t unit = 1, list;
+    int listed;
+    memset(k, 0, sizeof *k); // equal ones are equal byte by byte
+    k->seq = s;
+    k->head = head / w->group;
+    k->until = (int64_t)g->span1 * ATTN_SPAN;
+    first = (int64_t)g->span0 * ATTN_SPAN;
+    k->pos = first;
+    k->end = -1;
+    if (!w->gathers) return;
+    // sinks and what is recent end where blocks may, so that tiles of K lie as they do in pages
+    while (unit < 16 && b->kv_block % (2 * unit) == 0) unit *= 2;
+    row0 = pos / b->row_block * b->row_block;
+    k->pos = 0;
+    k->stop = (int64_t)q->kv_pos0 + q->kv_len;
+    if (m->kind != ATTN_MASK_FULL) k->stop = attni_min64(k->stop, row0 + b->row_block);
+    k->sink = ((int64_t)m->keep_sink + unit - 1) / unit * unit;
+    k->recent = k->stop;
+    if (m->keep_recent)
+        k->recent = attni_max64(0, row0 - (m->keep_recent - 1)) / unit * unit;
+    list = attni_list_of(w->d, b->n_lists, head);
+    k->e = attni_row_start(b, list, attni_list_row(w->d, s, pos));
+    k->end = attni_row_end(b, list, attni_list_row(w->d, s, pos));
+    while (w->p->chain[q->chain] != segment) { // what begins before it is another segment's
+        attni_walk before = *k;
+        if (!attni_walk_run(b, &before, &lo, &hi, &listed) || lo >= first) break;
+        attni_walk_span(w, k, NULL);
+    }
+}
+
+// rows[0] becomes the next span of k; maybe it was found already.
+ATTNI_CALLED void attni_take_span(attni_work *w, attni_walk *k) {
+    if (w->next && memcmp(&w->rows[1].from, k, sizeof *k) == 0) {
+        attni_rows swap = w->rows[0];
+        w->rows[0] = w->rows[1];
+        w->rows[1] = swap;
+        *k = w->rows[0].to;
+        w->next = 0;
+    } else attni_walk_span(w, k, &w->rows[0]);
 }
 
 // ---- span: masks, then K and V rows
@@ -3370,15 +3530,50 @@ static uint16_t attni_tiles_of(const uint64_t b[4]) {
     return (uint16_t)t;
 }
 
+// The first of a gathered span's tokens whose position is not below p.
+static int32_t attni_at_least(const attni_rows *x, int64_t p) {
+    if (p <= x->at[0]) return 0;
+    if (p > x->at[x->n - 1]) return x->n;
+    return (int32_t)attni_lower_bound(x->at, 0, x->n, p);
+}
+
+// Which tokens of a gathered span the query of the task's token i sees: mostly all that are listed.
+ATTNI_CALLED void attni_gathered_bits(const attni_work *w, int32_t i, uint64_t bits[4]) {
+    const attn_mask *m = &w->d->mask;
+    const attni_rows *x = &w->rows[0];
+    const attn_plan_seq *q = &w->p->seq[w->seq[i]];
+    const int64_t at0 = x->at[0], at1 = x->at[x->n - 1], p = w->pos[i];
+    int64_t lo = q->kv_pos0, hi = lo + q->kv_len, left = lo;
+    uint64_t base[4] = {0, 0, 0, 0};
+    int j;
+    memcpy(bits, x->listed, sizeof x->listed);
+    if (at0 < m->keep_sink) attni_bits_set(bits, 0, attni_at_least(x, m->keep_sink));
+    if (m->keep_recent && at1 > p - m->keep_recent)
+        attni_bits_set(bits, attni_at_least(x, p - (m->keep_recent - 1)), x->n);
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, p + 1);
+    if (m->window_left) left = attni_max64(lo, p - (m->window_left - 1));
+    if (at0 >= left && at1 < hi && !m->window_right) return;
+    attni_bits_set(base, attni_at_least(x, left),
+                   attni_at_least(x, m->window_right ? attni_min64(hi, p + m->window_right) : hi));
+    if (m->n_sink)
+        attni_bits_set(base, attni_at_least(x, lo), attni_at_least(x, attni_min64(hi, m->n_sink)));
+    for (j = 0; j < 4; j++) bits[j] &= base[j];
+}
+
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
-ATTNI_CALLED uint16_t attni_span_masks(attni_work *w, int32_t span) {
+ATTNI_CALLED uint16_t attni_span_masks(attni_work *w) {
     uint32_t all = 0;
-    int32_t g, i, r, rb = w->x.rb, n = w->per_head ? w->group : 1;
+    int32_t g, i, r, rb = w->x.rb, n = w->per_head && w->n_heads > 1 ? w->n_heads : 1;
     for (g = 0; g < n; g++)
-        for (i = 0; i < w->n_tokens; i++) {
-            const attn_plan_seq *q = &w->p->seq[w->seq[i]];
-            attni_span_bits(&w->masker, q, w->seq[i], w->tok[i] - q->q_begin, w->pos[i],
-                            w->kv_head * w->group + g, span, w->bits[g * w->n_tokens + i]);
+        for (r = 0; r < w->n_tokens; r++) {
+            uint64_t *bits = w->bits[g * w->n_tokens + r];
+            const attn_plan_seq *q;
+            i = w->first + r;
+            q = &w->p->seq[w->seq[i]];
+            if (w->gathers) attni_gathered_bits(w, i, bits);
+            else
+                attni_span_bits(&w->masker, q, w->seq[i], w->tok[i] - q->q_begin, w->pos[i],
+                                w->head + g, w->rows[0].at[0] / ATTN_SPAN, bits);
         }
     for (r = 0; r < w->n_rows; r += rb) {
         uint64_t u[4] = {0, 0, 0, 0};
@@ -3402,11 +3597,11 @@ ATTNI_INLINE const uint8_t *attni_scales_at(const attni_side *s, const attni_par
 }
 
 ATTNI_CALLED void attni_side_scales(const attni_side *s, const attni_rows *x, float *out) {
-    const float *fixed = s->head_scale ? s->head_scale + x->head : NULL;
+    const float *fixed = s->head_scale ? s->head_scale + x->from.head : NULL;
     int32_t i, t;
     for (i = 0; i < x->n_parts; i++) {
         const attni_part *p = x->part + i;
-        const uint8_t *at = attni_scales_at(s, p, x->head);
+        const uint8_t *at = attni_scales_at(s, p, x->from.head);
         if (!fixed && s->scale_token == 4) memcpy(out + p->t, at, 4 * (size_t)p->n);
         else
             for (t = 0; t < p->n; t++)
@@ -3418,26 +3613,30 @@ ATTNI_CALLED void attni_fetch_scales(const attni_side *s, const attni_rows *x) {
     int32_t i, t;
     for (i = 0; i < x->n_parts && !s->head_scale; i++) {
         const attni_part *p = x->part + i;
-        const uint8_t *at = attni_scales_at(s, p, x->head);
+        const uint8_t *at = attni_scales_at(s, p, x->from.head);
         for (t = 0; t < p->n; t += s->scale_token < 64 ? 64 / (int32_t)s->scale_token : 1)
             ATTNI_PREFETCH(at + t * s->scale_token);
     }
 }
 
+// How many of a span's tokens from t on, up to end, follow each other.
+static int32_t attni_in_line(const attni_rows *x, int32_t t, int32_t end) {
+    int32_t n = 1;
+    if (x->at[end - 1] - x->at[t] == end - 1 - t) return end - t;
+    while (x->at[t + n] == x->at[t] + n) n++;
+    return n;
+}
+
 // Fills in the rows of tiles of a span. Bad pages are errors, or zeros when one only looks ahead.
-ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t s, int32_t head, int32_t span,
-                                         uint32_t tiles, int looking, attni_rows *x) {
-    const int32_t pt = w->d->kv.page_tokens;
+ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int looking,
+                                         attni_rows *x) {
+    const int32_t pt = w->d->kv.page_tokens, s = x->from.seq, head = x->from.head;
     const attn_plan_seq *q = &w->p->seq[s];
-    const int64_t j0 = (int64_t)span * ATTN_SPAN - q->kv_pos0;
-    const int32_t lo = (int32_t)attni_max64(0, attni_min64(ATTN_SPAN, -j0)),
-                  hi = (int32_t)attni_max64(0, attni_min64(ATTN_SPAN, q->kv_len - j0));
+    const int32_t lo = attni_at_least(x, q->kv_pos0),
+                  hi = attni_at_least(x, (int64_t)q->kv_pos0 + q->kv_len);
     const int kscale = attni_is_scaled(w->k.dtype), vscale = attni_is_scaled(w->v.dtype);
     const int64_t k_step = w->k.k16 ? 4 : w->k.token_bytes;
     int i, t;
-    x->seq = s;
-    x->head = head;
-    x->span = span;
     x->tiles = tiles;
     x->n_parts = 0;
     for (i = 0; i < ATTNI_AHEAD; i++) x->v[ATTN_SPAN + i] = attni_zeros;
@@ -3451,12 +3650,11 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t s, int32_t head,
                 x->v[t] = x->ahead[attni_token_place(t)] = attni_zeros;
                 x->ks[t] = x->vs[t] = 0;
             }
-        for (t = t0; t < t1; t = end) { // up to the end of the tile or page
-            int32_t place = (int32_t)((j0 + t) % pt);
-            int32_t page = attni_page_of(w->d, s, (int32_t)(j0 + t));
+        for (t = t0; t < t1; t = end) { // up to the end of the tile, page or block
+            int32_t j = x->at[t] - q->kv_pos0, place = j % pt, page = attni_page_of(w->d, s, j);
             const uint8_t *k, *v, *look;
             int64_t look_step = w->k.token_bytes;
-            end = attni_min32(t1, t + (pt - place));
+            end = attni_min32(t + attni_in_line(x, t, t1), t + (pt - place));
             if (page < 0) {
                 if (!looking) return ATTN_ERR_PAGE;
                 x->tiles &= ~(1u << i); // to be found bad when it is wanted
@@ -3470,7 +3668,7 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, int32_t s, int32_t head,
             k = look = w->k.data + page * w->k.page_bytes + attni_token_offset(&w->k, place, head);
             v = w->v.data + page * w->v.page_bytes + attni_token_offset(&w->v, place, head);
             if (w->k.k16) look_step = 4 * w->k_units;
-            if (w->k.k16 && t == 16 * i && place % 16 == 0)
+            if (w->k.k16 && t == 16 * i && place % 16 == 0 && end == t1)
                 x->kt[i] = (const uint32_t *)(const void *)k;
             if (kscale || vscale) {
                 attni_part *part = x->part + x->n_parts++;
@@ -3541,45 +3739,52 @@ ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32
     return w->x.ma->pv[ATTN_F32];
 }
 
-// Finds the rows of what comes after this span: the segment's next, or the first of the task to
-// come, if its sequence is as the plan saw it.
-ATTNI_CALLED void attni_look_ahead(attni_work *w, int32_t span) {
+// Where the rows after those at work begin: of this task, or of the task to come. 0: not known.
+static int attni_next_rows(const attni_work *w, attni_walk *k) {
     const attn_plan *p = w->p;
-    int32_t s = w->seq[0], head = w->kv_head;
-    if (++span >= p->segment[w->segment].span1) {
-        const attn_segment *g;
-        if (!w->then) return;
-        g = &p->segment[w->then->segment];
-        s = p->order[g->seq0];
-        head = w->then->kv_head;
-        span = g->span0;
-        if (span >= g->span1 || w->d->kv.kv_len[s] != p->seq[s].kv_len ||
-            attni_kv_pos0(w->d, s) != p->seq[s].kv_pos0)
-            return;
+    const attn_task *t = w->then;
+    int32_t i = w->first + w->n_tokens, head = w->head, place, skip, s;
+    if (i == w->task->n_tokens) i = 0, head += w->n_heads;
+    if (head < (w->task->kv_head + 1) * w->group) {
+        attni_walk_start(w, k, w->task->segment, w->seq[i], w->pos[i], head);
+        return 1;
     }
-    attni_find_rows(w, s, head, span, 0xffffu, 1, &w->rows[1]);
+    if (!t) return 0;
+    place = p->segment[t->segment].seq0;
+    for (skip = t->first_token; skip >= p->seq[p->order[place]].q_len; place++)
+        skip -= p->seq[p->order[place]].q_len;
+    s = p->order[place];
+    if (attni_stale(w, s)) return 0;
+    attni_walk_start(w, k, t->segment, s, (int64_t)p->seq[s].q_pos0 + skip, t->kv_head * w->group);
+    return 1;
+}
+
+// Finds the rows of what comes after the span at work.
+ATTNI_CALLED void attni_look_ahead(attni_work *w) {
+    attni_walk k = w->rows[0].to;
+    w->next = 0;
+    attni_walk_span(w, &k, &w->rows[1]);
+    if (!w->rows[1].n) {
+        if (!attni_next_rows(w, &k)) return;
+        attni_walk_span(w, &k, &w->rows[1]);
+        if (!w->rows[1].n) return;
+    }
+    attni_find_rows(w, 0xffffu, 1, &w->rows[1]);
     w->next = 1;
 }
 
 // Rows of a span.
-ATTNI_CALLED attn_result attni_load_span(attni_work *w, int32_t span, uint32_t tiles) {
+ATTNI_CALLED attn_result attni_load_span(attni_work *w, uint32_t tiles) {
     attni_rows *x = &w->rows[0];
-    if (w->next && w->rows[1].span == span && w->rows[1].seq == w->seq[0] &&
-        w->rows[1].head == w->kv_head) {
-        attni_rows swap = w->rows[0];
-        w->rows[0] = w->rows[1];
-        w->rows[1] = swap;
-    } else x->seq = -1;
-    w->next = 0;
-    if (x->seq < 0 || (tiles & ~x->tiles)) {
-        attn_result r = attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, x);
+    if (tiles & ~x->tiles) {
+        attn_result r = attni_find_rows(w, tiles, 0, x);
         if (r != ATTN_OK) return r;
     } else if (!x->has_scales) {
         if (attni_is_scaled(w->k.dtype)) attni_side_scales(&w->k, x, x->ks);
         if (attni_is_scaled(w->v.dtype)) attni_side_scales(&w->v, x, x->vs);
         x->has_scales = 1;
     }
-    attni_look_ahead(w, span);
+    attni_look_ahead(w);
     return ATTN_OK;
 }
 
@@ -3665,37 +3870,39 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
     }
 }
 
-// Bias, and ALiBi where token-tree nodes make positions irregular, as one array; NULL if neither.
-static const float *attni_row_add(attni_work *w, int32_t i, int32_t head, int32_t span, int tree) {
+// Bias, and ALiBi where gathering or a token tree makes positions irregular, as one array; NULL if
+// neither.
+static const float *attni_row_add(attni_work *w, int32_t i, int32_t head, int irregular) {
     const attn_desc *d = w->d;
     const attn_tensor *b = &d->logits.bias;
+    const attni_rows *at = &w->rows[0];
     const attn_plan_seq *q = &w->p->seq[w->seq[i]];
-    int64_t j0 = (int64_t)span * ATTN_SPAN - q->kv_pos0;
     int t;
-    if (!b->data && !tree) return NULL;
+    if (!b->data && !irregular) return NULL;
     for (t = 0; t < ATTN_SPAN; t++) {
         float x = 0;
-        int64_t kp = j0 + t + q->kv_pos0;
-        if (j0 + t < 0 || j0 + t >= q->kv_len) {
+        int64_t kp = t < at->n ? at->at[t] : -1, j = kp - q->kv_pos0;
+        if (j < 0 || j >= q->kv_len) {
             w->add[t] = 0;
             continue;
         }
-        if (tree) {
-            if (kp >= q->q_pos0)
+        if (irregular) {
+            if (!w->gathers && kp >= q->q_pos0)
                 kp = q->q_pos0 + attni_tree_depth(d, q->q_begin, (int32_t)(kp - q->q_pos0));
             x = d->logits.alibi[head] * (float)(kp - w->pos[i]);
             ATTNI_PIN(x);
         }
         if (b->data)
             x += attni_get(b->data, b->dtype,
-                           head * b->stride_head + w->tok[i] * b->stride_token + j0 + t);
+                           head * b->stride_head + w->tok[i] * b->stride_token + j);
         w->add[t] = x;
     }
     return w->add;
 }
 
-ATTNI_CALLED void attni_weights(attni_work *w, int32_t span) {
+ATTNI_CALLED void attni_weights(attni_work *w) {
     const attn_logits *c = &w->d->logits;
+    const int64_t at = w->rows[0].at[0];
     attni_soft a;
     int32_t r, first = w->r0;
     a.k_scale = attni_is_scaled(w->k.dtype) ? w->rows[0].ks : NULL;
@@ -3710,11 +3917,12 @@ ATTNI_CALLED void attni_weights(attni_work *w, int32_t span) {
         x->p16 = w->x.pv_kind == ATTNI_BDOT ? w->p16 + (r - w->r0) * ATTNI_LDS : NULL;
         if (c->alibi || c->bias.data) {
             const attn_plan_seq *q = &w->p->seq[w->seq[x->token]];
-            int tree = c->alibi && w->d->mask.kind == ATTN_MASK_TREE && !q->is_chain &&
-                       (int64_t)(span + 1) * ATTN_SPAN > q->q_pos0;
-            x->alibi = c->alibi && !tree ? c->alibi[x->head] : 0;
-            x->alibi_first = (float)((int64_t)span * ATTN_SPAN - w->pos[x->token]);
-            x->add = attni_row_add(w, x->token, x->head, span, tree);
+            int tree = w->d->mask.kind == ATTN_MASK_TREE && !q->is_chain &&
+                       at + ATTN_SPAN > q->q_pos0;
+            int irregular = c->alibi && (tree || w->gathers);
+            x->alibi = c->alibi && !irregular ? c->alibi[x->head] : 0;
+            x->alibi_first = (float)(at - w->pos[x->token]);
+            x->add = attni_row_add(w, x->token, x->head, irregular);
         }
         if (x->add || r + 1 == w->r1) { // there is one buffer for what is added
             w->x.ma->soft(&a, w->row + first, r + 1 - first);
@@ -3732,8 +3940,7 @@ static const void *attni_row_weights(const attni_work *w, int32_t r) {
 
 // A row whose sum holds Inf or NaN: again, with zeros for the V rows its own mask hides, since 0 *
 // NaN of another row's token must not reach it.
-ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32_t tiles,
-                                  float *out) {
+ATTNI_CALLED void attni_row_again(attni_work *w, int32_t r, uint32_t tiles, float *out) {
     const void *row[ATTN_SPAN];
     const uint64_t *b = w->row[r].bits;
     attni_run run[ATTNI_TILES];
@@ -3744,11 +3951,9 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
     for (t = 0; t < ATTN_SPAN; t++) {
         row[t] = attni_zeros;
         if ((b[t / 64] >> (t % 64)) & 1u) {
-            const attn_plan_seq *q = &w->p->seq[w->seq[0]];
-            int64_t j = (int64_t)span * ATTN_SPAN + t - q->kv_pos0;
-            int32_t page = attni_page_of(w->d, w->seq[0], (int32_t)j);
-            row[t] = w->v.data + page * w->v.page_bytes +
-                     attni_token_offset(&w->v, (int32_t)(j % w->d->kv.page_tokens), w->kv_head);
+            int32_t s = w->rows[0].from.seq, j = w->rows[0].at[t] - w->p->seq[s].kv_pos0;
+            row[t] = w->v.data + attni_page_of(w->d, s, j) * w->v.page_bytes +
+                     attni_token_offset(&w->v, j % w->d->kv.page_tokens, w->rows[0].from.head);
         }
     }
     pv = attni_prepare_v(w, row, tiles);
@@ -3756,9 +3961,9 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t span, int32_t r, uint32
     memcpy(out, w->os + 2 * ATTNI_RB_MAX * (int64_t)w->vdp, 4 * (size_t)w->vdp);
 }
 
-static float *attni_partial(const attni_work *w, const attn_segment *g, const attn_task *t,
-                            float *base, int32_t slot, int32_t r) {
-    int64_t token = t->first_token + w->row[r].token;
+static float *attni_partial(const attni_work *w, float *base, int32_t slot, int32_t r) {
+    const attn_segment *g = &w->p->segment[w->task->segment];
+    int64_t token = w->task->first_token + w->row[r].token;
     token += (int64_t)slot * g->n_tokens;
     return base + (g->partial + token * w->p->n_heads + w->row[r].head) * (w->p->v_head_dim + 2);
 }
@@ -3771,9 +3976,9 @@ static void attni_put_partial(const attni_work *w, float *dst, const float *o, f
 
 // Folds the weighted sums of rows r0 .. r1 into their O, or stores them as partials of the span.
 // pv NULL: V is prepared here.
-ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, int32_t span,
-                             uint32_t tiles, float *partials) {
-    const attn_segment *g = &w->p->segment[t->segment];
+ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, uint32_t tiles, float *partials) {
+    const attn_segment *g = &w->p->segment[w->task->segment];
+    const int32_t slot = w->rows[0].at[0] / ATTN_SPAN - g->span0;
     const int64_t vdp = w->vdp;
     const int keep = w->keep, here = !pv;
     attni_run run[ATTNI_TILES];
@@ -3796,17 +4001,17 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, const attn_task *t, 
         float *os = w->os + (r - w->r0) * vdp;
         uint32_t mine = w->tiles[r / w->x.rb];
         if (!mine || !w->x.mv->special(os, nr * vdp)) continue;
-        for (i = 0; i < nr; i++) attni_row_again(w, span, r + i, mine, os + i * vdp);
+        for (i = 0; i < nr; i++) attni_row_again(w, r + i, mine, os + i * vdp);
         w->keep = keep;
         // its V stands where the other rows' did
-        attni_find_rows(w, w->seq[0], w->kv_head, span, tiles, 0, &w->rows[0]);
+        attni_find_rows(w, tiles, 0, &w->rows[0]);
         if (!here) attni_prepare_v(w, w->rows[0].v, tiles);
     }
     if (g->n_slots <= 1)
         w->x.ma->fold(w->o + w->r0 * vdp, w->m + w->r0, w->l + w->r0, w->os, w->sm, w->sl,
                       w->r1 - w->r0, w->vdp);
     for (r = w->r0; r < w->r1 && g->n_slots > 1; r++)
-        attni_put_partial(w, attni_partial(w, g, t, partials, span - g->span0, r),
+        attni_put_partial(w, attni_partial(w, partials, slot, r),
                           w->os + (r - w->r0) * vdp, w->sm[r - w->r0], w->sl[r - w->r0]);
 }
 
@@ -3842,57 +4047,79 @@ ATTNI_CALLED void attni_fetch_next(const attni_work *w, int32_t t0, int32_t t1) 
     }
 }
 
-ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float *partials) {
-    const attn_segment *g = &w->p->segment[t->segment];
-    attn_result r = attni_load_rows(w, t);
-    int32_t span, i;
-    int64_t p0 = INT64_MAX, p1 = 0, b0;
+// The span in rows[0] for the rows at work.
+ATTNI_CALLED attn_result attni_run_span(attni_work *w, float *partials) {
+    const int32_t block = w->n_rows <= ATTNI_ONE ? w->n_rows : w->x.rb;
+    const uint16_t tiles = attni_span_masks(w);
+    attni_qk_fn qk = NULL;
+    attni_pv_fn pv = NULL;
+    attn_result r;
+    int units = 0;
+    if (!tiles) return ATTN_OK;
+    if ((r = attni_load_span(w, tiles)) != ATTN_OK) return r;
+    if (block < w->n_rows) qk = attni_prepare_k(w, tiles, &units);
+    for (w->r0 = 0; w->r0 < w->n_rows; w->r0 += block) {
+        w->r1 = attni_min32(w->n_rows, w->r0 + block);
+        if (w->q_rows < w->r1) attni_load_q(w);
+        attni_scores(w, qk, units, tiles);
+        attni_weights(w);
+        if (!pv && block < w->n_rows) pv = attni_prepare_v(w, w->rows[0].v, tiles);
+        if (block < w->n_rows)
+            attni_fetch_next(w, ATTN_SPAN * w->r0 / w->n_rows, ATTN_SPAN * w->r1 / w->n_rows);
+        attni_sums(w, pv, tiles, partials);
+    }
+    return ATTN_OK;
+}
+
+// All spans for the rows at work.
+ATTNI_CALLED attn_result attni_run_rows(attni_work *w, float *partials) {
+    const attn_segment *g = &w->p->segment[w->task->segment];
     const attn_mask *m = &w->d->mask;
-    if (r != ATTN_OK) return r;
-    for (i = 0; i < w->n_tokens; i++) { // token-tree slots reach up to the last query's
+    const int64_t none = w->gathers ? INT64_MAX : 0; // closed-form skips are not for gathered spans
+    int64_t p0 = INT64_MAX, p1 = none;
+    attni_walk k;
+    attn_result r = ATTN_OK;
+    int32_t i, slot;
+    for (i = w->first; i < w->first + w->n_tokens; i++) {
         const attn_plan_seq *q = &w->p->seq[w->seq[i]];
-        p0 = attni_min64(p0, w->pos[i]);
+        p0 = attni_min64(p0, w->pos[i]); // token-tree slots reach up to the last query's
         p1 = attni_max64(p1, (int64_t)q->q_pos0 + (w->tok[i] - q->q_begin));
     }
-    for (span = g->span0; span < g->span1; span++) {
-        uint16_t tiles = 0;
-        b0 = (int64_t)span * ATTN_SPAN;
-        if (!(m->kind != ATTN_MASK_FULL &&
-              b0 > p1) && // closed-form skips before looking at any row
-            !(m->window_left && b0 + ATTN_SPAN <= p0 - (m->window_left - 1) && b0 >= m->n_sink))
-            tiles = attni_span_masks(w, span);
-        if (tiles) {
-            int units = 0, block = w->n_rows <= ATTNI_ONE ? w->n_rows : w->x.rb;
-            attni_qk_fn qk = NULL;
-            attni_pv_fn pv = NULL;
-            if ((r = attni_load_span(w, span, tiles)) != ATTN_OK) return r;
-            if (block < w->n_rows) qk = attni_prepare_k(w, tiles, &units);
-            for (w->r0 = 0; w->r0 < w->n_rows; w->r0 += block) {
-                w->r1 = attni_min32(w->n_rows, w->r0 + block);
-                if (w->q_rows < w->r1) attni_load_q(w);
-                attni_scores(w, qk, units, tiles);
-                attni_weights(w, span);
-                if (!pv && block < w->n_rows) pv = attni_prepare_v(w, w->rows[0].v, tiles);
-                if (block < w->n_rows)
-                    attni_fetch_next(w, ATTN_SPAN * w->r0 / w->n_rows,
-                                     ATTN_SPAN * w->r1 / w->n_rows);
-                attni_sums(w, pv, t, span, tiles, partials);
-            }
-        } else if (g->n_slots > 1) {
-            for (i = 0; i < w->n_rows; i++)
-                attni_partial(w, g, t, partials, span - g->span0, i)[w->p->v_head_dim] =
-                    attni_float(0xff800000u);
-        }
+    for (slot = 0; slot < g->n_slots && g->n_slots > 1; slot++)
+        for (i = 0; i < w->n_rows; i++)
+            attni_partial(w, partials, slot, i)[w->p->v_head_dim] = attni_float(0xff800000u);
+    attni_walk_start(w, &k, w->task->segment, w->seq[w->first], w->pos[w->first], w->head);
+    while (r == ATTN_OK) {
+        if (m->kind != ATTN_MASK_FULL && k.pos > p1) break; // before looking at any row
+        if (m->window_left && !w->gathers && k.pos >= m->n_sink)
+            k.pos = attni_max64(k.pos, attni_min64(k.until, (p0 - (m->window_left - 1)) /
+                                                                ATTN_SPAN * ATTN_SPAN));
+        attni_take_span(w, &k);
+        if (!w->rows[0].n) break;
+        r = attni_run_span(w, partials);
     }
-    for (i = 0; i < w->n_rows && g->n_slots <= 1; i++) {
+    for (i = 0; i < w->n_rows && g->n_slots <= 1 && r == ATTN_OK; i++) {
         float *o = w->o + (int64_t)i * w->vdp;
         if (g->n_slots == 1)
-            attni_put_partial(w, attni_partial(w, g, t, partials, 0, i), o, w->m[i], w->l[i]);
+            attni_put_partial(w, attni_partial(w, partials, 0, i), o, w->m[i], w->l[i]);
         else
             attni_write_row(w->d, &w->x, w->tok[w->row[i].token], w->row[i].head, o, w->m[i],
                             w->l[i]);
     }
-    return ATTN_OK;
+    return r;
+}
+
+ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float *partials) {
+    const int32_t n_heads = w->gathers && w->per_head ? 1 : w->group;
+    attn_result r = attni_load_tokens(w, t);
+    int32_t h, i;
+    for (h = 0; h < w->group; h += n_heads)
+        for (i = 0; i < t->n_tokens && r == ATTN_OK; i += w->n_tokens) {
+            attni_set_rows(w, i, w->gathers ? attni_row_mates(w, i) : t->n_tokens,
+                           t->kv_head * w->group + h, n_heads);
+            r = attni_run_rows(w, partials);
+        }
+    return r;
 }
 
 // ==== >>impl-run  ================================================================================
@@ -3909,8 +4136,8 @@ ATTN_DEF void attn_cpu_plan_params(const attn_desc *d, int32_t workers, attn_pla
     for (s = 0; s < d->n_seq; s++)
         spans = attni_max64(spans, (int64_t)d->kv.kv_len[s] / ATTN_SPAN + 3);
     rows = (int64_t)d->q_start[d->n_seq] * d->n_heads;
-    // fewer conversions of K and V; rows of block lists differ too much
-    if (!d->mask.blocks.row_start && rows / 512 >= 8 * (int64_t)out->workers) out->row_tile = 512;
+    // fewer conversions of K and V; rows of sub-block bits differ too much
+    if (!d->mask.blocks.bits && rows / 512 >= 8 * (int64_t)out->workers) out->row_tile = 512;
     bytes = attni_v_dim(d) + 2;
     bytes = rows > cap / (4 * bytes * spans) ? cap : rows * spans * bytes * 4;
     out->partial_bytes = (size_t)bytes;
@@ -3929,9 +4156,9 @@ static attn_result attni_check_written(const attn_desc *d, int32_t token, int32_
                           d->lse ? d->lse + (int64_t)token * d->n_heads + head : NULL);
 }
 
-// A partial row: keys [span0, span1).
+// A partial row: keys [from, to).
 static attn_result attni_check_partial(const attn_desc *d, int32_t token, int32_t head,
-                                       int32_t span0, int32_t span1, const float *x) {
+                                       int64_t from, int64_t to, const float *x) {
     float o[ATTN_MAX_HEAD_DIM], m, l, lse;
     int32_t vd = attni_v_dim(d), e, seen;
     m = x[vd];
@@ -3939,8 +4166,27 @@ static attn_result attni_check_partial(const attn_desc *d, int32_t token, int32_
     seen = attni_bits32(m) != 0xff800000u && l > 0;
     for (e = 0; e < vd; e++) o[e] = seen ? x[e] / l : 0;
     lse = seen && attni_finite(l) ? (float)((double)m + attni_ln((double)l)) : m;
-    return attn_check_row(d, token, head, (int64_t)span0 * ATTN_SPAN, (int64_t)span1 * ATTN_SPAN,
-                          o, &lse);
+    return attn_check_row(d, token, head, from, to, o, &lse);
+}
+
+// The keys [*from, *to) of row r that are folded into a slot of its segment.
+static void attni_check_bounds(attni_work *w, int32_t r, int32_t slot, int64_t *from, int64_t *to) {
+    const attn_segment *g = &w->p->segment[w->task->segment];
+    int64_t lo = ((int64_t)g->span0 + slot) * ATTN_SPAN, first;
+    int64_t hi = g->n_slots == 1 ? (int64_t)g->span1 * ATTN_SPAN : lo + ATTN_SPAN;
+    attni_walk k;
+    *from = lo;
+    *to = hi;
+    if (!w->gathers) return;
+    attni_walk_start(w, &k, w->task->segment, w->seq[w->row[r].token], w->pos[w->row[r].token],
+                     w->row[r].head);
+    k.until = *from = INT32_MAX;
+    do {
+        attni_walk_span(w, &k, &w->rows[0]);
+        first = w->rows[0].n ? w->rows[0].at[0] : INT32_MAX;
+        if (first >= lo || slot == 0) *from = attni_min64(*from, first);
+    } while (first < hi);
+    *to = first;
 }
 
 static attn_result attni_check_run(attni_work *w, int32_t first, int32_t count, float *partials) {
@@ -3948,20 +4194,21 @@ static attn_result attni_check_run(attni_work *w, int32_t first, int32_t count, 
     const attn_segment *g;
     const attn_task *t;
     attn_result r;
+    int64_t from, to;
     int32_t row, token, head, slot;
     ATTNI_CHECK_SPOIL(w->d, partials);
     if (count == 0 || turn % ATTNI_CHECK_EVERY != 0) return ATTN_OK;
     t = w->p->task + first + (int32_t)((pick >> 16) % (uint32_t)count);
     g = w->p->segment + t->segment;
-    if ((r = attni_load_rows(w, t)) != ATTN_OK) return r;
+    if ((r = attni_load_tokens(w, t)) != ATTN_OK) return r;
+    attni_set_rows(w, 0, t->n_tokens, t->kv_head * w->group, w->group);
     row = (int32_t)((pick >> 8) % (uint32_t)w->n_rows);
     token = w->tok[w->row[row].token];
     head = w->row[row].head;
     if (g->n_slots == 0) return attni_check_written(w->d, token, head);
     slot = (int32_t)(pick % (uint32_t)g->n_slots);
-    return attni_check_partial(w->d, token, head, g->span0 + slot,
-                               g->n_slots == 1 ? g->span1 : g->span0 + slot + 1,
-                               attni_partial(w, g, t, partials, slot, row));
+    attni_check_bounds(w, row, slot, &from, &to);
+    return attni_check_partial(w->d, token, head, from, to, attni_partial(w, partials, slot, row));
 }
 
 static attn_result attni_check_merge(attni_work *w, int32_t first, int32_t count) {
@@ -4270,7 +4517,6 @@ ATTNI_INLINE float attni_scan_score(const attni_scan *c, float product, int32_t 
     return cap > 0 ? (float)((double)cap * attni_tanh64((double)s / (double)cap)) : s;
 }
 
-#define attni_scan_dots attni_scan_rows
 // ==== >>impl-flex  FlexPrefill ===================================================================
 //
 // One pass over K scores the last queries of some heads of a KV head and keeps, per query and block,
@@ -4549,7 +4795,7 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
         for (h = 0; h < nh; h++)
             for (r = 0; r < w->n; r += nr) {
                 nr = attni_min32(w->n - r, ATTNI_SCAN_ROWS);
-                attni_scan_dots(c, w->q + ((int64_t)h * w->n + r) * dim, nr);
+                attni_scan_rows(c, w->q + ((int64_t)h * w->n + r) * dim, nr);
                 if (tokens) {
                     attni_flex_tokens(c, w, h, r, nr, first, (int32_t)n);
                     continue;

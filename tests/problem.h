@@ -112,11 +112,13 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     static const int32_t sizes[] = {1, 8, 16, 32, 48, 64, 128};
     attn_block_list *b = &p->d.mask.blocks;
     int32_t rows_per = 0, s, i, j, l, n_blocks, max_pos = 0, *seq_row;
-    int64_t n = 0, *start, *end;
-    int32_t *ids, gaps = test_below(r, 2); // between rows, with nonsense in them
+    int64_t n = 0, at, *start, *end = NULL;
+    int32_t *ids;
     uint64_t *w;
-    b->row_block = attni_max32(sizes[test_below(r, 7)], p->opt.min_block);
-    b->kv_block = attni_max32(sizes[test_below(r, 7)], p->opt.min_block);
+    b->row_block = test_below(r, 3) ? sizes[test_below(r, 7)] : 1 + test_below(r, 70);
+    b->kv_block = test_below(r, 2) ? sizes[test_below(r, 7)] : 1 + test_below(r, 15);
+    b->row_block = attni_max32(b->row_block, p->opt.min_block);
+    b->kv_block = attni_max32(b->kv_block, p->opt.min_block);
     b->n_lists = n_lists;
     max_pos = problem_positions(p);
     rows_per = max_pos / b->row_block + 2;
@@ -126,21 +128,21 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     for (s = 0; s < p->d.n_seq; s++) seq_row[s] = s * rows_per;
     b->seq_row = seq_row;
     start = (int64_t *)problem_alloc(p, 8 * (size_t)n_lists * ((size_t)b->n_rows + 1));
-    end = (int64_t *)problem_alloc(p, 8 * (size_t)n_lists * ((size_t)b->n_rows + 1));
-    ids = (int32_t *)problem_alloc(p, 4 * (size_t)n_lists * (size_t)b->n_rows *
-                                          (size_t)(n_blocks + 3));
+    ids = (int32_t *)problem_alloc(p, 4 * (size_t)n_lists * (size_t)b->n_rows * (size_t)n_blocks);
+    if (test_below(r, 2))
+        end = (int64_t *)problem_alloc(p, 8 * (size_t)n_lists * ((size_t)b->n_rows + 1));
     for (l = 0; l < n_lists; l++)
         for (i = 0; i <= b->n_rows; i++) {
-            int64_t at = l * ((int64_t)b->n_rows + 1) + i;
-            for (j = gaps ? test_below(r, 4) : 0; i < b->n_rows && j > 0; j--) ids[n++] = -j;
-            start[at] = end[at] = n;
+            at = l * ((int64_t)b->n_rows + 1) + i;
+            if (end && i < b->n_rows) n = ((int64_t)l * b->n_rows + i) * n_blocks; // gaps
+            start[at] = n;
             if (i == b->n_rows) break;
             for (j = 0; j < n_blocks; j++)
                 if (test_below(r, 3) == 0) ids[n++] = j;
-            end[at] = n;
+            if (end) end[at] = n;
         }
+    b->row_end = end;
     b->row_start = start;
-    if (gaps) b->row_end = end;
     b->block = ids;
     if (!bits) return;
     b->bits_rows = b->row_block % 8 ? b->row_block : 8;
@@ -227,7 +229,16 @@ TEST_FN void problem_tree(problem *p, test_rng *r) {
 TEST_FN void problem_set_mask(problem *p, test_rng *r) {
     attn_mask *m = &p->d.mask;
     int kind = p->opt.mask, all = kind == M_ALL || kind == M_TREE_ALL;
+    int lists = kind == M_BLOCKS || kind == M_BLOCKS_HEADS;
     if (kind == M_FULL || kind == M_STRIDE_BIDI) m->kind = ATTN_MASK_FULL;
+    if (lists && test_below(r, 6) == 0) m->kind = ATTN_MASK_FULL;
+    if (lists && test_below(r, 4) == 0) {
+        m->window_left = 1 + test_below(r, p->opt.max_kv);
+        m->n_sink = test_below(r, 2) * test_below(r, 20);
+        if (m->kind == ATTN_MASK_FULL) m->window_right = test_below(r, 40);
+    }
+    if (lists && test_below(r, 2)) m->keep_sink = test_below(r, 30);
+    if (lists && test_below(r, 2)) m->keep_recent = test_below(r, 90);
     if (kind == M_TREE || kind == M_TREE_ALL) problem_tree(p, r);
     if (kind == M_WINDOW || kind == M_WINDOW_SINK || all) {
         m->window_left = 1 + test_below(r, p->opt.max_kv);

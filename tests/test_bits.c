@@ -1,7 +1,7 @@
 /* The contract on bits: a row's result does not depend on threads, row tiles, workspace, the rest
    of the batch, page size, layout, placement, sharing, chunking, eviction of what nobody sees, nor
    under PORTABLE on the ISA; what a plan says it visits; and what NaN, Inf and empty rows may do.
-   test_bits [SEED [COUNT]]   COUNT: worlds (default 28)
+   test_bits [SEED [COUNT]]   COUNT: worlds (default 42)
    cc -std=c11 -O2 -pthread -I. -Itests tests/test_bits.c -o test_bits -lm */
 #define ATTN_IMPLEMENTATION
 #include "problem.h"
@@ -14,11 +14,12 @@
 
 enum feature {
     F_CAUSAL, F_WINDOW, F_WINDOW_SINK, F_LOGITS, F_BLOCKS, F_BITS_HEADS, F_STRIDE, F_VSLASH, F_FULL,
-    F_TREE, N_FEATURES
+    F_TREE, F_LISTS, F_LISTS_HEADS, F_LISTS_WINDOW, N_FEATURES
 };
 static const char *const feature_names[N_FEATURES] = {
     "causal",    "window",      "window+sink", "alibi+cap+sink", "blocks",
-    "bits/head", "stride+keep", "vslash",      "full",           "tree"};
+    "bits/head", "stride+keep", "vslash",      "full",           "tree",
+    "lists",     "lists/head",  "lists+window"};
 
 typedef struct world {
     uint64_t seed;
@@ -51,6 +52,33 @@ static void fill_row(const world *w, int kind, int32_t s, int32_t pos, float gai
     int64_t who = kind < 2 && shares(s) && pos < w->shared ? 1000 : s;
     r.state = w->seed ^ ((uint64_t)(who * 4 + kind) << 40) ^ ((uint64_t)(uint32_t)pos << 8);
     for (i = 0; i < n; i++) x[i] = gain * (float)((int32_t)(test_u64(&r) >> 48) - 32768) / 16384.0f;
+}
+
+// Lists of small blocks, about half of the keys, as spans are gathered from.
+static void world_lists(world *w, test_rng *r, int32_t n_lists) {
+    static const int32_t rows[] = {8, 20, 32, 64};
+    attn_block_list *b = &w->mask.blocks;
+    int32_t l, i, j, s, n_blocks;
+    int64_t n = 0, *start;
+    int32_t *ids;
+    b->row_block = rows[test_below(r, 4)];
+    b->kv_block = test_below(r, 4) ? 1 + test_below(r, 15) : 16 << test_below(r, 3);
+    b->n_lists = n_lists;
+    b->n_rows = 1280 / b->row_block + MAX_SEQ;
+    n_blocks = 1280 / b->kv_block;
+    start = (int64_t *)take(w, 8 * (size_t)n_lists * (size_t)(b->n_rows + 1));
+    ids = (int32_t *)take(w, 4 * (size_t)n_lists * (size_t)b->n_rows * (size_t)n_blocks);
+    for (l = 0; l < n_lists; l++)
+        for (i = 0; i <= b->n_rows; i++) {
+            start[l * (b->n_rows + 1) + i] = n;
+            for (j = 0; i < b->n_rows && i % 11 != 3 && j < n_blocks; j++) // some are empty
+                if (test_below(r, 2)) ids[n++] = j;
+        }
+    for (s = 0; s < MAX_SEQ; s++) w->seq_row[s] = s;
+    b->row_start = start;
+    b->block = ids;
+    w->mask.keep_sink = test_below(r, 2) * test_below(r, 40);
+    w->mask.keep_recent = test_below(r, 2) * test_below(r, 300);
 }
 
 static void world_blocks(world *w, test_rng *r, int32_t n_lists, int bits) {
@@ -101,7 +129,10 @@ static void world_mask(world *w, test_rng *r) {
     int32_t i, s;
     int t = w->feature;
     for (i = 0; i < 2 * w->n_heads; i++) f[i] = (float)test_uniform(r, 0, i < w->n_heads ? 0.1 : 2);
-    if (t == F_WINDOW || t == F_WINDOW_SINK) m->window_left = 1 + 60 + test_below(r, 200);
+    if (t == F_LISTS) world_lists(w, r, test_below(r, 2) ? 1 : w->n_kv_heads);
+    if (t == F_LISTS_HEADS || t == F_LISTS_WINDOW) world_lists(w, r, w->n_heads);
+    if (t == F_LISTS && test_below(r, 2)) w->logits.alibi = f;
+    if (t == F_WINDOW || t == F_WINDOW_SINK || t == F_LISTS_WINDOW) m->window_left = 1 + 60 + test_below(r, 200);
     if (t == F_WINDOW_SINK) m->n_sink = 1 + test_below(r, 20);
     if (t == F_LOGITS || t == F_WINDOW_SINK || t == F_TREE) w->logits.alibi = f;
     if (t == F_LOGITS || t == F_BLOCKS) w->logits.softcap = 5, w->logits.sink = f + w->n_heads;
@@ -590,7 +621,7 @@ static void run_variant(const world *w, const variant *v, rows *out) {
 
 static int applies(const world *w, const variant *v) {
     if (v->chunk && (w->mask.kind != ATTN_MASK_CAUSAL)) return 0; // sees what is not yet there
-    if (v->evict && (w->feature != F_WINDOW)) return 0;
+    if (v->evict && w->feature != F_WINDOW && w->feature != F_LISTS_WINDOW) return 0;
     return 1;
 }
 
@@ -1072,7 +1103,7 @@ static void corners(void) {
 }
 
 int main(int argc, char **argv) {
-    uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 28), i;
+    uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 42), i;
     int k;
     CHECK_EQ(attn_cpu_open(), ATTN_OK);
     for (k = ATTN_CPU_SCALAR; k < ATTN_CPU_ISA_COUNT; k++)

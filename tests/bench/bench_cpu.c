@@ -1,6 +1,6 @@
 /* bench_cpu.c - attn_cpu.h against the ceilings of the machine it runs on, in one table.
    cc -O2 -std=gnu11 -I. -Itests tests/bench/bench_cpu.c -o bench_cpu -lm -lpthread
-   bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds PER-ROW]
+   bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds PER-ROW] [--lists [QUERIES]]
 
    Every row interleaves its repeats with samples of its ceiling and compares medians, so neighbours
    on the machine disturb both alike. Inputs are random normal; KV is paged (64 tokens, shuffled
@@ -8,7 +8,10 @@
    decode walks through copies that together exceed the last cache. The first output of a row is
    checked against attn_ref_forward on sampled tokens: a wrong result is never timed. Plans are
    made once, as for the layers of a model; merging counts. Targets are those of the project's
-   performance notes; a fraction of the ceiling, else as printed. */
+   performance notes; a fraction of the ceiling, else as printed.
+
+   --lists: a second table instead, of attention over block lists as selectors make them against
+   dense attention, with QUERIES the last so many queries of a prefill only. */
 #define ATTN_IMPLEMENTATION
 #define ATTN_STATIC
 #include "bench.h"
@@ -678,6 +681,173 @@ static void run_row(const row *r) {
     data_free(&x);
 }
 
+// ---- block lists as selectors make them, against dense attention and the selector itself
+
+typedef struct list_kind {
+    const char *name;
+    int row_block, kv_block, per_head; // per_head: 2 a list per query head, 1 per KV head, 0 one
+    double share;                      // of the visible blocks, chosen at random; else
+    int tokens;                        // so many tokens between sink and window
+    int sink, window;
+    attn_select_kind select;
+} list_kind;
+
+static const list_kind list_kinds[] = {
+    {"flex 128 x 128, 5 %", 128, 128, 2, .05, 0, 0, 0, ATTN_SELECT_NONE},
+    {"flex 128 x 128, 10 %", 128, 128, 2, .10, 0, 0, 0, ATTN_SELECT_FLEX},
+    {"flex 128 x 128, 30 %", 128, 128, 2, .30, 0, 0, 0, ATTN_SELECT_NONE},
+    {"exact 64 x 64, 5 %", 64, 64, 1, .05, 0, 0, 0, ATTN_SELECT_EXACT},
+    {"exact 64 x 64, 10 %", 64, 64, 1, .10, 0, 0, 0, ATTN_SELECT_NONE},
+    {"hip3 64 x 8, 2048", 64, 8, 0, 0, 2048, 256, 1024, ATTN_SELECT_HIP3},
+    {"hip2 64 x 2, 512", 64, 2, 2, 0, 512, 16, 256, ATTN_SELECT_HIP2},
+    {"hip2 64 x 2, 1024", 64, 2, 2, 0, 1024, 16, 256, ATTN_SELECT_NONE}};
+#define N_LISTS ((int)(sizeof list_kinds / sizeof list_kinds[0]))
+
+// n of [lo, hi), ascending, by Knuth's selection sampling.
+static int64_t pick_blocks(int32_t lo, int32_t hi, int32_t n, int32_t *out) {
+    int64_t at = 0;
+    for (; lo < hi && at < n; lo++)
+        if (test_below(&rng, hi - lo) < n - at) out[at++] = lo;
+    return at;
+}
+
+typedef struct lists {
+    int64_t *start;
+    int32_t *ids;
+    double share, select_ms;
+} lists;
+
+static void make_lists(const list_kind *k, attn_desc *d, lists *x) {
+    attn_block_list *b = &d->mask.blocks;
+    int32_t kv = d->kv.kv_len[0], first = attni_q_pos0(d, 0) / k->row_block, i, l, capacity;
+    int64_t n = 0, kept, base;
+    b->row_block = k->row_block;
+    b->kv_block = k->kv_block;
+    b->n_lists = k->per_head == 2 ? d->n_heads : k->per_head ? d->n_kv_heads : 1;
+    b->n_rows = (kv + k->row_block - 1) / k->row_block;
+    capacity = k->tokens ? k->tokens / k->kv_block : (int32_t)(k->share * kv / k->kv_block) + 4;
+    x->start = (int64_t *)need(8 * (size_t)b->n_lists * (size_t)(b->n_rows + 1));
+    x->ids = (int32_t *)need(4 * (size_t)b->n_lists * (size_t)b->n_rows * (size_t)capacity);
+    for (l = 0; l < b->n_lists; l++)
+        for (i = 0; i <= b->n_rows; i++) {
+            int32_t end = i * k->row_block / k->kv_block; // the row block's own blocks begin here
+            x->start[l * (b->n_rows + 1) + i] = n;
+            if (i == b->n_rows || i < first) continue;
+            if (k->tokens) {
+                end = (i * k->row_block - k->window) / k->kv_block;
+                n += pick_blocks(k->sink / k->kv_block, end, capacity, x->ids + n);
+                continue;
+            }
+            if (end > 0) x->ids[n++] = 0;
+            n += pick_blocks(1, end, (int32_t)(k->share * end), x->ids + n);
+            x->ids[n++] = end;
+        }
+    b->row_start = x->start;
+    b->block = x->ids;
+    d->mask.keep_sink = k->sink;
+    d->mask.keep_recent = k->window;
+    if (attn_mask_kept(d, &kept, &base) != ATTN_OK) DIE("%s: bad mask", k->name);
+    x->share = (double)kept / (double)base;
+}
+
+// The selector of a kind alone, with budgets that keep as much on random data; CPU ms, 0: none yet.
+static double time_selector(const list_kind *k, const attn_desc *dense, double share) {
+    attn_select s;
+    attn_selection x;
+    attn_summary y = {NULL};
+    double t, c;
+    size_t bytes;
+    int32_t kv = dense->kv.kv_len[0], seq_row[1];
+    void *mem, *scratch;
+    attn_result r;
+    memset(&s, 0, sizeof s);
+    s.kind = k->select;
+    s.flex.max_budget = (int32_t)(share * kv / 2);
+    s.exact.keep = (int32_t)(share * kv);
+    s.hip.keep = k->tokens, s.hip.sink = k->sink, s.hip.window = k->window;
+    if (!s.kind || !(bytes = attn_select_bytes(dense, &s))) return 0;
+    mem = need(bytes);
+    scratch = need(attn_cpu_select_scratch_bytes(dense, &s));
+    if (s.kind == ATTN_SELECT_EXACT && attn_summary_bytes(dense))
+        y.data = (uint16_t *)need(attn_summary_bytes(dense));
+    r = attn_selection_init(dense, &s, mem, bytes, seq_row, 0, &x);
+    c = bench_clock(CLOCK_PROCESS_CPUTIME_ID);
+    if (r == ATTN_OK && y.data)
+        r = attn_cpu_summarize(dense, &y, 0, attn_cpu_summarize_units(dense));
+    if (r == ATTN_OK)
+        r = attn_cpu_select(dense, &s, y.data ? &y : NULL, &x, 0, attn_cpu_select_units(dense, &s),
+                            scratch);
+    t = (bench_clock(CLOCK_PROCESS_CPUTIME_ID) - c) * 1e3;
+    if (r != ATTN_OK && r != ATTN_ERR_UNSUPPORTED)
+        DIE("%s: select: %s", k->name, attn_result_string(r));
+    free(mem), free(scratch), free(y.data);
+    return r == ATTN_OK ? t : 0;
+}
+
+static void list_table(const row *r, const char *only) {
+    static data x;
+    static exec e[N_LISTS + 1];
+    static arm a[N_LISTS + 1];
+    lists l[N_LISTS];
+    int which[N_LISTS], i, n = 0, ok;
+    char shape[64];
+    data_make(&x, r);
+    exec_make(&e[0], &x, &x.d, 1);
+    memset(a, 0, sizeof a);
+    a[0].e = &e[0];
+    for (i = 0; i < N_LISTS; i++) {
+        attn_desc d = x.d;
+        if (only && !strstr(list_kinds[i].name, only)) continue;
+        make_lists(&list_kinds[i], &d, &l[n]);
+        exec_make(&e[n + 1], &x, &d, 1);
+        a[n + 1].e = &e[n + 1];
+        if (!check(&e[n + 1])) DIE("%s is wrong", list_kinds[i].name);
+        l[n].select_ms = time_selector(&list_kinds[i], &x.d, l[n].share);
+        which[n++] = i;
+    }
+    ok = measure(a, n + 1, row_seconds);
+    shape_text(r, shape, sizeof shape);
+    for (i = 0; i < n; i++) {
+        double over = a[i + 1].median / (a[0].median * l[i].share), sum;
+        char select[32] = "-", total[32] = "-";
+        sum = (a[i + 1].median + l[i].select_ms) / a[0].median;
+        if (l[i].select_ms > 0) {
+            snprintf(select, sizeof select, "%.2f", l[i].select_ms);
+            snprintf(total, sizeof total, "%.3f", sum);
+        }
+        printf("%-22s %-20s %-10s %-10s %7.2f %% %9.2f %9.2f %6.2fx %s %9s %7s\n",
+               list_kinds[which[i]].name, shape, attn_dtype_name(r->kv_type),
+               attn_dtype_name(r->qo_type), 100 * l[i].share, a[0].median, a[i + 1].median, over,
+               ok ? " " : "~", select, total);
+        exec_free(&e[i + 1]);
+        free(l[i].start), free(l[i].ids);
+    }
+    fflush(stdout);
+    exec_free(&e[0]);
+    data_free(&x);
+}
+
+// GQA 4 on one KV head for prefill (a whole model's time is in proportion), 32/8 for decode.
+static void list_tables(int queries, const char *only) {
+    static const attn_dtype types[2][2] = {{F16, F32}, {F16, BF16}};
+    int n, t, phase;
+    printf("%-22s %-20s %-10s %-10s %9s %9s %9s %7s %11s %7s\n", "block list", "shape", "KV",
+           "Q and O", "kept", "dense ms", "lists ms", "over *", "select ms", "total *");
+    for (phase = 0; phase < 3; phase++)
+        for (n = 8192; n <= 32768; n *= 4)
+            for (t = 0; t < 2; t++) {
+                row r = {"lists", SPEED, 128, 4, 1, 1, 0, 0, 0, F16, F32, 1, C_NONE, 0, 0, 0, PAGED};
+                r.kv = n;
+                r.n_q = queries && queries < n ? queries : n;
+                r.kv_type = types[t][0], r.qo_type = types[t][1];
+                if (phase) r.heads = 32, r.kv_heads = 8, r.n_q = 1;
+                if (phase == 2) r.layout = ATTN_K16;
+                if (phase && t) continue;
+                list_table(&r, only);
+            }
+    printf("* over: time / (kept share x dense); total: (selector + lists) / dense\n");
+}
+
 // ---- the machine
 
 static void probe_setup(void) {
@@ -753,7 +923,7 @@ static void machine(void) {
 int main(int argc, char **argv) {
     const char *only = NULL;
     double t0 = bench_now();
-    int i, cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    int i, as_lists = 0, queries = 0, cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
     size_t ram = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE), j;
     for (i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--quick"))
@@ -764,8 +934,13 @@ int main(int argc, char **argv) {
             opt_threads = atoi(argv[++i]);
         else if (!strcmp(argv[i], "--seconds") && i + 1 < argc)
             row_seconds = atof(argv[++i]); // for perf
+        else if (!strcmp(argv[i], "--lists")) {
+            as_lists = 1;
+            if (i + 1 < argc && atoi(argv[i + 1]) > 0) queries = atoi(argv[++i]);
+        }
         else
-            DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds S]");
+            DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds S] "
+                "[--lists [QUERIES]]");
     }
     if (opt_threads < 1 || opt_threads > BENCH_MAX_THREADS)
         DIE("--threads: 1 to %d", BENCH_MAX_THREADS);
@@ -780,6 +955,10 @@ int main(int argc, char **argv) {
     normals = (float *)need(4 * (size_t)N_NORMALS);
     test_fill_normal(&rng, normals, N_NORMALS, 1);
     machine();
+    if (as_lists) {
+        list_tables(queries, only);
+        return 0;
+    }
     probe_setup();
     ceilings();
     header();
