@@ -20,8 +20,6 @@ typedef struct oracle {
     int32_t n_lists, n_seq;
     int32_t *row0, *n_rows, *n_blocks; // (n_seq) first row block, their number, blocks of a row
     uint8_t **keep, **near;            // (n_seq) (n_lists, n_rows, n_blocks)
-    double **missed;                   // EXACT: (n_seq) (n_lists, n_rows), true missed share
-    struct oracle_memory *memory;      // HiP: what outlives a step
 } oracle;
 
 // One sequence as one query head sees it.
@@ -32,7 +30,9 @@ typedef struct oracle_view {
     int32_t q_len, p0;       // queries at positions p0 ...
     int32_t kv_len, k0, end; // keys at positions k0 ... end - 1
     double *q, *k;           // (q_len, dim), (kv_len, dim)
+    double *score;           // (q_len, kv_len), -inf where the query does not see the key
     double scale, cap;
+    double size;             // the largest |score|
 } oracle_view;
 
 TEST_FN void *oracle_alloc(size_t n, size_t size) {
@@ -110,6 +110,23 @@ TEST_FN void oracle_keys(oracle_view *v) {
     free(m);
 }
 
+TEST_FN double oracle_dot(const double *a, const double *b, int32_t n) {
+    double sum = 0;
+    int32_t e;
+    for (e = 0; e < n; e++) sum += a[e] * b[e];
+    return sum;
+}
+
+TEST_FN double oracle_capped(const oracle_view *v, double s) {
+    return v->cap > 0 ? v->cap * tanh(s / v->cap) : s;
+}
+
+// The score of query i and the key at position k, whether visible or not.
+TEST_FN double oracle_score(const oracle_view *v, int32_t i, int32_t k) {
+    return oracle_capped(v, v->scale * oracle_dot(v->q + (int64_t)i * v->dim,
+                                                  v->k + (int64_t)(k - v->k0) * v->dim, v->dim));
+}
+
 TEST_FN oracle_view oracle_open(const attn_desc *d, const attn_select *f, int32_t s, int32_t head) {
     oracle_view v;
     const attn_tensor *q = &d->q;
@@ -138,29 +155,20 @@ TEST_FN oracle_view oracle_open(const attn_desc *d, const attn_select *f, int32_
                 q->dtype,
                 (const uint8_t *)q->data + ((d->q_start[s] + t) * st + head * sh) * size, e);
     oracle_keys(&v);
+    v.score = oracle_doubles((int64_t)v.q_len * v.kv_len);
+    for (t = 0; t < v.q_len; t++)
+        for (e = 0; e < v.kv_len; e++) {
+            double *x = v.score + (int64_t)t * v.kv_len + e;
+            *x = v.k0 + e <= v.p0 + t ? oracle_score(&v, t, v.k0 + e) : -HUGE_VAL;
+            if (fabs(*x) < HUGE_VAL) v.size = oracle_larger(v.size, fabs(*x));
+        }
     return v;
 }
 
-TEST_FN void oracle_close_view(oracle_view *v) {
+TEST_FN void oracle_done(oracle_view *v) {
     free(v->q);
     free(v->k);
-}
-
-TEST_FN double oracle_dot(const double *a, const double *b, int32_t n) {
-    double sum = 0;
-    int32_t e;
-    for (e = 0; e < n; e++) sum += a[e] * b[e];
-    return sum;
-}
-
-TEST_FN double oracle_capped(const oracle_view *v, double s) {
-    return v->cap > 0 ? v->cap * tanh(s / v->cap) : s;
-}
-
-// The score of query i and the key at position k, whether visible or not.
-TEST_FN double oracle_score(const oracle_view *v, int32_t i, int32_t k) {
-    return oracle_capped(v, v->scale * oracle_dot(v->q + (int64_t)i * v->dim,
-                                                  v->k + (int64_t)(k - v->k0) * v->dim, v->dim));
+    free(v->score);
 }
 
 // Means of the n rows of x from `first` on.
@@ -235,7 +243,7 @@ TEST_FN double *oracle_last_queries(const oracle_view *v, int32_t n) {
         int32_t query = v->q_len - n + i;
         double *row = a + (int64_t)i * v->kv_len, most = -HUGE_VAL, sum = 0;
         for (j = 0; j < v->kv_len; j++) {
-            row[j] = v->k0 + j <= v->p0 + query ? oracle_score(v, query, v->k0 + j) : -HUGE_VAL;
+            row[j] = v->score[(int64_t)query * v->kv_len + j];
             most = oracle_larger(most, row[j]);
         }
         for (j = 0; j < v->kv_len; j++) sum += row[j] = exp(row[j] - most);
@@ -507,6 +515,206 @@ TEST_FN void oracle_flex(oracle_view *v, int32_t nb, int32_t r0, int32_t rows, u
     else if (v->q_len > dense) oracle_flex_corrected(v, nb, r0, rows, keep, near);
     else
         for (r = 0; r < rows; r++) memset(keep + (int64_t)r * nb, 1, (size_t)(r0 + r + 1));
+}
+
+// ---- exact
+
+// Log of the sum of exp(score) over the keys of block b that query i sees.
+TEST_FN double oracle_log_mass(const oracle_view *v, int32_t i, int32_t b) {
+    int32_t n, j, first = oracle_part(b, v->f->kv_block, v->k0, v->kv_len, &n);
+    const double *s = v->score + (int64_t)i * v->kv_len;
+    double most = -HUGE_VAL, sum = 0;
+    for (j = first; j < first + n; j++) most = oracle_larger(most, s[j]);
+    if (most == -HUGE_VAL) return most;
+    for (j = first; j < first + n; j++) sum += exp(s[j] - most);
+    return most + log(sum);
+}
+
+// Log of the sum of exp(m[b]) over the blocks of which is[b] == want.
+TEST_FN double oracle_log_sum(const double *m, const uint8_t *is, int want, int32_t nb) {
+    double most = -HUGE_VAL, sum = 0;
+    int32_t b;
+    for (b = 0; b < nb; b++)
+        if (is[b] == want) most = oracle_larger(most, m[b]);
+    if (most == -HUGE_VAL) return most;
+    for (b = 0; b < nb; b++)
+        if (is[b] == want) sum += exp(m[b] - most);
+    return most + log(sum);
+}
+
+// The largest share of mass that one of the n rows of m misses without the blocks of keep.
+TEST_FN double oracle_missed(const double *m, int32_t n, const uint8_t *keep, int32_t nb) {
+    double worst = 0;
+    int32_t i;
+    for (i = 0; i < n; i++) {
+        double in = oracle_log_sum(m + (int64_t)i * nb, keep, 1, nb);
+        double out = oracle_log_sum(m + (int64_t)i * nb, keep, 0, nb);
+        if (out > -HUGE_VAL) worst = oracle_larger(worst, 1 / (1 + exp(in - out)));
+    }
+    return worst;
+}
+
+// M of every query of row block r, of every head of the list: (*n, nb).
+TEST_FN double *oracle_logs(const oracle_view *v, int32_t n_views, int32_t nb, int32_t r,
+                            int32_t *n) {
+    int32_t count, i, h, b, first = oracle_part(r, v->f->row_block, v->p0, v->q_len, &count);
+    double *m = oracle_doubles((int64_t)n_views * count * nb);
+    for (*n = h = 0; h < n_views; h++)
+        for (i = first; i < first + count; i++, ++*n)
+            for (b = 0; b < nb; b++) m[(int64_t)*n * nb + b] = oracle_log_mass(v + h, i, b);
+    return m;
+}
+
+// One list row: the heads v[0 ... n_views - 1] of row block r. keep, near: (nb), cleared.
+TEST_FN void oracle_exact(const oracle_view *v, int32_t n_views, int32_t nb, int32_t r,
+                          uint8_t *keep, uint8_t *near) {
+    const attn_exact *x = &v->f->exact;
+    const int32_t b = v->f->kv_block, rb = v->f->row_block, first = v->k0 / b;
+    const int32_t last = oracle_least((int64_t)(r + 1) * rb, (int64_t)v->p0 + v->q_len) - 1;
+    const int32_t own = oracle_most(0, (int64_t)r * rb - x->recent) / b, visible = last / b - first + 1;
+    int32_t n, i, j, c[3], more, others = 0, budget = oracle_up(x->keep, b), *order;
+    double *m = oracle_logs(v, n_views, nb, r, &n), *value = oracle_doubles(nb), size = 1;
+    uint8_t *always = (uint8_t *)oracle_alloc((size_t)nb, 2), *with = always + nb;
+    for (i = 0; i < n_views; i++) size = oracle_larger(size, v[i].size);
+    budget = oracle_most(budget, (int64_t)ceil(((double)x->share - 1e-6) * visible));
+    if (!x->keep && !(x->share > 0)) budget = visible;
+    for (j = 0; j < nb; j++) always[j] = j <= last / b && (j == first || (j >= own && j >= first));
+    for (j = 0; j < nb; j++) value[j] = -HUGE_VAL;
+    for (i = 0; i < n; i++)
+        for (j = first; j <= last / b; j++)
+            if (!always[j])
+                value[j] = oracle_larger(value[j], m[(int64_t)i * nb + j] -
+                                                   oracle_log_sum(m + (int64_t)i * nb, always, 1, nb));
+    for (j = 0; j < nb; j++) others += j >= first && j <= last / b && !always[j];
+    more = oracle_most(0, oracle_least(others, (int64_t)budget - (visible - others)));
+    order = oracle_order(value, nb);
+    for (i = 0; i < 3; i++) {
+        double most = (double)x->epsilon * (1 + (1 - i) * ORACLE_NEAR * size);
+        c[i] = more;
+        if (!(x->epsilon > 0)) continue;
+        memcpy(with, always, (size_t)nb);
+        for (c[i] = 0; c[i] < more && oracle_missed(m, n, with, nb) > most; c[i]++)
+            with[order[c[i]]] = 1;
+    }
+    oracle_top(value, nb, c[0], c[1], c[2], size, keep, near);
+    for (j = 0; j < nb; j++) {
+        if (always[j] || value[j] == -HUGE_VAL) near[j] = 0;
+        keep[j] = always[j] || (keep[j] && value[j] > -HUGE_VAL);
+    }
+    free(order);
+    free(m);
+    free(value);
+    free(always);
+}
+
+// ---- all of them
+
+TEST_FN void oracle_defaults(const attn_select *s, attn_select *f) {
+    const int three = s->kind == ATTN_SELECT_HIP3, flex = s->kind == ATTN_SELECT_FLEX;
+    const int exact = s->kind == ATTN_SELECT_EXACT;
+    static const attn_hip_stage usual[3] = {
+        {64, 4, 256, 0, 32}, {64, 4, 32, 32768, 16}, {64, 1, 8, 8192, 8}};
+    int32_t i;
+    *f = *s;
+    if (!f->heads) f->heads = exact ? ATTN_SELECT_GROUP : three ? ATTN_SELECT_ALL : ATTN_SELECT_EACH;
+    if (!f->kv_block) f->kv_block = flex ? 128 : exact ? 64 : three ? 8 : 2;
+    if (!f->row_block) f->row_block = flex ? f->kv_block : 64;
+    if (!(f->flex.gamma > 0)) f->flex.gamma = 0.95f;
+    if (!f->flex.min_budget) f->flex.min_budget = f->kv_block;
+    if (!f->flex.max_budget) f->flex.max_budget = INT32_MAX;
+    if (!f->exact.recent) f->exact.recent = f->kv_block;
+    if (!f->hip.keep) f->hip.keep = three ? 2048 : 512;
+    if (!f->hip.sink) f->hip.sink = three ? 256 : 16;
+    if (!f->hip.window) f->hip.window = three ? 1024 : 256;
+    if (!f->hip.q_stride) f->hip.q_stride = 2;
+    if (!f->hip.k_stride) f->hip.k_stride = 1;
+    if (!f->hip.refresh) f->hip.refresh = 1;
+    if (three && !f->hip.n_stages) {
+        f->hip.n_stages = 3;
+        memcpy(f->hip.stage, usual, sizeof usual);
+    }
+    for (i = 0; i < ATTN_HIP_STAGES; i++) {
+        if (!f->hip.stage[i].q_stride) f->hip.stage[i].q_stride = 1;
+        if (!f->hip.stage[i].refresh) f->hip.stage[i].refresh = 1;
+    }
+}
+
+// List l of sequence s: the heads v[0 ... n_views - 1].
+TEST_FN void oracle_list(oracle *o, int32_t s, int32_t l, oracle_view *v, int32_t n_views) {
+    const int32_t nb = o->n_blocks[s], rows = o->n_rows[s], r0 = o->row0[s];
+    const int64_t size = (int64_t)rows * nb;
+    uint8_t *keep = o->keep[s] + l * size, *near = o->near[s] + l * size;
+    uint8_t *one = (uint8_t *)oracle_alloc((size_t)size, 2);
+    int64_t i;
+    int32_t r, h;
+    for (r = 0; r < rows; r++) {
+        int32_t p = oracle_least((int64_t)(r0 + r + 1) * o->f.row_block, v->p0 + v->q_len) - 1;
+        if (v->kv_len <= o->f.dense_below) memset(keep + r * nb, 1, (size_t)(p / o->f.kv_block + 1));
+        else if (o->f.kind == ATTN_SELECT_EXACT)
+            oracle_exact(v, n_views, nb, r0 + r, keep + r * nb, near + r * nb);
+    }
+    for (h = 0; h < n_views && o->f.kind == ATTN_SELECT_FLEX; h++) { // the union of the heads' own
+        if (v->kv_len <= o->f.dense_below) continue;
+        memset(one, 0, 2 * (size_t)size);
+        oracle_flex(v + h, nb, r0, rows, one, one + size);
+        for (i = 0; i < size; i++) {
+            int sure = (keep[i] && !near[i]) || (one[i] && !one[size + i]);
+            keep[i] |= one[i];
+            near[i] = !sure && (near[i] || one[size + i]);
+        }
+    }
+    free(one);
+}
+
+// What s selects for d. To be freed by oracle_free.
+TEST_FN oracle *oracle_select(const attn_desc *d, const attn_select *sel) {
+    oracle *o = (oracle *)oracle_alloc(1, sizeof *o);
+    int32_t s, l, h, per;
+    o->d = d;
+    o->n_seq = d->n_seq;
+    oracle_defaults(sel, &o->f);
+    o->n_lists = o->f.heads == ATTN_SELECT_ALL     ? 1
+                 : o->f.heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                   : d->n_heads;
+    per = d->n_heads / o->n_lists;
+    o->row0 = (int32_t *)oracle_alloc((size_t)d->n_seq, 4);
+    o->n_rows = (int32_t *)oracle_alloc((size_t)d->n_seq, 4);
+    o->n_blocks = (int32_t *)oracle_alloc((size_t)d->n_seq, 4);
+    o->keep = (uint8_t **)oracle_alloc((size_t)d->n_seq, sizeof(uint8_t *));
+    o->near = (uint8_t **)oracle_alloc((size_t)d->n_seq, sizeof(uint8_t *));
+    for (s = 0; s < d->n_seq; s++) {
+        oracle_view v[64];
+        size_t size;
+        if (d->q_start[s + 1] == d->q_start[s]) continue;
+        for (l = 0; l < o->n_lists; l++) {
+            for (h = 0; h < per; h++) v[h] = oracle_open(d, &o->f, s, l * per + h);
+            if (!l) {
+                o->row0[s] = v->p0 / o->f.row_block;
+                o->n_rows[s] = (v->p0 + v->q_len - 1) / o->f.row_block - o->row0[s] + 1;
+                o->n_blocks[s] = oracle_up(v->end, o->f.kv_block);
+                size = (size_t)o->n_lists * (size_t)o->n_rows[s] * (size_t)o->n_blocks[s];
+                o->keep[s] = (uint8_t *)oracle_alloc(size, 1);
+                o->near[s] = (uint8_t *)oracle_alloc(size, 1);
+            }
+            oracle_list(o, s, l, v, per);
+            for (h = 0; h < per; h++) oracle_done(v + h);
+        }
+    }
+    return o;
+}
+
+TEST_FN void oracle_free(oracle *o) {
+    int32_t s;
+    for (s = 0; s < o->n_seq; s++) {
+        free(o->keep[s]);
+        free(o->near[s]);
+    }
+    free(o->keep);
+    free(o->near);
+    free(o->row0);
+    free(o->n_rows);
+    free(o->n_blocks);
+    free(o);
 }
 
 #endif // SELECT_ORACLE_H
