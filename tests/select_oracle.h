@@ -14,6 +14,9 @@
 
 #define ORACLE_NEAR 1e-5
 
+// Of masses: an error of scores is that of their exponentials, and grows with them.
+static double oracle_near = ORACLE_NEAR;
+
 typedef struct oracle {
     const attn_desc *d;
     attn_select f; // every default filled in
@@ -61,7 +64,7 @@ TEST_FN double oracle_larger(double a, double b) {
 // Whether a and b, of values as large as size, may change places.
 TEST_FN int oracle_close(double a, double b, double size) {
     if (a == b) return 1;
-    return fabs(a - b) <= ORACLE_NEAR * fabs(size);
+    return fabs(a - b) <= oracle_near * fabs(size);
 }
 
 // ---- Q and K as doubles
@@ -306,7 +309,7 @@ TEST_FN void oracle_flex_counts(const oracle_view *v, const double *mass, int32_
     const attn_flex *x = &v->f->flex;
     int32_t i, least = oracle_up(x->min_budget, v->f->kv_block);
     for (i = 0; i < 3; i++) {
-        double gamma = (double)x->gamma * (1 + (i - 1) * ORACLE_NEAR);
+        double gamma = (double)x->gamma * (1 + (i - 1) * oracle_near);
         int32_t cover = oracle_cover(mass, v->kv_len, gamma, 0);
         if (cover > v->kv_len) cover = v->kv_len;
         n[i] = cover / 128 + 1;
@@ -401,7 +404,7 @@ TEST_FN void oracle_flex_take(const oracle_view *v, const double *mass, int32_t 
     double sum = 0;
     for (i = 0; i < n; i++) sum += mass[i];
     for (i = 0; i < 3; i++) {
-        double part = (double)x->gamma * sum * (1 + (i - 1) * ORACLE_NEAR);
+        double part = (double)x->gamma * sum * (1 + (i - 1) * oracle_near);
         c[i] = oracle_most(oracle_cover(mass, n, part, 1), least);
         c[i] = oracle_least(c[i], oracle_least(oracle_up(x->max_budget, v->f->kv_block), n));
     }
@@ -409,7 +412,7 @@ TEST_FN void oracle_flex_take(const oracle_view *v, const double *mass, int32_t 
 }
 
 // Rows r0 ... r1 of query-aware heads: the fewest blocks that hold gamma' of e_r. gamma' of the
-// three: at gamma and -+ ORACLE_NEAR. mass: (rows, nb).
+// three: at gamma and -+ oracle_near. mass: (rows, nb).
 TEST_FN void oracle_flex_rows(const oracle_view *v, int32_t nb, int32_t r0, int32_t rows,
                               const double *mass, uint8_t *keep, uint8_t *near) {
     const attn_flex *x = &v->f->flex;
@@ -421,7 +424,7 @@ TEST_FN void oracle_flex_rows(const oracle_view *v, int32_t nb, int32_t r0, int3
         oracle_estimate(v, q, r0 + r + 1, e + (int64_t)r * nb);
     }
     for (i = 0; i < 3; i++) {
-        double gamma = (double)x->gamma * (1 + (i - 1) * ORACLE_NEAR);
+        double gamma = (double)x->gamma * (1 + (i - 1) * oracle_near);
         g[i] = gamma;
         for (r = 0; r < rows; r++) {
             const double *m = mass + (int64_t)r * nb, *own = e + (int64_t)r * nb;
@@ -438,7 +441,7 @@ TEST_FN void oracle_flex_rows(const oracle_view *v, int32_t nb, int32_t r0, int3
     }
     for (r = 0; r < rows; r++) {
         for (i = 0; i < 3; i++) {
-            double part = oracle_larger(g[i], 0) * (i == 1 ? 1 - 1e-14 : 1 + (i - 1) * ORACLE_NEAR);
+            double part = oracle_larger(g[i], 0) * (i == 1 ? 1 - 1e-14 : 1 + (i - 1) * oracle_near);
             n[i] = oracle_cover(e + (int64_t)r * nb, r0 + r + 1, part, 1);
             n[i] = oracle_most(n[i], oracle_up(x->min_budget, v->f->kv_block));
             n[i] = oracle_least(n[i], oracle_up(x->max_budget, v->f->kv_block));
@@ -506,7 +509,7 @@ TEST_FN void oracle_flex_corrected(oracle_view *v, int32_t nb, int32_t r0, int32
             near[at] = !sure && (near[at] || kn[j] || dn[r0 + r - j]);
             if (j == 0 || j == r0 + r) keep[at] = 1;
             if (j == 0 || j == r0 + r) near[at] = 0;
-            if (tau2 > 0 && fabs(d2 - tau2) <= ORACLE_NEAR * tau2 + 1e-9) near[at] = 1;
+            if (tau2 > 0 && fabs(d2 - tau2) <= oracle_near * tau2 + 1e-9) near[at] = 1;
         }
     free(slash);
     free(col);
@@ -521,6 +524,7 @@ TEST_FN void oracle_flex(oracle_view *v, int32_t nb, int32_t r0, int32_t rows, u
                          uint8_t *near) {
     const int32_t b = v->f->kv_block, least = oracle_up(v->f->flex.min_budget, b);
     int32_t r, dense = oracle_most(2 * (int64_t)b, (int64_t)least * b);
+    oracle_near = ORACLE_NEAR * oracle_larger(1, v->size / 16);
     if (v->q_len > dense && v->f->flex.compatible)
         oracle_flex_compatible(v, nb, keep, near);
     else if (v->q_len > dense)
@@ -554,16 +558,30 @@ TEST_FN double oracle_log_sum(const double *m, const uint8_t *is, int want, int3
     return most + log(sum);
 }
 
-// The largest share of mass that one of the n rows of m misses without the blocks of keep.
-TEST_FN double oracle_missed(const double *m, int32_t n, const uint8_t *keep, int32_t nb) {
+// The largest share of mass that one of the n rows of shares misses without the blocks of keep.
+TEST_FN double oracle_missed(const double *share, int32_t n, const uint8_t *keep, int32_t nb) {
     double worst = 0;
-    int32_t i;
+    int32_t i, b;
     for (i = 0; i < n; i++) {
-        double in = oracle_log_sum(m + (int64_t)i * nb, keep, 1, nb);
-        double out = oracle_log_sum(m + (int64_t)i * nb, keep, 0, nb);
-        if (out > -HUGE_VAL) worst = oracle_larger(worst, 1 / (1 + exp(in - out)));
+        double missed = 0;
+        for (b = 0; b < nb; b++)
+            if (!keep[b]) missed += share[(int64_t)i * nb + b];
+        worst = oracle_larger(worst, missed);
     }
     return worst;
+}
+
+// Shares of softmax mass of the rows of m.
+TEST_FN double *oracle_shares(const double *m, int32_t n, int32_t nb) {
+    double *share = oracle_doubles((int64_t)n * nb);
+    uint8_t *none = (uint8_t *)oracle_alloc((size_t)nb, 1);
+    int32_t i, b;
+    for (i = 0; i < n; i++) {
+        double all = oracle_log_sum(m + (int64_t)i * nb, none, 0, nb);
+        for (b = 0; b < nb; b++) share[(int64_t)i * nb + b] = exp(m[(int64_t)i * nb + b] - all);
+    }
+    free(none);
+    return share;
 }
 
 // M of every query of row block r, of every head of the list: (*n, nb).
@@ -586,19 +604,20 @@ TEST_FN void oracle_exact(const oracle_view *v, int32_t n_views, int32_t nb, int
     const int32_t own = oracle_most(0, (int64_t)r * rb - x->recent) / b,
                   visible = last / b - first + 1;
     int32_t n, i, j, c[3], more, others = 0, budget = oracle_up(x->keep, b), *order;
-    double *m = oracle_logs(v, n_views, nb, r, &n), *value = oracle_doubles(nb), size = 1;
+    double *m = oracle_logs(v, n_views, nb, r, &n), *share = oracle_shares(m, n, nb);
+    double *value = oracle_doubles(nb), size = 1;
     uint8_t *always = (uint8_t *)oracle_alloc((size_t)nb, 2), *with = always + nb;
+    oracle_near = ORACLE_NEAR;
     for (i = 0; i < n_views; i++) size = oracle_larger(size, v[i].size);
     budget = oracle_most(budget, (int64_t)ceil(((double)x->share - 1e-6) * visible));
     if (!x->keep && !(x->share > 0)) budget = visible;
     for (j = 0; j < nb; j++) always[j] = j <= last / b && (j == first || (j >= own && j >= first));
     for (j = 0; j < nb; j++) value[j] = -HUGE_VAL;
-    for (i = 0; i < n; i++)
+    for (i = 0; i < n; i++) {
+        double z = oracle_log_sum(m + (int64_t)i * nb, always, 1, nb);
         for (j = first; j <= last / b; j++)
-            if (!always[j])
-                value[j] =
-                    oracle_larger(value[j], m[(int64_t)i * nb + j] -
-                                                oracle_log_sum(m + (int64_t)i * nb, always, 1, nb));
+            if (!always[j]) value[j] = oracle_larger(value[j], m[(int64_t)i * nb + j] - z);
+    }
     for (j = 0; j < nb; j++) others += j >= first && j <= last / b && !always[j];
     more = oracle_most(0, oracle_least(others, (int64_t)budget - (visible - others)));
     order = oracle_order(value, nb);
@@ -607,7 +626,7 @@ TEST_FN void oracle_exact(const oracle_view *v, int32_t n_views, int32_t nb, int
         c[i] = more;
         if (!(x->epsilon > 0)) continue;
         memcpy(with, always, (size_t)nb);
-        for (c[i] = 0; c[i] < more && oracle_missed(m, n, with, nb) > most; c[i]++)
+        for (c[i] = 0; c[i] < more && oracle_missed(share, n, with, nb) > most; c[i]++)
             with[order[c[i]]] = 1;
     }
     oracle_top(value, nb, c[0], c[1], c[2], size, keep, near);
@@ -617,6 +636,7 @@ TEST_FN void oracle_exact(const oracle_view *v, int32_t n_views, int32_t nb, int
     }
     free(order);
     free(m);
+    free(share);
     free(value);
     free(always);
 }
@@ -1148,6 +1168,24 @@ TEST_FN void oracle_hip_third(oracle_q_block *q, int32_t first, oracle_slot *slo
         if (keep[i]) listed[x->sink / t->chunk + c.j[i]] = 1;
     free(keep);
     oracle_chunks_free(&c);
+}
+
+// ---- metrics
+
+// Softmax mass of query i on the keys it sees in the listed blocks, at least `sink` first positions
+// and the `recent` last ones.
+TEST_FN double recall_of(const oracle_view *v, int32_t i, const uint8_t *keep, int32_t sink,
+                         int32_t recent) {
+    const double *s = v->score + (int64_t)i * v->kv_len;
+    double most = -HUGE_VAL, in = 0, all = 0;
+    int32_t j, p = v->p0 + i;
+    for (j = 0; j < v->kv_len; j++) most = oracle_larger(most, s[j]);
+    for (j = 0; j < v->kv_len && v->k0 + j <= p; j++) {
+        int32_t k = v->k0 + j;
+        all += exp(s[j] - most);
+        if (keep[k / v->f->kv_block] || k < sink || p - k < recent) in += exp(s[j] - most);
+    }
+    return in / all;
 }
 
 // ---- all of them
