@@ -304,7 +304,7 @@ static attn_result run(const attn_desc *d, const attn_select *s, const attn_summ
     size_t bytes = attn_cpu_select_scratch_bytes(d, s);
     uint8_t *scratch = guarded(bytes);
     attn_result e = ATTN_OK;
-    CHECK(units > 0 && bytes > 0);
+    CHECK(bytes > 0 && (units > 0 || d->q_start[d->n_seq] == 0));
     if (!pieces) e = attn_cpu_select(d, s, y, x, 0, units, scratch + GUARD);
     for (u = units - 1; pieces && u >= 0 && e == ATTN_OK; u--) {
         memset(scratch + GUARD, u % 2 ? 0xff : 0x7f, bytes);
@@ -807,7 +807,7 @@ static void call_errors(attn_select_kind kind) {
     memcpy(table + d.kv.page_table_stride, d.kv.page_table + d.kv.page_table_stride,
            sizeof(int32_t) * (size_t)d.kv.page_table_stride);
     e = d, e.kv.page_table = table, table[0] = d.kv.n_pages;
-    CHECK_EQ(run(&e, &s, NULL, &m.x, 0), ATTN_ERR_PAGE);
+    CHECK_EQ(attn_cpu_select(&e, &s, NULL, &m.x, 0, 1, scratch + GUARD), ATTN_ERR_PAGE);
     CHECK_EQ(run(&d, &s, NULL, &m.x, 0), ATTN_OK);
     CHECK(guards_hold(scratch, n));
     // a longer sequence, more rows, a slot that is none
