@@ -159,6 +159,10 @@ TEST_FN oracle_view oracle_open(const attn_desc *d, const attn_select *f, int32_
     v.p0 = d->q_pos0 ? d->q_pos0[s] : v.end - v.q_len;
     v.scale = d->logits.scale != 0 ? (double)d->logits.scale : 1 / sqrt((double)v.dim);
     v.cap = (double)d->logits.softcap;
+    if (f->kind == ATTN_SELECT_FLEX && f->flex.compatible) { // the reference knows neither
+        v.scale = 1 / sqrt((double)v.dim);
+        v.cap = 0;
+    }
     v.q = oracle_doubles((int64_t)v.q_len * v.dim);
     v.k = oracle_doubles((int64_t)v.kv_len * v.dim);
     for (t = 0; t < v.q_len; t++)
@@ -369,7 +373,6 @@ TEST_FN void oracle_flex_compatible(oracle_view *v, int32_t nb, uint8_t *keep, u
     oracle_flex_counts(v, diag, nb, g);
     if (tau2 > 0 && d2 < tau2) {
         int32_t least = oracle_least(oracle_up(v->f->flex.min_budget, b), nb);
-        least = oracle_least(least, oracle_up(v->f->flex.max_budget, b));
         for (i = 0; i < 3; i++) c[i] = g[i] = least;
         oracle_flex_map(v, nb, keep, near);
     }
@@ -429,10 +432,10 @@ TEST_FN void oracle_flex_rows(const oracle_view *v, int32_t nb, int32_t r0, int3
         for (r = 0; r < rows; r++) {
             const double *m = mass + (int64_t)r * nb, *own = e + (int64_t)r * nb;
             int32_t *order = oracle_order(own, r0 + r + 1);
-            double all = 0, sum = 0, prefix = 0;
+            double all = 0, sum = m[0] + (r0 + r ? m[r0 + r] : 0), prefix = 0; // always kept
             for (c = 0; c < nb; c++) all += m[c];
             for (c = 0; c <= r0 + r && sum < gamma * all; c++) {
-                sum += m[order[c]];
+                if (order[c] && order[c] != r0 + r) sum += m[order[c]];
                 prefix += own[order[c]];
             }
             g[i] = oracle_larger(g[i], prefix);
@@ -486,10 +489,9 @@ TEST_FN void oracle_flex_corrected(oracle_view *v, int32_t nb, int32_t r0, int32
     int32_t r, j;
     for (r = 0; r < rows; r++)
         for (j = 0; j < nb; j++) {
-            double *m = mass + (int64_t)r * nb + j;
-            all[j] += *m;
-            if (j == 0 || j == r0 + r) *m = 0;
-            col[j] += *m;
+            double m = mass[(int64_t)r * nb + j];
+            all[j] += m;
+            if (j > 0 && j != r0 + r) col[j] += m;
         }
     oracle_mean(v->q, v->dim, v->q_len - n, n, q);
     oracle_estimate(v, q, nb, e);
