@@ -74,14 +74,14 @@ static const char usage[] =
     "  --select S         lists of KV blocks computed from Q and K, NAME or NAME:KEY=VALUE,...\n"
     "                     exact: share= keep= epsilon= recent=\n"
     "                     flex: gamma= tau= min= max= block= compat\n"
-    "                     hip1, hip2: k= sink= window= qstride= kstride= refresh=, lowdim= of hip1,\n"
-    "                     sample=first|middle|last of hip2\n"
+    "                     hip1, hip2: k= sink= window= qstride= kstride= refresh=; of hip1\n"
+    "                     lowdim=, of hip2 sample=first|middle|last\n"
     "                     hip (generation 3): keep= sink= window=, and for each stage\n"
     "                     stage=QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH\n"
     "                     stride:BLOCK,LOCAL,STRIDE, the mask\n"
     "                     all: dense=0-2+5 (these layers), and but for stride rows= kvblock=\n"
     "                     heads=each|group|all (lists), from= (shorter sequences are dense)\n"
-    "  --draw L,H,FILE    PNG of what head H of layer L keeps of the first prompt (blue) and\n"
+    "  --draw L,H,FILE    PNG: what head H of layer L keeps of the first prompt (blue) and\n"
     "                     misses (red), the darker the more attention it gets\n"
     "  --kv TYPE          f32 | f16 | bf16 | fp8 | int8 | int4 (f32)\n"
     "  --kv-mem MIB       limit of the KV pages        (4096)\n"
@@ -298,18 +298,18 @@ static int parse_select_key(options *o, char *text) {
     return set_select_key(o, &table[i], value);
 }
 
-/* stride:BLOCK,LOCAL,STRIDE[,dense=...]; text is what follows the colon. */
-static char *parse_stride_select(options *o, char *text) {
-    char *at = text, old;
+/* BLOCK,LOCAL,STRIDE; *text goes to what follows, NULL: nothing. */
+static int parse_stride_select(options *o, char **text) {
+    char *at = *text, *rest = at;
     int32_t v[3];
-    for (int commas = 0; *at && (*at != ',' || ++commas < 3); at++) {}
-    old = *at;
-    *at = 0;
-    if (parse_list(text, v, 3) != 3 || !v[0] || !v[1] || !v[2]) return NULL;
+    for (int i = 0; i < 3 && rest; i++) rest = strchr(rest + (i > 0), ',');
+    if (rest) *rest++ = 0;
+    if (!at || parse_list(at, v, 3) != 3 || !v[0] || !v[1] || !v[2]) return -1;
     o->mask.stride.block = v[0];
     o->mask.stride.local = v[1];
     o->mask.stride.stride = v[2];
-    return old ? at + 1 : at;
+    *text = rest;
+    return 0;
 }
 
 /* Defaults that differ from those of attn.h are in the table. */
@@ -328,14 +328,14 @@ static int parse_select(options *o) {
     if (i == known) return complain("--select %s: want %s", s, all);
     o->select.kind = kinds[i].kind;
     memcpy(text, s + n, strlen(s + n) + 1);
-    at = text + (text[0] == ':');
-    if (!o->select.kind && !(at = parse_stride_select(o, at)))
+    at = text[0] ? text + 1 : NULL;
+    if (!o->select.kind && parse_stride_select(o, &at))
         return complain("--select %s: want stride:BLOCK,LOCAL,STRIDE", s);
-    if (text[0] == ':' && !text[1]) return complain("--select %s: nothing after the colon", s);
-    for (; *at; at = end) {
-        end = at + strcspn(at, ",");
-        if (*end) *end++ = 0;
+    if (at && !*at) return complain("--select %s: nothing after the last %c", s, at[-1] ? ':' : ',');
+    while (at) { /* NULL: behind the last one */
+        if ((end = strchr(at, ',')) != NULL) *end++ = 0;
         if (parse_select_key(o, at)) return -1;
+        at = end;
     }
     if (o->select.kind == ATTN_SELECT_FLEX) {
         int32_t *block = &o->select.kv_block, *rows = &o->select.row_block;
@@ -644,7 +644,7 @@ typedef struct kv_layer {
 typedef struct totals {
     int64_t prompt_tokens, cached_tokens, prefill_rows, decode_rows;
     int64_t kept, causal;          /* visible and causal (query, key, head, layer) */
-    int64_t scored;                /* ... and those that a selector scored */
+    int64_t scored, scorable;      /* ... that a selector scored, and could have; by list rows */
     int64_t kv_read, kv_seen;      /* KV tokens x heads visited, and as if nothing were shared */
     double prefill_s, decode_s, attention_s, select_s, busy_s, wall_s;
     int32_t steps, peak_pages, plans_rebuilt;
@@ -1000,6 +1000,16 @@ static void choose_planned_layer(engine *e) {
     choose_layer(e, l);
 }
 
+/* Before anything is read; the batch is still empty. */
+static int check_select(engine *e) {
+    if (!e->o->select.kind) return 0;
+    e->d.n_seq = 1;
+    attn_result r = attn_select_check(&e->d, &e->o->select);
+    if (r == ATTN_ERR_ARGUMENT)
+        return complain("--select %s: values that do not fit each other", e->o->select_text);
+    return r ? attn_failed("selecting", r) : 0;
+}
+
 /* Lists for every layer, large enough for whatever batch comes; called with the first one. */
 static int open_lists(engine *e) {
     attn_select *s = &e->select;
@@ -1008,10 +1018,7 @@ static int open_lists(engine *e) {
     if (s->kind >= ATTN_SELECT_HIP1 && s->kind <= ATTN_SELECT_HIP3) s->n_slots = e->max_seq;
     s->max_rows = s->n_slots + e->max_rows / s->row_block + 2 * e->max_seq;
     s->max_kv_len = e->max_pages * e->o->page;
-    attn_result r = attn_select_check(&e->d, s);
-    if (r == ATTN_ERR_ARGUMENT)
-        return complain("--select %s: values that do not fit each other", e->o->select_text);
-    if (r) return attn_failed("selecting", r);
+    attn_result r;
     size_t each = (attn_select_bytes(&e->d, s) + 63) / 64 * 64;
     size_t summary = s->kind == ATTN_SELECT_EXACT ? (attn_summary_bytes(&e->d) + 63) / 64 * 64 : 0;
     e->lists = (attn_selection *)calloc(layers, sizeof *e->lists);
@@ -1298,7 +1305,7 @@ static int cpu_open_plan(engine *e, const attn_plan_params *p) {
 }
 
 static int cpu_forward(engine *e) {
-    double t0, attention = -e->t.select_s; /* attend counts that of this step, too */
+    double t0, attention = e->t.select_s; /* less what attend spends on it */
     llama_embed(e->m, e->pool, e->s, e->ids, e->pos, e->n_rows);
     for (int32_t l = 0; l < e->m->n_layers; l++) {
         llama_qkv(e->m, e->pool, e->s, l);
@@ -1309,7 +1316,7 @@ static int cpu_forward(engine *e) {
         llama_out(e->m, e->pool, e->s, l);
     }
     if (e->n_out) llama_logits(e->m, e->pool, e->s, e->out_row, e->n_out, e->logits);
-    e->t.attention_s += attention + e->t.select_s;
+    e->t.attention_s += attention - e->t.select_s;
     return 0;
 }
 
@@ -1570,9 +1577,11 @@ static int64_t listed_keys(const attn_selection *x, int64_t row, int32_t p) {
 /* What the lists of a layer let query row i of sequence s see, over all heads. */
 static void count_listed(engine *e, int32_t layer, int32_t s, int32_t i) {
     const attn_selection *x = &e->lists[layer];
-    const int32_t heads = e->m->n_heads / x->n_lists, p = e->pos[i];
+    const int32_t heads = e->m->n_heads / x->n_lists, p = e->pos[i], rows = x->list.row_block;
+    const int32_t last = e->pos[e->q_start[s + 1] - 1], end = p / rows * rows + rows;
+    e->t.scorable += (int64_t)e->m->n_heads * (end <= last ? end : last + 1);
     for (int32_t l = 0; l < x->n_lists; l++) {
-        int64_t row = (int64_t)l * (x->list.n_rows + 1) + x->seq_row[s] + p / x->list.row_block;
+        int64_t row = (int64_t)l * (x->list.n_rows + 1) + x->seq_row[s] + p / rows;
         e->t.kept += heads * listed_keys(x, row, p);
         e->t.scored += (int64_t)heads * x->visited[row];
     }
@@ -1748,7 +1757,7 @@ static void print_table(const engine *e) {
     if (e->lists)
         printf("selector           %.0f %% of the time (%.2f s), %.1f %% of the keys scored\n",
                100 * ratio(t->select_s, t->busy_s), t->select_s,
-               100 * ratio((double)t->scored, (double)t->causal));
+               100 * ratio((double)t->scored, (double)t->scorable));
     if (e->draw)
         printf("picture            %s: %.2f %% of the attention of layer %d, head %d kept\n",
                e->o->draw_file, 100 * ratio(e->draw->kept, e->draw->mass), (int)e->o->draw_layer,
@@ -1786,7 +1795,7 @@ static void print_json(const engine *e) {
            (long long)t->kv_read, (long long)t->kv_seen, ratio(t->attention_s, t->busy_s),
            ratio((double)t->kept, (double)t->causal));
     printf(" \"visited_share\": %.6f, \"attention_s\": %.4f, \"select_s\": %.4f,\n",
-           ratio((double)t->scored, (double)t->causal), t->attention_s, t->select_s);
+           ratio((double)t->scored, (double)t->scorable), t->attention_s, t->select_s);
     if (e->draw) printf(" \"drawn_mass_kept\": %.6f,\n", ratio(e->draw->kept, e->draw->mass));
     printf(" \"wall_s\": %.4f, \"steps\": %d, \"plans_rebuilt\": %d, \"peak_bytes\": %.0f, "
            "\"threads\": %d,\n \"device\": \"%s\", \"executor\": \"%s\", \"kv\": \"%s\", "
@@ -1833,7 +1842,8 @@ static int answer_all(engine *e) {
     e->max_rows = e->o->chunk + e->max_seq + 1;
     for (int32_t i = 0; i < e->n_req; i++) e->t.prompt_tokens += e->req[i].n_prompt;
     describe(e);
-    if (e->on->open(e) || open_kv(e) || open_batch(e) || open_picture(e)) return -1;
+    if (e->on->open(e) || open_kv(e) || open_batch(e) || check_select(e) || open_picture(e))
+        return -1;
     if (e->o->prompt && !e->o->json) printf("%s", e->o->prompt);
     if (serve(e) || write_picture(e)) return -1;
     if (e->o->prompt && !e->o->json) printf("\n");
