@@ -13,6 +13,7 @@
 #   make cuda | test-cuda         attn_cuda.cuh for every architecture | its tests, on a GPU
 #   make proof | proof-planted    Frama-C on attn.h; bugs that the proofs must notice
 #   make examples-cuda | test-generate-cuda    examples/*.cu and generate --device cuda (nvcc)
+#   make recall [ARGS=]   five documents of 16k tokens with each selector: answers lost, a table
 #   make examples | bench | bench-cuda | lint | deps | install [PREFIX= DESTDIR=] | clean
 
 CC ?= cc
@@ -318,6 +319,11 @@ bench: build/bench_cpu
 
 build/bench_cpu: tests/bench/bench_cpu.c $(DEPS) | build
 	$(CC) -O2 $(INCLUDES) $< -o $@ $(LIBS)
+
+# Answers right against kept share, all selectors: half an hour (ARGS="--only 'exact*'" for some).
+.PHONY: recall
+recall: build/generate
+	$(PYTHON) tests/bench/recall.py --csv build/recall.csv $(ARGS)
 
 # On a machine with a GPU. Beside torch's attention: $(PYTHON) tests/bench/bench_cuda.py
 NVCC ?= nvcc

@@ -23,18 +23,43 @@
 #endif
 
 #include <errno.h>
+#include <math.h>
 #include <sys/resource.h>
 #include <time.h>
 
+#ifdef __has_include
+#if __has_include(<stb/stb_image_write.h>)
+#define HAVE_STB 1
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wconversion"
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#endif
+#define STB_IMAGE_WRITE_STATIC
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#include <stb/stb_image_write.h>
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+#endif
+#endif
+
 /* ==== options ==== */
+
+enum { MAX_DENSE = 256 }; /* layers that dense= can name */
 
 typedef struct options {
     const char *model, *document, *questions, *prompt, *mask_text, *kv_text, *isa, *device;
+    const char *select_text, *draw_text, *draw_file;
     int32_t no_share, json, threads, n_predict, page, chunk, batch, every, kv_mem, top_k, seed;
     float temp, top_p;
     attn_dtype kv;
     attn_numerics numerics;
-    attn_mask mask;
+    attn_mask mask;            /* of layers without lists that are not dense */
+    attn_select select;        /* kind NONE: no lists */
+    uint8_t dense[MAX_DENSE];  /* layers that stay dense */
+    int32_t draw_layer, draw_head;
 } options;
 
 static const char usage[] =
@@ -46,6 +71,18 @@ static const char usage[] =
     "  --prompt TEXT      complete TEXT instead\n"
     "  --no-share         every request reads the document on its own\n"
     "  --mask M           dense | window:LEFT[,SINK] | stride:BLOCK,LOCAL,STRIDE (dense)\n"
+    "  --select S         lists of KV blocks computed from Q and K, NAME or NAME:KEY=VALUE,...\n"
+    "                     exact: share= keep= epsilon= recent=\n"
+    "                     flex: gamma= tau= min= max= block= compat\n"
+    "                     hip1, hip2: k= sink= window= qstride= kstride= refresh=; of hip1\n"
+    "                     lowdim=, of hip2 sample=first|middle|last\n"
+    "                     hip (generation 3): keep= sink= window=, and for each stage\n"
+    "                     stage=QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH\n"
+    "                     stride:BLOCK,LOCAL,STRIDE, the mask\n"
+    "                     all: dense=0-2+5 (these layers), and but for stride rows= kvblock=\n"
+    "                     heads=each|group|all (lists), from= (shorter sequences are dense)\n"
+    "  --draw L,H,FILE    PNG: what head H of layer L keeps of the first prompt (blue) and\n"
+    "                     misses (red), the darker the more attention it gets\n"
     "  --kv TYPE          f32 | f16 | bf16 | fp8 | int8 | int4 (f32)\n"
     "  --kv-mem MIB       limit of the KV pages        (4096)\n"
     "  --page N           tokens per page              (32)\n"
@@ -124,6 +161,218 @@ static int parse_numerics(const char *s, attn_numerics *out) {
     return 0;
 }
 
+/* ---- --select ---- */
+
+enum { ON_STRIDE = 1 << ATTN_SELECT_NONE, ON_FLEX = 1 << ATTN_SELECT_FLEX,
+       ON_HIP1 = 1 << ATTN_SELECT_HIP1, ON_HIP2 = 1 << ATTN_SELECT_HIP2,
+       ON_HIP3 = 1 << ATTN_SELECT_HIP3, ON_EXACT = 1 << ATTN_SELECT_EXACT,
+       ON_HIP = ON_HIP1 | ON_HIP2 | ON_HIP3, ON_ANY = ON_FLEX | ON_HIP | ON_EXACT };
+
+typedef struct select_key {
+    const char *name;
+    int kinds;                                         /* ON_... that have it */
+    int32_t *number;                                   /* 1 .. 2^30, or */
+    float *real, most;                                 /* above 0, at most that, or */
+    int (*parse)(const char *s, options *o);           /* 0 when it makes sense */
+    const char *want;                                  /* what parse wants; no parse: a flag */
+} select_key;
+
+static int parse_heads(const char *s, options *o) {
+    attn_select_heads *h = &o->select.heads;
+    if (!strcmp(s, "each")) *h = ATTN_SELECT_EACH;
+    else if (!strcmp(s, "group")) *h = ATTN_SELECT_GROUP;
+    else if (!strcmp(s, "all")) *h = ATTN_SELECT_ALL;
+    else return -1;
+    return 0;
+}
+
+/* Layers, 0-2+5. */
+static int parse_dense(const char *s, options *o) {
+    for (;; s++) {
+        char *end;
+        if (*s < '0' || *s > '9') return -1;
+        long a = strtol(s, &end, 10), b = a;
+        if (*end == '-') {
+            s = end + 1;
+            if (*s < '0' || *s > '9') return -1;
+            b = strtol(s, &end, 10);
+        }
+        if (a > b || b >= MAX_DENSE || (*end && *end != '+')) return -1;
+        while (a <= b) o->dense[a++] = 1;
+        if (!*end) return 0;
+        s = end;
+    }
+}
+
+static int parse_stage(const char *s, options *o) {
+    attn_hip *h = &o->select.hip;
+    char text[96];
+    int32_t v[5];
+    size_t n = strlen(s);
+    if (n >= sizeof text || strchr(s, ',') || h->n_stages == ATTN_HIP_STAGES) return -1;
+    for (size_t i = 0; i <= n; i++) text[i] = s[i] == '/' ? ',' : s[i];
+    if (parse_list(text, v, 5) != 5 || !v[0] || !v[1] || !v[2] || !v[4]) return -1;
+    attn_hip_stage *t = &h->stage[h->n_stages++];
+    t->q_block = v[0];
+    t->q_stride = v[1];
+    t->chunk = v[2];
+    t->keep = v[3];
+    t->refresh = v[4];
+    return 0;
+}
+
+static int parse_sample(const char *s, options *o) {
+    static const char *const names[] = {"middle", "first", "last"};
+    for (int32_t i = 0; i < 3; i++)
+        if (!strcmp(s, names[i])) {
+            o->select.hip.sample = i;
+            return 0;
+        }
+    return -1;
+}
+
+/* Gives key k its value, NULL: none was written. */
+static int set_select_key(options *o, const select_key *k, const char *value) {
+    const char *spec = o->select_text, *name = k->name;
+    char *end;
+    int32_t n;
+    if (k->want && !k->parse) {
+        *k->number = 1;
+        return value ? complain("--select %s: %s takes no value", spec, name) : 0;
+    }
+    if (!value) return complain("--select %s: %s= needs a value", spec, name);
+    if (k->parse) {
+        if (!k->parse(value, o)) return 0;
+        return complain("--select %s: %s=%s: want %s", spec, name, value, k->want);
+    }
+    if (k->number) {
+        if (parse_list(value, &n, 1) != 1 || n < 1)
+            return complain("--select %s: %s=%s: want a whole number above 0", spec, name, value);
+        *k->number = n;
+        return 0;
+    }
+    double x = strtod(value, &end);
+    if (end == value || *end || !(x > 0 && x <= (double)k->most))
+        return complain("--select %s: %s=%s: want a number above 0, at most %g", spec, name, value,
+                        (double)k->most);
+    *k->real = (float)x;
+    return 0;
+}
+
+/* One KEY=VALUE or flag. */
+static int parse_select_key(options *o, char *text) {
+    attn_select *s = &o->select;
+    const select_key table[] = {
+        {"rows", ON_ANY, &s->row_block, NULL, 0, NULL, NULL},
+        {"kvblock", ON_ANY, &s->kv_block, NULL, 0, NULL, NULL},
+        {"block", ON_FLEX, &s->kv_block, NULL, 0, NULL, NULL},
+        {"from", ON_ANY, &s->dense_below, NULL, 0, NULL, NULL},
+        {"heads", ON_ANY, NULL, NULL, 0, parse_heads, "each, group or all"},
+        {"dense", ON_ANY | ON_STRIDE, NULL, NULL, 0, parse_dense, "layers, 0-2+5 say"},
+        {"gamma", ON_FLEX, NULL, &s->flex.gamma, 1, NULL, NULL},
+        {"tau", ON_FLEX, NULL, &s->flex.tau, 1, NULL, NULL},
+        {"min", ON_FLEX, &s->flex.min_budget, NULL, 0, NULL, NULL},
+        {"max", ON_FLEX, &s->flex.max_budget, NULL, 0, NULL, NULL},
+        {"compat", ON_FLEX, &s->flex.compatible, NULL, 0, NULL, "no value"},
+        {"keep", ON_HIP, &s->hip.keep, NULL, 0, NULL, NULL},
+        {"k", ON_HIP, &s->hip.keep, NULL, 0, NULL, NULL},
+        {"sink", ON_HIP, &s->hip.sink, NULL, 0, NULL, NULL},
+        {"window", ON_HIP, &s->hip.window, NULL, 0, NULL, NULL},
+        {"qstride", ON_HIP1 | ON_HIP2, &s->hip.q_stride, NULL, 0, NULL, NULL},
+        {"kstride", ON_HIP1 | ON_HIP2, &s->hip.k_stride, NULL, 0, NULL, NULL},
+        {"refresh", ON_HIP1 | ON_HIP2, &s->hip.refresh, NULL, 0, NULL, NULL},
+        {"lowdim", ON_HIP1, &s->hip.low_dim, NULL, 0, NULL, NULL},
+        {"sample", ON_HIP2, NULL, NULL, 0, parse_sample, "first, middle or last"},
+        {"stage", ON_HIP3, NULL, NULL, 0, parse_stage,
+         "QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH, six times at most"},
+        {"keep", ON_EXACT, &s->exact.keep, NULL, 0, NULL, NULL},
+        {"share", ON_EXACT, NULL, &s->exact.share, 1, NULL, NULL},
+        {"epsilon", ON_EXACT, NULL, &s->exact.epsilon, 1, NULL, NULL},
+        {"recent", ON_EXACT, &s->exact.recent, NULL, 0, NULL, NULL}};
+    const size_t n = sizeof table / sizeof *table;
+    char *value = strchr(text, '=');
+    size_t i;
+    if (value) *value++ = 0;
+    for (i = 0; i < n && (strcmp(text, table[i].name) || !(table[i].kinds >> s->kind & 1)); i++) {}
+    if (i == n) return complain("--select %s: no key %s here", o->select_text, text);
+    return set_select_key(o, &table[i], value);
+}
+
+/* BLOCK,LOCAL,STRIDE; *text goes to what follows, NULL: nothing. */
+static int parse_stride_select(options *o, char **text) {
+    char *at = *text, *rest = at;
+    int32_t v[3];
+    for (int i = 0; i < 3 && rest; i++) rest = strchr(rest + (i > 0), ',');
+    if (rest) *rest++ = 0;
+    if (!at || parse_list(at, v, 3) != 3 || !v[0] || !v[1] || !v[2]) return -1;
+    o->mask.stride.block = v[0];
+    o->mask.stride.local = v[1];
+    o->mask.stride.stride = v[2];
+    *text = rest;
+    return 0;
+}
+
+/* Defaults that differ from those of attn.h are in the table. */
+static int parse_select(options *o) {
+    static const struct { const char *name; attn_select_kind kind; int32_t rows; } kinds[] = {
+        {"stride", ATTN_SELECT_NONE, 0}, {"flex", ATTN_SELECT_FLEX, 0},
+        {"hip1", ATTN_SELECT_HIP1, 64}, {"hip2", ATTN_SELECT_HIP2, 64},
+        {"hip", ATTN_SELECT_HIP3, 64}, {"exact", ATTN_SELECT_EXACT, 64}};
+    const char *s = o->select_text, *all = "stride, flex, hip1, hip2, hip or exact";
+    char text[512], *at, *end;
+    size_t i, n = s ? strcspn(s, ":") : 0, known = sizeof kinds / sizeof *kinds;
+    if (!s) return 0;
+    if (strcmp(o->mask_text, "dense")) return complain("--select and --mask exclude each other");
+    if (strlen(s) >= sizeof text) return complain("--select: %zu characters at most", sizeof text);
+    for (i = 0; i < known && (strlen(kinds[i].name) != n || strncmp(s, kinds[i].name, n)); i++) {}
+    if (i == known) return complain("--select %s: want %s", s, all);
+    o->select.kind = kinds[i].kind;
+    memcpy(text, s + n, strlen(s + n) + 1);
+    at = text[0] ? text + 1 : NULL;
+    if (!o->select.kind && parse_stride_select(o, &at))
+        return complain("--select %s: want stride:BLOCK,LOCAL,STRIDE", s);
+    if (at && !*at) return complain("--select %s: nothing after the last %c", s, at[-1] ? ':' : ',');
+    while (at) { /* NULL: behind the last one */
+        if ((end = strchr(at, ',')) != NULL) *end++ = 0;
+        if (parse_select_key(o, at)) return -1;
+        at = end;
+    }
+    if (o->select.kind == ATTN_SELECT_FLEX) {
+        int32_t *block = &o->select.kv_block, *rows = &o->select.row_block;
+        if (!*block) *block = *rows ? *rows : 128;
+        if (!*rows) *rows = *block;
+        if (*rows != *block) return complain("--select %s: rows and blocks must be equal", s);
+    }
+    if (!o->select.row_block) o->select.row_block = kinds[i].rows;
+    attn_exact *x = &o->select.exact;
+    if (!x->keep && !(x->share > 0) && !(x->epsilon > 0)) x->share = 0.05f;
+    return 0;
+}
+
+/* LAYER,HEAD,FILE */
+static int parse_draw(options *o) {
+    char text[32];
+    int32_t v[2];
+    const char *s = o->draw_text, *file = s ? strchr(s, ',') : NULL;
+    if (!s) return 0;
+    if (file) file = strchr(file + 1, ',');
+    if (!file || !file[1] || (size_t)(file - s) >= sizeof text)
+        return complain("--draw %s: want LAYER,HEAD,FILE.png", s);
+    memcpy(text, s, (size_t)(file - s));
+    text[file - s] = 0;
+    if (parse_list(text, v, 2) != 2) return complain("--draw %s: want LAYER,HEAD,FILE.png", s);
+    o->draw_layer = v[0];
+    o->draw_head = v[1];
+    o->draw_file = file + 1;
+#ifndef HAVE_STB
+    return complain("--draw: this program was built without stb_image_write.h (libstb-dev)");
+#else
+    return 0;
+#endif
+}
+
+/* ---- the command line ---- */
+
 typedef struct option {
     const char *name;
     const char **text;  /* one of text, number, real is set; flags take no value */
@@ -181,6 +430,8 @@ static int parse_options(int argc, char **argv, options *o) {
         {"--questions", &o->questions, NULL, 0, 0, NULL, 0},
         {"--prompt", &o->prompt, NULL, 0, 0, NULL, 0},
         {"--mask", &o->mask_text, NULL, 0, 0, NULL, 0},
+        {"--select", &o->select_text, NULL, 0, 0, NULL, 0},
+        {"--draw", &o->draw_text, NULL, 0, 0, NULL, 0},
         {"--kv", &o->kv_text, NULL, 0, 0, NULL, 0},
         {"--isa", &o->isa, NULL, 0, 0, NULL, 0},
         {"--device", &o->device, NULL, 0, 0, NULL, 0},
@@ -217,7 +468,7 @@ static int parse_options(int argc, char **argv, options *o) {
     if (strcmp(o->device, "cpu") && strcmp(o->device, "cuda"))
         return complain("--device %s: want cpu or cuda", o->device);
     return parse_mask(o->mask_text, &o->mask) || parse_kv(o->kv_text, &o->kv) ||
-                   parse_numerics(numerics, &o->numerics)
+                   parse_numerics(numerics, &o->numerics) || parse_select(o) || parse_draw(o)
                ? -1
                : 0;
 }
@@ -234,6 +485,7 @@ typedef struct request {
     int32_t stored;            /* prompt tokens whose K and V lay in pages before this step */
     int32_t seq;               /* tree handle */
     int32_t arrival;           /* scheduler step */
+    int32_t slot;              /* its own among those that run */
     uint64_t ns;
     phase phase;
     llama_sampler sampler;
@@ -391,13 +643,15 @@ typedef struct kv_layer {
 
 typedef struct totals {
     int64_t prompt_tokens, cached_tokens, prefill_rows, decode_rows;
-    int64_t kept, causal;          /* visible and causal (query, key, KV head) triples */
+    int64_t kept, causal;          /* visible and causal (query, key, head, layer) */
+    int64_t scored, scorable;      /* ... that a selector scored, and could have; by list rows */
     int64_t kv_read, kv_seen;      /* KV tokens x heads visited, and as if nothing were shared */
-    double prefill_s, decode_s, attention_s, busy_s, wall_s;
+    double prefill_s, decode_s, attention_s, select_s, busy_s, wall_s;
     int32_t steps, peak_pages, plans_rebuilt;
 } totals;
 
 typedef struct engine engine;
+typedef struct picture picture;
 
 /* What depends on where the model runs. 0, or -1 after a message. */
 typedef struct device {
@@ -443,6 +697,15 @@ struct engine {
     int32_t *fresh;                              /* (max_seq) first position to store */
     attn_page_copy *copies;                      /* (max_seq) */
     float *logits;                               /* (max_seq, n_vocab) */
+    /* --select */
+    attn_select select;
+    attn_selection *lists;                       /* (n_layers) NULL: no lists */
+    attn_summary *summary;                       /* (n_layers) exact */
+    int32_t *slot, *seq_row;                     /* (max_seq) */
+    uint8_t *slot_taken;                         /* (max_seq) */
+    void *lists_mem, *select_mem;
+    size_t select_bytes;                         /* scratch: per thread */
+    picture *draw;                               /* --draw */
     totals t;
 };
 
@@ -564,11 +827,13 @@ static int open_batch(engine *e) {
     e->ids = (int32_t *)calloc(rows, sizeof(int32_t));
     e->pos = (int32_t *)calloc(rows, sizeof(int32_t));
     e->slots = (int64_t *)calloc(rows, sizeof(int64_t));
-    e->q_start = (int32_t *)calloc(seqs, 9 * sizeof(int32_t)); /* and the eight below */
+    e->q_start = (int32_t *)calloc(seqs, 11 * sizeof(int32_t)); /* and the ten below */
+    e->slot_taken = (uint8_t *)calloc(seqs, 1);
     e->table = (int32_t *)calloc(seqs, (size_t)e->max_pages * sizeof(int32_t));
     e->copies = (attn_page_copy *)calloc(seqs, sizeof *e->copies);
     e->logits = (float *)calloc(seqs, (size_t)e->m->n_vocab * sizeof(float));
-    if (!e->ids || !e->pos || !e->slots || !e->q_start || !e->table || !e->copies || !e->logits)
+    if (!e->ids || !e->pos || !e->slots || !e->q_start || !e->table || !e->copies || !e->logits ||
+        !e->slot_taken)
         return complain("out of memory for a batch of %d tokens", (int)e->max_rows);
     e->q_pos0 = e->q_start + seqs;
     e->kv_len = e->q_pos0 + seqs;
@@ -578,6 +843,8 @@ static int open_batch(engine *e) {
     e->out_row = e->order_tmp + seqs;
     e->out_req = e->out_row + seqs;
     e->fresh = e->out_req + seqs;
+    e->slot = e->fresh + seqs;
+    e->seq_row = e->slot + seqs;
     e->d.q_start = e->q_start;
     e->d.q_pos0 = e->q_pos0;
     e->d.seq_order = e->order;
@@ -622,6 +889,11 @@ static int admit(engine *e, request *r) {
     }
     r->n_kv = cached;
     r->phase = READING;
+    r->slot = 0; /* one is free: at most max_seq requests run */
+    while (e->slot_taken[r->slot]) r->slot++;
+    e->slot_taken[r->slot] = 1;
+    for (int32_t l = 0; e->lists && l < e->m->n_layers; l++)
+        attn_cpu_select_forget(&e->lists[l], r->slot);
     e->t.cached_tokens += cached;
     return 0;
 }
@@ -652,6 +924,7 @@ static int add_rows(engine *e, request *r, int32_t end, int want_logits) {
         e->pos[e->n_rows] = p;
     }
     e->seqs[i] = r->seq;
+    e->slot[i] = r->slot;
     e->q_pos0[i] = begin;
     e->fresh[i] = fresh;
     e->kv_len[i] = end;
@@ -706,12 +979,88 @@ static int build_batch(engine *e) {
     return 0;
 }
 
+/* ---- layers: their pages, masks and lists ---- */
+
+static int has_lists(const engine *e, int32_t layer) {
+    return e->lists && !(layer < MAX_DENSE && e->o->dense[layer]);
+}
+
+static void choose_layer(engine *e, int32_t layer) {
+    e->d.kv.k.data = e->kv[layer].k;
+    e->d.kv.v.data = e->kv[layer].v;
+    memset(&e->d.mask, 0, sizeof e->d.mask);
+    if (has_lists(e, layer)) attn_selection_mask(&e->lists[layer], &e->d.mask);
+    else if (layer >= MAX_DENSE || !e->o->dense[layer]) e->d.mask = e->o->mask;
+}
+
+/* The plan is that of every layer: it depends on whether there are lists, not on what they say. */
+static void choose_planned_layer(engine *e) {
+    int32_t l = 0;
+    while (l + 1 < e->m->n_layers && l < MAX_DENSE && e->o->dense[l]) l++;
+    choose_layer(e, l);
+}
+
+/* Before anything is read; the batch is still empty. */
+static int check_select(engine *e) {
+    if (!e->o->select.kind) return 0;
+    e->d.n_seq = 1;
+    attn_result r = attn_select_check(&e->d, &e->o->select);
+    if (r == ATTN_ERR_ARGUMENT)
+        return complain("--select %s: values that do not fit each other", e->o->select_text);
+    return r ? attn_failed("selecting", r) : 0;
+}
+
+/* Lists for every layer, large enough for whatever batch comes; called with the first one. */
+static int open_lists(engine *e) {
+    attn_select *s = &e->select;
+    const size_t layers = (size_t)e->m->n_layers;
+    *s = e->o->select;
+    if (s->kind >= ATTN_SELECT_HIP1 && s->kind <= ATTN_SELECT_HIP3) s->n_slots = e->max_seq;
+    s->max_rows = s->n_slots + e->max_rows / s->row_block + 2 * e->max_seq;
+    s->max_kv_len = e->max_pages * e->o->page;
+    attn_result r;
+    size_t each = (attn_select_bytes(&e->d, s) + 63) / 64 * 64;
+    size_t summary = s->kind == ATTN_SELECT_EXACT ? (attn_summary_bytes(&e->d) + 63) / 64 * 64 : 0;
+    e->lists = (attn_selection *)calloc(layers, sizeof *e->lists);
+    e->summary = (attn_summary *)calloc(layers, sizeof *e->summary);
+    e->lists_mem = each ? calloc(layers, each + summary + 64) : NULL;
+    if (!e->lists || !e->summary || !e->lists_mem) return complain("out of memory for the lists");
+    uint8_t *at = (uint8_t *)aligned(e->lists_mem);
+    for (size_t l = 0; l < layers; l++, at += each + summary) {
+        e->d.mask = e->o->mask;
+        r = attn_selection_init(&e->d, s, at, each, e->seq_row, 0, &e->lists[l]);
+        if (r) return attn_failed("selecting", r);
+        e->summary[l].data = (uint16_t *)(void *)(at + each);
+        for (int32_t i = 0; i < s->n_slots; i++) attn_cpu_select_forget(&e->lists[l], i);
+    }
+    return 0;
+}
+
+/* The lists' rows for this batch, and scratch. */
+static int follow_batch(engine *e) {
+    const size_t threads = (size_t)llama_pool_threads(e->pool);
+    if (!e->o->select.kind) return 0;
+    if (!e->lists && open_lists(e)) return -1;
+    for (int32_t l = 0; l < e->m->n_layers; l++) {
+        attn_result r = attn_selection_follow(&e->d, &e->select, e->slot, &e->lists[l]);
+        if (r) return attn_failed("selecting", r);
+    }
+    size_t bytes = (attn_cpu_select_scratch_bytes(&e->d, &e->select) + 63) / 64 * 64;
+    if (bytes <= e->select_bytes) return 0;
+    free(e->select_mem);
+    e->select_bytes = bytes;
+    e->select_mem = malloc(threads * bytes + 64);
+    return e->select_mem ? 0 : complain("out of memory for selecting");
+}
+
 /* ---- on the CPU ---- */
 
 /* What one thread pool task needs of the attention of a layer. */
 typedef struct attend_ctx {
     engine *e;
     int32_t status; /* atomic: first attn_result that was not OK */
+    int32_t layer;
+    int64_t units, n_tasks; /* of what is cut into units */
 } attend_ctx;
 
 static void note(attend_ctx *c, attn_result r) {
@@ -748,16 +1097,178 @@ static void store_task(void *ctx, int64_t task, int32_t thread) {
     note(c, attn_cpu_store(&e->d, &k, &v, e->slots, first, left < STORE_ROWS ? left : STORE_ROWS));
 }
 
-/* Copies pages that diverge, stores the new K and V, then attends. */
+static void summarize_task(void *ctx, int64_t task, int32_t thread) {
+    attend_ctx *c = (attend_ctx *)ctx;
+    int64_t first = c->units * task / c->n_tasks, end = c->units * (task + 1) / c->n_tasks;
+    (void)thread;
+    note(c, attn_cpu_summarize(&c->e->d, &c->e->summary[c->layer], first, end - first));
+}
+
+static void select_task(void *ctx, int64_t task, int32_t thread) {
+    attend_ctx *c = (attend_ctx *)ctx;
+    engine *e = c->e;
+    int64_t first = c->units * task / c->n_tasks, end = c->units * (task + 1) / c->n_tasks;
+    uint8_t *scratch = (uint8_t *)aligned(e->select_mem) + (size_t)thread * e->select_bytes;
+    note(c, attn_cpu_select(&e->d, &e->select, &e->summary[c->layer], &e->lists[c->layer], first,
+                            end - first, scratch));
+}
+
+/* Units are uneven and a call has a price of its own: some tasks for each thread. */
+static void run_units(attend_ctx *c, llama_task fn, int64_t units) {
+    int64_t most = 16 * (int64_t)llama_pool_threads(c->e->pool);
+    c->units = units;
+    c->n_tasks = units < most ? units : most;
+    llama_pool_run(c->e->pool, fn, c, c->n_tasks);
+}
+
+/* The layer's lists from its Q and stored K. */
+static int select_blocks(engine *e, int32_t layer) {
+    attend_ctx c = {e, 0, layer, 0, 0};
+    double t0 = seconds();
+    if (e->select.kind == ATTN_SELECT_EXACT)
+        run_units(&c, summarize_task, attn_cpu_summarize_units(&e->d));
+    if (!c.status) run_units(&c, select_task, attn_cpu_select_units(&e->d, &e->select));
+    e->t.select_s += seconds() - t0;
+    return c.status ? attn_failed("selecting", (attn_result)c.status) : 0;
+}
+
+/* ---- picture: what a head keeps and misses of the first prompt ---- */
+
+struct picture {
+    int32_t n, cell;     /* cells a side, tokens a cell */
+    float *k;            /* (n_prompt, head_dim) of the head's KV head */
+    float *scores;       /* (threads, n_prompt) */
+    float *cells;        /* (n, n, 4): pairs, pairs kept, attention, attention kept */
+    double mass, kept;   /* attention in all of them, and kept */
+    int32_t seq;         /* in the batch being drawn */
+};
+
+enum { PICTURE = 1024 }; /* cells a side at most */
+
+static int open_picture(engine *e) {
+    const options *o = e->o;
+    const size_t n = (size_t)e->req[0].n_prompt;
+    if (!o->draw_file) return 0;
+    if (o->draw_layer >= e->m->n_layers || o->draw_head >= e->m->n_heads)
+        return complain("--draw %s: the model has %d layers and %d heads", o->draw_text,
+                        (int)e->m->n_layers, (int)e->m->n_heads);
+    picture *p = e->draw = (picture *)calloc(1, sizeof *p);
+    if (!p) return complain("out of memory for the picture");
+    p->cell = (e->req[0].n_prompt + PICTURE - 1) / PICTURE;
+    p->n = (e->req[0].n_prompt + p->cell - 1) / p->cell;
+    p->k = (float *)calloc(n, (size_t)e->m->head_dim * sizeof(float));
+    p->scores = (float *)calloc((size_t)llama_pool_threads(e->pool), n * sizeof(float));
+    p->cells = (float *)calloc((size_t)p->n, (size_t)p->n * 4 * sizeof(float));
+    return p->k && p->scores && p->cells ? 0 : complain("out of memory for the picture");
+}
+
+static void close_picture(engine *e) {
+    if (!e->draw) return;
+    free(e->draw->k);
+    free(e->draw->scores);
+    free(e->draw->cells);
+    free(e->draw);
+}
+
+/* Query row i of the batch into the cells of its line. */
+static void draw_query(engine *e, int32_t i, float *score) {
+    picture *pic = e->draw;
+    const int32_t dim = e->m->head_dim, head = e->o->draw_head, pos = e->pos[i];
+    const float *q = e->s->q + ((int64_t)i * e->m->n_heads + head) * dim;
+    const float scale = 1 / sqrtf((float)dim);
+    float *line = pic->cells + (int64_t)(pos / pic->cell) * pic->n * 4, most = -INFINITY, sum = 0;
+    for (int32_t j = 0; j <= pos; j++) {
+        const float *k = pic->k + (int64_t)j * dim;
+        float x = 0;
+        for (int32_t c = 0; c < dim; c++) x += q[c] * k[c];
+        score[j] = x * scale;
+        if (score[j] > most) most = score[j];
+    }
+    for (int32_t j = 0; j <= pos; j++) sum += score[j] = expf(score[j] - most);
+    for (int32_t j = 0; j <= pos; j++) {
+        float *cell = line + (int64_t)(j / pic->cell) * 4, mass = score[j] / sum;
+        cell[0] += 1;
+        cell[2] += mass;
+        if (!attn_ref_visible(&e->d, pic->seq, i, head, j)) continue;
+        cell[1] += 1;
+        cell[3] += mass;
+    }
+}
+
+/* Task: a line of cells. */
+static void draw_task(void *ctx, int64_t task, int32_t thread) {
+    engine *e = (engine *)ctx;
+    picture *p = e->draw;
+    const int32_t first = e->q_start[p->seq], end = e->q_start[p->seq + 1];
+    const int64_t line = e->pos[first] / p->cell + task;
+    for (int32_t i = first; i < end; i++)
+        if (e->pos[i] / p->cell == line && e->pos[i] < e->req[0].n_prompt)
+            draw_query(e, i, p->scores + (int64_t)thread * e->req[0].n_prompt);
+}
+
+/* The first request is ahead of the others, so all of its K passes by here. */
+static void draw_batch(engine *e) {
+    picture *p = e->draw;
+    const int32_t dim = e->m->head_dim, n = e->req[0].n_prompt;
+    const int32_t kv_head = e->o->draw_head / (e->m->n_heads / e->m->n_kv_heads);
+    for (p->seq = 0; p->seq < e->n_seq && e->seqs[p->seq] != e->req[0].seq; p->seq++) {}
+    if (p->seq == e->n_seq || e->req[0].phase != READING) return;
+    const int32_t first = e->q_start[p->seq], last = e->q_start[p->seq + 1] - 1;
+    for (int32_t i = first; i <= last && e->pos[i] < n; i++)
+        memcpy(p->k + (int64_t)e->pos[i] * dim,
+               e->s->k + ((int64_t)i * e->m->n_kv_heads + kv_head) * dim,
+               (size_t)dim * sizeof(float));
+    llama_pool_run(e->pool, draw_task, e, e->pos[last] / p->cell - e->pos[first] / p->cell + 1);
+}
+
+/* Kept cells from light to dark blue, missed ones from white to red, by the logarithm of what a
+ * pair gets of its query's attention: 1e-6 to 0.1. */
+static void shade(const float *cell, uint8_t *rgb) {
+    static const float from[2][3] = {{255, 255, 255}, {198, 219, 239}};
+    static const float to[2][3] = {{203, 24, 29}, {8, 48, 107}};
+    float dark[2], f = cell[0] > 0 ? cell[1] / cell[0] : 0;
+    for (int k = 0; k < 2; k++) {
+        float n = k ? cell[1] : cell[0] - cell[1], m = k ? cell[3] : cell[2] - cell[3];
+        float x = n > 0 && m > 0 ? (log10f(m / n) + 6) / 5 : 0;
+        dark[k] = x < 0 ? 0 : x > 1 ? 1 : x;
+    }
+    for (int c = 0; c < 3; c++) {
+        float miss = from[0][c] + dark[0] * (to[0][c] - from[0][c]);
+        float kept = from[1][c] + dark[1] * (to[1][c] - from[1][c]);
+        rgb[c] = (uint8_t)(cell[0] > 0 ? miss + f * (kept - miss) : 235);
+    }
+}
+
+static int write_picture(engine *e) {
+    picture *p = e->draw;
+    int ok = 0;
+    if (!p) return 0;
+    uint8_t *rgb = (uint8_t *)malloc((size_t)p->n * (size_t)p->n * 3);
+    if (!rgb) return complain("out of memory for the picture");
+    for (int64_t i = 0; i < (int64_t)p->n * p->n; i++) {
+        p->mass += (double)p->cells[4 * i + 2];
+        p->kept += (double)p->cells[4 * i + 3];
+        shade(p->cells + 4 * i, rgb + 3 * i);
+    }
+#ifdef HAVE_STB
+    ok = stbi_write_png(e->o->draw_file, p->n, p->n, 3, rgb, p->n * 3);
+#endif
+    free(rgb);
+    return ok ? 0 : complain("%s: cannot write", e->o->draw_file);
+}
+
+/* ---- a step ---- */
+
+/* Copies pages that diverge, stores the new K and V, selects, then attends. */
 static int attend(engine *e, int32_t layer) {
-    attend_ctx c = {e, 0};
+    attend_ctx c = {e, 0, layer, 0, 0};
     attn_result r;
-    e->d.kv.k.data = e->kv[layer].k;
-    e->d.kv.v.data = e->kv[layer].v;
+    choose_layer(e, layer);
     r = attn_cpu_copy_pages(&e->d, e->copies, e->n_copies);
     if (r) return attn_failed("copying pages", r);
     llama_pool_run(e->pool, store_task, &c, (e->n_rows + STORE_ROWS - 1) / STORE_ROWS);
     if (c.status) return attn_failed("storing keys and values", (attn_result)c.status);
+    if (has_lists(e, layer) && select_blocks(e, layer)) return -1;
     llama_pool_run(e->pool, attend_task, &c, e->plan->n_tasks);
     llama_pool_run(e->pool, merge_task, &c, e->plan->n_merges);
     return c.status ? attn_failed("attention", (attn_result)c.status) : 0;
@@ -794,17 +1305,18 @@ static int cpu_open_plan(engine *e, const attn_plan_params *p) {
 }
 
 static int cpu_forward(engine *e) {
-    double t0, attention = 0;
+    double t0, attention = e->t.select_s; /* less what attend spends on it */
     llama_embed(e->m, e->pool, e->s, e->ids, e->pos, e->n_rows);
     for (int32_t l = 0; l < e->m->n_layers; l++) {
         llama_qkv(e->m, e->pool, e->s, l);
         t0 = seconds();
         if (attend(e, l)) return -1;
         attention += seconds() - t0;
+        if (e->draw && l == e->o->draw_layer) draw_batch(e);
         llama_out(e->m, e->pool, e->s, l);
     }
     if (e->n_out) llama_logits(e->m, e->pool, e->s, e->out_row, e->n_out, e->logits);
-    e->t.attention_s += attention;
+    e->t.attention_s += attention - e->t.select_s;
     return 0;
 }
 
@@ -910,8 +1422,7 @@ static int gpu_attend(engine *e, int32_t layer) {
     v = k;
     k.data = g->model.k;
     v.data = g->model.v;
-    e->d.kv.k.data = e->kv[layer].k;
-    e->d.kv.v.data = e->kv[layer].v;
+    choose_layer(e, layer);
     r = attn_cuda_copy_pages(&g->attn, &e->d, e->copies, e->n_copies, stream);
     if (r) return attn_failed("copying pages", r);
     r = attn_cuda_store(&g->attn, &e->d, &g->plan, &k, &v, g->slots, 0, e->n_rows, stream);
@@ -963,6 +1474,10 @@ static const device on_cuda = {0, 1, gpu_find, gpu_open, gpu_alloc_pages, gpu_pl
 
 static const device *choose_device(const options *o) {
     if (!strcmp(o->device, "cpu")) return &on_cpu;
+    if (o->select.kind || o->draw_file) {
+        complain("--device cuda: %s runs with --device cpu", o->draw_file ? "--draw" : "--select");
+        return NULL;
+    }
 #ifdef GENERATE_CUDA
     return &on_cuda;
 #else
@@ -999,6 +1514,8 @@ static int plan_batch(engine *e) {
     e->d.n_seq = e->n_seq;
     r = attn_tree_order(e->tree, e->seqs, e->n_seq, e->order, e->order_tmp);
     if (r) return attn_failed("prefix tree", r);
+    if (follow_batch(e)) return -1;
+    choose_planned_layer(e);
     if (!e->plan) {
         if (open_plan(e)) return -1;
     } else if ((r = attn_plan_update(e->plan, &e->d, &rebuilt)) != ATTN_OK) {
@@ -1024,7 +1541,7 @@ static int forward(engine *e) {
     return r ? attn_failed("prefix tree", r) : 0;
 }
 
-/* Keys that the head sees from position p: the closed forms of the masks of --mask. */
+/* Keys that the KV head sees from position p: the closed forms of the masks. */
 static int64_t kept_keys(const attn_mask *m, int32_t p, int32_t head, int32_t n_heads) {
     if (m->window_left) {
         int64_t from = (int64_t)p - m->window_left + 1; /* first key inside the window */
@@ -1042,12 +1559,47 @@ static int64_t kept_keys(const attn_mask *m, int32_t p, int32_t head, int32_t n_
     return p + 1;
 }
 
+/* Keys that position p sees by row of a list: sink, window, and what its blocks add between. */
+static int64_t listed_keys(const attn_selection *x, int64_t row, int32_t p) {
+    const int64_t end = (int64_t)p + 1, recent = end - x->keep_recent;
+    const int64_t sink = x->keep_sink < end ? x->keep_sink : end;
+    const int64_t window = recent > sink ? recent : sink;
+    int64_t kept = sink + end - window;
+    for (int64_t i = x->row_start[row]; i < x->row_end[row]; i++) {
+        int64_t a = (int64_t)x->block[i] * x->list.kv_block, b = a + x->list.kv_block;
+        if (a < sink) a = sink;
+        if (b > window) b = window;
+        if (a < b) kept += b - a;
+    }
+    return kept;
+}
+
+/* What the lists of a layer let query row i of sequence s see, over all heads. */
+static void count_listed(engine *e, int32_t layer, int32_t s, int32_t i) {
+    const attn_selection *x = &e->lists[layer];
+    const int32_t heads = e->m->n_heads / x->n_lists, p = e->pos[i], rows = x->list.row_block;
+    const int32_t last = e->pos[e->q_start[s + 1] - 1], end = p / rows * rows + rows;
+    e->t.scorable += (int64_t)e->m->n_heads * (end <= last ? end : last + 1);
+    for (int32_t l = 0; l < x->n_lists; l++) {
+        int64_t row = (int64_t)l * (x->list.n_rows + 1) + x->seq_row[s] + p / rows;
+        e->t.kept += heads * listed_keys(x, row, p);
+        e->t.scored += (int64_t)heads * x->visited[row];
+    }
+}
+
 static void count_kept(engine *e) {
-    for (int32_t i = 0; i < e->n_rows; i++)
-        for (int32_t h = 0; h < e->m->n_kv_heads; h++) {
-            e->t.kept += kept_keys(&e->o->mask, e->pos[i], h, e->m->n_kv_heads);
-            e->t.causal += e->pos[i] + 1;
-        }
+    const int32_t kv_heads = e->m->n_kv_heads, group = e->m->n_heads / kv_heads;
+    for (int32_t l = 0; l < e->m->n_layers; l++) {
+        choose_layer(e, l);
+        for (int32_t s = 0; s < e->n_seq; s++)
+            for (int32_t i = e->q_start[s]; i < e->q_start[s + 1]; i++) {
+                e->t.causal += (int64_t)e->m->n_heads * (e->pos[i] + 1);
+                if (has_lists(e, l)) count_listed(e, l, s, i);
+                else
+                    for (int32_t h = 0; h < kv_heads; h++)
+                        e->t.kept += group * kept_keys(&e->d.mask, e->pos[i], h, kv_heads);
+            }
+    }
 }
 
 /* ---- answers ---- */
@@ -1083,6 +1635,7 @@ static int answer_right(const request *r) {
 static int finish(engine *e, request *r) {
     attn_result got = attn_tree_release(e->tree, r->seq, 1);
     r->phase = FINISHED;
+    e->slot_taken[r->slot] = 0;
     while (e->first_open < e->n_req && e->req[e->first_open].phase == FINISHED) e->first_open++;
     if (r->question && !e->o->json) {
         if (isatty(2)) fprintf(stderr, "\r\033[K");
@@ -1132,7 +1685,6 @@ static int serve(engine *e) {
             continue;
         }
         if (forward(e) || pick_tokens(e)) return -1;
-        count_kept(e);
         attn_tree_stats st;
         memset(&st, 0, sizeof st);
         attn_tree_get_stats(e->tree, &st);
@@ -1143,6 +1695,7 @@ static int serve(engine *e) {
         prefill = e->t.prefill_rows - prefill;
         e->t.prefill_s += dt * (double)prefill / e->n_rows;
         e->t.decode_s += dt * (double)(e->n_rows - prefill) / e->n_rows;
+        count_kept(e);
         progress(e);
     }
     if (!e->o->json && isatty(2)) fprintf(stderr, "\r\033[K");
@@ -1181,7 +1734,8 @@ static void print_table(const engine *e) {
     const totals *t = &e->t;
     double kv = (double)t->peak_pages * (double)e->page_bytes, own = unshared_bytes(e);
     printf("\n%s, %s KV, %s mask, %d threads, %s%s\n", e->o->model, e->o->kv_text,
-           e->o->mask_text, (int)llama_pool_threads(e->pool), e->on->executor(e),
+           e->o->select_text ? e->o->select_text : e->o->mask_text,
+           (int)llama_pool_threads(e->pool), e->on->executor(e),
            e->o->no_share ? ", nothing shared" : "");
     if (!e->o->prompt)
         printf("answers right      %d of %d\n", (int)count_right(e), (int)e->n_req);
@@ -1197,9 +1751,17 @@ static void print_table(const engine *e) {
     if (t->kv_seen > t->kv_read)
         printf("KV visited         %.1fx fewer tokens than without sharing\n",
                ratio((double)t->kv_seen, (double)t->kv_read));
-    printf("attention          %.0f %% of the time, %.1f %% of the scores kept\n",
-           100 * ratio(t->attention_s, t->busy_s),
+    printf("attention          %.0f %% of the time (%.2f s), %.1f %% of the scores kept\n",
+           100 * ratio(t->attention_s, t->busy_s), t->attention_s,
            100 * ratio((double)t->kept, (double)t->causal));
+    if (e->lists)
+        printf("selector           %.0f %% of the time (%.2f s), %.1f %% of the keys scored\n",
+               100 * ratio(t->select_s, t->busy_s), t->select_s,
+               100 * ratio((double)t->scored, (double)t->scorable));
+    if (e->draw)
+        printf("picture            %s: %.2f %% of the attention of layer %d, head %d kept\n",
+               e->o->draw_file, 100 * ratio(e->draw->kept, e->draw->mass), (int)e->o->draw_layer,
+               (int)e->o->draw_head);
     printf("time, memory       %.2f s in %d steps, %.0f MB at the peak\n", t->wall_s,
            (int)t->steps, peak_bytes() / 1e6);
 }
@@ -1232,6 +1794,9 @@ static void print_json(const engine *e) {
            "\"kept_share\": %.6f,\n",
            (long long)t->kv_read, (long long)t->kv_seen, ratio(t->attention_s, t->busy_s),
            ratio((double)t->kept, (double)t->causal));
+    printf(" \"visited_share\": %.6f, \"attention_s\": %.4f, \"select_s\": %.4f,\n",
+           ratio((double)t->scored, (double)t->scorable), t->attention_s, t->select_s);
+    if (e->draw) printf(" \"drawn_mass_kept\": %.6f,\n", ratio(e->draw->kept, e->draw->mass));
     printf(" \"wall_s\": %.4f, \"steps\": %d, \"plans_rebuilt\": %d, \"peak_bytes\": %.0f, "
            "\"threads\": %d,\n \"device\": \"%s\", \"executor\": \"%s\", \"kv\": \"%s\", "
            "\"mask\": \"%s\", \"share\": %s, \"model\": ",
@@ -1239,6 +1804,9 @@ static void print_json(const engine *e) {
            (int)llama_pool_threads(e->pool), e->o->device, e->on->executor(e), e->o->kv_text,
            e->o->mask_text, e->o->no_share ? "false" : "true");
     json_string(e->o->model, strlen(e->o->model));
+    printf(", \"select\": ");
+    if (e->o->select_text) json_string(e->o->select_text, strlen(e->o->select_text));
+    else printf("null");
     printf(",\n \"texts\": [");
     for (int32_t i = 0; i < e->n_req; i++) {
         printf(i ? ",\n  " : "\n  ");
@@ -1261,6 +1829,12 @@ static void close_engine(engine *e) {
     free(e->copies);
     free(e->logits);
     free(e->plan_mem);
+    free(e->lists);
+    free(e->summary);
+    free(e->lists_mem);
+    free(e->select_mem);
+    free(e->slot_taken);
+    close_picture(e);
 }
 
 static int answer_all(engine *e) {
@@ -1268,9 +1842,10 @@ static int answer_all(engine *e) {
     e->max_rows = e->o->chunk + e->max_seq + 1;
     for (int32_t i = 0; i < e->n_req; i++) e->t.prompt_tokens += e->req[i].n_prompt;
     describe(e);
-    if (e->on->open(e) || open_kv(e) || open_batch(e)) return -1;
+    if (e->on->open(e) || open_kv(e) || open_batch(e) || check_select(e) || open_picture(e))
+        return -1;
     if (e->o->prompt && !e->o->json) printf("%s", e->o->prompt);
-    if (serve(e)) return -1;
+    if (serve(e) || write_picture(e)) return -1;
     if (e->o->prompt && !e->o->json) printf("\n");
     if (e->o->json) print_json(e);
     else print_table(e);

@@ -2,9 +2,10 @@
 """The main job from the outside: answers, sharing, options, mistakes, another model geometry.
 
     pip install gguf numpy
-    python3 tests/test_generate.py path/to/generate [--quick]
+    python3 tests/test_generate.py path/to/generate [--quick] [--only GROUP]
 
-Run from the repository root. --quick leaves out the unshared run of the whole job (a minute).
+Run from the repository root. --quick leaves out the unshared run of the whole job (a minute),
+--only all groups of tests but one.
 Prints 'N passed, N failed'."""
 import json
 import os
@@ -17,10 +18,12 @@ import numpy as np
 
 BIN = sys.argv[1] if len(sys.argv) > 1 else "./generate"
 QUICK = "--quick" in sys.argv
+ONLY = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else None
 MODEL = "examples/models/recall.gguf"
 TMP = tempfile.mkdtemp(prefix="test_generate_")
 KEYS = ("answers answers_right prompt_tokens cached_tokens prefill_tok_s decode_tok_s kv_bytes "
-        "kv_bytes_unshared attention_share kept_share wall_s texts").split()
+        "kv_bytes_unshared attention_share kept_share visited_share attention_s select_s wall_s "
+        "texts").split()
 passed = failed = 0
 
 
@@ -140,6 +143,66 @@ def test_masks(doc, questions):
           "a short window loses facts")
 
 
+SELECTORS = ("exact", "exact:share=.2,rows=32,kvblock=16,heads=each,recent=48",
+             "exact:epsilon=.01,share=.5", "flex", "flex:gamma=.9,tau=.1,block=32,heads=group",
+             "flex:gamma=.95,block=64,compat", "hip1:k=512", "hip2:k=512,qstride=4,heads=all",
+             "hip2:k=256,sample=first", "hip:keep=512,sink=64,window=256",
+             "hip:keep=256,sink=32,window=128,kvblock=16,stage=64/4/64/0/8,stage=64/1/16/512/4")
+
+
+def test_select(doc, questions):
+    base = ["--document", doc, "--questions", questions]
+    dense = job(*base)
+    check(dense["visited_share"] == 0 and dense["select_s"] == 0, "dense selects nothing")
+    for spec in ("exact:share=1", "exact:share=1,heads=all,rows=7,kvblock=5", "flex:min=100000",
+                 "flex:min=100000,compat", "hip1:k=16384", "hip2:k=16384", "hip:keep=16384",
+                 "exact:from=16384", "flex:from=16384", "hip1:from=16384", "hip2:from=16384",
+                 "hip:from=16384", "exact:keep=64,dense=0-5", "stride:16,4,8,dense=0+5+1-4"):
+        got = job(*base, "--select", spec)
+        check(got["texts"] == dense["texts"] and got["kept_share"] == 1, "%s is dense: keeps %g" % (
+            spec, got["kept_share"]))
+    for spec in SELECTORS:
+        got = job(*base, "--select", spec)
+        check(got["answers_right"] >= dense["answers_right"] - 1,
+              "%s: %d right" % (spec, got["answers_right"]))
+        check(0.02 < got["kept_share"] < 1, "%s keeps %g" % (spec, got["kept_share"]))
+        check(0 < got["visited_share"] <= 1, "%s: visited %g" % (spec, got["visited_share"]))
+        check(got["select_s"] > 0 and got["attention_s"] > 0 and
+              got["select_s"] + got["attention_s"] < got["wall_s"], "%s: times" % spec)
+        for args in (["--page", 7, "--threads", 5], ["--page", 64, "--threads", 1]):
+            again = job(*base, "--select", spec, *args)
+            check(again["texts"] == got["texts"] and again["kept_share"] == got["kept_share"],
+                  "%s %s: other answers" % (spec, args))
+    got = job(*base, "--select", "exact:keep=64,rows=64,recent=1")
+    check(got["answers_right"] < dense["answers_right"], "a block or two lose facts")
+    stride = job(*base, "--select", "stride:16,4,8")
+    check(stride["texts"] == job(*base, "--mask", "stride:16,4,8")["texts"], "stride is the mask")
+    half = job(*base, "--select", "stride:16,4,8,dense=0+2+4")["kept_share"]
+    check(abs(half - (1 + stride["kept_share"]) / 2) < 1e-5, "half of the layers dense: %g" % half)
+
+
+def test_draw(doc, questions):
+    """The picture's file, and that its figure is the mask's."""
+    png = os.path.join(TMP, "mask.png")
+    base = ["--document", doc, "--questions", questions, "--n-predict", 1]
+    if b"without stb" in run("--draw", "0,0," + png, "--prompt", "x").stderr:
+        print("pictures: skipped, stb_image_write.h is not installed")
+        return
+    kept = []
+    for mask in ("dense", "window:99", "window:9"):
+        kept.append(job(*base, "--mask", mask, "--draw", "1,3," + png)["drawn_mass_kept"])
+        head = open(png, "rb").read()
+        check(head[:8] == b"\x89PNG\r\n\x1a\n" and head[-8:-4] == b"IEND", "%s: PNG" % mask)
+        side = int.from_bytes(head[16:20], "big")
+        check(256 < side <= 1024 and side == int.from_bytes(head[20:24], "big"), "side %d" % side)
+    check(abs(kept[0] - 1) < 1e-5 and kept[0] > kept[1] > kept[2] > 0, "attention kept: %s" % kept)
+    for bad in ("1,3", "1,3,", "x,3,f.png", "1,f.png", ",,", "-1,0,f.png"):
+        r = run("--draw", bad, "--prompt", "x")
+        check(r.returncode == 2 and r.stderr.startswith(b"generate: --draw"), "--draw " + bad)
+    for bad in ("6,0," + png, "0,4," + png, "0,0," + TMP):
+        check(run("--draw", bad, "--prompt", "x").returncode == 1, "--draw " + bad)
+
+
 def test_prompt():
     for g in json.load(open("examples/models/golden.json")):
         got = job("--prompt", g["prompt"], "--n-predict", len(g["greedy_tokens"]))
@@ -169,6 +232,28 @@ def test_mistakes(doc, questions):
                  ["--mask", "window:99999999999"], ["--numerics", "slow"], ["--temp", "-1"],
                  ["--temp", "nan"], ["--top-p", "x"], ["--n-predict", "0"]):
         refused(2, *args)
+    for spec, says in (
+            ("", "want stride"), ("nonsense", "want stride"), ("exac:share=1", "want stride"),
+            ("exact:", "nothing"), ("exact:share", "needs a value"), ("exact:share=", "number"),
+            ("exact:share=0", "above 0"), ("exact:share=1.01", "at most 1"),
+            ("exact:share=nan", "number"), ("exact:keep=-1", "whole number"),
+            ("exact:keep=64x", "whole number"), ("exact:gamma=.9", "no key gamma"),
+            ("exact:share=.1,", "no key"), ("exact:,", "no key"), ("exact:share=.1,,keep=64", "no key"),
+            ("exact:dense=2-1", "layers"), ("exact:dense=256", "layers"),
+            ("exact:dense=1+", "layers"), ("exact:dense=", "layers"), ("exact:heads=two", "each"),
+            ("exact:" + 600 * "x", "characters"), ("flex:gamma=2", "at most 1"),
+            ("flex:compat=1", "no value"), ("flex:rows=64,kvblock=128", "equal"),
+            ("flex:k=5", "no key k"), ("hip:lowdim=5", "no key lowdim"),
+            ("hip2:sample=best", "first"), ("hip:stage=64/4/256/0", "QUERIES"),
+            ("hip:stage=0/4/256/0/1", "QUERIES"), ("hip1:stage=64/4/256/0/1", "no key stage"),
+            ("hip:" + ",".join(7 * ["stage=64/4/8/0/1"]), "QUERIES"),
+            ("stride:1,2", "BLOCK"), ("stride:16,4,8,", "nothing"), ("stride:", "BLOCK"), ("stride:0,1,1", "BLOCK"), ("stride:16,4,8,rows=4", "no key"),
+            ("stride", "BLOCK")):
+        refused(2, "--select", spec)
+        check(says.encode() in run("--select", spec).stderr, "--select %s: %s" % (spec, says))
+    refused(2, "--select", "exact", "--mask", "window:64")
+    refused(1, "--select", "flex:heads=all", "--prompt", "x")
+    refused(1, "--select", "hip2:k=511", "--prompt", "x")
     refused(1, "--isa", "nonsense")
     refused(1, "--model", "nowhere.gguf")
     refused(1, "--model", "LICENSE")
@@ -268,9 +353,13 @@ doc_text, small_doc, small_questions, n_small = small_files()
 for name, test in (("main job", test_main_job),
                    ("variants", lambda: test_variants(small_doc, small_questions, n_small)),
                    ("masks", lambda: test_masks(small_doc, small_questions)),
+                   ("selectors", lambda: test_select(small_doc, small_questions)),
+                   ("pictures", lambda: test_draw(small_doc, small_questions)),
                    ("prompt", test_prompt),
                    ("mistakes", lambda: test_mistakes(small_doc, small_questions)),
                    ("geometry", lambda: test_geometry(small_doc, small_questions))):
+    if ONLY and name != ONLY:
+        continue
     before = failed
     test()
     print("%s: %s" % (name, "ok" if failed == before else "FAILED"), flush=True)

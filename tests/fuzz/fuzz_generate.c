@@ -79,18 +79,20 @@ static int arguments(fuzz_in *in, char **argv, char text[MAX_ARGS][24]) {
     static const char *const name[] = {
         "--mask", "--kv", "--page", "--chunk", "--batch", "--every", "--kv-mem", "--n-predict",
         "--numerics", "--temp", "--top-k", "--top-p", "--seed", "--isa", "--no-share", "--json",
-        "--prompt", "--document", "--unknown", "--help"};
+        "--prompt", "--document", "--unknown", "--help", "--select"};
     static const char *const value[] = {
         "1", "0", "2", "7", "16", "33", "-1", "4096", "99999999999", "0.5", "1e9", "nan", "", "x",
         "dense", "window:5", "window:3,2", "window:0", "window:,", "window:9999999999", "q",
         "stride:4,1,2", "stride:1,1,1", "stride:0,1,1", "stride:1000000000,1000000000,1", "f32",
         "f16", "bf16", "fp8", "int8", "int4", "fast", "portable", "approx", "scalar", "auto",
-        "the <s> tt", "[user]", "none"};
+        "the <s> tt", "[user]", "none", "exact:keep=8,kvblock=4,rows=4", "exact:share=.5,dense=0",
+        "exact:epsilon=.1,heads=all", "flex:block=4", "flex:tau=.2,block=2,compat", "hip1:k=4",
+        "hip2:k=4,sink=2,window=4", "hip:keep=8,sink=8,window=4", "stride:4,1,2,dense=1", "hip:"};
     int n = 0;
     uint32_t k;
     for (; n < (int)(sizeof fixed / sizeof *fixed); n++) argv[n] = (char *)(uintptr_t)fixed[n];
     while (n < MAX_ARGS - 2 && in->n > 0 && (k = fuzz_u8(in)) != 0) {
-        k %= 20;
+        k %= 21;
         argv[n++] = (char *)(uintptr_t)name[k];
         if (k == 14 || k == 15 || k == 19) continue;
         k = fuzz_u8(in);
