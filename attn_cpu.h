@@ -4104,8 +4104,8 @@ ATTNI_INLINE float attni_scan_score(const attni_scan *c, float product, int32_t 
 
 // ==== >>impl-flex  FlexPrefill ===================================================================
 //
-// One pass over K scores the last queries of some heads of a KV head and keeps, per query and block,
-// a maximum, a sum of weights below it and the sum's split over two diagonals. The compatible mode
+// One pass over K scores the last queries of some heads of a KV head and keeps, per query and
+// block, a maximum, a sum of weights below it and the sum's split over two diagonals. The compatible mode
 // counts single tokens: it goes over K once more, when the rows' sums are known.
 
 enum { ATTNI_FLEX_HEADS = 4, ATTNI_FLEX_BINS = 2048 };
@@ -4399,8 +4399,8 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
 
 // ---- masses
 
-// Weights of scores [w->first, n) of a row, which they replace: below the largest of their run of 256, whose
-// factor to those of the whole row is part[run]. The row's maximum and sum.
+// Weights of scores [w->first, n) of a row, which they replace: below the largest of their run of
+// 256, whose factor to those of the whole row is part[run]. The row's maximum and sum.
 ATTNI_CALLED void attni_flex_weights(attni_scan *c, attni_flex *w, float *x, int32_t n, float scale,
                                      float softcap, double *top, double *sum) {
     uint64_t bits[4];
@@ -4686,6 +4686,11 @@ ATTNI_CALLED int attni_flex_is_aware(attni_scan *c, attni_flex *w, const float *
 // The mean queries of a head's rows.
 ATTNI_CALLED void attni_flex_mean_queries(attni_scan *c, attni_flex *w, int32_t head, float *out) {
     const int32_t dim = c->d->head_dim;
+    const int64_t bytes = attni_bits_of(c->d->q.dtype) / 8;
+    const int64_t st =
+        c->d->q.stride_token ? c->d->q.stride_token : (int64_t)c->d->n_heads * dim;
+    const uint8_t *q = (const uint8_t *)c->d->q.data +
+                       head * (c->d->q.stride_head ? c->d->q.stride_head : dim) * bytes;
     int32_t i, e, p;
     for (i = 0; i < w->n_rows; i++, out += dim) {
         const int64_t at = (w->row0 + i) * (int64_t)w->block;
@@ -4693,7 +4698,11 @@ ATTNI_CALLED void attni_flex_mean_queries(attni_scan *c, attni_flex *w, int32_t 
         const int32_t to = (int32_t)attni_min64(at + w->block, w->end);
         memset(out, 0, 4 * (size_t)dim);
         for (p = from; p < to; p++) {
-            attni_scan_query(c, 0, w->q_begin + (p - w->q_pos0), head, NULL);
+            const int64_t t = w->q_begin + (p - w->q_pos0);
+            const uint8_t *soon = q + attni_min64(t + 8, w->q_begin + w->q_len - 1) * st * bytes;
+            for (e = 0; e < dim; e += 16) // other heads' lie between: the CPU does not foresee it
+                ATTNI_PREFETCH(soon + e * bytes);
+            attni_scan_query(c, 0, t, head, NULL);
             for (e = 0; e < dim; e++) out[e] += c->q[e];
         }
         for (e = 0; e < dim; e++) out[e] /= (float)(to - from);

@@ -214,7 +214,8 @@ static void flex_golden(const char *dir, int needed) {
             c.d.logits.scale = 0.5f; // the reference's search does not look at it
             flex_select(&c);
             blocks = strstr(at, "\"blocks\"") + 11;
-            for (h = 0; h < c.heads; h++) bad += flex_against(&c, h, &blocks, (n + block - 1) / block);
+            for (h = 0; h < c.heads; h++)
+                bad += flex_against(&c, h, &blocks, (n + block - 1) / block);
             if (!CHECK_EQ(bad, 0)) printf("%s case %d\n", dir, i);
             flex_close(&c);
         }
@@ -298,7 +299,8 @@ static void flex_fill(flex_case *c, test_rng *r, int kind, int32_t offset) {
     for (e = 0; e < dim; e++) u[e] = test_below(r, 2) ? 1 : -1;
     if (kind == H_TOKENS || kind == H_BOTH) { // heavy tokens point where every query looks
         for (heavy = 0; heavy < 40; heavy++)
-            for (i = test_below(r, n), e = 0; e < dim; e++) c->k[(int64_t)i * dim + e] = 1.5f * u[e];
+            for (i = test_below(r, n), e = 0; e < dim; e++)
+                c->k[(int64_t)i * dim + e] = 1.5f * u[e];
         for (i = 0; i < n * c->heads; i++)
             for (e = 0; e < dim; e++) c->q[(int64_t)i * dim + e] += u[e];
     }
@@ -310,7 +312,8 @@ static void flex_fill(flex_case *c, test_rng *r, int kind, int32_t offset) {
             int32_t from = t - (kind == H_SINK_LOCAL ? test_below(r, 300) : offset);
             for (e = 0; e < dim && from >= 0; e++)
                 c->q[(int64_t)i * dim + e] += 2 * c->k[(int64_t)from * dim + e];
-            for (e = 0; e < dim && kind == H_SINK_LOCAL; e++) c->q[(int64_t)i * dim + e] += 1.2f * u[e];
+            for (e = 0; e < dim && kind == H_SINK_LOCAL; e++)
+                c->q[(int64_t)i * dim + e] += 1.2f * u[e];
         }
     free(u);
 }
@@ -329,7 +332,8 @@ static void flex_adversarial(test_rng *r, int32_t n) {
             flex_select(&c);
             last = flex_recall(&c, 0, n - 128, 1, &ignore);
             mean = flex_recall(&c, 0, 0, n > 5000 ? 37 : 11, &least);
-            printf("  %-18s gamma %.2f: recall of the last block %.4f, mean %.4f, least %.4f; kept %.3f\n",
+            printf("  %-18s gamma %.2f: recall of the last block %.4f, mean %.4f, least %.4f; "
+                   "kept %.3f\n",
                    flex_heads[kind], (double)gammas[i], last, mean, least, flex_share(&c, 0));
             CHECK(last >= (double)gammas[i] - 1e-5);
             if (kind <= H_OFFSET) CHECK(mean >= (double)gammas[i]);
@@ -540,7 +544,8 @@ static void flex_batches(test_rng *r) {
         for (q = 0; q < p.d.n_seq; q++) {
             attn_desc d = p.d;
             int32_t start[2] = {0, 0};
-            const int32_t r0 = p.d.q_pos0[q] / s.kv_block, rows = attni_rows_of(&p.d, s.kv_block, q);
+            const int32_t r0 = p.d.q_pos0[q] / s.kv_block;
+            const int32_t rows = attni_rows_of(&p.d, s.kv_block, q);
             start[1] = p.d.q_start[q + 1] - p.d.q_start[q];
             d.n_seq = 1;
             d.q_start = start;
