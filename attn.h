@@ -555,12 +555,15 @@ typedef enum attn_select_heads {
 //   columns j   by mass summed over r, descending, until they hold gamma of what they sum to
 //   diagonals x by slash mass, descending, until they hold gamma of it; both counts within the
 //               budgets. A row r keeps columns j <= r and blocks r - x.
-//   query-aware heads, if JS(e, mass summed over r) < tau, e = softmax over blocks of the mean of
-//               these queries against blocks' mean keys: every row r has e_r = softmax over j <= r
-//               of its mean query against mean keys and keeps the fewest blocks by e_r that hold
-//               gamma'; gamma' >= gamma is the least for which the rows of A hold gamma of mass[r]
-//               too. The budgets bound the blocks of a row.
-// compatible: the reference's own sets (spec/flexprefill: as coded), scale 1 / sqrt(head_dim).
+//   query-aware heads, if the Jensen-Shannon distance (the root) of e and all of A / n by blocks is
+//               < tau, e = softmax over blocks of the mean of these queries against blocks' mean
+//               keys: every row r has e_r = softmax over j <= r of its mean query against mean keys
+//               and keeps the fewest blocks by e_r that hold gamma'; gamma' >= gamma is the least
+//               for which the rows of A hold gamma of mass[r] too (where e_r is rounded to 0, they
+//               alone keep so many blocks). The budgets bound those blocks of a row.
+// Keys behind the last query do not count; blocks that hold no key are not listed.
+// compatible: the reference's own sets (spec/flexprefill: as coded), scale 1 / sqrt(head_dim), no
+// softcap; of a chunk, query-aware heads share gamma times its own rows.
 // A sequence with q_len <= max(2 B, min_budget rounded up to B) keeps every block.
 typedef struct attn_flex {
     int32_t compatible; // 1: as the reference's code has it (default 0: corrected)

@@ -4519,8 +4519,8 @@ ATTNI_INLINE float attni_scan_score(const attni_scan *c, float product, int32_t 
 
 // ==== >>impl-flex  FlexPrefill ===================================================================
 //
-// One pass over K scores the last queries of some heads of a KV head and keeps, per query and block,
-// a maximum, a sum of weights below it and the sum's split over two diagonals. The compatible mode
+// One pass over K scores the last queries of some heads of a KV head and keeps, per query and
+// block, a maximum, a sum of weights below it and the sum's split over two diagonals. The compatible mode
 // counts single tokens: it goes over K once more, when the rows' sums are known.
 
 enum { ATTNI_FLEX_HEADS = 4, ATTNI_FLEX_BINS = 2048 };
@@ -4529,7 +4529,8 @@ typedef struct attni_flex_rule { // what a head keeps
     uint8_t *col, *diag;         // (n_blocks) 1: kept
     float *mean;                 // (rows, head_dim) mean queries
     int aware;
-    double gamma;                // aware: of e_r a row holds
+    double gamma;                // aware: of e_r a row holds,
+    int32_t need[2];             // ... and how many blocks the scored rows do: e_r may underflow
     uint32_t least;              // compatible: bits of the smallest e_r kept,
     int64_t ties;                // ... and how many of just that size
 } attni_flex_rule;
@@ -4640,6 +4641,9 @@ ATTNI_CALLED size_t attni_flex_bytes(const attn_desc *d, const attn_select *f) {
 
 // ---- scores
 
+// x <= 0, but where scores are Inf or NaN: those rows' lists may be any.
+ATTNI_INLINE double attni_flex_exp(double x) { return x > 0 ? 1 : attni_exp64(x); }
+
 ATTNI_INLINE void attni_flex_bits(uint64_t *bits, int32_t from, int32_t to) {
     int32_t i;
     for (i = 0; i < 4; i++) {
@@ -4697,8 +4701,8 @@ ATTNI_CALLED void attni_flex_cell(attni_flex *w, int64_t at, int anew, float m, 
         b = 1;
     } else {
         if (!(l > 0)) return;
-        a = w->l[at] > 0 ? (float)attni_exp64((double)w->m[at] - (double)top) : 0;
-        b = (float)attni_exp64((double)m - (double)top);
+        a = w->l[at] > 0 ? (float)attni_flex_exp((double)w->m[at] - (double)top) : 0;
+        b = (float)attni_flex_exp((double)m - (double)top);
     }
     w->m[at] = top;
     w->l[at] = (anew ? 0 : w->l[at] * a) + l * b;
@@ -4761,7 +4765,7 @@ ATTNI_CALLED void attni_flex_tokens(attni_scan *c, attni_flex *w, int32_t h, int
         float *v = w->v + (int64_t)h * w->end + first, *s, f;
         int32_t see = (int32_t)attni_min64(n, p + 1 - first);
         if (!(l[i] > 0) && !attni_isnan(l[i])) continue;
-        f = (float)(attni_exp64((double)m[i] - (double)w->row_m[row]) / (double)w->row_l[row]);
+        f = (float)(attni_flex_exp((double)m[i] - (double)w->row_m[row]) / (double)w->row_l[row]);
         s = w->s + (int64_t)h * w->end + (w->end - 1 - p + first);
         for (t = 0; t + 16 <= see; t += 16)
             for (j = 0; j < 16; j++) {
@@ -4810,8 +4814,8 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
 
 // ---- masses
 
-// Weights of scores [w->first, n) of a row, which they replace: below the largest of their run of 256, whose
-// factor to those of the whole row is part[run]. The row's maximum and sum.
+// Weights of scores [w->first, n) of a row, which they replace: below the largest of their run of
+// 256, whose factor to those of the whole row is part[run]. The row's maximum and sum.
 ATTNI_CALLED void attni_flex_weights(attni_scan *c, attni_flex *w, float *x, int32_t n, float scale,
                                      float softcap, double *top, double *sum) {
     uint64_t bits[4];
@@ -4836,14 +4840,14 @@ ATTNI_CALLED void attni_flex_weights(attni_scan *c, attni_flex *w, float *x, int
         w->part[i] = m;
         if (!(l > 0) && !attni_isnan(l)) continue;
         if (!(*sum != 0) || *top < (double)m) {
-            *sum = *sum != 0 ? *sum * attni_exp64(*top - (double)m) : 0;
+            *sum = *sum != 0 ? *sum * attni_flex_exp(*top - (double)m) : 0;
             *top = (double)m;
         }
-        *sum += (double)l * attni_exp64((double)m - *top);
+        *sum += (double)l * attni_flex_exp((double)m - *top);
     }
     for (i = 0; i < runs; i++)
         w->part[i] = attni_bits32(w->part[i]) == 0xff800000u
-                         ? 0 : (float)attni_exp64((double)w->part[i] - *top);
+                         ? 0 : (float)attni_flex_exp((double)w->part[i] - *top);
 }
 
 // Corrected: the rows of head h, normalised and summed into mass and slash.
@@ -4890,7 +4894,7 @@ ATTNI_CALLED void attni_flex_rows(attni_flex *w, int32_t h) {
         for (b = w->first; b <= r; b++)
             if (w->l[at + b] != 0)
                 sum += (double)w->l[at + b] *
-                       attni_exp64((double)w->m[at + b] - (double)top);
+                       attni_flex_exp((double)w->m[at + b] - (double)top);
         w->row_m[row] = top;
         w->row_l[row] = (float)sum;
     }
@@ -5083,9 +5087,9 @@ ATTNI_CALLED int attni_flex_is_aware(attni_scan *c, attni_flex *w, const float *
             w->e[b] = w->softcap * (float)attni_tanh64((double)w->e[b] / (double)w->softcap);
         if (b == w->first || (double)w->e[b] > top) top = (double)w->e[b];
     }
-    for (b = w->first; b < w->n_blocks; b++) sum += attni_exp64((double)w->e[b] - top);
+    for (b = w->first; b < w->n_blocks; b++) sum += attni_flex_exp((double)w->e[b] - top);
     for (b = w->first; b < w->n_blocks; b++) {
-        const double e = (double)(float)(attni_exp64((double)w->e[b] - top) / sum);
+        const double e = (double)(float)(attni_flex_exp((double)w->e[b] - top) / sum);
         const double p = (double)(float)(w->mass[b] + w->mass[w->ld + b]), m = (e + p) / 2;
         if (!(e > 0 && p > 0) && c->f->flex.compatible) return 0; // 0 ln 0 is NaN there
         if (e > 0) js += e * attni_ln(e / m) / 2;
@@ -5097,6 +5101,11 @@ ATTNI_CALLED int attni_flex_is_aware(attni_scan *c, attni_flex *w, const float *
 // The mean queries of a head's rows.
 ATTNI_CALLED void attni_flex_mean_queries(attni_scan *c, attni_flex *w, int32_t head, float *out) {
     const int32_t dim = c->d->head_dim;
+    const int64_t bytes = attni_bits_of(c->d->q.dtype) / 8;
+    const int64_t st =
+        c->d->q.stride_token ? c->d->q.stride_token : (int64_t)c->d->n_heads * dim;
+    const uint8_t *q = (const uint8_t *)c->d->q.data +
+                       head * (c->d->q.stride_head ? c->d->q.stride_head : dim) * bytes;
     int32_t i, e, p;
     for (i = 0; i < w->n_rows; i++, out += dim) {
         const int64_t at = (w->row0 + i) * (int64_t)w->block;
@@ -5104,7 +5113,11 @@ ATTNI_CALLED void attni_flex_mean_queries(attni_scan *c, attni_flex *w, int32_t 
         const int32_t to = (int32_t)attni_min64(at + w->block, w->end);
         memset(out, 0, 4 * (size_t)dim);
         for (p = from; p < to; p++) {
-            attni_scan_query(c, 0, w->q_begin + (p - w->q_pos0), head, NULL);
+            const int64_t t = w->q_begin + (p - w->q_pos0);
+            const uint8_t *soon = q + attni_min64(t + 8, w->q_begin + w->q_len - 1) * st * bytes;
+            for (e = 0; e < dim; e += 16) // other heads' lie between: the CPU does not foresee it
+                ATTNI_PREFETCH(soon + e * bytes);
+            attni_scan_query(c, 0, t, head, NULL);
             for (e = 0; e < dim; e++) out[e] += c->q[e];
         }
         for (e = 0; e < dim; e++) out[e] /= (float)(to - from);
@@ -5125,23 +5138,24 @@ ATTNI_CALLED int32_t attni_flex_take(attni_flex *w, const float *e, int32_t r, d
 }
 
 // Corrected: the least gamma' for which the scored rows hold gamma of their mass.
-ATTNI_CALLED double attni_flex_raise(attni_scan *c, attni_flex *w, const attni_flex_rule *rule) {
-    double gamma = (double)c->f->flex.gamma;
+ATTNI_CALLED void attni_flex_raise(attni_scan *c, attni_flex *w, attni_flex_rule *rule) {
+    const double gamma = (double)c->f->flex.gamma;
     int32_t r, i, b;
+    rule->gamma = gamma;
     for (r = w->pos / w->block; r <= (w->end - 1) / w->block; r++) {
         const double *mass = w->mass + (r > w->pos / w->block ? w->ld : 0);
         double all = 0, held = 0, sum = 0;
         attni_flex_row(c, w, rule, r - w->row0, w->e);
         attni_flex_take(w, w->e, r, 2);
         for (b = attni_max32(w->first, 1); b < r; b++) all += mass[b];
-        for (i = 0; i < r + 1 - w->first && held < (double)c->f->flex.gamma * all; i++) {
+        for (i = 0; i < r + 1 - w->first && held < gamma * all; i++) {
             b = (int32_t)(uint32_t)w->order[i];
             sum += (double)attni_flex_value(w->order[i]);
             if (b && b != r) held += mass[b];
         }
-        if (sum > gamma) gamma = sum;
+        rule->need[r > w->pos / w->block] = i;
+        if (sum > rule->gamma) rule->gamma = sum;
     }
-    return gamma;
 }
 
 // Compatible: the size of the smallest e_r kept, over all rows at once.
@@ -5189,7 +5203,7 @@ ATTNI_CALLED void attni_flex_decide(attni_scan *c, attni_flex *w, int32_t h, int
         attni_flex_first(w, w->slash, w->n_blocks - 1, n[1], 1, rule->diag);
         if (rule->aware) attni_flex_least(c, w, rule);
     } else if (rule->aware) {
-        rule->gamma = attni_flex_raise(c, w, rule);
+        attni_flex_raise(c, w, rule);
     } else {
         int32_t b, r;
         for (r = w->pos / w->block; r <= (w->end - 1) / w->block; r++)
@@ -5220,6 +5234,10 @@ ATTNI_CALLED int32_t attni_flex_mark(attni_scan *c, attni_flex *w, attni_flex_ru
         }
     } else {
         n = attni_flex_take(w, w->e, r, rule->gamma);
+        if (r >= w->pos / w->block) {
+            b = attni_min32(rule->need[r > w->pos / w->block], w->max_blocks);
+            n = attni_max32(n, b);
+        }
         for (b = 0; b < n; b++) w->mark[(uint32_t)w->order[b]] = 1;
     }
     return r + 1 - w->first;
