@@ -2699,6 +2699,7 @@ static size_t attni_select_lay(const attn_desc *d, const attn_select *f, uint8_t
     int i;
     rows = attni_max64(rows, f->max_rows);
     if (rows > INT32_MAX - 1 || rows * lists > (INT64_MAX >> 8) / cap) return 0;
+    if (f->n_slots && attni_state_bytes(f) > (INT64_MAX >> 8) / (f->n_slots * lists)) return 0;
     n = lists * (rows + 1);
     size[0] = size[1] = 8 * n;
     size[2] = 4 * lists * rows * cap;

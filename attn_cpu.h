@@ -5384,6 +5384,9 @@ typedef struct attni_hip {
 
 ATTNI_INLINE float attni_hip_none(void) { return attni_float(0xff800000u); }
 
+// A position, which past the last one there is holds no key.
+ATTNI_INLINE int32_t attni_hip_pos(int64_t p) { return (int32_t)attni_min64(p, INT32_MAX); }
+
 // Positions of a q block of stage 0.
 ATTNI_INLINE int64_t attni_hip_block(const attn_select *f, int32_t stage) {
     return f->kind == ATTN_SELECT_HIP3 ? f->hip.stage[stage].q_block
@@ -5693,9 +5696,9 @@ ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t
         int32_t still = 0;
         for (j = 0; j < n_open; j++) {
             int32_t mid = (lo[open[j]] + hi[open[j]]) / 2;
-            int32_t l = h->c->f->hip.sink + chunk[open[j]] * t->chunk;
-            pos[2 * j] = l + (lo[open[j]] + mid) / 2;
-            pos[2 * j + 1] = l + (mid + hi[open[j]]) / 2;
+            int64_t l = (int64_t)h->c->f->hip.sink + (int64_t)chunk[open[j]] * t->chunk;
+            pos[2 * j] = attni_hip_pos(l + (lo[open[j]] + mid) / 2);
+            pos[2 * j + 1] = attni_hip_pos(l + (mid + hi[open[j]]) / 2);
             for (i = 2 * j; t->style && i <= 2 * j + 1; i++)
                 key_at[i] = attni_hip_key_at(h, t, pos[i], place + open[j], i & 1);
         }
@@ -5934,8 +5937,8 @@ ATTNI_CALLED attn_result attni_hip_blocks(attni_hip *h, int32_t lane, int last, 
             const int32_t part = (int32_t)attni_min64(ATTN_SPAN, n * per - j);
             attn_result e;
             for (k = j; k < j + part; k++)
-                pos[k - j] = (int32_t)((blk ? blk[k / per] : first + k / per) * b +
-                                       k % per * stride);
+                pos[k - j] = attni_hip_pos((blk ? blk[k / per] : first + k / per) * b +
+                                           k % per * stride);
             e = attni_hip_values(h, set, r0, h->n_pos * set->n_heads - r0, late, pos, part, got);
             if (e != ATTN_OK) return e;
             for (k = j; k < j + part; k++)

@@ -415,6 +415,24 @@ static void test_hills(uint64_t seed) {
             lists_free(&l);
             view_free(&v);
         }
+    { // a q block larger than a chunk: what the last queries' window leaves out is not lost
+        view v = {0};
+        lists l;
+        source_hill(&src, 0, 2047 - 20);
+        one_query(&v, &src, 1792, 256);
+        memset(&s, 0, sizeof s);
+        s.kind = ATTN_SELECT_HIP3;
+        s.row_block = 256;
+        s.hip.keep = 64;
+        s.hip.window = 16;
+        s.hip.n_stages = 1;
+        s.hip.stage[0].q_block = 256;
+        s.hip.stage[0].chunk = 8;
+        lists_make(&l, &v.d, &s);
+        CHECK(holds(&l, 0, 0, 2047, 2047 - 20));
+        lists_free(&l);
+        view_free(&v);
+    }
     source_free(&src);
 }
 
@@ -503,6 +521,16 @@ static void test_ties(uint64_t seed) {
     for (n = row_of(&l, 0, 0, 3100, &b), i = 0; i < n; i++) ok &= b[i] == 16 / 2 + i;
     CHECK(ok);
     CHECK_EQ(n, 256);
+    lists_free(&l);
+    view_free(&v);
+    for (i = 0; i < MAX_POS; i++) { // 0 and -0
+        memset(query_of(&src, 0, i, 0), 0, 4 * 2 * DIM);
+        key_of(&src, 0, i, 0)[0] = (float)test_below(&r, 3) - 1;
+    }
+    one_query(&v, &src, 3000, 256);
+    lists_make(&l, &v.d, &s);
+    for (n = row_of(&l, 0, 0, 3100, &b), i = 0; i < n; i++) ok &= b[i] == 16 / 2 + i;
+    CHECK(ok);
     lists_free(&l);
     view_free(&v);
     source_free(&src);
@@ -968,6 +996,17 @@ static void test_errors(uint64_t seed) {
     BAD(s.hip.patches = 513);
     BAD(s.hip.q_group = INT32_MAX);
 #undef BAD
+    good.kind = ATTN_SELECT_HIP3; // memory that no size_t counts
+    good.n_slots = INT32_MAX - 2;
+    good.max_kv_len = INT32_MAX;
+    good.hip.n_stages = 2;
+    good.hip.stage[0].q_block = good.hip.stage[1].q_block = 64;
+    good.hip.stage[0].chunk = good.hip.stage[1].chunk = 8;
+    good.hip.stage[1].keep = INT32_MAX / 8 * 8;
+    CHECK_EQ(attn_select_check(&v.d, &good), ATTN_OK);
+    CHECK_EQ(attn_select_bytes(&v.d, &good), 0);
+    memset(&good, 0, sizeof good);
+    good.kind = ATTN_SELECT_HIP2;
     lists_init(&l, &v.d, &good);
     scratch = (uint8_t *)zeroed(attn_cpu_select_scratch_bytes(&v.d, &good));
     v.table[60] = -1;
