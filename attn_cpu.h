@@ -4596,6 +4596,7 @@ ATTNI_INLINE int32_t attni_exact_run(const attni_exact *x, int32_t cell) {
 
 // What a bound on a node says of a block's value.
 ATTNI_INLINE float attni_exact_raise(float best, float log_b) {
+    if (!attni_finite(best)) return best;
     return best + log_b + 3e-5f + 1e-6f * (best < 0 ? -best : best);
 }
 

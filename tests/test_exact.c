@@ -172,34 +172,38 @@ static double log_add(double a, double b) {
 // Scores of a list row by the definition in attn.h.
 static void brute(const attn_desc *d, const attn_select *f, row_case *c) {
     attni_side side;
-    double k[64], scale = d->logits.scale != 0 ? (double)d->logits.scale : 0;
-    int32_t group = d->n_heads / d->n_kv_heads, r, j, e, pos0 = d->kv.kv_pos0[c->seq], b;
+    double k[64], *q, scale = (double)attni_scale(d);
+    int32_t group = d->n_heads / d->n_kv_heads, r, j, e, pos0 = d->kv.kv_pos0[c->seq], b, at;
     attni_side_init(d, 0, &side);
-    scale = (double)attni_scale(d);
     c->n_blocks = c->last - c->first + 1;
     c->m = (double *)malloc(8 * (size_t)c->rows * (size_t)c->n_blocks);
     c->z = (double *)malloc(16 * (size_t)c->rows);
     c->total = c->z + c->rows;
     c->value = (double *)malloc(8 * (size_t)c->n_blocks);
     for (r = 0; r < c->rows * c->n_blocks; r++) c->m[r] = -HUGE_VAL;
+    q = (double *)malloc(8 * (size_t)c->rows * (size_t)d->head_dim);
+    for (r = 0; r < c->rows; r++)
+        for (e = 0; e < d->head_dim; e++)
+            q[r * d->head_dim + e] = (double)attni_get(
+                d->q.data, d->q.dtype,
+                ((int64_t)(c->token + r % c->n_q) * d->n_heads + c->head + r / c->n_q) *
+                        d->head_dim + e);
     for (j = 0; j < d->kv.kv_len[c->seq]; j++) {
         b = (pos0 + j) / f->kv_block - c->first;
         if (b >= c->n_blocks) break;
-        for (r = 0; r < c->rows; r++) {
-            int32_t i = r % c->n_q, head = c->head + r / c->n_q;
+        for (at = -1, r = 0; r < c->rows; r++) {
+            int32_t head = (c->head + r / c->n_q) / group;
             double s = 0;
-            if (pos0 + j > c->pos + i) continue;
-            attni_ref_row(d, &side, c->seq, head / group, j, k);
-            for (e = 0; e < d->head_dim; e++)
-                s += k[e] * (double)attni_get(d->q.data, d->q.dtype,
-                                              ((int64_t)(c->token + i) * d->n_heads + head) *
-                                                      d->head_dim + e);
+            if (pos0 + j > c->pos + r % c->n_q) continue;
+            if (head != at) attni_ref_row(d, &side, c->seq, at = head, j, k);
+            for (e = 0; e < d->head_dim; e++) s += k[e] * q[r * d->head_dim + e];
             s *= scale;
             if (d->logits.softcap > 0)
                 s = (double)d->logits.softcap * tanh(s / (double)d->logits.softcap);
             c->m[r * c->n_blocks + b] = log_add(c->m[r * c->n_blocks + b], s);
         }
     }
+    free(q);
     for (r = 0; r < c->rows; r++) {
         c->z[r] = c->total[r] = -HUGE_VAL;
         for (b = 0; b < c->n_blocks; b++) {
