@@ -27,7 +27,8 @@ static void set_query(problem *p, int64_t i, double v) {
 static void refill(problem *p, test_rng *r, int kind) {
     const attn_desc *d = &p->d;
     int64_t dim = d->head_dim, heads = d->n_kv_heads, i, n = p->n_rows * heads * dim;
-    int64_t nq = (int64_t)p->n_tokens * d->n_heads * dim, every = 1 + test_below(r, 40);
+    int64_t nq = (int64_t)p->n_tokens * d->n_heads * dim, every = 1 + test_below(r, 200);
+    double noise = exp(test_uniform(r, -7, -1));
     float *k = p->k_rows, bad[3] = {HUGE_VALF, -HUGE_VALF, 0}, common[64], mean[64];
     attn_tensor t;
     bad[2] = attni_float(0x7fc00000u);
@@ -39,7 +40,7 @@ static void refill(problem *p, test_rng *r, int kind) {
         if (kind == INTEGERS) k[i] = (float)(test_below(r, 3) - 1);
         if (kind == CLUSTERED) {
             if (e == 0 && token % every == 0) test_fill_normal(r, mean, 64, 1.5);
-            k[i] = mean[e % 64] + (float)(0.1 * test_normal(r));
+            k[i] = mean[e % 64] + (float)(noise * test_normal(r));
         }
         if (kind == BAD_K && test_below(r, 200) == 0) k[i] = bad[test_below(r, 3)];
     }
@@ -64,16 +65,16 @@ static void random_opts(test_rng *r, problem_opts *o) {
                                           ATTN_F8E5M2, ATTN_I8,  ATTN_I4};
     static const int32_t dims[] = {8, 8, 16, 24, 64};
     static const attn_dtype qo[] = {ATTN_F32, ATTN_F16, ATTN_BF16};
-    static const int phases[] = {PREFILL, CHUNKED, DECODE, DECODE, RAGGED};
+    static const int phases[] = {PREFILL, CHUNKED, DECODE, DECODE, DECODE, RAGGED};
     memset(o, 0, sizeof *o);
-    o->phase = phases[test_below(r, 5)];
+    o->phase = phases[test_below(r, 6)];
     o->layout = (attn_layout)test_below(r, 3);
     o->contiguous = test_below(r, 5) == 0;
     o->page_tokens = 1 + test_below(r, 100);
     if (test_below(r, 3) == 0) o->page_tokens = 1 << test_below(r, 7);
     if (o->layout == ATTN_K16) o->page_tokens = (o->page_tokens + 15) / 16 * 16;
     o->n_seq = 1 + (test_below(r, 3) == 0 ? test_below(r, 3) : 0);
-    o->max_kv = test_below(r, 9) ? 1 + test_below(r, 150) : 1 + test_below(r, 1200);
+    o->max_kv = 1 + test_below(r, test_below(r, 9) ? 120 : o->phase == DECODE ? 2500 : 400);
     o->n_kv_heads = 1 + test_below(r, 2);
     o->n_heads = o->n_kv_heads * (1 + test_below(r, 3));
     o->head_dim = o->v_head_dim = dims[test_below(r, 5)];
@@ -90,14 +91,14 @@ static void random_opts(test_rng *r, problem_opts *o) {
     o->sharp = test_below(r, 2) ? 1 : 3;
 }
 
-static void random_select(test_rng *r, attn_select *s) {
+static void random_select(test_rng *r, int few, attn_select *s) {
     static const int32_t blocks[] = {1, 4, 8, 16, 16, 20, 32, 64, 300};
-    static const int32_t rows[] = {1, 5, 16, 64, 64, 100};
+    static const int32_t rows[] = {16, 64, 64, 100, 1, 5}; // the last two where queries are few
     memset(s, 0, sizeof *s);
     s->kind = ATTN_SELECT_EXACT;
     s->heads = (attn_select_heads)test_below(r, 4);
     s->kv_block = blocks[test_below(r, 9)];
-    s->row_block = rows[test_below(r, 6)];
+    s->row_block = rows[test_below(r, few ? 6 : 4)];
     s->exact.recent = test_below(r, 3) ? 1 + test_below(r, 30) : 0;
     if (test_below(r, 4)) s->exact.keep = 1 + test_below(r, 100);
     if (test_below(r, 4) == 0) s->exact.share = (float)test_uniform(r, 0, 1);
@@ -395,9 +396,9 @@ static void one_case(test_rng *r) {
     choice with, without;
     size_t bytes;
     int32_t rows;
-    int kind = test_below(r, N_KEYS);
+    int kind = test_below(r, 4) ? test_below(r, N_KEYS) : CLUSTERED; // bounds tell most there
     random_opts(r, &o);
-    random_select(r, &s);
+    random_select(r, o.phase == DECODE, &s);
     problem_make(&p, &o, r);
     refill(&p, r, kind);
     if (test_below(r, 6) == 0) p.d.logits.scale = (float)test_uniform(r, -1, 1);
