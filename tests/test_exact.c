@@ -6,7 +6,8 @@
 #include "problem.h"
 
 enum keys {
-    NORMAL, NEEDLE, UNIFORM, ALTERNATING, CLUSTERED, INTEGERS, SHARP, HUGE_SCORES, BAD_K, BAD_Q, N_KEYS
+    NORMAL, NEEDLE, UNIFORM, ALTERNATING, CLUSTERED, INTEGERS, SHARP, HUGE_SCORES, BAD_K, BAD_Q,
+    N_KEYS
 };
 
 static long long n_rows, n_excused, n_pruned, n_keys_seen, n_keys_all, n_certified;
@@ -131,7 +132,8 @@ static void forget(choice *c) {
 }
 
 // Summaries of everything held, in a random order of units and in one or two steps.
-static void summarize(const problem *p, test_rng *r, const attn_summary *y, size_t bytes, int step) {
+static void summarize(const problem *p, test_rng *r, const attn_summary *y, size_t bytes,
+                      int step) {
     attn_desc d = p->d;
     int32_t q_start[8] = {0}, q_pos0[8], len[8], s, cut = 0;
     int64_t n, i, at;
@@ -261,7 +263,8 @@ static void check_row(const attn_desc *d, const attn_select *f, const choice *o,
     const attn_selection *x = &o->x;
     const int64_t at = c->list * ((int64_t)x->max_rows + 1) + row;
     uint8_t *listed = (uint8_t *)calloc((size_t)c->n_blocks + 1, 1);
-    int32_t b, n = 0, must = 0, want = budget(c, d, f), dense = d->kv.kv_len[c->seq] <= f->dense_below;
+    int32_t b, n = 0, must = 0, want = budget(c, d, f);
+    int dense = d->kv.kv_len[c->seq] <= f->dense_below;
     double worst_in = HUGE_VAL, best_out = -HUGE_VAL, miss, eps = (double)f->exact.epsilon;
     int32_t in_id = -1, out_id = -1;
     int64_t e;
@@ -283,7 +286,8 @@ static void check_row(const attn_desc *d, const attn_select *f, const choice *o,
     if (!(eps > 0) || dense) CHECK_EQ(n, want);
     else CHECK(n <= want);
     // nothing left out is worth more than what is listed; ties go to the lower block
-    if (in_id >= 0 && out_id >= 0 && (best_out > worst_in || (best_out == worst_in && out_id < in_id))) {
+    if (in_id >= 0 && out_id >= 0 &&
+        (best_out > worst_in || (best_out == worst_in && out_id < in_id))) {
         if (CHECK(best_out - worst_in <= slack(c, best_out)) && best_out != worst_in) n_excused++;
     }
     miss = true_missed(c, listed);
@@ -314,8 +318,8 @@ static void check_all(const attn_desc *d, const attn_select *s, const choice *o,
         for (i = 0; q_len && i <= (p0 + q_len - 1) / f.row_block - p0 / f.row_block; i++, at++)
             for (l = 0; l < o->x.n_lists; l++) {
                 row_case c;
-                int32_t from = (p0 / f.row_block + i) * f.row_block, group = d->n_heads / d->n_kv_heads;
-                int32_t upto = from + f.row_block;
+                int32_t from = (p0 / f.row_block + i) * f.row_block, upto = from + f.row_block;
+                int32_t group = d->n_heads / d->n_kv_heads;
                 memset(&c, 0, sizeof c);
                 c.seq = seq;
                 c.list = l;
@@ -425,10 +429,11 @@ int main(int argc, char **argv) {
         test_rng one = {test_u64(&r)};
         long long failed = test_failed;
         one_case(&one);
-        if (test_failed > failed && test_failed < 40) printf("    case %llu\n", (unsigned long long)i);
+        if (test_failed > failed && test_failed < 40)
+            printf("    case %llu\n", (unsigned long long)i);
     }
-    printf("%llu problems, %lld list rows: %lld entries within rounding of the cut; %lld rows with a "
-           "useful bound\n%lld rows pruned, %.1f %% of the keys read without summaries\n",
+    printf("%llu problems, %lld list rows: %lld within rounding of the cut; %lld with a useful "
+           "bound\n%lld rows pruned, %.1f %% of the keys read without summaries\n",
            (unsigned long long)n, n_rows, n_excused, n_certified, n_pruned,
            100.0 * (double)n_keys_seen / (double)(n_keys_all ? n_keys_all : 1));
     CHECK(n < 100 || (n_pruned > 0 && n_certified > 0));
