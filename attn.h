@@ -728,9 +728,9 @@ typedef struct attn_hip {
     int32_t rope_len, rope_dim, context; // rope_dim: even; context: tokens the model was made for
 } attn_hip;
 
-// Ours: certified top blocks. The first block (of position kv_pos0), the blocks from the row block's
-// first position on, and before these the ones that hold its last `recent` positions are always
-// kept. The others up to them compete. For a query row r of the list (of each of its heads) let
+// Ours: certified top blocks. Always kept: the first block (of position kv_pos0), the blocks from
+// the row block's first position on, and those that hold the last `recent` positions before it.
+// The blocks between compete. For a query row r of the list (of each of its heads) let
 // M(r, b) be the log of the sum of exp(score) over the keys of block b, Z(r) the same over those
 // keys of the blocks always kept that r sees, and
 //   value(b) = max over r of M(r, b) - Z(r);  +inf where a score of b is NaN or +inf;
@@ -741,7 +741,8 @@ typedef struct attn_hip {
 //   missed(r) = sum of exp(score) over the keys r sees of unlisted blocks / ... of all blocks
 // is above epsilon. Blocks that summaries prove to be worth less are not read: the lists are the
 // same with and without summaries. attn_selection.missed: a bound that no missed(r) of the list row
-// exceeds, whatever rounding did; 1 where it would not be finite, 0 where every block is listed.
+// exceeds, whatever rounding did (by which it may exceed epsilon); 1 where it would not be finite,
+// 0 where every block is listed.
 typedef struct attn_exact {
     int32_t keep;   // tokens per row block, what is always kept included (default 0: by share)
     float share;    // ... as a share of the blocks up to the row block's last query; neither keep

@@ -872,11 +872,11 @@ ATTNI_TGT static void ATTNI_K(finish)(float *o, float *m, float *l, float sink, 
         (o + i, ATTNI_I(add)(ATTNI_I(div)(ATTNI_I(load)(o + i), den), zero));
 }
 
-// For selectors. Raw products of a row, in segments of whole tiles, to each segment's maximum score m
-// and sum l of exp(score - m), NaN if it met NaN or +inf, and e = l exp(m - ref). Returns ref, raised
-// to the largest m where e would leave f32's range.
-ATTNI_TGT static float ATTNI_K(sums)(const attni_segments *a, float *s, float ref, float *m, float *l,
-                                     float *e) {
+// For selectors. Raw products of a row, in segments of whole tiles, to each segment's maximum score
+// m and sum l of exp(score - m), NaN if it met NaN or +inf, and e = l exp(m - ref). Returns ref,
+// raised to the largest m where e would leave f32's range.
+ATTNI_TGT static float ATTNI_K(sums)(const attni_segments *a, float *s, float ref, float *m,
+                                     float *l, float *e) {
     const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
     const V scale = ATTNI_I(set1)(a->scale), cap = ATTNI_I(set1)(a->softcap);
     float top = attni_float(0xff800000u);
@@ -6701,6 +6701,7 @@ ATTNI_INLINE int32_t attni_exact_run(const attni_exact *x, int32_t cell) {
 
 // What a bound on a node says of a block's value.
 ATTNI_INLINE float attni_exact_raise(float best, float log_b) {
+    if (!attni_finite(best)) return best;
     return best + log_b + 3e-5f + 1e-6f * (best < 0 ? -best : best);
 }
 
@@ -7195,7 +7196,8 @@ typedef struct attni_summer {
 ATTNI_CALLED void attni_summer_key(const attni_summer *m, int32_t page, int32_t place, int32_t head,
                                    float *out) {
     const int32_t dim = m->d->head_dim, units = dim * attni_bits_of(m->k.dtype) / 32;
-    const uint8_t *src = m->k.data + page * m->k.page_bytes + attni_token_offset(&m->k, place, head);
+    const uint8_t *src =
+        m->k.data + page * m->k.page_bytes + attni_token_offset(&m->k, place, head);
     const float scale = attni_token_scale(&m->k, page, place, head);
     uint32_t raw[ATTN_MAX_HEAD_DIM];
     int32_t i;
@@ -7204,7 +7206,7 @@ ATTNI_CALLED void attni_summer_key(const attni_summer *m, int32_t page, int32_t 
     for (i = 0; i < dim; i++) out[i] *= scale;
 }
 
-// To bf16, away from zero or towards it: up or down.
+// To bf16, never below x (up) or never above it.
 ATTNI_INLINE uint16_t attni_outwards(float x, int up) {
     uint32_t u = attni_bits32(x);
     if ((u & 0xffffu) && (u >> 31) != (uint32_t)up) u += 0x10000u;
@@ -7385,14 +7387,17 @@ ATTNI_CALLED attn_result attni_summary_close(attni_summer *m, int32_t s, int64_t
 
 ATTNI_CALLED attn_result attni_summary_unit(attni_summer *m, int32_t s, int64_t run) {
     const attn_desc *d = m->d;
-    int64_t first, other;
+    int64_t first, g0, g1;
     attn_result r;
     int pass;
-    int32_t u;
+    int32_t u, at, n;
     if (attni_summary_leader(d, s, run, &first) != s) return ATTN_OK;
     for (pass = 0; pass < 2; pass++)
         for (u = s; u < d->n_seq; u++) {
-            if (u != s && (attni_summary_leader(d, u, run, &other) != s || other != first)) continue;
+            if (u != s && (!attni_summary_cells(d, u, run, &g0, &g1) ||
+                           attni_summary_page(d, u, first, &at, &n) !=
+                               attni_summary_page(d, s, first, &at, &n)))
+                continue;
             r = pass ? attni_summary_close(m, u, run) : attni_summary_fill(m, u, run);
             if (r != ATTN_OK) return r;
         }
@@ -7402,7 +7407,16 @@ ATTNI_CALLED attn_result attni_summary_unit(attni_summer *m, int32_t s, int64_t 
 ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d) {
     int64_t n = 0, run;
     int32_t s;
-    if (!d || attni_check_shape(d) != ATTN_OK || attni_check_kv(d) != ATTN_OK) return 0;
+    attn_desc c;
+    if (!d) return 0;
+    c = *d; // of which only K counts
+    memset(&c.mask, 0, sizeof c.mask);
+    memset(&c.logits, 0, sizeof c.logits);
+    memset(&c.q, 0, sizeof c.q);
+    c.q.data = c.kv.k.data;
+    c.q.dtype = ATTN_F32;
+    c.o = c.q;
+    if (attn_validate(&c) != ATTN_OK) return 0;
     for (s = 0; s < d->n_seq; s++) n += attni_summary_runs(d, s, &run);
     return n;
 }
