@@ -3526,11 +3526,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
             if (w->k.k16 && t == 16 * i && place % 16 == 0 && end == t1)
                 x->kt[i] = (const uint32_t *)(const void *)k;
             if (kscale || vscale) {
-                attni_part *part = x->part + x->n_parts++;
-                part->t = t;
-                part->n = end - t;
-                part->page = page;
-                part->place = place;
+                const attni_part part = {t, end - t, page, place};
+                x->part[x->n_parts++] = part;
             }
             for (; t < end; t++, k += k_step, v += w->v.token_bytes, look += look_step) {
                 x->k[t] = k;
