@@ -71,7 +71,8 @@
 // ==== >>config  Limits ===========================================================================
 
 #define ATTN_MAX_HEAD_DIM 576
-#define ATTN_SPAN 256 /* tokens: KV is cut here, at absolute positions, whatever the batch (CPU) */
+#define ATTN_SPAN 256 /* tokens: KV is cut here, whatever the batch (CPU): at absolute positions, */
+                      /* under block lists at places of the row's own list */
 #define ATTN_SPAN_RULES 10 /* entries of attn_plan_params.rule, for backends of other spans */
 
 // ==== >>result  Result codes =====================================================================

@@ -3145,9 +3145,10 @@ ATTN_DEF attn_result attn_cpu_cache_load(const attn_desc *d, const attn_cache_lo
 //    beginning. So work is what is listed, however small or scattered its blocks are. What a single
 //    query does not see of this (the future, what is recent for others only) is masked.
 // Such a span belongs to where it begins: to the segment, and the slot there, of the 256 positions
-// that hold its first token. Spans begin 256 positions apart at least, so no slot gets two. What
-// begins before the sequence's first segment (and may reach into it, when a front was evicted or
-// lies before the window) is the first segment's, which folds.
+// that hold its first token. Spans begin 256 positions apart at least, so no slot gets two. One that
+// begins before the sequence's spans may reach into them, when the front was evicted or lies before
+// the window. It belongs to the 256 positions before these, of which nobody sees anything else, or,
+// where no segment has them, to the sequence's first one, which folds.
 
 typedef struct attni_part { // tokens of one tile that stand in one page
     int32_t t, n, page, place;
@@ -3478,6 +3479,7 @@ ATTNI_CALLED void attni_walk_start(const attni_work *w, attni_walk *k, int32_t s
     const attn_block_list *b = &m->blocks;
     const attn_segment *g = &w->p->segment[segment];
     const attn_plan_seq *q = &w->p->seq[s];
+    const int32_t *chain = w->p->chain + q->chain;
     int64_t row0, first, lo, hi;
     int32_t unit = 1, list;
     int listed;
@@ -3502,11 +3504,21 @@ ATTNI_CALLED void attni_walk_start(const attni_work *w, attni_walk *k, int32_t s
     list = attni_list_of(w->d, b->n_lists, head);
     k->e = attni_row_start(b, list, attni_list_row(w->d, s, pos));
     k->end = attni_row_end(b, list, attni_list_row(w->d, s, pos));
-    while (w->p->chain[q->chain] != segment) { // what begins before it is another segment's
+    if (g->span1 < q->span0) k->until = 0;
+    while (w->p->segment[*chain].span1 < q->span0) chain++;
+    while (*chain != segment) { // what begins before it is another segment's
         attni_walk before = *k;
         if (!attni_walk_run(b, &before, &lo, &hi, &listed) || lo >= first) break;
         attni_walk_span(w, k, NULL);
     }
+}
+
+// The slot of rows[0] in its segment.
+static int32_t attni_slot(const attni_work *w) {
+    const int32_t first = w->p->segment[w->task->segment].span0;
+    const int32_t least = w->p->seq[w->rows[0].from.seq].span0 - 1;
+    int32_t at = w->rows[0].at[0] / ATTN_SPAN;
+    return w->gathers ? attni_max32(attni_max32(at, least), first) - first : at - first;
 }
 
 // rows[0] becomes the next span of k; maybe it was found already.
@@ -3671,11 +3683,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
             if (w->k.k16 && t == 16 * i && place % 16 == 0 && end == t1)
                 x->kt[i] = (const uint32_t *)(const void *)k;
             if (kscale || vscale) {
-                attni_part *part = x->part + x->n_parts++;
-                part->t = t;
-                part->n = end - t;
-                part->page = page;
-                part->place = place;
+                const attni_part part = {t, end - t, page, place};
+                x->part[x->n_parts++] = part;
             }
             for (; t < end; t++, k += k_step, v += w->v.token_bytes, look += look_step) {
                 x->k[t] = k;
@@ -3978,7 +3987,6 @@ static void attni_put_partial(const attni_work *w, float *dst, const float *o, f
 // pv NULL: V is prepared here.
 ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, uint32_t tiles, float *partials) {
     const attn_segment *g = &w->p->segment[w->task->segment];
-    const int32_t slot = w->rows[0].at[0] / ATTN_SPAN - g->span0;
     const int64_t vdp = w->vdp;
     const int keep = w->keep, here = !pv;
     attni_run run[ATTNI_TILES];
@@ -4011,7 +4019,7 @@ ATTNI_CALLED void attni_sums(attni_work *w, attni_pv_fn pv, uint32_t tiles, floa
         w->x.ma->fold(w->o + w->r0 * vdp, w->m + w->r0, w->l + w->r0, w->os, w->sm, w->sl,
                       w->r1 - w->r0, w->vdp);
     for (r = w->r0; r < w->r1 && g->n_slots > 1; r++)
-        attni_put_partial(w, attni_partial(w, partials, slot, r),
+        attni_put_partial(w, attni_partial(w, partials, attni_slot(w), r),
                           w->os + (r - w->r0) * vdp, w->sm[r - w->r0], w->sl[r - w->r0]);
 }
 
@@ -4172,21 +4180,23 @@ static attn_result attni_check_partial(const attn_desc *d, int32_t token, int32_
 // The keys [*from, *to) of row r that are folded into a slot of its segment.
 static void attni_check_bounds(attni_work *w, int32_t r, int32_t slot, int64_t *from, int64_t *to) {
     const attn_segment *g = &w->p->segment[w->task->segment];
-    int64_t lo = ((int64_t)g->span0 + slot) * ATTN_SPAN, first;
-    int64_t hi = g->n_slots == 1 ? (int64_t)g->span1 * ATTN_SPAN : lo + ATTN_SPAN;
+    const int32_t last = g->n_slots == 1 ? g->span1 - g->span0 - 1 : slot;
+    int32_t at;
     attni_walk k;
-    *from = lo;
-    *to = hi;
+    *from = ((int64_t)g->span0 + slot) * ATTN_SPAN;
+    *to = ((int64_t)g->span0 + last + 1) * ATTN_SPAN;
     if (!w->gathers) return;
     attni_walk_start(w, &k, w->task->segment, w->seq[w->row[r].token], w->pos[w->row[r].token],
                      w->row[r].head);
-    k.until = *from = INT32_MAX;
+    if (k.until > 0) k.until = INT64_MAX;
+    *from = *to = INT32_MAX;
     do {
         attni_walk_span(w, &k, &w->rows[0]);
-        first = w->rows[0].n ? w->rows[0].at[0] : INT32_MAX;
-        if (first >= lo || slot == 0) *from = attni_min64(*from, first);
-    } while (first < hi);
-    *to = first;
+        if (!w->rows[0].n) return;
+        at = attni_slot(w);
+        if (at >= slot) *from = attni_min64(*from, w->rows[0].at[0]);
+    } while (at <= last);
+    *to = w->rows[0].at[0];
 }
 
 static attn_result attni_check_run(attni_work *w, int32_t first, int32_t count, float *partials) {
