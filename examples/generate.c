@@ -74,10 +74,12 @@ static const char usage[] =
     "  --select S         lists of KV blocks computed from Q and K, NAME or NAME:KEY=VALUE,...\n"
     "                     exact: share= keep= epsilon= recent=\n"
     "                     flex: gamma= tau= min= max= block= compat\n"
-    "                     hip1, hip2: k= sink= window= qstride= kstride= refresh=; of hip1\n"
-    "                     lowdim=, of hip2 sample=first|middle|last\n"
+    "                     hip1, hip2: k= block= sink= window= qstride= kstride= refresh= group=\n"
+    "                     near= nearwindow= vertical= diagonal= random=; hip1 lowdim= patches=,\n"
+    "                     hip2 sample=first|middle|last|position|random|oracle headgroup=\n"
     "                     hip (generation 3): keep= sink= window=, and for each stage\n"
-    "                     stage=QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH\n"
+    "                     stage=QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH and any of the letters\n"
+    "                     l (last score), c (centre), s (keep scores)\n"
     "                     stride:BLOCK,LOCAL,STRIDE, the mask\n"
     "                     all: dense=0-2+5 (these layers), and but for stride rows= kvblock=\n"
     "                     heads=each|group|all (lists), from= (shorter sequences are dense)\n"
@@ -204,13 +206,18 @@ static int parse_dense(const char *s, options *o) {
     }
 }
 
+/* QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH and letters */
 static int parse_stage(const char *s, options *o) {
     attn_hip *h = &o->select.hip;
     char text[96];
-    int32_t v[5];
+    int32_t v[5], flags = 0;
     size_t n = strlen(s);
+    for (; n && (s[n - 1] == 'l' || s[n - 1] == 'c' || s[n - 1] == 's'); n--)
+        flags |= s[n - 1] == 'l' ? ATTN_HIP_LAST_SCORE
+                                 : s[n - 1] == 'c' ? ATTN_HIP_CENTRE : ATTN_HIP_KEEP_SCORES;
     if (n >= sizeof text || strchr(s, ',') || h->n_stages == ATTN_HIP_STAGES) return -1;
-    for (size_t i = 0; i <= n; i++) text[i] = s[i] == '/' ? ',' : s[i];
+    for (size_t i = 0; i < n; i++) text[i] = s[i] == '/' ? ',' : s[i];
+    text[n] = 0;
     if (parse_list(text, v, 5) != 5 || !v[0] || !v[1] || !v[2] || !v[4]) return -1;
     attn_hip_stage *t = &h->stage[h->n_stages++];
     t->q_block = v[0];
@@ -218,14 +225,17 @@ static int parse_stage(const char *s, options *o) {
     t->chunk = v[2];
     t->keep = v[3];
     t->refresh = v[4];
+    t->flags = flags;
     return 0;
 }
 
 static int parse_sample(const char *s, options *o) {
-    static const char *const names[] = {"middle", "first", "last"};
-    for (int32_t i = 0; i < 3; i++)
-        if (!strcmp(s, names[i])) {
-            o->select.hip.sample = i;
+    static const struct { const char *name; attn_hip_sample sample; } known[] = {
+        {"middle", ATTN_HIP_MIDDLE}, {"first", ATTN_HIP_FIRST}, {"last", ATTN_HIP_LAST},
+        {"position", ATTN_HIP_POSITION}, {"random", ATTN_HIP_RANDOM}, {"oracle", ATTN_HIP_ORACLE}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(s, known[i].name)) {
+            o->select.hip.sample = known[i].sample;
             return 0;
         }
     return -1;
@@ -266,6 +276,7 @@ static int parse_select_key(options *o, char *text) {
         {"rows", ON_ANY, &s->row_block, NULL, 0, NULL, NULL},
         {"kvblock", ON_ANY, &s->kv_block, NULL, 0, NULL, NULL},
         {"block", ON_FLEX, &s->kv_block, NULL, 0, NULL, NULL},
+        {"block", ON_HIP1 | ON_HIP2, &s->hip.block, NULL, 0, NULL, NULL},
         {"from", ON_ANY, &s->dense_below, NULL, 0, NULL, NULL},
         {"heads", ON_ANY, NULL, NULL, 0, parse_heads, "each, group or all"},
         {"dense", ON_ANY | ON_STRIDE, NULL, NULL, 0, parse_dense, "layers, 0-2+5 say"},
@@ -282,9 +293,18 @@ static int parse_select_key(options *o, char *text) {
         {"kstride", ON_HIP1 | ON_HIP2, &s->hip.k_stride, NULL, 0, NULL, NULL},
         {"refresh", ON_HIP1 | ON_HIP2, &s->hip.refresh, NULL, 0, NULL, NULL},
         {"lowdim", ON_HIP1, &s->hip.low_dim, NULL, 0, NULL, NULL},
-        {"sample", ON_HIP2, NULL, NULL, 0, parse_sample, "first, middle or last"},
+        {"group", ON_HIP1 | ON_HIP2, &s->hip.q_group, NULL, 0, NULL, NULL},
+        {"near", ON_HIP1 | ON_HIP2, &s->hip.near, NULL, 0, NULL, NULL},
+        {"nearwindow", ON_HIP1 | ON_HIP2, &s->hip.near_window, NULL, 0, NULL, NULL},
+        {"vertical", ON_HIP1 | ON_HIP2, &s->hip.vertical, NULL, 0, NULL, NULL},
+        {"diagonal", ON_HIP1 | ON_HIP2, &s->hip.diagonal, NULL, 0, NULL, NULL},
+        {"random", ON_HIP1 | ON_HIP2, &s->hip.random, NULL, 0, NULL, NULL},
+        {"patches", ON_HIP1, &s->hip.patches, NULL, 0, NULL, NULL},
+        {"headgroup", ON_HIP2, &s->hip.head_group, NULL, 0, NULL, NULL},
+        {"sample", ON_HIP2, NULL, NULL, 0, parse_sample,
+         "first, middle, last, position, random or oracle"},
         {"stage", ON_HIP3, NULL, NULL, 0, parse_stage,
-         "QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH, six times at most"},
+         "QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH and any of l, c, s, six times at most"},
         {"keep", ON_EXACT, &s->exact.keep, NULL, 0, NULL, NULL},
         {"share", ON_EXACT, NULL, &s->exact.share, 1, NULL, NULL},
         {"epsilon", ON_EXACT, NULL, &s->exact.epsilon, 1, NULL, NULL},
