@@ -74,10 +74,12 @@ static const char usage[] =
     "  --select S         lists of KV blocks computed from Q and K, NAME or NAME:KEY=VALUE,...\n"
     "                     exact: share= keep= epsilon= recent=\n"
     "                     flex: gamma= tau= min= max= block= compat\n"
-    "                     hip1, hip2: k= sink= window= qstride= kstride= refresh=; of hip1\n"
-    "                     lowdim=, of hip2 sample=first|middle|last\n"
+    "                     hip1, hip2: k= block= sink= window= qstride= kstride= refresh= group=\n"
+    "                     near= nearwindow= vertical= diagonal= random=; hip1 lowdim= patches=,\n"
+    "                     hip2 sample=first|middle|last|position|random|oracle headgroup=\n"
     "                     hip (generation 3): keep= sink= window=, and for each stage\n"
-    "                     stage=QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH\n"
+    "                     stage=QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH and any of the letters\n"
+    "                     l (last score), c (centre), s (keep scores)\n"
     "                     stride:BLOCK,LOCAL,STRIDE, the mask\n"
     "                     all: dense=0-2+5 (these layers), and but for stride rows= kvblock=\n"
     "                     heads=each|group|all (lists), from= (shorter sequences are dense)\n"
@@ -204,13 +206,18 @@ static int parse_dense(const char *s, options *o) {
     }
 }
 
+/* QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH and letters */
 static int parse_stage(const char *s, options *o) {
     attn_hip *h = &o->select.hip;
     char text[96];
-    int32_t v[5];
+    int32_t v[5], flags = 0;
     size_t n = strlen(s);
+    for (; n && (s[n - 1] == 'l' || s[n - 1] == 'c' || s[n - 1] == 's'); n--)
+        flags |= s[n - 1] == 'l' ? ATTN_HIP_LAST_SCORE
+                                 : s[n - 1] == 'c' ? ATTN_HIP_CENTRE : ATTN_HIP_KEEP_SCORES;
     if (n >= sizeof text || strchr(s, ',') || h->n_stages == ATTN_HIP_STAGES) return -1;
-    for (size_t i = 0; i <= n; i++) text[i] = s[i] == '/' ? ',' : s[i];
+    for (size_t i = 0; i < n; i++) text[i] = s[i] == '/' ? ',' : s[i];
+    text[n] = 0;
     if (parse_list(text, v, 5) != 5 || !v[0] || !v[1] || !v[2] || !v[4]) return -1;
     attn_hip_stage *t = &h->stage[h->n_stages++];
     t->q_block = v[0];
@@ -218,14 +225,17 @@ static int parse_stage(const char *s, options *o) {
     t->chunk = v[2];
     t->keep = v[3];
     t->refresh = v[4];
+    t->flags = flags;
     return 0;
 }
 
 static int parse_sample(const char *s, options *o) {
-    static const char *const names[] = {"middle", "first", "last"};
-    for (int32_t i = 0; i < 3; i++)
-        if (!strcmp(s, names[i])) {
-            o->select.hip.sample = i;
+    static const struct { const char *name; attn_hip_sample sample; } known[] = {
+        {"middle", ATTN_HIP_MIDDLE}, {"first", ATTN_HIP_FIRST}, {"last", ATTN_HIP_LAST},
+        {"position", ATTN_HIP_POSITION}, {"random", ATTN_HIP_RANDOM}, {"oracle", ATTN_HIP_ORACLE}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(s, known[i].name)) {
+            o->select.hip.sample = known[i].sample;
             return 0;
         }
     return -1;
@@ -266,6 +276,7 @@ static int parse_select_key(options *o, char *text) {
         {"rows", ON_ANY, &s->row_block, NULL, 0, NULL, NULL},
         {"kvblock", ON_ANY, &s->kv_block, NULL, 0, NULL, NULL},
         {"block", ON_FLEX, &s->kv_block, NULL, 0, NULL, NULL},
+        {"block", ON_HIP1 | ON_HIP2, &s->hip.block, NULL, 0, NULL, NULL},
         {"from", ON_ANY, &s->dense_below, NULL, 0, NULL, NULL},
         {"heads", ON_ANY, NULL, NULL, 0, parse_heads, "each, group or all"},
         {"dense", ON_ANY | ON_STRIDE, NULL, NULL, 0, parse_dense, "layers, 0-2+5 say"},
@@ -282,9 +293,18 @@ static int parse_select_key(options *o, char *text) {
         {"kstride", ON_HIP1 | ON_HIP2, &s->hip.k_stride, NULL, 0, NULL, NULL},
         {"refresh", ON_HIP1 | ON_HIP2, &s->hip.refresh, NULL, 0, NULL, NULL},
         {"lowdim", ON_HIP1, &s->hip.low_dim, NULL, 0, NULL, NULL},
-        {"sample", ON_HIP2, NULL, NULL, 0, parse_sample, "first, middle or last"},
+        {"group", ON_HIP1 | ON_HIP2, &s->hip.q_group, NULL, 0, NULL, NULL},
+        {"near", ON_HIP1 | ON_HIP2, &s->hip.near, NULL, 0, NULL, NULL},
+        {"nearwindow", ON_HIP1 | ON_HIP2, &s->hip.near_window, NULL, 0, NULL, NULL},
+        {"vertical", ON_HIP1 | ON_HIP2, &s->hip.vertical, NULL, 0, NULL, NULL},
+        {"diagonal", ON_HIP1 | ON_HIP2, &s->hip.diagonal, NULL, 0, NULL, NULL},
+        {"random", ON_HIP1 | ON_HIP2, &s->hip.random, NULL, 0, NULL, NULL},
+        {"patches", ON_HIP1, &s->hip.patches, NULL, 0, NULL, NULL},
+        {"headgroup", ON_HIP2, &s->hip.head_group, NULL, 0, NULL, NULL},
+        {"sample", ON_HIP2, NULL, NULL, 0, parse_sample,
+         "first, middle, last, position, random or oracle"},
         {"stage", ON_HIP3, NULL, NULL, 0, parse_stage,
-         "QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH, six times at most"},
+         "QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH and any of l, c, s, six times at most"},
         {"keep", ON_EXACT, &s->exact.keep, NULL, 0, NULL, NULL},
         {"share", ON_EXACT, NULL, &s->exact.share, 1, NULL, NULL},
         {"epsilon", ON_EXACT, NULL, &s->exact.epsilon, 1, NULL, NULL},
@@ -331,7 +351,8 @@ static int parse_select(options *o) {
     at = text[0] ? text + 1 : NULL;
     if (!o->select.kind && parse_stride_select(o, &at))
         return complain("--select %s: want stride:BLOCK,LOCAL,STRIDE", s);
-    if (at && !*at) return complain("--select %s: nothing after the last %c", s, at[-1] ? ':' : ',');
+    if (at && !*at)
+        return complain("--select %s: nothing after the last %c", s, at[-1] ? ':' : ',');
     while (at) { /* NULL: behind the last one */
         if ((end = strchr(at, ',')) != NULL) *end++ = 0;
         if (parse_select_key(o, at)) return -1;
@@ -702,6 +723,7 @@ struct engine {
     attn_selection *lists;                       /* (n_layers) NULL: no lists */
     attn_summary *summary;                       /* (n_layers) exact */
     int32_t *slot, *seq_row;                     /* (max_seq) */
+    int32_t *new_start, *new_pos0;               /* (max_seq + 1) what summaries have to cover */
     uint8_t *slot_taken;                         /* (max_seq) */
     void *lists_mem, *select_mem;
     size_t select_bytes;                         /* scratch: per thread */
@@ -827,7 +849,7 @@ static int open_batch(engine *e) {
     e->ids = (int32_t *)calloc(rows, sizeof(int32_t));
     e->pos = (int32_t *)calloc(rows, sizeof(int32_t));
     e->slots = (int64_t *)calloc(rows, sizeof(int64_t));
-    e->q_start = (int32_t *)calloc(seqs, 11 * sizeof(int32_t)); /* and the ten below */
+    e->q_start = (int32_t *)calloc(seqs, 13 * sizeof(int32_t)); /* and the 12 below */
     e->slot_taken = (uint8_t *)calloc(seqs, 1);
     e->table = (int32_t *)calloc(seqs, (size_t)e->max_pages * sizeof(int32_t));
     e->copies = (attn_page_copy *)calloc(seqs, sizeof *e->copies);
@@ -845,6 +867,8 @@ static int open_batch(engine *e) {
     e->fresh = e->out_req + seqs;
     e->slot = e->fresh + seqs;
     e->seq_row = e->slot + seqs;
+    e->new_start = e->seq_row + seqs;
+    e->new_pos0 = e->new_start + seqs;
     e->d.q_start = e->q_start;
     e->d.q_pos0 = e->q_pos0;
     e->d.seq_order = e->order;
@@ -1036,6 +1060,15 @@ static int open_lists(engine *e) {
     return 0;
 }
 
+/* Summaries change where K does: at new tokens, and in a copied page from its first token on. */
+static void cover_new_keys(engine *e) {
+    for (int32_t i = 0; i < e->n_seq; i++) {
+        int32_t before = e->n_copies ? e->q_pos0[i] % e->o->page : 0;
+        e->new_pos0[i] = e->q_pos0[i] - before;
+        e->new_start[i + 1] = e->new_start[i] + e->q_start[i + 1] - e->q_start[i] + before;
+    }
+}
+
 /* The lists' rows for this batch, and scratch. */
 static int follow_batch(engine *e) {
     const size_t threads = (size_t)llama_pool_threads(e->pool);
@@ -1045,6 +1078,7 @@ static int follow_batch(engine *e) {
         attn_result r = attn_selection_follow(&e->d, &e->select, e->slot, &e->lists[l]);
         if (r) return attn_failed("selecting", r);
     }
+    cover_new_keys(e);
     size_t bytes = (attn_cpu_select_scratch_bytes(&e->d, &e->select) + 63) / 64 * 64;
     if (bytes <= e->select_bytes) return 0;
     free(e->select_mem);
@@ -1060,7 +1094,8 @@ typedef struct attend_ctx {
     engine *e;
     int32_t status; /* atomic: first attn_result that was not OK */
     int32_t layer;
-    int64_t units, n_tasks; /* of what is cut into units */
+    const attn_desc *d;     /* of what is cut into units */
+    int64_t units, n_tasks;
 } attend_ctx;
 
 static void note(attend_ctx *c, attn_result r) {
@@ -1101,7 +1136,7 @@ static void summarize_task(void *ctx, int64_t task, int32_t thread) {
     attend_ctx *c = (attend_ctx *)ctx;
     int64_t first = c->units * task / c->n_tasks, end = c->units * (task + 1) / c->n_tasks;
     (void)thread;
-    note(c, attn_cpu_summarize(&c->e->d, &c->e->summary[c->layer], first, end - first));
+    note(c, attn_cpu_summarize(c->d, &c->e->summary[c->layer], first, end - first));
 }
 
 static void select_task(void *ctx, int64_t task, int32_t thread) {
@@ -1109,7 +1144,7 @@ static void select_task(void *ctx, int64_t task, int32_t thread) {
     engine *e = c->e;
     int64_t first = c->units * task / c->n_tasks, end = c->units * (task + 1) / c->n_tasks;
     uint8_t *scratch = (uint8_t *)aligned(e->select_mem) + (size_t)thread * e->select_bytes;
-    note(c, attn_cpu_select(&e->d, &e->select, &e->summary[c->layer], &e->lists[c->layer], first,
+    note(c, attn_cpu_select(c->d, &e->select, &e->summary[c->layer], &e->lists[c->layer], first,
                             end - first, scratch));
 }
 
@@ -1123,10 +1158,15 @@ static void run_units(attend_ctx *c, llama_task fn, int64_t units) {
 
 /* The layer's lists from its Q and stored K. */
 static int select_blocks(engine *e, int32_t layer) {
-    attend_ctx c = {e, 0, layer, 0, 0};
+    attn_desc fresh = e->d;
+    attend_ctx c = {e, 0, layer, &fresh, 0, 0};
     double t0 = seconds();
+    fresh.q_start = e->new_start;
+    fresh.q_pos0 = e->new_pos0;
+    memset(&fresh.mask, 0, sizeof fresh.mask);
     if (e->select.kind == ATTN_SELECT_EXACT)
-        run_units(&c, summarize_task, attn_cpu_summarize_units(&e->d));
+        run_units(&c, summarize_task, attn_cpu_summarize_units(&fresh));
+    c.d = &e->d;
     if (!c.status) run_units(&c, select_task, attn_cpu_select_units(&e->d, &e->select));
     e->t.select_s += seconds() - t0;
     return c.status ? attn_failed("selecting", (attn_result)c.status) : 0;
@@ -1261,7 +1301,7 @@ static int write_picture(engine *e) {
 
 /* Copies pages that diverge, stores the new K and V, selects, then attends. */
 static int attend(engine *e, int32_t layer) {
-    attend_ctx c = {e, 0, layer, 0, 0};
+    attend_ctx c = {e, 0, layer, &e->d, 0, 0};
     attn_result r;
     choose_layer(e, layer);
     r = attn_cpu_copy_pages(&e->d, e->copies, e->n_copies);
