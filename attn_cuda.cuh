@@ -763,7 +763,9 @@ ATTNI_DEV_FAR void attni_cu_scan_lists(const attni_cu_args &a, W *s, int32_t sca
         const int32_t list = attni_list_of(&a.d, l->n_lists, x.head);
         const int64_t row = attni_list_row(&a.d, x.seq, x.pos);
         const int64_t begin = attni_row_start(l, list, row), end = attni_row_end(l, list, row);
-        const int64_t from = attni_lower_bound(l->block, begin, end, scan0 / each);
+        // a few sweeps take less time than a search
+        const int64_t from = end - begin <= 4 * W::THREADS || scan0 < each ? begin
+                             : attni_lower_bound(l->block, begin, end, scan0 / each);
         if (t < W::SCAN / 32) s->one()[t] = 0;
         __syncthreads();
         bad |= a.n_entries >= 0 && from > begin && l->block[from - 1] < 0;
@@ -2295,7 +2297,8 @@ ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, in
                              int32_t block, int32_t page, int flat, int kept) {
     const attni_cu_task &w = s->task;
     const int32_t pos = block * ATTNI_CU_BLOCK;
-    int32_t flags = kept ? ATTNI_CU_KEPT : 0, j = pos - w.pos0;
+    // where lists are gathered, rows' runs are those of their lists
+    int32_t flags = kept && !a.gather ? ATTNI_CU_KEPT : 0, j = pos - w.pos0;
     if (kept && block >= w.full_block && block < w.full_end) flags |= ATTNI_CU_FULL;
     if (pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK &&
         (!a.gather || pos >= s->recent || a.d.mask.keep_sink - pos >= ATTNI_CU_BLOCK))
