@@ -641,11 +641,11 @@ typedef struct attni_cu_group {
 #define ATTNI_CU_SHARES 1024
 #define ATTNI_CU_MAX_GATHERED (1 << 23) /* tokens of a sequence */
 
-// The blocks that keep_sink and keep_recent have, counted over the sequence: sinks, then the others.
+// The blocks that keep_sink and keep_recent have, counted over the sequence: sinks, then others.
 typedef struct attni_cu_kept {
     int32_t n, sinks, window; // all; those of sinks; the first block of the others
     int32_t share;            // of a span
-    int32_t sink0, sink1, window0, window1; // of these the task reads [sink0, sink1) and [window0, ...)
+    int32_t sink0, sink1, window0, window1; // the task reads [sink0, sink1) and [window0, window1)
 } attni_cu_kept;
 
 // A task at hand, in shared memory; all threads of the block look after it.
@@ -655,7 +655,7 @@ template <int R, int T> struct attni_cu_work {
     attni_cu_task task;
     attni_cu_row row[ROWS];
     int32_t unit[ROWS], expected[ROWS];                 // of a token that is its tile's first
-    union { // distinct: rows that differ in sparse terms; behind them lies what does not live as long
+    union { // distinct: rows that differ in sparse terms; behind them what does not live as long
         int32_t distinct[ROWS < 32 ? ROWS + 16 : 2 * ROWS];
         attni_cu_group group[ROWS < ATTNI_CU_GROUPS ? ROWS : ATTNI_CU_GROUPS];
     };
@@ -744,7 +744,8 @@ ATTNI_DEV uint32_t attni_cu_strided(const attni_cu_args &a, const attni_cu_row &
 #pragma unroll
     for (int t = 0; t < 4; t++) {
         const int32_t j = (b + t) / each;
-        if (j <= i && (dense || i - j < r->local || ((uint32_t)j + first) % (uint32_t)r->stride == 0))
+        if (j <= i && (dense || i - j < r->local ||
+                       ((uint32_t)j + first) % (uint32_t)r->stride == 0))
             keep |= 1u << t;
     }
     return keep;
@@ -947,16 +948,20 @@ ATTNI_DEV int32_t attni_cu_position(const attni_cu_args &a, W *s, int32_t b, int
     return at < a.d.mask.keep_sink || at >= s->recent ? at : -1;
 }
 template <class W>
-ATTNI_DEV_FAR int32_t attni_cu_position_far(const attni_cu_args &a, W *s, int32_t b, int i) {
+ATTNI_DEV_FAR int32_t attni_cu_gathered(const attni_cu_args &a, W *s, int32_t b, int i) {
     return attni_cu_position(a, s, b, i);
 }
-
-// Where token i of block b lies: its page's index in the sequence and its place there, -1 when it
-// is not read.
+// The same where there are no registers to spare.
 template <class W>
-ATTNI_DEV int32_t attni_cu_place(const attni_cu_args &a, W *s, int32_t b, int i, int32_t *page) {
-    const attni_cu_task &w = s->task;
-    const int32_t pos = attni_cu_position(a, s, b, i), j = pos - w.pos0; // hi is at most INT32_MAX
+ATTNI_DEV int32_t attni_cu_position_far(const attni_cu_args &a, W *s, int32_t b, int i) {
+    return a.gather ? attni_cu_gathered(a, s, b, i) : b * ATTNI_CU_BLOCK + i;
+}
+
+// Where the token at pos lies: its page's index in the sequence and its place there, -1 when it is
+// not read.
+ATTNI_DEV int32_t attni_cu_place(const attni_cu_args &a, const attni_cu_task &w, int32_t pos,
+                                 int32_t *page) {
+    const int32_t j = pos - w.pos0; // hi is at most INT32_MAX
     *page = attni_cu_page_index(a, j);
     if (pos < 0 || pos >= w.hi || pos < w.pos0 || (pos < w.lo && pos >= w.sink_end)) return -1;
     return j - *page * a.d.kv.page_tokens;
@@ -967,12 +972,17 @@ ATTNI_DEV const int32_t *attni_cu_page_at(const attni_cu_args &a, int32_t seq, i
     return a.d.kv.page_table + seq * a.d.kv.page_table_stride + page;
 }
 
-template <class W>
-ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, W *s, int32_t b, int i, int32_t *place) {
+ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t pos,
+                                int32_t *place) {
     int32_t page;
-    const int32_t seq = s->task.seq;
-    *place = i < ATTNI_CU_BLOCK ? attni_cu_place(a, s, b, i, &page) : -1;
-    return *place < 0 ? 0 : a.d.kv.page_table ? __ldg(attni_cu_page_at(a, seq, page)) : seq;
+    *place = attni_cu_place(a, w, pos, &page);
+    return *place < 0 ? 0 : a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, page)) : w.seq;
+}
+// Of token i of block b, if there are so many in a block.
+ATTNI_DEV int32_t attni_cu_page_of(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int i,
+                                   int32_t *place) {
+    const int32_t pos = i < ATTNI_CU_BLOCK ? attni_cu_position_far(a, s, b, i) : -1;
+    return attni_cu_page(a, s->task, pos, place);
 }
 
 // What came of it, later: -1 when it is not read, or there is no such page.
@@ -1010,26 +1020,32 @@ template <class W> ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &
     __syncthreads();
 }
 
-// Group g of the tile, whose rows have query head `head`, as far as its list is what the sequence
-// holds; 0: its row says nothing sensible.
+// Group g of the tile, as its row says; 0: that says nothing sensible.
 template <class W>
 ATTNI_DEV int attni_cu_take_group(const attni_cu_args &a, W *s, int g) {
     const attn_block_list *l = &a.d.mask.blocks;
-    const attni_cu_task &w = s->task;
     const int32_t list = attni_list_of(&a.d, l->n_lists, s->row[0].head);
-    const int64_t row = (l->seq_row ? l->seq_row[w.seq] : 0) + (int64_t)s->group0 + g;
-    int64_t from = attni_row_start(l, list, row), to = attni_row_end(l, list, row);
+    const int64_t row = (l->seq_row ? l->seq_row[s->task.seq] : 0) + (int64_t)s->group0 + g;
+    const int64_t from = attni_row_start(l, list, row), to = attni_row_end(l, list, row);
     if (a.n_entries >= 0 && (from < 0 || to < from || to > a.n_entries)) return 0;
-    const int64_t begin = w.pos0, end = begin + w.kv_len; // of what is held
+    s->group[g].from = from;
+    s->group[g].n = (int32_t)attni_min64(to - from, INT32_MAX);
+    return 1;
+}
+
+// Leaves of its entries those that the sequence holds something of; n becomes tokens.
+template <class W> ATTNI_DEV void attni_cu_trim_group(const attni_cu_args &a, W *s, int g) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const int64_t begin = s->task.pos0, end = begin + s->task.kv_len;
+    int64_t from = s->group[g].from, to = from + s->group[g].n;
     if (from < to && ((int64_t)__ldg(l->block + from) + 1) * l->kv_block <= begin)
         from = attni_lower_bound(l->block, from, to, begin / l->kv_block);
     if (from < to && (int64_t)__ldg(l->block + to - 1) * l->kv_block >= end)
         to = attni_lower_bound(l->block, from, to, (end + l->kv_block - 1) / l->kv_block);
     // more there cannot be, unless ids are not ascending
-    to = attni_min64(to, from + w.kv_len / l->kv_block + 2);
+    to = attni_min64(to, from + s->task.kv_len / l->kv_block + 2);
     s->group[g].from = from;
     s->group[g].n = (int32_t)(to - from) * l->kv_block;
-    return 1;
 }
 
 // Of a group's list the first token at pos or behind it.
@@ -1043,20 +1059,27 @@ ATTNI_DEV int32_t attni_cu_seek(const attni_cu_args &a, const attni_cu_group &x,
     return e * each + (e < n && __ldg(block + e) == pos / each ? pos % each : 0);
 }
 
-// Numbers the blocks of the groups, and those that keep_sink and keep_recent have. One thread calls.
-template <class W> ATTNI_DEV void attni_cu_number(const attni_cu_args &a, W *s) {
-    const attn_mask *m = &a.d.mask;
-    const attni_cu_task &w = s->task;
-    attni_cu_kept &k = s->kept;
-    int32_t base = 0, place = 0, end = w.pos0 + w.kv_len;
+// Numbers the blocks of the groups. One thread calls.
+template <class W> ATTNI_DEV void attni_cu_number(W *s) {
+    const int32_t n_spans = s->task.n_spans;
+    int32_t base = 0, place = 0;
     for (int g = 0; g < s->n_groups; g++) {
         attni_cu_group &x = s->group[g];
         const int32_t n = (x.n + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
         x.base = base, x.place = place;
         place += n;
-        base += attni_min32(n, attni_max32(2, (n + w.n_spans - 1) / w.n_spans));
+        base += attni_min32(n, attni_max32(2, (n + n_spans - 1) / n_spans));
     }
     s->n_listed = base;
+}
+
+// The blocks that keep_sink and keep_recent have. One thread calls; says whether some of them are
+// in the task's spans.
+template <class W> ATTNI_DEV int attni_cu_find_kept(const attni_cu_args &a, W *s) {
+    const attn_mask *m = &a.d.mask;
+    const attni_cu_task &w = s->task;
+    attni_cu_kept &k = s->kept;
+    int32_t end = w.pos0 + w.kv_len;
     // of the sequence, so that it does not matter which tile a row is in
     if (m->kind != ATTN_MASK_FULL) end = attni_min32(end, w.q_pos0 + w.q_len);
     end = (end + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
@@ -1071,6 +1094,7 @@ template <class W> ATTNI_DEV void attni_cu_number(const attni_cu_args &a, W *s) 
     k.window0 = k.sinks + attni_max32(attni_max32(lo, s->recent / ATTNI_CU_BLOCK) - k.window, 0);
     k.window1 = attni_max32(k.sink1, k.sinks + attni_max32(hi - k.window, 0));
     if (k.window1 <= k.sinks) k.window1 = k.sink1;
+    return k.n && w.span1 > w.n_spans - (k.n + k.share - 1) / k.share;
 }
 
 // The lists that a tile's rows have, and what each row sees of its own: runs, as lists ascend. All
@@ -1081,19 +1105,31 @@ template <class W> ATTNI_DEV_FAR void attni_cu_gather(const attni_cu_args &a, W 
     const int32_t each = m->blocks.row_block, first = s->row[0].pos / each;
     const int tid = (int)threadIdx.x;
     const int groups = (s->row[0].pos + w.n_tokens - 1) / each - first + 1;
-    int bad = 0;
+    int bad = 0, some = 0;
     if (tid == 0) {
         s->n_groups = groups, s->group0 = first;
         s->all_lo = groups > 1 ? INT32_MAX : 0, s->all_hi = groups > 1 ? 0 : INT32_MAX;
+        some = attni_cu_find_kept(a, s);
     }
     __syncthreads();
-    for (int g = tid; g < groups; g += W::THREADS) bad |= !attni_cu_take_group(a, s, g);
+    for (int g = tid; g < groups; g += W::THREADS) {
+        bad |= !attni_cu_take_group(a, s, g);
+        // a span has two blocks of a list at least, but for the last of them
+        some |= 2 * ATTNI_CU_BLOCK * (int64_t)w.span0 <
+                (int64_t)s->group[g].n * m->blocks.kv_block;
+    }
     bad = __syncthreads_or(bad);
+    some = __syncthreads_or(some);
     if (bad) attni_cu_report(a, ATTN_ERR_MASK);
-    if (tid == 0 && bad) s->n_groups = s->n_listed = s->task.hi = s->task.end_block = 0;
-    if (tid == 0 && !bad) attni_cu_number(a, s);
+    if (bad || !some) { // nothing is read
+        if (tid == 0) s->n_groups = s->n_listed = s->task.hi = s->task.end_block = 0;
+        __syncthreads();
+        return;
+    }
+    for (int g = tid; g < groups; g += W::THREADS) attni_cu_trim_group(a, s, g);
     __syncthreads();
-    if (bad) return;
+    if (tid == 0) attni_cu_number(s);
+    __syncthreads();
     for (int r = tid; r < n; r += W::THREADS) {
         attni_cu_row &x = s->row[r];
         if (x.token < 0) continue;
@@ -1869,8 +1905,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             for (int e = 0; e < 4 * NT; e++) {
                 const attni_cu_row &x = s->row[row(i, e >> 1 & 1)];
                 const int t = (R ? 0 : 16 * warp) + 8 * (e >> 2) + 2 * (lane & 3) + (e & 1);
-                const int64_t pos = a.gather ? attni_cu_position_far(a, s, b, t)
-                                             : (int64_t)b * ATTNI_CU_BLOCK + t;
+                const int64_t pos = attni_cu_position_far(a, s, b, t);
                 float y = c[i][e >> 2][e & 3] * a.scale;
                 if (g->softcap > 0) {
                     float z = attni_exp2(fabsf(y) * (2 * ATTNI_LOG2E) / g->softcap);
@@ -2163,7 +2198,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                     to[x][j][2 * h] = to[x][j][2 * h + 1] = 0;
             }
         b = attni_cu_next(a, s, w, attni_cu_start(a, w));
-        page = attni_cu_page(a, s, b, (int)threadIdx.x, &place);
+        page = attni_cu_page_of(a, s, b, (int)threadIdx.x, &place);
         locate(a, s, page, place);
 #pragma unroll
         for (i = 0; i < STAGES; i++) queue[i] = -1; // the first turns only load
@@ -2187,7 +2222,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                 __syncthreads();
             }
             if (b < end) b = attni_cu_next(a, s, w, b + 1);
-            page = attni_cu_page(a, s, b, (int)threadIdx.x, &place);
+            page = attni_cu_page_of(a, s, b, (int)threadIdx.x, &place);
             stage = stage == AHEAD ? 0 : stage + 1;
 #pragma unroll
             for (i = 0; i < AHEAD; i++) queue[i] = queue[i + 1];
@@ -2285,6 +2320,8 @@ struct attni_cu_tall_shared : attni_cu_shared {
 
 static_assert(sizeof(attni_cu_tall_shared) + 127 <= sizeof(attni_cu_shared) + 7680,
               "attni_cu_smem_bytes counts on it");
+static_assert(attni_cu_smem_bytes(90, 0, 128, 128, 2) <= 228 * 1024 / 2 - 1024,
+              "two blocks on a multiprocessor");
 
 // Do rows of a block lie one stride apart, which 32 bits count?
 ATTNI_DEV int attni_cu_flat(const attni_cu_args &a, const attni_cu_task &w) {
@@ -2319,6 +2356,7 @@ ATTNI_DEV_FAR void attni_cu_enqueue_listed(const attni_cu_args &a, attni_cu_tall
                                            int32_t from, int flat) {
     const attni_cu_task &w = s->task;
     const attni_cu_kept &k = s->kept;
+    attni_cu_shared &shared = *s;
     const int32_t sinks = k.sink1 - k.sink0, window = attni_max32(k.window1 - k.window0, 0);
     const int32_t all = w.end_block ? s->n_listed + sinks + window : 0;
     const int32_t n = attni_min32(all - from, attni_cu_shared::SCAN);
@@ -2326,18 +2364,18 @@ ATTNI_DEV_FAR void attni_cu_enqueue_listed(const attni_cu_args &a, attni_cu_tall
         int32_t b = from + i, at, page = w.seq;
         if (b >= s->n_listed) {
             b += b - s->n_listed < sinks ? k.sink0 : k.window0 - sinks;
-            (void)attni_cu_group_of(s, b, &at);
+            (void)attni_cu_group_of(&shared, b, &at);
             const int32_t j = at * ATTNI_CU_BLOCK - w.pos0;
             if (flat && a.d.kv.page_table && at * ATTNI_CU_BLOCK < w.hi)
                 page = __ldg(attni_cu_page_at(a, w.seq, attni_max32(j, 0) >> a.page_shift));
-            attni_cu_note(a, s, i, b, at, page, flat && j >= 0, attni_cu_all_kept(a, s, at));
+            attni_cu_note(a, s, i, b, at, page, flat && j >= 0, attni_cu_all_kept(a, &shared, at));
             continue;
         }
-        const int g = attni_cu_group_of(s, b, &at);
+        const int g = attni_cu_group_of(&shared, b, &at);
         int32_t flags = ATTNI_CU_KEPT;
         if (at >= s->all_lo && s->all_hi - at >= ATTNI_CU_BLOCK) flags |= ATTNI_CU_FULL;
-        if (attni_cu_listed(a, s, g, at) >= w.lo) {
-            const int32_t last = attni_cu_listed(a, s, g, at + ATTNI_CU_BLOCK - 1);
+        if (attni_cu_listed(a, &shared, g, at) >= w.lo) {
+            const int32_t last = attni_cu_listed(a, &shared, g, at + ATTNI_CU_BLOCK - 1);
             if (last >= 0 && last < w.hi) flags |= ATTNI_CU_WHOLE;
         }
         s->queue[i] = b | flags;
@@ -2435,8 +2473,8 @@ ATTNI_DEV_FAR void attni_cu_enqueue_more(const attni_cu_args &a, attni_cu_tall_s
 ATTNI_DEV void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int buf) {
     const int i = (int)threadIdx.x;
     const int32_t head = s->task.kv_head;
-    int32_t place, page = attni_cu_page(a, s, b, i, &place);
     if (i >= ATTNI_CU_BLOCK) return;
+    int32_t place, page = attni_cu_page(a, s->task, attni_cu_position(a, s, b, i), &place);
     page = attni_cu_checked(a, s, page, place);
     (buf ? s->kscale : s->k)[i] =
         page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
@@ -2666,8 +2704,9 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             }
     }
 
-    // A block that rows see in part: their masks, and whether the warp's rows see any of it, 2: all.
-    // Masks that are one run of keys where the sparse terms keep the block (kept) need no exchange.
+    // A block that rows see in part: their masks, and whether the warp's rows see any of it (2: all
+    // of it). Masks that are one run of keys where the sparse terms keep the block (kept) need no
+    // exchange.
     __device__ __forceinline__ int look(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
                                         int kept, int *open, uint32_t v) {
         const int r = 16 * RS * warp + lane % (16 * RS), pos = b * ATTNI_CU_BLOCK;
@@ -3017,7 +3056,8 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a, W *s, uint8_t *t
     const int c = lane % CHUNKS;
     const attni_side &mine = lane >> 4 ? a.v : a.k; // a lane has a token of K or of V
     uint32_t seen = 0xffff;
-    int32_t p, place = attni_cu_place(a, s, b, 16 * stream + (lane & 15), &p);
+    const int32_t pos = attni_cu_position_far(a, s, b, 16 * stream + (lane & 15));
+    int32_t p, place = attni_cu_place(a, w, pos, &p);
     if (!whole && !a.closed) seen = attni_cu_look_at_rows(a, s, bits, b);
     if (!(seen >> (lane & 15) & 1)) place = -1;
     if ((!runs || a.gather) && place >= 0)
@@ -4012,7 +4052,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
         }
         __syncthreads();
         if (tid < ATTNI_CU_BLOCK) {
-            int32_t place, page = attni_cu_page(a, s, b, tid, &place);
+            int32_t place, page = attni_cu_page_of(a, s, b, tid, &place);
             page = attni_cu_checked(a, s, page, place);
             s->k[tid] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, w.kv_head);
             s->v[tid] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, w.kv_head);
@@ -4027,8 +4067,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
             x->p[r0 + i][token] =
                 !sees ? ATTNI_NINF
                       : attni_cu_simt_logit(a, s, s->row[r0 + i],
-                                            a.gather ? attni_cu_position_far(a, s, b, token)
-                                                     : (int64_t)b * ATTNI_CU_BLOCK + token,
+                                            attni_cu_position_far(a, s, b, token),
                                             c[i] * x->scale[0][token]);
         }
         __syncthreads();
@@ -4549,8 +4588,8 @@ enum {
     ATTNI_CU_HEADER, ATTNI_CU_TICKET, ATTNI_CU_ARRIVED, ATTNI_CU_TASK, ATTNI_CU_SEQ,
     ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
     ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START,
-    ATTNI_CU_ROW_END, ATTNI_CU_BLOCKS, ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL, ATTNI_CU_DIAG_START,
-    ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
+    ATTNI_CU_ROW_END, ATTNI_CU_BLOCKS, ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL,
+    ATTNI_CU_DIAG_START, ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
 };
 
 static int64_t attni_cu_entries(const attn_block_list *b) { // one in host memory

@@ -1466,7 +1466,8 @@ static void errors_tables(attn_dtype type, int mask, int min_block) {
             expected = i == 0;
             for (row = 0; row + 1 < rows; row++)
                 if (b->row_start[row] < b->row_start[row + 1])
-                    dev_write((int32_t *)(uintptr_t)d.mask.blocks.block + b->row_start[row], &id, 4);
+                    dev_write((int32_t *)(uintptr_t)d.mask.blocks.block + b->row_start[row], &id,
+                              4);
         } else { // offsets that lead outside
             const attn_block_list *b = &p.d.mask.blocks;
             int64_t row, rows = (int64_t)b->n_lists * (b->n_rows + 1), far;
