@@ -1038,6 +1038,8 @@ template <class W> ATTNI_DEV void attni_cu_trim_group(const attni_cu_args &a, W 
     const attn_block_list *l = &a.d.mask.blocks;
     const int64_t begin = s->task.pos0, end = begin + s->task.kv_len;
     int64_t from = s->group[g].from, to = from + s->group[g].n;
+    if (from < to && a.n_entries >= 0 && __ldg(l->block + from) < 0)
+        attni_cu_report(a, ATTN_ERR_MASK);
     if (from < to && ((int64_t)__ldg(l->block + from) + 1) * l->kv_block <= begin)
         from = attni_lower_bound(l->block, from, to, begin / l->kv_block);
     if (from < to && (int64_t)__ldg(l->block + to - 1) * l->kv_block >= end)
