@@ -36,8 +36,9 @@
              for asynchrony), partials (params.partial_bytes). Nothing is allocated.
    STREAMS   Every call takes a stream, is asynchronous on it and never synchronises; store, run and
              copy_pages may be captured into a CUDA graph. A captured run stays right after later
-             uploads into the same image: grids depend on capacities only. Staging must stay as it
-             is until the upload has been carried out: use two in turn.
+             uploads into the same image, and when block lists in device memory change: grids depend
+             on capacities only, plans on no list. Staging must stay as it is until the upload has
+             been carried out: use two in turn.
    THREADS   No state but the caller's structs. One image: one run at a time, in stream order.
    ERRORS    Bad input is told at the call. Kernels compare every page, slot and block id with its
              count, skip a bad one and set *c.error.
