@@ -21,7 +21,8 @@
              kernels read. Host memory: every table of the descriptor (q_start, kv_len, q_pos0,
              kv_pos0, page_table, seq_order, tree_parent, block lists, columns and diagonals): plan
              and validation read them, attn_cuda_upload packs them into the plan's device image.
-             attn_cuda_tables names tables that lie in device memory instead.
+             Page tables may lie in device memory (attn_cuda_tables), block lists too: see
+             attn_block_list.device_entries.
 
    CONTENTS  >>open  >>store  >>run   and behind  >>impl-:
              args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host
@@ -35,8 +36,9 @@
              for asynchrony), partials (params.partial_bytes). Nothing is allocated.
    STREAMS   Every call takes a stream, is asynchronous on it and never synchronises; store, run and
              copy_pages may be captured into a CUDA graph. A captured run stays right after later
-             uploads into the same image: grids depend on capacities only. Staging must stay as it
-             is until the upload has been carried out: use two in turn.
+             uploads into the same image, and when block lists in device memory change: grids depend
+             on capacities only, plans on no list. Staging must stay as it is until the upload has
+             been carried out: use two in turn.
    THREADS   No state but the caller's structs. One image: one run at a time, in stream order.
    ERRORS    Bad input is told at the call. Kernels compare every page, slot and block id with its
              count, skip a bad one and set *c.error.
@@ -107,15 +109,12 @@ ATTN_DEF attn_result attn_cuda_swap_pages(const attn_cuda *c, const attn_desc *d
 
 // ==== >>run  Running a plan ======================================================================
 
-// Tables that lie in device memory; those that are not NULL replace what upload would pack. Host
-// tables of the descriptor must describe the same problem, as far as plan and validation need them.
+// A page table that lies in device memory; where it is not NULL it replaces what upload would pack.
+// The descriptor's, in host memory, must describe the same problem, as far as plan and validation
+// need it.
 typedef struct attn_cuda_tables {
     const int32_t *page_table;    // (n_seq, page_table_stride)
     int64_t page_table_stride;
-    const int64_t *row_start;     // of mask.blocks, with block and bits
-    const int32_t *block;
-    const uint64_t *bits;
-    int64_t n_entries;            // in block; row_start beyond it is reported
 } attn_cuda_tables;
 
 // A plan's image in device memory. Filled by attn_cuda_plan_init, except tables and max_q_len,
@@ -209,6 +208,7 @@ typedef struct attni_cu_task {
     int32_t seq;            // whose page table is read
     int32_t pos0;           // its kv_pos0
     int32_t span0, span1;   // first and last + 1 of the segment
+    int32_t n_spans;        // of seq, that hold something where lists are gathered
     int32_t lo, hi;         // positions to read: [lo, hi) and those below sink_end
     int32_t sink_end;
     int32_t slots;          // 0: writes O; 1: leaves one folded partial; 2: one for each span
@@ -251,7 +251,10 @@ typedef struct attni_cu_args {
     int32_t mods;             // scores need more than a positive scale
     int32_t odd_rows, odd_q, odd_o; // not aligned for wide accesses: rows of K and V, of Q, of O
     int32_t sparse, closed;   // closed: a row sees one run of keys
-    int32_t listed;           // a list of whole blocks of keys is the only sparse term
+    int32_t listed;           // a list of whole blocks of keys is the only sparse term, keep_sink
+                              // and keep_recent apart
+    int32_t gather;           // a list of smaller ones is: tasks walk it, see >>impl-blocks
+    int32_t strided;          // local-stride is, of whole blocks
     int32_t run;              // it does so as far as sparse terms let it
     int32_t wide_q, wide_o;   // rows of Q and O are found with 32 bits, 16 bytes each
     int32_t pieces;           // 64 rows of a page of so many lie in one piece of less than 2 GB
@@ -493,8 +496,20 @@ typedef struct attni_cu_row {
     int32_t head;
     int32_t seq, t; // its place in the sequence's queries
     int32_t pos;    // absolute position
-    int32_t lo, hi; // positions that kind and window leave, sinks apart
+    int32_t lo, hi; // positions that kind and window leave, sinks apart; where lists are gathered,
+                    // what it sees of the tile's lists
 } attni_cu_row;
+
+// Positions that kind and window leave to a query at pos, sinks apart.
+ATTNI_DEV void attni_cu_reach_of(const attn_mask *m, int32_t pos, int32_t pos0, int32_t kv_len,
+                                 int32_t *from, int32_t *to) {
+    int64_t lo = pos0, hi = lo + kv_len;
+    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, (int64_t)pos + 1);
+    if (m->window_left) lo = attni_max64(lo, (int64_t)pos - (m->window_left - 1));
+    if (m->window_right) hi = attni_min64(hi, (int64_t)pos + m->window_right);
+    *from = (int32_t)attni_min64(lo, INT32_MAX);
+    *to = (int32_t)attni_max64(hi, 0);
+}
 
 // Query token f of all places -> its sequence and index there.
 ATTNI_DEV void attni_cu_find(const attni_cu_args &a, const attni_cu_task &w, int32_t f,
@@ -513,7 +528,6 @@ ATTNI_DEV void attni_cu_find(const attni_cu_args &a, const attni_cu_task &w, int
 ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_task &w, int r) {
     const attn_mask *m = &a.d.mask;
     attni_cu_row x = {-1, 0, 0, 0, 0, 0, 0};
-    int64_t lo, hi;
     int token = r * a.per_group >> 16;
     if (token >= w.n_tokens) return x;
     int32_t q_begin = w.q_begin, q_pos0 = w.q_pos0, kv_len = w.kv_len;
@@ -529,13 +543,7 @@ ATTNI_DEV attni_cu_row attni_cu_get_row(const attni_cu_args &a, const attni_cu_t
     x.head = w.head + (r - token * a.group);
     x.pos = q_pos0 + x.t;
     if (m->kind == ATTN_MASK_TREE) x.pos = q_pos0 + attni_tree_depth(&a.d, q_begin, x.t);
-    lo = w.pos0;
-    hi = lo + kv_len;
-    if (m->kind != ATTN_MASK_FULL) hi = attni_min64(hi, (int64_t)x.pos + 1);
-    if (m->window_left) lo = attni_max64(lo, (int64_t)x.pos - (m->window_left - 1));
-    if (m->window_right) hi = attni_min64(hi, (int64_t)x.pos + m->window_right);
-    x.lo = (int32_t)attni_min64(lo, INT32_MAX);
-    x.hi = (int32_t)attni_max64(hi, 0);
+    attni_cu_reach_of(m, x.pos, w.pos0, kv_len, &x.lo, &x.hi);
     return x;
 }
 
@@ -548,12 +556,20 @@ ATTNI_DEV uint64_t attni_cu_closed_bits(int32_t lo, int32_t hi, int32_t b0) {
     return lo >= hi ? 0 : ~(uint64_t)0 >> (64 - (hi - lo)) << lo;
 }
 
+// Of keys from b0 on, those of [lo, hi) that keep_sink and keep_recent keep for a query at pos.
+ATTNI_DEV uint64_t attni_cu_kept_bits(const attn_mask *m, int32_t pos, int32_t lo, int32_t hi,
+                                      int32_t b0) {
+    uint64_t bits = attni_cu_closed_bits(lo, attni_min32(hi, m->keep_sink), b0);
+    if (m->keep_recent)
+        bits |= attni_cu_closed_bits(attni_max32(lo, pos - m->keep_recent + 1), hi, b0);
+    return bits;
+}
+
 // Whatever the mask is: as the CPU has it.
-ATTNI_DEV uint64_t attni_cu_bits(const attni_cu_args &a, const attni_cu_row &x, int32_t b0) {
+ATTNI_DEV uint64_t attni_cu_any_bits(const attni_cu_args &a, const attni_cu_row &x, int32_t b0) {
     uint64_t bits[4];
     attni_masker mk;
     int word = b0 >> 6 & 3;
-    if (x.token < 0) return 0;
     attni_masker_init(&mk, &a.d);
     attni_span_bits(&mk, a.seq + x.seq, x.seq, x.t, x.pos, x.head, b0 / ATTN_SPAN, bits);
     return word == 0 ? bits[0] : word == 1 ? bits[1] : word == 2 ? bits[2] : bits[3];
@@ -566,7 +582,7 @@ ATTNI_DEV int attni_cu_same_terms(const attni_cu_args &a, const attni_cu_row &x,
     const attn_block_list *b = &m->blocks;
     if (x.seq != y.seq || (x.head != y.head && attni_per_head(&a.d))) return 0;
     if (x.pos == y.pos) return 1;
-    if (m->keep_recent) return 0;
+    if (m->keep_recent && !a.listed) return 0;
     if (b->row_start) {
         int32_t unit = b->bits ? b->row_block / b->bits_rows : b->row_block;
         if (x.pos / unit != y.pos / unit) return 0;
@@ -605,6 +621,34 @@ ATTNI_DEV void attni_cu_report(const attni_cu_args &a, attn_result r) {
 
 #define ATTNI_CU_ROWS 128 /* of a tile at most */
 
+// Lists of blocks smaller than those that a task walks are gathered: what it takes for a block is
+// 64 tokens of the list of a row block, a group, one behind the other as listed, wherever they
+// lie; a token is seen if the row's kind and window let it and keep_sink and keep_recent do not
+// have it. What these have, in blocks of positions, follows: sinks, then the recent. Spans are not
+// of positions then but shares of that: a list's blocks are cut into equal parts for the first
+// spans of the sequence, those that follow for its last ones. So the work is what is listed, and a
+// row's bits follow from its own list and sequence. A block's number is its span, from 0 on, above
+// span_shift bits, and its place among the task's blocks of the span.
+
+typedef struct attni_cu_group {
+    int64_t from;           // first entry
+    int32_t n;              // tokens
+    int32_t base;           // number of its first block in each span
+    int32_t place, pad;     // blocks in the lists of groups before it
+} attni_cu_group;
+
+#define ATTNI_CU_GROUPS 32    /* of a tile at most */
+#define ATTNI_CU_SHARE_SHIFT 14 /* a task of few rows has fewer blocks of a span */
+#define ATTNI_CU_SHARES 1024
+#define ATTNI_CU_MAX_GATHERED (1 << 23) /* tokens of a sequence */
+
+// The blocks that keep_sink and keep_recent have, counted over the sequence: sinks, then others.
+typedef struct attni_cu_kept {
+    int32_t n, sinks, window; // all; those of sinks; the first block of the others
+    int32_t share;            // of a span
+    int32_t sink0, sink1, window0, window1; // the task reads [sink0, sink1) and [window0, window1)
+} attni_cu_kept;
+
 // A task at hand, in shared memory; all threads of the block look after it.
 template <int R, int T> struct attni_cu_work {
     static constexpr int ROWS = R, THREADS = T;
@@ -612,11 +656,23 @@ template <int R, int T> struct attni_cu_work {
     attni_cu_task task;
     attni_cu_row row[ROWS];
     int32_t unit[ROWS], expected[ROWS];                 // of a token that is its tile's first
-    int32_t n_merge, merge[ROWS];                       // first rows of units to merge
-    int32_t distinct[ROWS], n_distinct;                 // rows that differ in sparse terms
+    union { // distinct: rows that differ in sparse terms; behind them what does not live as long
+        int32_t distinct[ROWS < 32 ? ROWS + 16 : 2 * ROWS];
+        attni_cu_group group[ROWS < ATTNI_CU_GROUPS ? ROWS : ATTNI_CU_GROUPS];
+    };
+    int32_t n_merge, n_distinct;
+    int32_t n_groups, group0, n_listed;                 // groups, the first one's row block, blocks
+                                                        // that they have of a span
+    attni_cu_kept kept;
+    int32_t recent, recent_all; // positions from which on keep_recent keeps what some, all rows see
+    int32_t all_lo, all_hi;     // of a lone group's list all rows see [all_lo, all_hi)
     uint32_t any[SCAN / 32], all[SCAN / 32];            // of a sparse mask
     int32_t scan0;                                      // first block of any and all
     int32_t bad;                                        // a page of the task is none
+
+    // First rows of units to merge; what one list has of any.
+    __device__ __forceinline__ int32_t *merge(void) { return distinct + ROWS; }
+    __device__ __forceinline__ uint32_t *one(void) { return (uint32_t *)(distinct + ROWS); }
 };
 
 // What a tile of a whole block's threads keeps in shared memory besides Q, K and V.
@@ -629,25 +685,148 @@ struct attni_cu_shared : attni_cu_work<ATTNI_CU_ROWS, ATTNI_CU_THREADS> {
     int32_t next;                                       // task
 };
 
+// Whether row x's list has the block of whole lists that position pos lies in.
+ATTNI_DEV int attni_cu_lists(const attni_cu_args &a, const attni_cu_row &x, int32_t pos) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const int32_t list = attni_list_of(&a.d, l->n_lists, x.head);
+    const int64_t row = attni_list_row(&a.d, x.seq, x.pos);
+    return attni_contains(l->block, attni_row_start(l, list, row), attni_row_end(l, list, row),
+                          pos / l->kv_block);
+}
+
+// The group of a block of gathered lists, or n_groups: one of positions. *at: of its first token
+// among those of all groups' lists; the block of positions.
+template <class W>
+ATTNI_DEV int attni_cu_group_of(const W *s, int32_t b, int32_t *at) {
+    const int32_t shift = s->task.span_shift, span = b >> shift, n = b - (span << shift);
+    const attni_cu_kept &k = s->kept;
+    int g = 0;
+    if (n >= s->n_listed) { // of the last of n_spans
+        const int32_t i = span - s->task.n_spans + (k.n + k.share - 1) / attni_max32(k.share, 1);
+        const int32_t o = i * k.share + n - s->n_listed;
+        *at = o < k.sinks ? o : k.window + o - k.sinks;
+        return s->n_groups;
+    }
+    while (g + 1 < s->n_groups && n >= s->group[g + 1].base) g++;
+    const int32_t end = g + 1 < s->n_groups ? s->group[g + 1].base : s->n_listed;
+    *at = (s->group[g].place + span * (end - s->group[g].base) + n - s->group[g].base) *
+          ATTNI_CU_BLOCK;
+    return g;
+}
+
+// Bits of what a row sees of a block.
+template <class W>
+ATTNI_DEV uint64_t attni_cu_bits(const attni_cu_args &a, const W *s, const attni_cu_row &x,
+                                 int32_t b) {
+    const attn_mask *m = &a.d.mask;
+    if (x.token < 0) return 0;
+    if (a.gather) {
+        int32_t at, lo, hi;
+        if (attni_cu_group_of(s, b, &at) < s->n_groups) return attni_cu_closed_bits(x.lo, x.hi, at);
+        attni_cu_reach_of(m, x.pos, s->task.pos0, s->task.kv_len, &lo, &hi);
+        return attni_cu_kept_bits(m, x.pos, lo, hi, at * ATTNI_CU_BLOCK);
+    }
+    b *= ATTNI_CU_BLOCK;
+    if (!a.listed || !a.run) return attni_cu_any_bits(a, x, b);
+    return attni_cu_lists(a, x, b) ? attni_cu_closed_bits(x.lo, x.hi, b)
+                                   : attni_cu_kept_bits(m, x.pos, x.lo, x.hi, b);
+}
+
+// Bits of the four blocks from b on that a row's local-stride term keeps.
+ATTNI_DEV uint32_t attni_cu_strided(const attni_cu_args &a, const attni_cu_row &x, int32_t b) {
+    const attn_local_stride *r = &a.d.mask.stride;
+    const int64_t total = r->n_heads_total ? r->n_heads_total : a.d.n_kv_heads;
+    const int32_t each = r->block / ATTNI_CU_BLOCK, i = x.pos / r->block;
+    const int64_t h = r->homogeneous ? 0 : x.head / (a.d.n_heads / a.d.n_kv_heads) + r->head0;
+    const int64_t step = r->head_step ? r->head_step : attni_max64(1, r->stride / total);
+    const uint32_t first = (uint32_t)((h * step + r->offset) % r->stride);
+    const int dense = !r->homogeneous && h >= total - r->n_dense;
+    uint32_t keep = 0;
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+        const int32_t j = (b + t) / each;
+        if (j <= i && (dense || i - j < r->local ||
+                       ((uint32_t)j + first) % (uint32_t)r->stride == 0))
+            keep |= 1u << t;
+    }
+    return keep;
+}
+
+// As attni_cu_scan for lists of whole blocks: their entries say it all. Entries of device memory
+// are checked here.
+template <class W>
+ATTNI_DEV_FAR void attni_cu_scan_lists(const attni_cu_args &a, W *s, int32_t scan0) {
+    const attn_mask *m = &a.d.mask;
+    const attn_block_list *l = &m->blocks;
+    const int32_t each = l->kv_block / ATTNI_CU_BLOCK, t = (int32_t)threadIdx.x;
+    int bad = 0;
+    for (int i = 0; i < s->n_distinct; i++) {
+        const attni_cu_row &x = s->row[s->distinct[i]];
+        const int32_t list = attni_list_of(&a.d, l->n_lists, x.head);
+        const int64_t row = attni_list_row(&a.d, x.seq, x.pos);
+        const int64_t begin = attni_row_start(l, list, row), end = attni_row_end(l, list, row);
+        // a few sweeps take less time than a search
+        const int64_t from = end - begin <= 4 * W::THREADS || scan0 < each ? begin
+                             : attni_lower_bound(l->block, begin, end, scan0 / each);
+        if (t < W::SCAN / 32) s->one()[t] = 0;
+        __syncthreads();
+        bad |= a.n_entries >= 0 && from > begin && l->block[from - 1] < 0;
+        for (int64_t e0 = from; e0 < end; e0 += W::THREADS) {
+            const int64_t e = e0 + t;
+            const int32_t id = e < end ? __ldg(l->block + e) : INT32_MAX;
+            bad |= e < end && a.n_entries >= 0 &&
+                   (id < 0 || (e > begin && id <= __ldg(l->block + e - 1)));
+            const int64_t at = (int64_t)id * each - scan0;
+            for (int64_t j = attni_max64(at, 0); j < attni_min64(at + each, W::SCAN); j++)
+                atomicOr(&s->one()[j >> 5], 1u << (j & 31));
+            if (__syncthreads_or(at >= W::SCAN)) break;
+        }
+        __syncthreads();
+        if (t < W::SCAN / 32) {
+            s->any[t] |= s->one()[t];
+            s->all[t] &= s->one()[t];
+        }
+    }
+    if (bad) attni_cu_report(a, ATTN_ERR_MASK);
+    for (int j = 0; j < 32 && t < W::SCAN / 32; j++) {
+        const int64_t pos = ((int64_t)scan0 + 32 * t + j) * ATTNI_CU_BLOCK;
+        const int64_t end = pos + ATTNI_CU_BLOCK;
+        if (pos < m->keep_sink || end > s->recent) s->any[t] |= 1u << j;
+        if (end <= m->keep_sink || pos >= s->recent_all) s->all[t] |= 1u << j;
+    }
+}
+
 // Fills any and all for W::SCAN blocks from b on; four blocks a thread, all threads call.
 template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s, int32_t b) {
     const attni_cu_task &w = s->task;
+    const int mine = (int)threadIdx.x < W::SCAN / 4;
     int32_t b0 = b / 4 * 4 + 4 * (int)threadIdx.x, i, j;
-    uint32_t any = 0, all = (int)threadIdx.x < W::SCAN / 4 ? 15 : 0;
+    uint32_t any = 0, all = mine ? 15 : 0;
     attni_masker mk;
     __syncthreads();
-    if ((int)threadIdx.x < W::SCAN / 32) s->any[threadIdx.x] = s->all[threadIdx.x] = 0;
-    attni_masker_init(&mk, &a.d);
-    if ((int)threadIdx.x < W::SCAN / 4 && (int64_t)b0 * ATTNI_CU_BLOCK < w.hi)
-        for (i = 0; i < s->n_distinct && (any != 15 || all); i++) {
-            const attni_cu_row &x = s->row[s->distinct[i]];
-            attni_sparse_bits(&mk, x.seq, x.pos, x.head, (int64_t)b0 * ATTNI_CU_BLOCK);
-#pragma unroll
-            for (j = 0; j < 4; j++) {
-                if (mk.bits[j]) any |= 1u << j;
-                if (~mk.bits[j]) all &= ~(1u << j);
-            }
+    if ((int)threadIdx.x < W::SCAN / 32)
+        s->any[threadIdx.x] = 0, s->all[threadIdx.x] = a.listed ? ~0u : 0;
+    if (a.listed) {
+        attni_cu_scan_lists(a, s, b / 4 * 4);
+        any = all = 0;
+    } else if (a.strided) {
+        for (i = 0; i < s->n_distinct && mine; i++) {
+            const uint32_t keep = attni_cu_strided(a, s->row[s->distinct[i]], b0);
+            any |= keep, all &= keep;
         }
+    } else {
+        attni_masker_init(&mk, &a.d);
+        if (mine && (int64_t)b0 * ATTNI_CU_BLOCK < w.hi)
+            for (i = 0; i < s->n_distinct && (any != 15 || all); i++) {
+                const attni_cu_row &x = s->row[s->distinct[i]];
+                attni_sparse_bits(&mk, x.seq, x.pos, x.head, (int64_t)b0 * ATTNI_CU_BLOCK);
+#pragma unroll
+                for (j = 0; j < 4; j++) {
+                    if (mk.bits[j]) any |= 1u << j;
+                    if (~mk.bits[j]) all &= ~(1u << j);
+                }
+            }
+    }
     __syncthreads();
     j = 4 * (int)threadIdx.x;
     if (any) atomicOr(&s->any[j >> 5], any << (j & 31));
@@ -656,9 +835,42 @@ template <class W> ATTNI_DEV_FAR void attni_cu_scan(const attni_cu_args &a, W *s
     __syncthreads();
 }
 
+// Where the walk of a task begins.
+ATTNI_DEV int32_t attni_cu_start(const attni_cu_args &a, const attni_cu_task &w) {
+    if (a.gather) return w.end_block ? w.span0 << w.span_shift : 0;
+    return attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK);
+}
+
+// As attni_cu_next where lists are gathered.
+template <class W> ATTNI_DEV_FAR int32_t attni_cu_next_listed(const W *s, int32_t b) {
+    const attni_cu_task &w = s->task;
+    const attni_cu_kept &k = s->kept;
+    const int32_t shift = w.span_shift;
+    for (; b < w.end_block; b = ((b >> shift) + 1) << shift) {
+        const int32_t span = b >> shift, n = b - (span << shift);
+        for (int g = 0; g < s->n_groups; g++) {
+            const attni_cu_group &x = s->group[g];
+            const int32_t end = g + 1 < s->n_groups ? s->group[g + 1].base : s->n_listed;
+            const int32_t all = (x.n + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+            const int32_t i = attni_max32(n - x.base, 0), share = end - x.base;
+            if (i < attni_min32(share, all - span * share)) return (span << shift) + x.base + i;
+        }
+        if (!k.n) continue;
+        const int32_t i = span - w.n_spans + (k.n + k.share - 1) / k.share;
+        if (i < 0) continue;
+        int32_t o = i * k.share + attni_max32(n - s->n_listed, 0);
+        const int32_t end = attni_min32((i + 1) * k.share, k.n);
+        if (o < k.sinks) o = attni_max32(o, k.sink0);
+        if (o >= k.sink1) o = attni_max32(o, k.window0);
+        if (o < end && o < k.window1) return (span << shift) + s->n_listed + o - i * k.share;
+    }
+    return w.end_block;
+}
+
 // The first block from b on that the task reads, or its end. All threads call with the same b.
 template <class W>
 ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, W *s, const attni_cu_task &w, int32_t b) {
+    if (a.gather) return attni_cu_next_listed(s, b);
     for (;;) {
         if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
         if (!a.sparse || b >= w.end_block) return attni_min32(b, w.end_block);
@@ -673,9 +885,22 @@ ATTNI_DEV int32_t attni_cu_next(const attni_cu_args &a, W *s, const attni_cu_tas
     }
 }
 
+// Does keep_sink, or keep_recent for all rows, have all of the block of positions?
+template <class W>
+ATTNI_DEV int attni_cu_all_kept(const attni_cu_args &a, const W *s, int32_t block) {
+    const int32_t pos = block * ATTNI_CU_BLOCK;
+    return pos >= s->recent_all || a.d.mask.keep_sink - pos >= ATTNI_CU_BLOCK;
+}
+
 // Every row of the tile sees every token of the block.
 template <class W>
 ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *s, const attni_cu_task &w, int32_t b) {
+    if (a.gather) {
+        int32_t at;
+        if (attni_cu_group_of(s, b, &at) < s->n_groups)
+            return at >= s->all_lo && s->all_hi - at >= ATTNI_CU_BLOCK;
+        return at >= w.full_block && at < w.full_end && attni_cu_all_kept(a, s, at);
+    }
     if (b < w.full_block || b >= w.full_end) return 0;
     if (!a.sparse) return 1;
     int32_t at = b - s->scan0;
@@ -688,11 +913,56 @@ ATTNI_DEV int32_t attni_cu_page_index(const attni_cu_args &a, int32_t j) {
     return a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
 }
 
-// Where token i of block b lies: its page's index in the sequence and its place there, -1 when it
-// is not read.
-ATTNI_DEV int32_t attni_cu_place(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
+// Position of the first token of a block that is not gathered; below all of them, if it is.
+template <class W>
+ATTNI_DEV int32_t attni_cu_base(const attni_cu_args &a, const W *s, int32_t b) {
+    int32_t at = b;
+    if (a.gather && attni_cu_group_of(s, b, &at) < s->n_groups) return -4 * ATTNI_CU_BLOCK;
+    return at * ATTNI_CU_BLOCK;
+}
+
+// Position of token `at` among those of all groups, one of group g's list; -1 behind its end.
+template <class W>
+ATTNI_DEV int32_t attni_cu_listed(const attni_cu_args &a, W *s, int g, int32_t at) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const attni_cu_group &x = s->group[g];
+    const int32_t t = at - x.place * ATTNI_CU_BLOCK, e = t / l->kv_block;
+    if (t >= x.n) return -1;
+    const int32_t *entry = l->block + x.from + e;
+    const int32_t id = __ldg(entry);
+    if (a.n_entries >= 0 && (id < 0 || (e && id <= __ldg(entry - 1)))) {
+        attni_cu_report(a, ATTN_ERR_MASK);
+        s->bad = 1;
+        return -1;
+    }
+    return (int32_t)attni_min64((int64_t)id * l->kv_block + (t - e * l->kv_block), INT32_MAX);
+}
+
+// Position of token i of a block; -1 where lists are gathered and it is not read.
+template <class W>
+ATTNI_DEV int32_t attni_cu_position(const attni_cu_args &a, W *s, int32_t b, int i) {
+    int32_t at;
+    if (!a.gather) return b * ATTNI_CU_BLOCK + i;
+    const int g = attni_cu_group_of(s, b, &at);
+    if (g < s->n_groups) return attni_cu_listed(a, s, g, at + i);
+    at = at * ATTNI_CU_BLOCK + i;
+    return at < a.d.mask.keep_sink || at >= s->recent ? at : -1;
+}
+template <class W>
+ATTNI_DEV_FAR int32_t attni_cu_gathered(const attni_cu_args &a, W *s, int32_t b, int i) {
+    return attni_cu_position(a, s, b, i);
+}
+// The same where there are no registers to spare.
+template <class W>
+ATTNI_DEV int32_t attni_cu_position_far(const attni_cu_args &a, W *s, int32_t b, int i) {
+    return a.gather ? attni_cu_gathered(a, s, b, i) : b * ATTNI_CU_BLOCK + i;
+}
+
+// Where the token at pos lies: its page's index in the sequence and its place there, -1 when it is
+// not read.
+ATTNI_DEV int32_t attni_cu_place(const attni_cu_args &a, const attni_cu_task &w, int32_t pos,
                                  int32_t *page) {
-    const int32_t pos = b * ATTNI_CU_BLOCK + i, j = pos - w.pos0; // hi is at most INT32_MAX
+    const int32_t j = pos - w.pos0; // hi is at most INT32_MAX
     *page = attni_cu_page_index(a, j);
     if (pos < 0 || pos >= w.hi || pos < w.pos0 || (pos < w.lo && pos >= w.sink_end)) return -1;
     return j - *page * a.d.kv.page_tokens;
@@ -703,11 +973,17 @@ ATTNI_DEV const int32_t *attni_cu_page_at(const attni_cu_args &a, int32_t seq, i
     return a.d.kv.page_table + seq * a.d.kv.page_table_stride + page;
 }
 
-ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t b, int i,
+ATTNI_DEV int32_t attni_cu_page(const attni_cu_args &a, const attni_cu_task &w, int32_t pos,
                                 int32_t *place) {
     int32_t page;
-    *place = i < ATTNI_CU_BLOCK ? attni_cu_place(a, w, b, i, &page) : -1;
+    *place = attni_cu_place(a, w, pos, &page);
     return *place < 0 ? 0 : a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, page)) : w.seq;
+}
+// Of token i of block b, if there are so many in a block.
+ATTNI_DEV int32_t attni_cu_page_of(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int i,
+                                   int32_t *place) {
+    const int32_t pos = i < ATTNI_CU_BLOCK ? attni_cu_position_far(a, s, b, i) : -1;
+    return attni_cu_page(a, s->task, pos, place);
 }
 
 // What came of it, later: -1 when it is not read, or there is no such page.
@@ -725,22 +1001,149 @@ ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int64_t page, int32_t pla
     return page * s.page_bytes + place * s.token_bytes + head * s.head_bytes;
 }
 
-// Block lists that nobody has validated: a tile with a bad one reads nothing. All threads call.
+// Block lists that nobody has validated: a tile with a bad one reads nothing. Entries of lists that
+// are walked are checked on the way. All threads call.
 template <class W> ATTNI_DEV_FAR void attni_cu_check_lists(const attni_cu_args &a, W *s) {
     const attn_block_list *l = &a.d.mask.blocks;
     int bad = 0;
-    for (int i = 0; i < s->n_distinct && !bad && l->row_start; i++) {
+    for (int i = 0; i < s->n_distinct && !bad; i++) {
         const attni_cu_row &x = s->row[s->distinct[i]];
-        const int64_t *rs = l->row_start + attni_list_of(&a.d, l->n_lists, x.head) *
-                                               ((int64_t)l->n_rows + 1) +
-                            attni_list_row(&a.d, x.seq, x.pos);
-        bad = rs[0] < 0 || rs[1] < rs[0] || rs[1] > a.n_entries;
-        for (int64_t e = rs[0] + (int)threadIdx.x; e < rs[1] && !bad; e += W::THREADS)
-            bad = l->block[e] < 0 || (e > rs[0] && l->block[e] <= l->block[e - 1]);
+        const int32_t list = attni_list_of(&a.d, l->n_lists, x.head);
+        const int64_t row = attni_list_row(&a.d, x.seq, x.pos);
+        const int64_t from = attni_row_start(l, list, row), to = attni_row_end(l, list, row);
+        bad = from < 0 || to < from || to > a.n_entries;
+        for (int64_t e = from + (int)threadIdx.x; e < to && !bad && !a.listed; e += W::THREADS)
+            bad = l->block[e] < 0 || (e > from && l->block[e] <= l->block[e - 1]);
     }
     bad = __syncthreads_or(bad);
     if (bad) attni_cu_report(a, ATTN_ERR_MASK);
     if (bad && threadIdx.x == 0) s->task.hi = s->task.end_block = 0;
+    __syncthreads();
+}
+
+// Group g of the tile, as its row says; 0: that says nothing sensible.
+template <class W>
+ATTNI_DEV int attni_cu_take_group(const attni_cu_args &a, W *s, int g) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const int32_t list = attni_list_of(&a.d, l->n_lists, s->row[0].head);
+    const int64_t row = (l->seq_row ? l->seq_row[s->task.seq] : 0) + (int64_t)s->group0 + g;
+    const int64_t from = attni_row_start(l, list, row), to = attni_row_end(l, list, row);
+    if (a.n_entries >= 0 && (from < 0 || to < from || to > a.n_entries)) return 0;
+    s->group[g].from = from;
+    s->group[g].n = (int32_t)attni_min64(to - from, INT32_MAX);
+    return 1;
+}
+
+// Leaves of its entries those that the sequence holds something of; n becomes tokens.
+template <class W> ATTNI_DEV void attni_cu_trim_group(const attni_cu_args &a, W *s, int g) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const int64_t begin = s->task.pos0, end = begin + s->task.kv_len;
+    int64_t from = s->group[g].from, to = from + s->group[g].n;
+    if (from < to && a.n_entries >= 0 && __ldg(l->block + from) < 0)
+        attni_cu_report(a, ATTN_ERR_MASK);
+    if (from < to && ((int64_t)__ldg(l->block + from) + 1) * l->kv_block <= begin)
+        from = attni_lower_bound(l->block, from, to, begin / l->kv_block);
+    if (from < to && (int64_t)__ldg(l->block + to - 1) * l->kv_block >= end)
+        to = attni_lower_bound(l->block, from, to, (end + l->kv_block - 1) / l->kv_block);
+    // more there cannot be, unless ids are not ascending
+    to = attni_min64(to, from + s->task.kv_len / l->kv_block + 2);
+    s->group[g].from = from;
+    s->group[g].n = (int32_t)(to - from) * l->kv_block;
+}
+
+// Of a group's list the first token at pos or behind it.
+ATTNI_DEV int32_t attni_cu_seek(const attni_cu_args &a, const attni_cu_group &x, int32_t pos) {
+    const attn_block_list *l = &a.d.mask.blocks;
+    const int32_t each = l->kv_block, n = x.n / each;
+    const int32_t *block = l->block + x.from;
+    if (!n || pos <= (int64_t)__ldg(block) * each) return 0;
+    if (pos >= ((int64_t)__ldg(block + n - 1) + 1) * each) return x.n;
+    const int32_t e = (int32_t)attni_lower_bound(block, 0, n, pos / each);
+    return e * each + (e < n && __ldg(block + e) == pos / each ? pos % each : 0);
+}
+
+// Numbers the blocks of the groups. One thread calls.
+template <class W> ATTNI_DEV void attni_cu_number(W *s) {
+    const int32_t n_spans = s->task.n_spans;
+    int32_t base = 0, place = 0;
+    for (int g = 0; g < s->n_groups; g++) {
+        attni_cu_group &x = s->group[g];
+        const int32_t n = (x.n + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+        x.base = base, x.place = place;
+        place += n;
+        base += attni_min32(n, attni_max32(2, (n + n_spans - 1) / n_spans));
+    }
+    s->n_listed = base;
+}
+
+// The blocks that keep_sink and keep_recent have. One thread calls; says whether some of them are
+// in the task's spans.
+template <class W> ATTNI_DEV int attni_cu_find_kept(const attni_cu_args &a, W *s) {
+    const attn_mask *m = &a.d.mask;
+    const attni_cu_task &w = s->task;
+    attni_cu_kept &k = s->kept;
+    int32_t end = w.pos0 + w.kv_len;
+    // of the sequence, so that it does not matter which tile a row is in
+    if (m->kind != ATTN_MASK_FULL) end = attni_min32(end, w.q_pos0 + w.q_len);
+    end = (end + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+    k.sinks = attni_min32((m->keep_sink + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK, end);
+    k.window = !m->keep_recent ? end
+               : attni_max32(k.sinks, (w.q_pos0 - m->keep_recent + 1) / ATTNI_CU_BLOCK);
+    k.n = k.sinks + attni_max32(end - k.window, 0);
+    k.share = attni_min32(k.n, attni_max32(2, (k.n + w.n_spans - 1) / w.n_spans));
+    const int32_t lo = w.lo / ATTNI_CU_BLOCK, hi = (w.hi + ATTNI_CU_BLOCK - 1) / ATTNI_CU_BLOCK;
+    k.sink0 = attni_min32(lo, k.sinks);
+    k.sink1 = attni_max32(attni_min32(hi, k.sinks), k.sink0);
+    k.window0 = k.sinks + attni_max32(attni_max32(lo, s->recent / ATTNI_CU_BLOCK) - k.window, 0);
+    k.window1 = attni_max32(k.sink1, k.sinks + attni_max32(hi - k.window, 0));
+    if (k.window1 <= k.sinks) k.window1 = k.sink1;
+    return k.n && w.span1 > w.n_spans - (k.n + k.share - 1) / k.share;
+}
+
+// The lists that a tile's rows have, and what each row sees of its own: runs, as lists ascend. All
+// threads call.
+template <class W> ATTNI_DEV_FAR void attni_cu_gather(const attni_cu_args &a, W *s, int n) {
+    const attn_mask *m = &a.d.mask;
+    const attni_cu_task &w = s->task;
+    const int32_t each = m->blocks.row_block, first = s->row[0].pos / each;
+    const int tid = (int)threadIdx.x;
+    const int groups = (s->row[0].pos + w.n_tokens - 1) / each - first + 1;
+    int bad = 0, some = 0;
+    if (tid == 0) {
+        s->n_groups = groups, s->group0 = first;
+        s->all_lo = groups > 1 ? INT32_MAX : 0, s->all_hi = groups > 1 ? 0 : INT32_MAX;
+        some = attni_cu_find_kept(a, s);
+    }
+    __syncthreads();
+    for (int g = tid; g < groups; g += W::THREADS) {
+        bad |= !attni_cu_take_group(a, s, g);
+        // a span has two blocks of a list at least, but for the last of them
+        some |= 2 * ATTNI_CU_BLOCK * (int64_t)w.span0 <
+                (int64_t)s->group[g].n * m->blocks.kv_block;
+    }
+    bad = __syncthreads_or(bad);
+    some = __syncthreads_or(some);
+    if (bad) attni_cu_report(a, ATTN_ERR_MASK);
+    if (bad || !some) { // nothing is read
+        if (tid == 0) s->n_groups = s->n_listed = s->task.hi = s->task.end_block = 0;
+        __syncthreads();
+        return;
+    }
+    for (int g = tid; g < groups; g += W::THREADS) attni_cu_trim_group(a, s, g);
+    __syncthreads();
+    if (tid == 0) attni_cu_number(s);
+    __syncthreads();
+    for (int r = tid; r < n; r += W::THREADS) {
+        attni_cu_row &x = s->row[r];
+        if (x.token < 0) continue;
+        const attni_cu_group &g = s->group[x.pos / each - first];
+        const int32_t lo = attni_max32(x.lo, m->keep_sink);
+        const int32_t hi = m->keep_recent ? attni_min32(x.hi, x.pos - m->keep_recent + 1) : x.hi;
+        const int32_t at = g.place * ATTNI_CU_BLOCK;
+        x.lo = at + attni_cu_seek(a, g, lo);
+        x.hi = lo < hi ? at + attni_cu_seek(a, g, hi) : x.lo;
+        if (groups == 1) atomicMax(&s->all_lo, x.lo), atomicMin(&s->all_hi, x.hi);
+    }
     __syncthreads();
 }
 
@@ -778,6 +1181,18 @@ template <class W> ATTNI_DEV void attni_cu_distinct(const attni_cu_args &a, W *s
     if (a.n_entries >= 0) attni_cu_check_lists(a, s);
 }
 
+// What is known of a tile's sparse terms before its blocks are looked at. All threads call.
+template <class W> ATTNI_DEV void attni_cu_terms(const attni_cu_args &a, W *s, int n) {
+    const attn_mask *m = &a.d.mask;
+    if (threadIdx.x == 0) { // rows lie one behind the other, but for those of token trees
+        const int32_t last = (s->task.n_tokens - 1) * a.group;
+        s->recent = m->keep_recent ? s->row[0].pos - m->keep_recent + 1 : INT32_MAX;
+        s->recent_all = m->keep_recent ? s->row[last].pos - m->keep_recent + 1 : INT32_MAX;
+    }
+    if (a.gather) attni_cu_gather(a, s, n);
+    else attni_cu_distinct(a, s, n);
+}
+
 // Units that the task's rows are the first of. All threads call.
 template <class W> ATTNI_DEV void attni_cu_units(const attni_cu_args &a, W *s) {
     for (int r = (int)threadIdx.x; r < s->task.n_tokens && s->task.slots; r += W::THREADS) {
@@ -798,7 +1213,7 @@ template <class W> ATTNI_DEV void attni_cu_units(const attni_cu_args &a, W *s) {
 // What is kept of a task whose rows are known. All threads call.
 ATTNI_DEV_FAR void attni_cu_settle(const attni_cu_args &a, attni_cu_shared *s) {
     attni_cu_units(a, s);
-    if (a.sparse) attni_cu_distinct(a, s, attni_cu_shared::ROWS);
+    if (a.sparse) attni_cu_terms(a, s, attni_cu_shared::ROWS);
 }
 
 // Takes over task i of its kind, if there are so many. All threads call.
@@ -814,7 +1229,7 @@ ATTNI_DEV_FAR int attni_cu_begin(const attni_cu_args &a, attni_cu_shared *s, int
 ATTNI_DEV_FAR void attni_cu_mask_any(const attni_cu_args &a, attni_cu_shared *s, int32_t b) {
     int r = (int)threadIdx.x; // a row each
     uint32_t *seen = (uint32_t *)&s->seen;
-    uint64_t bits = attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK);
+    uint64_t bits = attni_cu_bits(a, s, s->row[r], b);
     s->bits[r] = bits;
     if (a.sparse && (uint32_t)bits) atomicOr(seen, (uint32_t)bits);
     if (a.sparse && bits >> 32) atomicOr(seen + 1, (uint32_t)(bits >> 32));
@@ -1025,12 +1440,12 @@ template <class W> ATTNI_DEV void attni_cu_arrive(const attni_cu_args &a, W *s) 
         int32_t *n = a.arrived +
                      (int64_t)s->unit[i] * (a.d.n_heads / a.group) + w.head / a.group;
         if (!attni_arrive(n, s->expected[i])) continue;
-        s->merge[atomicAdd(&s->n_merge, 1)] = i;
+        s->merge()[atomicAdd(&s->n_merge, 1)] = i;
     }
     __syncthreads();
     if (s->n_merge == 0) return;
     for (int u = 0; u < s->n_merge; u++) {
-        const attni_cu_row &x = s->row[s->merge[u] * a.group];
+        const attni_cu_row &x = s->row[s->merge()[u] * a.group];
         const int32_t t0 = x.t / ATTNI_CU_UNIT * ATTNI_CU_UNIT;
         const int32_t chunks = (a.d.v_head_dim + 127) / 128;
         const attni_cu_link *link = &s->task.link;
@@ -1411,7 +1826,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     __device__ __forceinline__ void load(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
                                          int stage) {
         uint32_t at = ring + (uint32_t)(stage * STAGE), scale = at + ATTNI_CU_BLOCK * (KROW + VROW);
-        const int32_t pos = b * ATTNI_CU_BLOCK;
+        const int32_t pos = a.gather ? -1 : b * ATTNI_CU_BLOCK; // gathered: each token by itself
         const int kn = Q8 ? attni_bits_of(a.k.dtype) * dk / 8 : 2 * dk;
         const int vn = Q8 ? attni_bits_of(a.v.dtype) * dv / 8 : 2 * dv;
         const int whole = pos >= s->task.lo && s->task.hi - pos >= ATTNI_CU_BLOCK && !s->bad;
@@ -1484,7 +1899,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
     }
 
     // Scores to logits in units of log2: scale, softcap, ALiBi, bias.
-    __device__ __forceinline__ void logits(const attni_cu_args &a, const attni_cu_shared *s,
+    __device__ __forceinline__ void logits(const attni_cu_args &a, attni_cu_shared *s,
                                            float c[RS][NT][4], int32_t b) {
         const attn_logits *g = &a.d.logits;
 #pragma unroll
@@ -1492,8 +1907,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 #pragma unroll
             for (int e = 0; e < 4 * NT; e++) {
                 const attni_cu_row &x = s->row[row(i, e >> 1 & 1)];
-                int64_t pos = (int64_t)b * ATTNI_CU_BLOCK + (R ? 0 : 16 * warp) + 8 * (e >> 2) +
-                              2 * (lane & 3) + (e & 1);
+                const int t = (R ? 0 : 16 * warp) + 8 * (e >> 2) + 2 * (lane & 3) + (e & 1);
+                const int64_t pos = attni_cu_position_far(a, s, b, t);
                 float y = c[i][e >> 2][e & 3] * a.scale;
                 if (g->softcap > 0) {
                     float z = attni_exp2(fabsf(y) * (2 * ATTNI_LOG2E) / g->softcap);
@@ -1785,8 +2200,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                 for (int j = 0; j < 2 * NP && FOLD; j++)
                     to[x][j][2 * h] = to[x][j][2 * h + 1] = 0;
             }
-        b = attni_cu_next(a, s, w, attni_max32(w.span0 << shift, w.pos0 / ATTNI_CU_BLOCK));
-        page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
+        b = attni_cu_next(a, s, w, attni_cu_start(a, w));
+        page = attni_cu_page_of(a, s, b, (int)threadIdx.x, &place);
         locate(a, s, page, place);
 #pragma unroll
         for (i = 0; i < STAGES; i++) queue[i] = -1; // the first turns only load
@@ -1810,7 +2225,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
                 __syncthreads();
             }
             if (b < end) b = attni_cu_next(a, s, w, b + 1);
-            page = attni_cu_page(a, w, b, (int)threadIdx.x, &place);
+            page = attni_cu_page_of(a, s, b, (int)threadIdx.x, &place);
             stage = stage == AHEAD ? 0 : stage + 1;
 #pragma unroll
             for (i = 0; i < AHEAD; i++) queue[i] = queue[i + 1];
@@ -1890,7 +2305,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 // What tall tiles visit, found for many blocks at once: block numbers and flags, or a mark.
 #define ATTNI_CU_END (-1)
 #define ATTNI_CU_MORE (-2)        /* the queue is to be filled anew */
-#define ATTNI_CU_AT 0x07ffffff
+#define ATTNI_CU_AT 0x03ffffff
+#define ATTNI_CU_WHOLE 0x04000000 /* each of its tokens is read */
 #define ATTNI_CU_STAGE 0x08000000 /* where it lies in shared memory */
 #define ATTNI_CU_FULL 0x10000000  /* every row sees all of it */
 #define ATTNI_CU_KEPT 0x20000000  /* the sparse terms of all rows keep all of it */
@@ -1907,48 +2323,69 @@ struct attni_cu_tall_shared : attni_cu_shared {
 
 static_assert(sizeof(attni_cu_tall_shared) + 127 <= sizeof(attni_cu_shared) + 7680,
               "attni_cu_smem_bytes counts on it");
+static_assert(attni_cu_smem_bytes(90, 0, 128, 128, 2) <= 228 * 1024 / 2 - 1024,
+              "two blocks on a multiprocessor");
 
 // Do rows of a block lie one stride apart, which 32 bits count?
 ATTNI_DEV int attni_cu_flat(const attni_cu_args &a, const attni_cu_task &w) {
     return a.pieces && (!a.d.kv.page_table || w.pos0 % ATTNI_CU_BLOCK == 0);
 }
 
-// Block at, of the queue: its flags, and where it lies.
+// Entry i of the queue: block number at, which lies at a block of positions: its flags, and where
+// that is.
 ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, int i, int32_t at,
-                             int32_t page, int flat, int kept) {
+                             int32_t block, int32_t page, int flat, int kept) {
     const attni_cu_task &w = s->task;
-    const int32_t pos = at * ATTNI_CU_BLOCK;
-    int32_t flags = kept ? ATTNI_CU_KEPT : 0, j = pos - w.pos0;
-    if (kept && at >= w.full_block && at < w.full_end) flags |= ATTNI_CU_FULL;
+    const int32_t pos = block * ATTNI_CU_BLOCK;
+    // where lists are gathered, rows' runs are those of their lists
+    int32_t flags = kept && !a.gather ? ATTNI_CU_KEPT : 0, j = pos - w.pos0;
+    if (kept && block >= w.full_block && block < w.full_end) flags |= ATTNI_CU_FULL;
+    if (pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK &&
+        (!a.gather || pos >= s->recent || a.d.mask.keep_sink - pos >= ATTNI_CU_BLOCK))
+        flags |= ATTNI_CU_WHOLE;
     if (flat) {
         page = attni_cu_checked(a, static_cast<attni_cu_shared *>(s), page, 0);
         if (a.d.kv.page_table) j &= a.d.kv.page_tokens - 1;
         s->k16[i] = (uint32_t)(attni_cu_offset(a.k, page, j, w.kv_head) / 16);
         s->v16[i] = (uint32_t)(attni_cu_offset(a.v, page, j, w.kv_head) / 16);
-        if (page >= 0 && pos >= w.lo && w.hi - pos >= ATTNI_CU_BLOCK) flags |= ATTNI_CU_PIECE;
+        if (page >= 0 && flags & ATTNI_CU_WHOLE) flags |= ATTNI_CU_PIECE;
     }
     s->queue[i] = at | flags;
 }
 
-// As attni_cu_scan where a block list is the only sparse term and the tile's rows share a row of
-// it: its entries say it all.
-ATTNI_DEV void attni_cu_scan_list(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
-    const attn_block_list *l = &a.d.mask.blocks;
-    const attni_cu_row &x = s->row[s->distinct[0]];
-    const int64_t *rs = l->row_start +
-                        attni_list_of(&a.d, l->n_lists, x.head) * ((int64_t)l->n_rows + 1) +
-                        attni_list_row(&a.d, x.seq, x.pos);
-    const int32_t each = l->kv_block / ATTNI_CU_BLOCK, scan0 = b / 4 * 4;
-    if (threadIdx.x < attni_cu_shared::SCAN / 32) s->any[threadIdx.x] = s->all[threadIdx.x] = 0;
-    if (threadIdx.x == 0) s->scan0 = scan0;
-    __syncthreads();
-    for (int64_t e = rs[0] + threadIdx.x; e < rs[1]; e += ATTNI_CU_THREADS) {
-        const int32_t from = l->block[e] * each - scan0;
-        for (int32_t i = attni_max32(from, 0);
-             i < attni_min32(from + each, attni_cu_shared::SCAN); i++) {
-            atomicOr(&s->any[i >> 5], 1u << (i & 31));
-            atomicOr(&s->all[i >> 5], 1u << (i & 31));
+// As attni_cu_enqueue where lists are gathered, of one span then: entries from number `from` on of
+// those that the task has.
+ATTNI_DEV_FAR void attni_cu_enqueue_listed(const attni_cu_args &a, attni_cu_tall_shared *s,
+                                           int32_t from, int flat) {
+    const attni_cu_task &w = s->task;
+    const attni_cu_kept &k = s->kept;
+    attni_cu_shared &shared = *s;
+    const int32_t sinks = k.sink1 - k.sink0, window = attni_max32(k.window1 - k.window0, 0);
+    const int32_t all = w.end_block ? s->n_listed + sinks + window : 0;
+    const int32_t n = attni_min32(all - from, attni_cu_shared::SCAN);
+    for (int i = (int)threadIdx.x; i < n; i += ATTNI_CU_THREADS) {
+        int32_t b = from + i, at, page = w.seq;
+        if (b >= s->n_listed) {
+            b += b - s->n_listed < sinks ? k.sink0 : k.window0 - sinks;
+            (void)attni_cu_group_of(&shared, b, &at);
+            const int32_t j = at * ATTNI_CU_BLOCK - w.pos0;
+            if (flat && a.d.kv.page_table && at * ATTNI_CU_BLOCK < w.hi)
+                page = __ldg(attni_cu_page_at(a, w.seq, attni_max32(j, 0) >> a.page_shift));
+            attni_cu_note(a, s, i, b, at, page, flat && j >= 0, attni_cu_all_kept(a, &shared, at));
+            continue;
         }
+        const int g = attni_cu_group_of(&shared, b, &at);
+        int32_t flags = ATTNI_CU_KEPT;
+        if (at >= s->all_lo && s->all_hi - at >= ATTNI_CU_BLOCK) flags |= ATTNI_CU_FULL;
+        if (attni_cu_listed(a, &shared, g, at) >= w.lo) {
+            const int32_t last = attni_cu_listed(a, &shared, g, at + ATTNI_CU_BLOCK - 1);
+            if (last >= 0 && last < w.hi) flags |= ATTNI_CU_WHOLE;
+        }
+        s->queue[i] = b | flags;
+    }
+    if (threadIdx.x == 0) {
+        s->queue[attni_max32(n, 0)] = from + n < all ? ATTNI_CU_MORE : ATTNI_CU_END;
+        s->queue_end = from + n;
     }
     __syncthreads();
 }
@@ -1984,14 +2421,17 @@ ATTNI_DEV int32_t attni_cu_count(const attni_cu_task &w, int32_t b, int32_t e) {
 ATTNI_DEV void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s, int32_t b) {
     const attni_cu_task &w = s->task;
     const int flat = attni_cu_flat(a, w);
+    if (a.gather) {
+        attni_cu_enqueue_listed(a, s, b, flat);
+        return;
+    }
     for (;; b = s->queue_end) {
         int32_t n = 0;
         if (b >= w.sink_block && b < w.lo_block) b = w.lo_block;
         const int32_t b0 = b / 4 * 4 + 4 * (int32_t)threadIdx.x;
         uint32_t some = 15, all = 15, before = 0;
         if (a.sparse && b < w.end_block) {
-            if (a.listed && s->n_distinct == 1) attni_cu_scan_list(a, s, b);
-            else attni_cu_scan(a, static_cast<attni_cu_shared *>(s), b);
+            attni_cu_scan(a, static_cast<attni_cu_shared *>(s), b);
             some = s->any[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
             all = s->all[threadIdx.x / 8] >> 4 * (threadIdx.x % 8);
         }
@@ -2015,7 +2455,7 @@ ATTNI_DEV void attni_cu_enqueue(const attni_cu_args &a, attni_cu_tall_shared *s,
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (some >> i & 1)
-                attni_cu_note(a, s, (int)before++, b0 + i, page[i], flat, all >> i & 1);
+                attni_cu_note(a, s, (int)before++, b0 + i, b0 + i, page[i], flat, all >> i & 1);
         const int over = end >= w.end_block;
         if (threadIdx.x == 0) {
             s->queue[n] = over ? ATTNI_CU_END : ATTNI_CU_MORE;
@@ -2036,8 +2476,8 @@ ATTNI_DEV_FAR void attni_cu_enqueue_more(const attni_cu_args &a, attni_cu_tall_s
 ATTNI_DEV void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32_t b, int buf) {
     const int i = (int)threadIdx.x;
     const int32_t head = s->task.kv_head;
-    int32_t place, page = attni_cu_page(a, s->task, b, i, &place);
     if (i >= ATTNI_CU_BLOCK) return;
+    int32_t place, page = attni_cu_page(a, s->task, attni_cu_position(a, s, b, i), &place);
     page = attni_cu_checked(a, s, page, place);
     (buf ? s->kscale : s->k)[i] =
         page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, head);
@@ -2128,8 +2568,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
             return;
         }
-        const int32_t pos = (x & ATTNI_CU_AT) * ATTNI_CU_BLOCK;
-        if (pos >= s->task.lo && s->task.hi - pos >= ATTNI_CU_BLOCK && !s->bad && !a.odd_rows) {
+        if (x & ATTNI_CU_WHOLE && !s->bad && !a.odd_rows) {
             attni_cu_load_whole<DK * 2, 1, DK / 8>(k, stage ? s->kscale : s->k);
             attni_cu_load_whole<DV * 2, 1, DV / 8>(v, stage ? s->vscale : s->v);
         } else attni_cu_fetch_some<DK, DV>(a, s, stage, k, v);
@@ -2268,17 +2707,21 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             }
     }
 
-    // A block that rows see in part: their masks, and whether the warp's rows see any of it. Masks
-    // that are one run of keys where the sparse terms keep the block (kept) need no exchange.
+    // A block that rows see in part: their masks, and whether the warp's rows see any of it (2: all
+    // of it). Masks that are one run of keys where the sparse terms keep the block (kept) need no
+    // exchange.
     __device__ __forceinline__ int look(const attni_cu_args &a, attni_cu_shared *s, int32_t b,
                                         int kept, int *open, uint32_t v) {
-        *open = !(a.run && kept);
-        if (*open) {
-            attni_cu_mask_rows(a, s, b);
-            if (s->seen != ~(uint64_t)0) base::blank(s, v);
-        }
         const int r = 16 * RS * warp + lane % (16 * RS), pos = b * ATTNI_CU_BLOCK;
         const attni_cu_row &x = s->row[r];
+        *open = !(a.run && kept);
+        if (*open && a.gather) { // what no row sees was not read, and a warp's rows are its own
+            attni_cu_mask_any(a, s, b);
+            __syncwarp();
+        } else if (*open) {
+            attni_cu_mask_rows(a, s, b);
+            if (s->seen != ~(uint64_t)0) base::blank(s, v);
+        } else if (__all_sync(~0u, x.lo <= pos && x.hi - pos >= 64)) return 2;
         return __any_sync(~0u, *open ? s->bits[r] != 0
                                      : attni_max32(x.lo, pos) < attni_min32(x.hi - pos, 64) + pos);
     }
@@ -2393,7 +2836,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         uint32_t at;
         int begin = 1;
         start(a, s);
-        attni_cu_enqueue(a, s, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
+        attni_cu_enqueue(a, s, attni_cu_start(a, w));
         at = queue;
         x = (int32_t)attni_lds4(at);
         if (x >= 0) {
@@ -2447,7 +2890,11 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
             const uint32_t k = ring + (x & ATTNI_CU_STAGE ? (uint32_t)base::STAGE : 0);
             const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
             int open = 0;
-            if (!(x & ATTNI_CU_FULL) && !look(a, s, b, x & ATTNI_CU_KEPT, &open, v)) continue;
+            if (!(x & ATTNI_CU_FULL)) {
+                const int some = look(a, s, b, x & ATTNI_CU_KEPT, &open, v);
+                if (!some) continue;
+                if (some == 2) x |= ATTNI_CU_FULL;
+            }
             float c[RS][NT][4];
             if (KEEP) scores(c, k);
             else base::scores(c, k);
@@ -2590,7 +3037,7 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     uint32_t any = 0;
     for (int r = (int)threadIdx.x & 31; r < n; r += 32) {
         const uint32_t u =
-            (uint32_t)(attni_cu_bits(a, s->row[r], b * ATTNI_CU_BLOCK) >> 16 * stream) & 0xffff;
+            (uint32_t)(attni_cu_bits(a, s, s->row[r], b) >> 16 * stream) & 0xffff;
         bits[r] = (uint16_t)u;
         any |= u;
     }
@@ -2612,10 +3059,11 @@ ATTNI_DEV_FAR void attni_cu_copy_tokens(const attni_cu_args &a, W *s, uint8_t *t
     const int c = lane % CHUNKS;
     const attni_side &mine = lane >> 4 ? a.v : a.k; // a lane has a token of K or of V
     uint32_t seen = 0xffff;
-    int32_t p, place = attni_cu_place(a, w, b, 16 * stream + (lane & 15), &p);
+    const int32_t pos = attni_cu_position_far(a, s, b, 16 * stream + (lane & 15));
+    int32_t p, place = attni_cu_place(a, w, pos, &p);
     if (!whole && !a.closed) seen = attni_cu_look_at_rows(a, s, bits, b);
     if (!(seen >> (lane & 15) & 1)) place = -1;
-    if (!runs && place >= 0)
+    if ((!runs || a.gather) && place >= 0)
         page = a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, p)) : w.seq;
     page = attni_cu_checked(a, s, page, place);
     const uint8_t *row =
@@ -2713,7 +3161,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
             const int all = at < end && attni_cu_full(a, work, w, at);
             if (lane == i) b = at, full = all;
         }
-        const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream, j = pos - w.pos0;
+        const int32_t pos = attni_cu_base(a, work, b) + 16 * stream, j = pos - w.pos0;
         if (runs && a.d.kv.page_table && b < end && j > -16 && pos < w.hi &&
             (pos + 15 >= w.lo || pos < w.sink_end))
             pg = __ldg(attni_cu_page_at(a, w.seq, attni_cu_page_index(a, j)));
@@ -2734,7 +3182,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
     // its page.
     __device__ __forceinline__ uint32_t about(const attni_cu_task &w, int32_t n, int32_t behind,
                                               int32_t before, int full) {
-        const int32_t shift = w.span_shift, pos = n * ATTNI_CU_BLOCK + 16 * stream;
+        const int32_t shift = w.span_shift, pos = attni_cu_base(a, work, n) + 16 * stream;
         uint32_t is = ATTNI_CU_IS_THERE;
         place = pos - w.pos0;
         place = a.page_shift >= 0 ? place & (a.d.kv.page_tokens - 1)
@@ -2748,7 +3196,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
         if (behind >= w.end_block) is |= ATTNI_CU_IS_LAST;
         if (behind >= w.end_block || behind >> shift != n >> shift) is |= ATTNI_CU_IS_CLOSE;
         if (w.slots == 2 && n >> shift > before + 1) is |= ATTNI_CU_IS_GAP;
-        if (w.end_block - n <= 6) is |= ATTNI_CU_IS_ASK;
+        if (w.end_block - n <= 6 || (a.gather && behind >= w.end_block)) is |= ATTNI_CU_IS_ASK;
         return is;
     }
 
@@ -2787,7 +3235,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
     // Copies a unit of block b whose tokens lie anywhere; false when one of their pages is none.
     __device__ __forceinline__ int copy_each(int32_t b) const {
         const attni_cu_task &w = work->task;
-        const int32_t pos = b * ATTNI_CU_BLOCK + 16 * stream + (lane & 15), j = pos - w.pos0;
+        const int32_t pos = attni_cu_base(a, work, b) + 16 * stream + (lane & 15), j = pos - w.pos0;
         const int32_t p = attni_cu_page_index(a, j);
         const int v = lane >> 4; // a lane has a token of K or of V
         const int32_t pg = a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, p)) : w.seq;
@@ -2856,10 +3304,10 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
                 u[j >> 1] |= (uint32_t)from[j] << 16 * (j & 1);
             attni_sts16(to_q, u);
         }
-        if (a.sparse) attni_cu_distinct(a, work, all);
+        if (a.sparse) attni_cu_terms(a, work, all);
         attni_cu_units(a, work);
         runs = a.runs && w.pos0 % 16 == 0;
-        const int32_t at = attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK) - 1;
+        const int32_t at = attni_cu_start(a, w) - 1;
         int2 *ahead = f->ahead[tid >> 5];
         ahead[lane] = make_int2(2 * ((w.span0 << w.span_shift) - 1), 0);
         if (lane == 0) ahead[32] = make_int2(0, at);
@@ -3593,7 +4041,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
 #pragma unroll
         for (int j = 0; j < NC; j++) o[r][j] = 0;
     if (tid < ATTNI_CU_SIMT_ROWS) x->m[tid] = ATTNI_NINF, x->l[tid] = 0;
-    b = attni_cu_next(a, s, w, attni_max32(w.span0 << w.span_shift, w.pos0 / ATTNI_CU_BLOCK));
+    b = attni_cu_next(a, s, w, attni_cu_start(a, w));
     for (;; b = attni_cu_next(a, s, w, b + 1)) {
         float c[8];
         int32_t more = b < end, next = more ? b >> w.span_shift : w.span1;
@@ -3607,7 +4055,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
         }
         __syncthreads();
         if (tid < ATTNI_CU_BLOCK) {
-            int32_t place, page = attni_cu_page(a, w, b, tid, &place);
+            int32_t place, page = attni_cu_page_of(a, s, b, tid, &place);
             page = attni_cu_checked(a, s, page, place);
             s->k[tid] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, w.kv_head);
             s->v[tid] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, w.kv_head);
@@ -3622,7 +4070,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
             x->p[r0 + i][token] =
                 !sees ? ATTNI_NINF
                       : attni_cu_simt_logit(a, s, s->row[r0 + i],
-                                            (int64_t)b * ATTNI_CU_BLOCK + token,
+                                            attni_cu_position_far(a, s, b, token),
                                             c[i] * x->scale[0][token]);
         }
         __syncthreads();
@@ -4143,15 +4591,15 @@ enum {
     ATTNI_CU_HEADER, ATTNI_CU_TICKET, ATTNI_CU_ARRIVED, ATTNI_CU_TASK, ATTNI_CU_SEQ,
     ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
     ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START,
-    ATTNI_CU_BLOCKS, ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL, ATTNI_CU_DIAG_START,
-    ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
+    ATTNI_CU_ROW_END, ATTNI_CU_BLOCKS, ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL,
+    ATTNI_CU_DIAG_START, ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
 };
 
-static int64_t attni_cu_entries(const attn_desc *d) { // of the block list
-    const attn_block_list *b = &d->mask.blocks;
-    int64_t n = 0, l;
-    for (l = 0; b->row_start && l < b->n_lists; l++)
-        n = attni_max64(n, b->row_start[l * ((int64_t)b->n_rows + 1) + b->n_rows]);
+static int64_t attni_cu_entries(const attn_block_list *b) { // one in host memory
+    int64_t n = 0, l, row;
+    for (l = 0; l < b->n_lists; l++)
+        for (row = b->row_end ? 0 : b->n_rows - 1; row < b->n_rows; row++)
+            n = attni_max64(n, attni_row_end(b, l, row));
     return n;
 }
 
@@ -4170,11 +4618,12 @@ static void attni_cu_table_bytes(const attn_desc *d, int64_t seqs, int64_t token
     bytes[ATTNI_CU_TOKEN0] = bytes[ATTNI_CU_Q_START] = (seqs + 1) * 4;
     if (d->mask.kind == ATTN_MASK_TREE) bytes[ATTNI_CU_PARENT] = tokens * 4;
     if (d->kv.page_table) bytes[ATTNI_CU_PAGES] = seqs * pages * 4;
-    if (b->row_start) {
-        if (b->seq_row) bytes[ATTNI_CU_SEQ_ROW] = seqs * 4;
+    if (b->row_start && b->seq_row) bytes[ATTNI_CU_SEQ_ROW] = seqs * 4;
+    if (b->row_start && !b->device_entries) {
         bytes[ATTNI_CU_ROW_START] = (int64_t)b->n_lists * ((int64_t)b->n_rows + 1) * 8;
-        bytes[ATTNI_CU_BLOCKS] = attni_cu_entries(d) * 4;
-        bytes[ATTNI_CU_BITS] = attni_cu_entries(d) * 8 * attni_cu_bit_words(b);
+        if (b->row_end) bytes[ATTNI_CU_ROW_END] = bytes[ATTNI_CU_ROW_START];
+        bytes[ATTNI_CU_BLOCKS] = attni_cu_entries(b) * 4;
+        bytes[ATTNI_CU_BITS] = attni_cu_entries(b) * 8 * attni_cu_bit_words(b);
     }
     if (v->block) {
         bytes[ATTNI_CU_COL_START] = bytes[ATTNI_CU_DIAG_START] = 8 * ((int64_t)v->n_lists + 1);
@@ -4284,6 +4733,7 @@ typedef struct attni_cu_packer {
     int64_t used[ATTNI_CU_SECTIONS];   // bytes
     int64_t tail;                      // bytes of tasks at the end of their section
     const attni_cu_choice *k;
+    int gather;
     int32_t *token0, *expected, *unit0, *merge;
 } attni_cu_packer;
 
@@ -4319,8 +4769,35 @@ static int32_t attni_cu_clip(int64_t x, int64_t lo, int64_t hi) {
     return (int32_t)attni_max64(lo, attni_min64(x, hi));
 }
 
+// Is a list of whole blocks the only sparse term, keep_sink and keep_recent apart?
+static int attni_cu_lists_alone(const attn_mask *m) {
+    return m->blocks.row_start && !m->blocks.bits && !m->stride.block && !m->vslash.block;
+}
+
+// Do tasks walk the list, token by token?
+static int attni_cu_gathers(const attn_desc *d, const attn_cuda_plan *g, const attni_cu_choice *k) {
+    const attn_mask *m = &d->mask;
+    int32_t heads = d->n_heads / d->n_kv_heads / g->shape[6], rows = 0, i;
+    if (!attni_cu_lists_alone(m) || m->blocks.kv_block >= ATTNI_CU_BLOCK) return 0;
+    if (m->n_sink || m->kind == ATTN_MASK_TREE) return 0;
+    if (g->cap[2] * d->kv.page_tokens > ATTNI_CU_MAX_GATHERED) return 0;
+    for (i = 0; i < ATTNI_CU_KINDS; i++) rows = attni_max32(rows, k->rows[i]);
+    rows = attni_max32(rows / heads, 1); // tokens; as many row blocks at most
+    return (rows - 1 + m->blocks.row_block - 1) / m->blocks.row_block < ATTNI_CU_GROUPS;
+}
+
+// A task whose lists are gathered: spans are shares of what is listed.
+static void attni_cu_pack_shares(const attn_plan_seq *q, int many, attni_cu_task *w) {
+    w->n_spans = many ? 1 : attni_min32(q->span1 - q->span0, ATTNI_CU_SHARES);
+    w->span_shift = many ? 30 : ATTNI_CU_SHARE_SHIFT;
+    w->span0 -= q->span0;
+    w->span1 -= q->span0;
+    w->end_block = w->span0 < w->n_spans ? attni_min32(w->span1, w->n_spans) << w->span_shift : 0;
+}
+
 // A plan's task as kernels take it; false when it reads nothing and leaves nothing.
-static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, attni_cu_task *w) {
+static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, int kind,
+                               attni_cu_task *w) {
     const attni_cu_link *link = (attni_cu_link *)(void *)(b->to + b->g->at[ATTNI_CU_LINK]);
     const attn_plan_seq *packed = (attn_plan_seq *)(void *)(b->to + b->g->at[ATTNI_CU_SEQ]);
     const attn_plan *p = b->p;
@@ -4343,8 +4820,8 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
         }
         skip = attni_max32(0, skip - q->q_len);
     }
-    lo = attni_max64((int64_t)g->span0 * first->span, first->kv_pos0);
-    hi = attni_min64((int64_t)g->span1 * first->span, INT32_MAX);
+    lo = attni_max64(b->gather ? 0 : (int64_t)g->span0 * first->span, first->kv_pos0);
+    hi = b->gather ? INT32_MAX : attni_min64((int64_t)g->span1 * first->span, INT32_MAX);
     w->lo = attni_cu_clip(all[0], lo, hi);
     w->hi = attni_cu_clip(all[1], lo, hi);
     w->sink_end = m->window_left || m->window_right ? attni_cu_clip(m->n_sink, 0, w->hi) : 0;
@@ -4377,6 +4854,7 @@ static void attni_cu_pack_task(const attni_cu_packer *b, const attn_task *t, att
     w->span0 = g->span0;
     w->span1 = g->span1;
     w->slots = g->n_slots == 0 ? 0 : g->n_slots == 1 && g->span1 - g->span0 > 1 ? 1 : 2;
+    if (b->gather) attni_cu_pack_shares(first, kind == ATTNI_CU_MANY, w);
 }
 
 // Units that a task leaves partials of.
@@ -4484,7 +4962,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
                 const int64_t at = head.n_tasks[kind]++;
                 attni_cu_task *w = &task[kind == ATTNI_CU_MANY ? g->cap[3] - 1 - at
                                          : some ? head.n_tasks[ATTNI_CU_FEW] + at : at];
-                attni_cu_pack_task(b, t, w);
+                attni_cu_pack_task(b, t, kind, w);
                 w->head = (w->kv_head * group + c) * part;
                 if (w->unit >= 0) w->expected = b->expected[w->unit];
             }
@@ -4524,10 +5002,10 @@ static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
     attni_cu_pack(b, ATTNI_CU_Q_START, d->q_start, bytes[ATTNI_CU_Q_START]);
     attni_cu_pack(b, ATTNI_CU_PARENT, d->mask.tree_parent, bytes[ATTNI_CU_PARENT]);
     attni_cu_pack(b, ATTNI_CU_SEQ_ROW, l->seq_row, bytes[ATTNI_CU_SEQ_ROW]);
-    if (!have->row_start)
-        attni_cu_pack(b, ATTNI_CU_ROW_START, l->row_start, bytes[ATTNI_CU_ROW_START]);
-    if (!have->block) attni_cu_pack(b, ATTNI_CU_BLOCKS, l->block, bytes[ATTNI_CU_BLOCKS]);
-    if (!have->bits) attni_cu_pack(b, ATTNI_CU_BITS, l->bits, bytes[ATTNI_CU_BITS]);
+    attni_cu_pack(b, ATTNI_CU_ROW_START, l->row_start, bytes[ATTNI_CU_ROW_START]);
+    attni_cu_pack(b, ATTNI_CU_ROW_END, l->row_end, bytes[ATTNI_CU_ROW_END]);
+    attni_cu_pack(b, ATTNI_CU_BLOCKS, l->block, bytes[ATTNI_CU_BLOCKS]);
+    attni_cu_pack(b, ATTNI_CU_BITS, l->bits, bytes[ATTNI_CU_BITS]);
     attni_cu_pack(b, ATTNI_CU_COL_START, v->col_start, bytes[ATTNI_CU_COL_START]);
     attni_cu_pack(b, ATTNI_CU_COL, v->col, bytes[ATTNI_CU_COL]);
     attni_cu_pack(b, ATTNI_CU_DIAG_START, v->diag_start, bytes[ATTNI_CU_DIAG_START]);
@@ -4619,7 +5097,8 @@ static int attni_cu_same_mask(const attn_mask *x, const attn_mask *y) {
            (a->row_block == b->row_block && a->kv_block == b->kv_block &&
             a->n_lists == b->n_lists && a->n_rows == b->n_rows && !a->bits == !b->bits &&
             a->bits_rows == b->bits_rows && a->bits_cols == b->bits_cols &&
-            !a->seq_row == !b->seq_row);
+            !a->seq_row == !b->seq_row && !a->row_end == !b->row_end &&
+            !a->device_entries == !b->device_entries);
 }
 
 // d against what the image was laid out for; the kernels it runs on.
@@ -4657,6 +5136,7 @@ ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, co
     b.p = plan;
     b.g = g;
     b.k = &k;
+    b.gather = attni_cu_gathers(d, g, &k);
     b.to = (uint8_t *)staging;
     b.token0 = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_TOKEN0]);
     b.expected = (int32_t *)(void *)(b.to + g->at[ATTNI_CU_EXPECTED]);
@@ -4685,12 +5165,13 @@ static void attni_cu_device_tables(const attn_cuda_plan *g, attn_desc *d) {
         d->kv.page_table_stride = t->page_table ? t->page_table_stride : g->cap[2];
     }
     if (d->mask.tree_parent) d->mask.tree_parent = ATTNI_AT(int32_t, ATTNI_CU_PARENT);
-    if (b->row_start) {
-        b->row_start = t->row_start ? t->row_start : ATTNI_AT(int64_t, ATTNI_CU_ROW_START);
-        b->block = t->block ? t->block : ATTNI_AT(int32_t, ATTNI_CU_BLOCKS);
-        if (b->bits) b->bits = t->bits ? t->bits : ATTNI_AT(uint64_t, ATTNI_CU_BITS);
-        if (b->seq_row) b->seq_row = ATTNI_AT(int32_t, ATTNI_CU_SEQ_ROW);
+    if (b->row_start && !b->device_entries) {
+        b->row_start = ATTNI_AT(int64_t, ATTNI_CU_ROW_START);
+        if (b->row_end) b->row_end = ATTNI_AT(int64_t, ATTNI_CU_ROW_END);
+        b->block = ATTNI_AT(int32_t, ATTNI_CU_BLOCKS);
+        if (b->bits) b->bits = ATTNI_AT(uint64_t, ATTNI_CU_BITS);
     }
+    if (b->row_start && b->seq_row) b->seq_row = ATTNI_AT(int32_t, ATTNI_CU_SEQ_ROW);
     if (v->block) {
         v->col_start = ATTNI_AT(int64_t, ATTNI_CU_COL_START);
         v->col = ATTNI_AT(int32_t, ATTNI_CU_COL);
@@ -4764,14 +5245,17 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.last_task = g->cap[3] - 1;
     a.partial_o = (float *)partials;
     a.partial_ml = a.partial_o + rows * attni_v_dim(d);
-    a.n_entries = g->tables.row_start || g->tables.block ? g->tables.n_entries : -1;
+    a.n_entries = attni_device_list(&d->mask) ? d->mask.blocks.device_entries : -1;
     a.group = d->n_heads / d->n_kv_heads / g->shape[6];
     a.per_group = 65536 / a.group + 1; // rows and groups go up to 128
     a.sparse = attni_has_sparse(&d->mask);
-    a.listed = d->mask.blocks.row_start && !d->mask.blocks.bits &&
-               d->mask.blocks.kv_block % ATTNI_CU_BLOCK == 0 && !d->mask.stride.block &&
-               !d->mask.vslash.block && !d->mask.keep_sink && !d->mask.keep_recent;
     a.run = !d->mask.n_sink && d->mask.kind != ATTN_MASK_TREE;
+    a.listed = attni_cu_lists_alone(&d->mask) && d->mask.blocks.kv_block % ATTNI_CU_BLOCK == 0 &&
+               (d->mask.kind != ATTN_MASK_TREE || !(d->mask.keep_sink || d->mask.keep_recent));
+    a.gather = attni_cu_gathers(d, g, &k);
+    a.strided = d->mask.stride.block && d->mask.stride.block % ATTNI_CU_BLOCK == 0 &&
+                !d->mask.stride.bidirectional && !d->mask.blocks.row_start &&
+                !d->mask.vslash.block && !d->mask.keep_sink && !d->mask.keep_recent;
     a.closed = !a.sparse && a.run;
     for (a.page_shift = 0; a.page_shift < 31 && d->kv.page_tokens >> a.page_shift > 1;)
         a.page_shift++;

@@ -38,7 +38,7 @@
 #define MAX_REPEATS 32
 #define N_SAMPLES 12
 #define KV_BYTES ((size_t)7680 << 20)
-#define OTHER_BYTES ((size_t)4 << 30)
+#define OTHER_BYTES ((size_t)6 << 30)
 #define READ_BYTES ((size_t)4 << 30)
 #define SETS_BYTES 320e6 // of inputs in rotation; the L2 cache has 50 to 60 MB
 #define ERROR_BOUND 1e-2 // relative RMS of a row: bf16 rounds O and the weights by 2^-9 each
@@ -51,7 +51,7 @@
     } while (0)
 #define HD __host__ __device__ static inline
 
-enum pattern { DENSE, BLOCKS, STRIDE };
+enum pattern { DENSE, BLOCKS, STRIDE, SMALL };
 
 typedef struct row {
     const char *kind;        // decode, prefix, prefill, sparse
@@ -63,6 +63,7 @@ typedef struct row {
     attn_layout layout;
     int ragged;              // lengths are lognormal, b * ctx tokens in all
     int pattern, density, lists; // density: % of the blocks below the diagonal
+    int block, keep, sink, recent; // SMALL: tokens of a block, tokens kept by list and otherwise
     double listed_us;        // a peer's time in PERFORMANCE.md; 0: none
 } row;
 
@@ -113,11 +114,43 @@ HD int keep_stride(int head, int i, int j) {
     return j <= i && (i - j < STRIDE_LOCAL || (j + head) % STRIDE_STEP == 0);
 }
 
+// SMALL: lists as HiP's, of row blocks of 64 queries: of the blocks between sink and window n are
+// kept, one in each of n runs of them. The k-th of list `list` in row block i.
+HD int small_room(int i, int block, int sink, int recent) {
+    int n = (64 * i - recent) / block - sink / block;
+    return n > 0 ? n : 0;
+}
+HD int small_pick(int list, int i, int k, int n, int room, int first) {
+    int lo = (int)((int64_t)k * room / n), hi = (int)((int64_t)(k + 1) * room / n);
+    uint64_t h = mix64((((uint64_t)list << 40) | ((uint64_t)i << 20) | (uint64_t)k) + 12345);
+    return first + lo + (int)(h % (uint64_t)(hi - lo));
+}
+HD int keep_small(int list, int i, int j, int n, int room, int first) {
+    int k;
+    if (n > room) n = room;
+    if (j < first || j >= first + room) return 0;
+    k = (int)(((int64_t)(j - first + 1) * n - 1) / room);
+    return small_pick(list, i, k, n, room, first) == j;
+}
+
+static double kept_small(const row *r) {
+    double kept = 0, all = 0;
+    int p, from = r->causal ? 0 : r->ctx - 1;
+    for (p = from; p < r->ctx; p++) {
+        int room = small_room(p / 64, r->block, r->sink, r->recent) * r->block;
+        int n = r->sink + r->recent + (r->keep < room ? r->keep : room);
+        kept += n < p + 1 ? n : p + 1;
+        all += p + 1;
+    }
+    return kept / all;
+}
+
 static double kept_share(const row *r) { // of the causal pairs; blocks on the diagonal are half
     int size = r->pattern == STRIDE ? STRIDE_BLOCK : BLOCK, n = r->ctx / size, h, i, j;
     int lists = r->pattern == STRIDE ? r->hkv : r->lists;
     double kept = 0;
     if (r->pattern == DENSE) return 1;
+    if (r->pattern == SMALL) return kept_small(r);
     for (h = 0; h < lists; h++)
         for (i = 0; i < n; i++)
             for (j = 0; j <= i; j++)
@@ -186,6 +219,7 @@ typedef struct view { // one set of inputs
     const int32_t *table;
     int64_t table_stride, page_bytes;
     int page, layout, dtype, hq, hkv, dim, pattern, density, lists;
+    int block, keep, sink, recent;
 } view;
 
 typedef struct sample {
@@ -219,6 +253,10 @@ HD int sees(const view *w, int head, int pos, int j) {
     int list = w->lists == w->hq ? head : w->lists == w->hkv ? kv_head : 0;
     if (j > pos) return 0;
     if (w->pattern == BLOCKS) return keep_block(w->density, list, pos / BLOCK, j / BLOCK);
+    if (w->pattern == SMALL && (j < w->sink || pos - j < w->recent)) return 1;
+    if (w->pattern == SMALL)
+        return keep_small(list, pos / 64, j / w->block, w->keep / w->block,
+                          small_room(pos / 64, w->block, w->sink, w->recent), w->sink / w->block);
     if (w->pattern == STRIDE)
         return keep_stride(kv_head, pos / STRIDE_BLOCK, j / STRIDE_BLOCK);
     return 1;
@@ -374,7 +412,7 @@ static double ceiling_launch(void) { // us for an empty kernel within a graph
 
 typedef struct problem {
     const row *r;
-    std::vector<int32_t> q_start, kv_len, table, block;
+    std::vector<int32_t> q_start, kv_len, table, block, seq_row;
     std::vector<int64_t> row_start;
     attn_desc d[MAX_SETS];
     int sets, n_tokens, longest;
@@ -442,30 +480,47 @@ static void make_table(problem *x, test_rng *rng) {
     kv->page_tokens = r->page;
 }
 
+// Lists lie in device memory, as selectors leave them.
 static void make_mask(problem *x) {
     const row *r = x->r;
     attn_mask *m = &x->d[0].mask;
-    int l, i, j, n = r->ctx / BLOCK;
+    const int size = r->pattern == SMALL ? 64 : BLOCK, n = (r->ctx + size - 1) / size;
+    int l, i, j, from = r->causal ? 0 : n - 1;
+    attn_block_list *b = &m->blocks;
     if (r->pattern == STRIDE) {
         m->stride.block = STRIDE_BLOCK;
         m->stride.local = STRIDE_LOCAL;
         m->stride.stride = STRIDE_STEP;
         m->stride.head_step = 1;
     }
-    if (r->pattern != BLOCKS) return;
+    m->keep_sink = r->sink;
+    m->keep_recent = r->recent;
+    if (r->pattern != BLOCKS && r->pattern != SMALL) return;
     for (l = 0; l < r->lists; l++) {
-        for (i = 0; i < n; i++) {
+        for (i = from; i < n; i++) {
+            int room = small_room(i, r->pattern == SMALL ? r->block : 1, r->sink, r->recent);
+            int most = r->pattern == SMALL && room > r->keep / r->block ? r->keep / r->block : room;
             x->row_start.push_back((int64_t)x->block.size());
-            for (j = 0; j <= i; j++)
+            for (j = 0; r->pattern == SMALL && j < most; j++)
+                x->block.push_back(small_pick(l, i, j, most, room, r->sink / r->block));
+            for (j = 0; r->pattern == BLOCKS && j <= i; j++)
                 if (keep_block(r->density, l, i, j)) x->block.push_back(j);
         }
         x->row_start.push_back((int64_t)x->block.size());
     }
-    m->blocks.row_block = m->blocks.kv_block = BLOCK;
-    m->blocks.n_lists = r->lists;
-    m->blocks.n_rows = n;
-    m->blocks.row_start = x->row_start.data();
-    m->blocks.block = x->block.data();
+    x->seq_row.assign((size_t)r->b, -from);
+    b->row_block = size;
+    b->kv_block = r->pattern == SMALL ? r->block : BLOCK;
+    b->n_lists = r->lists;
+    b->n_rows = n - from;
+    b->seq_row = x->seq_row.data();
+    b->row_start = (int64_t *)carve(8 * x->row_start.size());
+    b->block = (int32_t *)carve(4 * x->block.size());
+    b->device_entries = (int64_t)x->block.size();
+    if (opt_list) return;
+    CU(cudaMemcpy((void *)b->row_start, x->row_start.data(), 8 * x->row_start.size(),
+                  cudaMemcpyHostToDevice));
+    CU(cudaMemcpy((void *)b->block, x->block.data(), 4 * x->block.size(), cudaMemcpyHostToDevice));
 }
 
 // Random K and V; 16-bit contents serve every shape, so they are written once.
@@ -532,6 +587,7 @@ static void problem_make(problem *x, const row *r) {
     x->flops = 4.0 * r->hq * r->dim * seen * x->kept;
     x->bytes = -(double)r->shared * (r->b - 1);
     for (s = 0; s < r->b; s++) x->bytes += x->kv_len[s];
+    if (!r->causal) x->bytes *= x->kept;
     x->bytes *= 2.0 * r->hkv * (r->dim * attn_dtype_bits(r->kv) / 8 +
                                 (attn_dtype_scaled(r->kv) ? 4 : 0));
     x->bytes += 2.0 * (double)q_bytes;
@@ -640,7 +696,7 @@ static double set_error(const problem *x, int set, const int32_t *table) {
     view w = {(const char *)d->kv.k.data, (const char *)d->kv.v.data, (const uint16_t *)d->q.data,
               (const uint16_t *)d->o.data, table, d->kv.page_table_stride,
               (int64_t)attn_kv_page_bytes(d, 0), r->page, r->layout, r->kv, r->hq, r->hkv, r->dim,
-              r->pattern, r->density, r->lists};
+              r->pattern, r->density, r->lists, r->block, r->keep, r->sink, r->recent};
     sample host[N_SAMPLES], *s = (sample *)carve(sizeof host);
     double *scores = (double *)carve(8 * (size_t)x->longest * N_SAMPLES);
     std::vector<double> pairs((size_t)(2 * N_SAMPLES * r->dim));
@@ -787,6 +843,9 @@ static void row_key(const row *r, result *t) {
     if (r->pattern == BLOCKS)
         snprintf(pattern, sizeof pattern, " blocks%d%%/%d", r->density, r->lists);
     if (r->pattern == STRIDE) snprintf(pattern, sizeof pattern, " local-stride");
+    if (r->pattern == SMALL)
+        snprintf(pattern, sizeof pattern, " small%d*%d+%d/%d", r->keep / r->block, r->block,
+                 r->sink + r->recent, r->lists);
     snprintf(t->key, sizeof t->key, "%s b%d %s%s h%d/%d d%d %s p%d %s%s", r->kind, r->b, shape,
              r->ragged ? " lognormal" : "", r->hq, r->hkv, r->dim, attn_dtype_name(r->kv), r->page,
              r->layout == ATTN_TOKEN_MAJOR ? "tm" : "hm", pattern);
@@ -951,6 +1010,32 @@ static void rows_decode(void) {
     }
 }
 
+static void add_small(const char *kind, int ctx, int block, int keep, int sink, int recent,
+                      int lists, int page) {
+    row *r = add(kind, 1, ctx, 32, 8, 128, page);
+    r->pattern = SMALL;
+    r->block = block;
+    r->keep = keep;
+    r->sink = sink;
+    r->recent = recent;
+    r->lists = lists;
+}
+
+// A sequence of 128k tokens that decodes over lists: HiP's last two generations, whole blocks.
+static void rows_listed(void) {
+    int i;
+    for (i = 0; i < 2; i++) {
+        add_small("decode", 131072, 8, 2048, 256, 1024, 1, i ? 16 : 64);
+        add_small("decode", 131072, 2, 512, 16, 256, 32, i ? 16 : 64);
+    }
+    for (i = 8; i <= 32; i *= 4) {
+        row *r = add("decode", 1, 131072, 32, 8, 128, 64);
+        r->pattern = BLOCKS;
+        r->density = 5;
+        r->lists = i;
+    }
+}
+
 static void rows_prefix(void) {
     static const struct {
         int hkv, b, shared, own;
@@ -1009,11 +1094,16 @@ static void rows_sparse(void) { // dense rows first: their times are what the li
         add("sparse", 1, n, 32, 32, 128, 64);
         add("sparse", 1, n, 32, 32, 128, 64)->pattern = STRIDE;
     }
+    add("sparse", 1, 65536, 32, 8, 128, 64)->pattern = STRIDE;
+    for (n = 32768; n <= 131072; n *= 4) { // HiP's first and last generation
+        add_small("sparse", n, 2, 512, 16, 256, 32, 64);
+        add_small("sparse", n, 8, 2048, 256, 1024, 1, 64);
+    }
 }
 
 static void rows_make(const char *kind) {
     n_table = 0;
-    if (!strcmp(kind, "decode")) rows_decode();
+    if (!strcmp(kind, "decode")) rows_decode(), rows_listed();
     if (!strcmp(kind, "prefix")) rows_prefix();
     if (!strcmp(kind, "prefill")) rows_prefill();
     if (!strcmp(kind, "sparse")) rows_sparse();

@@ -282,7 +282,7 @@ typedef struct how { // zero: the defaults
     int32_t share, workers, row_tile;
     int partials;      // 0: all that the parameters allow, 1: what the plan needs, 2: little, 3: 0
     int max;           // capacities beyond the problem's
-    int device_tables; // page table and block list in device memory
+    int device_tables; // 1: the page table in device memory, 2: the block list
     float max_task_cost, tasks_per_worker;
 } how;
 
@@ -294,25 +294,28 @@ typedef struct job {
     attn_cuda_plan g;
 } job;
 
-static void job_tables(job *j, const attn_desc *d, int which) {
-    const attn_block_list *b = &d->mask.blocks;
+static void job_tables(job *j, const attn_desc *d) {
     attn_cuda_tables *t = &j->g.tables;
-    int64_t n = 0, l;
-    if (d->kv.page_table && which & 1) {
-        t->page_table_stride = d->kv.page_table_stride;
-        t->page_table = (const int32_t *)dev_alloc(4 * (size_t)(d->n_seq * d->kv.page_table_stride),
-                                                   d->kv.page_table);
-    }
-    if (!b->row_start || !(which & 2)) return;
-    l = (int64_t)b->n_lists * (b->n_rows + 1);
-    for (n = 0; l > 0; l--) n = attni_max64(n, b->row_start[l - 1]);
-    t->row_start =
-        (const int64_t *)dev_alloc(8 * (size_t)b->n_lists * ((size_t)b->n_rows + 1), b->row_start);
-    t->block = (const int32_t *)dev_alloc(4 * (size_t)n, b->block);
-    t->n_entries = n;
+    if (!d->kv.page_table) return;
+    t->page_table_stride = d->kv.page_table_stride;
+    t->page_table = (const int32_t *)dev_alloc(4 * (size_t)(d->n_seq * d->kv.page_table_stride),
+                                               d->kv.page_table);
+}
+
+// The block list of d, if there is one, in device memory.
+static void list_on_device(attn_desc *d) {
+    attn_block_list *b = &d->mask.blocks;
+    int64_t n = 0, l, row, offsets = (int64_t)b->n_lists * (b->n_rows + 1);
+    if (!b->row_start || b->device_entries) return;
+    for (l = 0; l < b->n_lists; l++)
+        for (row = 0; row < b->n_rows; row++) n = attni_max64(n, attni_row_end(b, l, row));
+    b->row_start = (const int64_t *)dev_alloc(8 * (size_t)offsets, b->row_start);
+    if (b->row_end) b->row_end = (const int64_t *)dev_alloc(8 * (size_t)offsets, b->row_end);
+    b->block = (const int32_t *)dev_alloc(4 * (size_t)n, n ? b->block : NULL);
     if (b->bits)
-        t->bits = (const uint64_t *)dev_alloc(
-            8 * (size_t)n * (size_t)((b->bits_rows * b->bits_cols + 63) / 64), b->bits);
+        b->bits = (const uint64_t *)dev_alloc(
+            8 * (size_t)n * (size_t)((b->bits_rows * b->bits_cols + 63) / 64), n ? b->bits : NULL);
+    b->device_entries = n ? n : 1;
 }
 
 static void job_make(job *j, const attn_desc *d, const how *h) {
@@ -361,8 +364,8 @@ static void job_make(job *j, const attn_desc *d, const how *h) {
     j->partial_bytes = h->partials == 1 ? n : j->params.partial_bytes;
     if (j->partial_bytes) j->partials = dev_alloc(j->partial_bytes, NULL);
     CHECK_EQ(attn_cuda_plan_init(&cu, d, &j->params, j->image, j->bytes, &j->g), ATTN_OK);
-    CHECK(!j->g.tables.page_table && !j->g.tables.row_start && !j->g.tables.block);
-    if (h->device_tables) job_tables(j, d, h->device_tables);
+    CHECK(!j->g.tables.page_table);
+    if (h->device_tables & 1) job_tables(j, d);
 }
 
 static attn_result job_upload(job *j, const attn_desc *d) {
@@ -380,12 +383,13 @@ static void job_free(job *j) {
 // A whole run of a twin: O (dense, O's dtype) and LSE on the host. 1 when nothing went wrong.
 static int twin_run(const twin *t, const how *h, uint8_t *o, float *lse) {
     int mark = dev_n, ok;
+    attn_desc d = t->d;
     job j;
     twin_clear(t);
-    job_make(&j, &t->d, h);
+    if (h->device_tables & 2) list_on_device(&d);
+    job_make(&j, &d, h);
     DEV(cudaDeviceSynchronize()); // the fills were on another stream
-    ok =
-        j.plan && CHECK_EQ(job_upload(&j, &t->d), ATTN_OK) && CHECK_EQ(job_run(&j, &t->d), ATTN_OK);
+    ok = j.plan && CHECK_EQ(job_upload(&j, &d), ATTN_OK) && CHECK_EQ(job_run(&j, &d), ATTN_OK);
     dev_sync();
     ok &= CHECK_EQ(dev_error(), 0);
     ok &= CHECK(twin_output(t, o, lse));

@@ -145,7 +145,96 @@ static void sample_vary(problem *p, test_rng *r) {
     }
 }
 
-enum { ANY, TENSOR, LARGE };
+// What selectors make: lists of blocks of any size, rows with gaps between them, beside what
+// keep_sink and keep_recent keep; now and then dkernel's closed form over whole blocks.
+static void lists_opts(test_rng *r, problem_opts *o) {
+    tensor_opts(r, o);
+    o->mask = test_below(r, 5) ? M_CAUSAL : test_below(r, 2) ? M_FULL : M_WINDOW;
+    if (test_below(r, 3)) o->softcap = o->alibi = o->bias = 0;
+    if (test_below(r, 6)) return;
+    o->n_seq = o->n_kv_heads = 1; // so long that the keys of many queries are cut as well
+    o->n_heads = 1 + test_below(r, 2);
+    o->head_dim = o->v_head_dim = test_below(r, 2) ? 64 : 128;
+    o->phase = CHUNKED;
+    o->softcap = o->alibi = o->bias = o->alias = 0;
+    o->max_kv = 5000 + test_below(r, 5000);
+}
+
+static void lists_rows(problem *p, test_rng *r, int64_t *start, int64_t *end, int32_t *ids,
+                       int32_t n_blocks) {
+    const attn_block_list *b = &p->d.mask.blocks;
+    int64_t n = 0;
+    int32_t l, i, j;
+    for (l = 0; l < b->n_lists; l++)
+        for (i = 0; i < b->n_rows; i++) {
+            int64_t at = l * ((int64_t)b->n_rows + 1) + i;
+            int32_t odds = test_below(r, 5), run = 0;
+            start[at] = n;
+            for (j = 0; j < n_blocks && odds < 4; j++) {
+                if (run) run--;
+                else if (test_below(r, odds ? 6 * odds : 2) == 0) run = test_below(r, 2 * odds + 1);
+                else continue;
+                ids[n++] = j;
+            }
+            end[at] = n;
+            for (j = test_below(r, 3); j > 0; j--) ids[n++] = -99; // nobody's
+        }
+}
+
+// A random list of all sequences of p.
+static void lists_blocks(problem *p, test_rng *r, int32_t row_block, int32_t kv_block,
+                         int32_t n_lists) {
+    attn_block_list *b = &p->d.mask.blocks;
+    int32_t n = problem_positions(p), s, per = n / row_block + 2, n_blocks = n / kv_block + 2;
+    int32_t *seq_row = (int32_t *)problem_alloc(p, 4 * (size_t)p->d.n_seq), *ids;
+    int64_t *start, *end;
+    size_t offsets;
+    memset(b, 0, sizeof *b);
+    b->row_block = row_block;
+    b->kv_block = kv_block;
+    b->n_lists = n_lists;
+    b->n_rows = per * p->d.n_seq;
+    for (s = 0; s < p->d.n_seq; s++) seq_row[s] = s * per;
+    b->seq_row = seq_row;
+    offsets = (size_t)n_lists * ((size_t)b->n_rows + 1);
+    start = (int64_t *)problem_alloc(p, 8 * offsets);
+    end = (int64_t *)problem_alloc(p, 8 * offsets);
+    ids = (int32_t *)problem_alloc(p, 4 * (size_t)n_lists * (size_t)b->n_rows *
+                                          ((size_t)n_blocks + 3));
+    lists_rows(p, r, start, end, ids, n_blocks);
+    b->row_start = start;
+    b->row_end = end;
+    b->block = ids;
+}
+
+static void lists_mask(problem *p, test_rng *r) {
+    static const int32_t rows[] = {1, 3, 16, 32, 64, 64, 100, 128};
+    static const int32_t small[] = {1, 2, 2, 3, 8, 8, 16, 17, 32, 48, 63};
+    attn_mask *m = &p->d.mask;
+    int32_t row_block, kv_block, heads;
+    int64_t n;
+    if (test_below(r, 2)) m->keep_sink = 1 + test_below(r, test_below(r, 2) ? 20 : 300);
+    if (test_below(r, 2)) m->keep_recent = 1 + test_below(r, test_below(r, 2) ? 20 : 300);
+    if (test_below(r, 5) == 0) { // closed form
+        problem_stride(p, r, 0);
+        m->stride.block = 64 * (1 + test_below(r, 2));
+        if (test_below(r, 2)) m->keep_sink = m->keep_recent = 0;
+        return;
+    }
+    row_block = rows[test_below(r, 8)];
+    kv_block = test_below(r, 3) ? small[test_below(r, 11)] : 64 * (1 + test_below(r, 3));
+    heads = test_below(r, 3);
+    heads = heads == 0 ? 1 : heads == 1 ? p->d.n_kv_heads : p->d.n_heads;
+    n = problem_positions(p);
+    while ((n / row_block + 2) * (n / kv_block + 5) * heads * p->d.n_seq > 4000000) { // memory
+        if (row_block < 64) row_block *= 2;
+        else if (heads > 1) heads = 1;
+        else kv_block *= 2;
+    }
+    lists_blocks(p, r, row_block, kv_block, heads);
+}
+
+enum { ANY, TENSOR, LARGE, LISTS };
 
 static void sample_make(sample *s, uint64_t seed, int which) {
     static const attn_dtype sources[] = {ATTN_F32, ATTN_F16, ATTN_BF16};
@@ -158,6 +247,8 @@ static void sample_make(sample *s, uint64_t seed, int which) {
         tensor_opts(&r, &o);
     else if (which == LARGE)
         large_opts(&r, &o);
+    else if (which == LISTS)
+        lists_opts(&r, &o);
     else
         problem_random(&r, &o);
     s->unsupported =
@@ -165,6 +256,7 @@ static void sample_make(sample *s, uint64_t seed, int which) {
     if (o.layout == ATTN_K16) o.layout = ATTN_HEAD_MAJOR;
     o.numerics = ATTN_NUMERICS_FAST;
     problem_make(&s->p, &o, &r);
+    if (which == LISTS) lists_mask(&s->p, &r);
     sample_vary(&s->p, &r);
     CHECK_EQ(attn_validate(&s->p.d), ATTN_OK);
     s->src = sources[test_below(&r, 3)];
@@ -333,6 +425,9 @@ static void part_differential(uint64_t seed, uint64_t count) {
 }
 static void part_tensor(uint64_t seed, uint64_t count) {
     differential(seed, count, TENSOR);
+}
+static void part_lists(uint64_t seed, uint64_t count) {
+    differential(seed * 1000003 + 5000000, 2 * count, LISTS);
 }
 static void part_large(uint64_t seed, uint64_t count) {
     differential(seed, count / 4 + 1, LARGE);
@@ -541,6 +636,7 @@ static void bits_opts(test_rng *r, problem_opts *o, uint64_t round) {
     if (o->mask == M_ALL || o->mask == M_TREE_ALL || (o->mask >= M_BLOCKS && o->mask <= M_DENSE))
         o->min_block = 32;
     if (o->max_kv > 500 && (round & 1) == 0) o->max_kv = 500;
+    if (round % 4 == 1) o->mask = M_CAUSAL; // lists_mask's turn
 }
 
 static void random_place(test_rng *r, place *at) {
@@ -602,6 +698,7 @@ static void part_bits(uint64_t seed, uint64_t count) {
         r.state = seed * 1000 + round;
         bits_opts(&r, &o, round);
         problem_make(&p, &o, &r);
+        if (round % 4 == 1) lists_mask(&p, &r);
         memset(&h, 0, sizeof h);
         result_make(&base, &p);
         result_make(&x, &p);
@@ -998,6 +1095,80 @@ static void part_nan(uint64_t seed, uint64_t count) {
     printf("  %d rows saw a bad value\n", n_rows);
 }
 
+// ---- lists that change
+
+// A captured run whose lists change in device memory, as those of selectors do: what it gives is
+// what a run of its own gives for these lists.
+static void relist_round(uint64_t seed, uint64_t round) {
+    static const int32_t blocks[] = {2, 8, 64, 128};
+    problem_opts o;
+    problem p;
+    result want, x;
+    test_rng r;
+    twin t;
+    job j;
+    how h;
+    attn_desc d;
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+    int step;
+    r.state = seed * 9000 + round;
+    tensor_opts(&r, &o);
+    o.mask = M_CAUSAL, o.lse = 1;
+    problem_make(&p, &o, &r);
+    p.d.mask.keep_sink = 3, p.d.mask.keep_recent = 20;
+    result_make(&want, &p), result_make(&x, &p);
+    twin_make(&t, &p, 1, &r);
+    memset(&h, 0, sizeof h);
+    h.max = 1;
+    for (step = 0; step < 4; step++) {
+        const attn_block_list *b = &p.d.mask.blocks;
+        size_t offsets;
+        lists_blocks(&p, &r, 64, blocks[round % 4], p.d.n_kv_heads);
+        offsets = 8 * (size_t)b->n_lists * ((size_t)b->n_rows + 1);
+        t.d.mask = p.d.mask;
+        if (!twin_run(&t, &h, want.o, want.lse)) describe(&o, r.state, "relist");
+        if (step == 0) {
+            const int64_t n = (int64_t)b->n_lists * b->n_rows * (problem_positions(&p) / 2 + 5);
+            d = t.d;
+            d.mask.blocks.row_start = (int64_t *)dev_alloc(offsets, b->row_start);
+            d.mask.blocks.row_end = (int64_t *)dev_alloc(offsets, b->row_end);
+            d.mask.blocks.block = (int32_t *)dev_alloc(4 * (size_t)n, NULL);
+            d.mask.blocks.device_entries = n;
+            job_make(&j, &d, &h);
+            DEV(cudaDeviceSynchronize());
+            CHECK_EQ(job_upload(&j, &d), ATTN_OK);
+            dev_sync();
+            DEV(cudaStreamBeginCapture(dev_stream, cudaStreamCaptureModeThreadLocal));
+            CHECK_EQ(job_run(&j, &d), ATTN_OK);
+            DEV(cudaStreamEndCapture(dev_stream, &graph));
+            DEV(cudaGraphInstantiate(&run, graph, 0));
+        }
+        dev_write((void *)(uintptr_t)d.mask.blocks.row_start, b->row_start, offsets);
+        dev_write((void *)(uintptr_t)d.mask.blocks.row_end, b->row_end, offsets);
+        dev_write((void *)(uintptr_t)d.mask.blocks.block, b->block,
+                  4 * (size_t)b->row_end[(int64_t)b->n_lists * (b->n_rows + 1) - 2]);
+        twin_clear(&t);
+        DEV(cudaDeviceSynchronize());
+        DEV(cudaGraphLaunch(run, dev_stream));
+        dev_sync();
+        CHECK_EQ(dev_error(), 0);
+        CHECK(twin_output(&t, x.o, x.lse) && dev_guards(0));
+        if (!CHECK(same_rows(&p, &want, 0, &x, 0, p.n_tokens))) describe(&o, r.state, "relist");
+    }
+    DEV(cudaGraphExecDestroy(run));
+    DEV(cudaGraphDestroy(graph));
+    dev_release(0);
+    job_free(&j);
+    result_free(&want), result_free(&x);
+    problem_free(&p);
+}
+
+static void part_relist(uint64_t seed, uint64_t count) {
+    uint64_t round, rounds = attni_min64((int64_t)count / 10 + 1, 16);
+    for (round = 0; round < rounds; round++) relist_round(seed, round);
+}
+
 // ---- errors
 
 // A plain problem: 4 decoding sequences of up to 300 tokens, pages of 16.
@@ -1252,7 +1423,7 @@ static void others_same(const problem *p, const result *base, const result *x, i
 }
 
 // Bad ids in tables that lie in device memory: skipped, reported, nothing else disturbed.
-static void errors_tables(attn_dtype type, int mask) {
+static void errors_tables(attn_dtype type, int mask, int min_block) {
     static const int32_t bad_page[] = {-1, 1 << 30, INT32_MAX, INT32_MIN};
     problem_opts o;
     problem p;
@@ -1264,6 +1435,7 @@ static void errors_tables(attn_dtype type, int mask) {
     int i, n = mask == M_BLOCKS ? 5 : 6;
     memset(&h, 0, sizeof h);
     plain_opts(&o, type, mask == M_BLOCKS ? CHUNKED : DECODE, mask);
+    o.min_block = min_block;
     do { // bad ids must fall on something that is looked at
         problem_make(&p, &o, &r);
         if (p.d.kv.kv_len[1] > 120) break;
@@ -1272,12 +1444,14 @@ static void errors_tables(attn_dtype type, int mask) {
     result_make(&base, &p), result_make(&x, &p);
     twin_make(&t, &p, 1, NULL);
     twin_run(&t, &h, base.o, base.lse);
-    h.device_tables = mask == M_BLOCKS ? 2 : 1;
+    h.device_tables = 1;
     for (i = 0; i < n; i++) {
+        attn_desc d = t.d;
         int mark = dev_n, expected = 1;
         int32_t *error = cu.error, id = 0, e;
         twin_clear(&t);
-        job_make(&j, &t.d, &h);
+        list_on_device(&d);
+        job_make(&j, &d, &h);
         if (mask != M_BLOCKS) { // sequence 1's third page, or (last) all of its pages
             int32_t *table =
                 (int32_t *)(uintptr_t)j.g.tables.page_table + j.g.tables.page_table_stride;
@@ -1292,20 +1466,21 @@ static void errors_tables(attn_dtype type, int mask) {
             expected = i == 0;
             for (row = 0; row + 1 < rows; row++)
                 if (b->row_start[row] < b->row_start[row + 1])
-                    dev_write((int32_t *)(uintptr_t)j.g.tables.block + b->row_start[row], &id, 4);
+                    dev_write((int32_t *)(uintptr_t)d.mask.blocks.block + b->row_start[row], &id,
+                              4);
         } else { // offsets that lead outside
             const attn_block_list *b = &p.d.mask.blocks;
             int64_t row, rows = (int64_t)b->n_lists * (b->n_rows + 1), far;
-            far = i == 2 ? j.g.tables.n_entries + 5 : i == 3 ? (int64_t)1 << 60 : -3;
+            far = i == 2 ? d.mask.blocks.device_entries + 5 : i == 3 ? (int64_t)1 << 60 : -3;
             for (row = 0; row < rows; row++)
-                dev_write((int64_t *)(uintptr_t)j.g.tables.row_start + row, &far, 8);
+                dev_write((int64_t *)(uintptr_t)d.mask.blocks.row_start + row, &far, 8);
             far = i == 4 ? 0 : far + 3; // every second row not empty
             for (row = 1; row < rows; row += 2)
-                dev_write((int64_t *)(uintptr_t)j.g.tables.row_start + row, &far, 8);
+                dev_write((int64_t *)(uintptr_t)d.mask.blocks.row_start + row, &far, 8);
         }
         DEV(cudaDeviceSynchronize());
-        CHECK_EQ(job_upload(&j, &t.d), ATTN_OK);
-        CHECK_EQ(job_run(&j, &t.d), ATTN_OK);
+        CHECK_EQ(job_upload(&j, &d), ATTN_OK);
+        CHECK_EQ(job_run(&j, &d), ATTN_OK);
         dev_sync();
         e = dev_error();
         if (!CHECK(e == (mask == M_BLOCKS ? ATTN_ERR_MASK : ATTN_ERR_PAGE) || (!expected && !e)))
@@ -1313,7 +1488,7 @@ static void errors_tables(attn_dtype type, int mask) {
         twin_output(&t, x.o, x.lse);
         if (mask != M_BLOCKS) others_same(&p, &base, &x, 1, "a bad page");
         cu.error = NULL; // nobody listens
-        CHECK_EQ(job_run(&j, &t.d), ATTN_OK);
+        CHECK_EQ(job_run(&j, &d), ATTN_OK);
         dev_sync();
         cu.error = error;
         CHECK_EQ(dev_error(), 0);
@@ -1417,10 +1592,11 @@ static void part_errors(uint64_t seed, uint64_t count) {
     problem_free(&p);
     errors_slots(ATTN_BF16);
     errors_slots(ATTN_I8);
-    errors_tables(ATTN_BF16, M_CAUSAL);
-    errors_tables(ATTN_F32, M_CAUSAL);
-    errors_tables(ATTN_BF16, M_BLOCKS);
-    errors_tables(ATTN_F32, M_BLOCKS);
+    errors_tables(ATTN_BF16, M_CAUSAL, 0);
+    errors_tables(ATTN_F32, M_CAUSAL, 0);
+    errors_tables(ATTN_BF16, M_BLOCKS, 0);
+    errors_tables(ATTN_BF16, M_BLOCKS, 64); // whole blocks are found in another way
+    errors_tables(ATTN_F32, M_BLOCKS, 0);
 }
 
 // ---- store, copy_pages, swap_pages
@@ -1774,6 +1950,7 @@ int main(int argc, char **argv) {
     } parts[] = {{"store", part_store},   {"copies", part_copies},
                  {"merge", part_merge},   {"differential", part_differential},
                  {"tensor", part_tensor}, {"large", part_large},
+                 {"lists", part_lists},   {"relist", part_relist},
                  {"bits", part_bits},     {"graph", part_graph},
                  {"layers", part_layers}, {"nan", part_nan},
                  {"errors", part_errors}}; // a fault there ends it all
