@@ -225,6 +225,7 @@ enum { ATTNI_CU_FEW, ATTNI_CU_SOME, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 typedef struct attni_cu_header {
     int32_t n_tasks[ATTNI_CU_KINDS];
     int32_t n_merge;
+    int32_t n_seq;
 } attni_cu_header;
 
 typedef struct attni_cu_args {
@@ -4491,6 +4492,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
         }
     if (head.n_merge && !g->shape[7]) return ATTN_ERR_STALE; // captured runs would not merge them
     g->n[ATTNI_CU_N_MERGES] = head.n_merge;
+    head.n_seq = p->n_seq;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
     attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
     b->used[ATTNI_CU_SEQ] = p->n_seq * (int64_t)sizeof *p->seq;
