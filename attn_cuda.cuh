@@ -180,8 +180,9 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
 // 256-byte aligned device memory. Grids depend on capacities alone, lengths and tables are read
 // from the image, so a captured call follows later uploads; slots of attn_selection_follow too, if
 // the uploaded mask had x's terms (else slot[s] is s). What outgrew the capacities keeps every
-// block, or has rows missing, and sets *c->error (ERR_BUFFER). ERR_UNSUPPORTED: HIP's ORACLE,
-// low_dim, head_group, extras, LANDMARK, CENTRE, KEEP_SCORES.
+// block, or has rows missing, and sets *c->error (ERR_BUFFER). HiP's slots must have been forgotten
+// once. ERR_UNSUPPORTED: EXACT, HIP1, ORACLE, low_dim, head_group, extras, LANDMARK, CENTRE,
+// KEEP_SCORES; more query rows of a list than fit in shared memory.
 ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_select *s,
                                       const attn_summary *y, const attn_selection *x, void *work,
@@ -5029,6 +5030,7 @@ typedef struct attni_cu_pick {
     int32_t odd_k, odd_q, page_shift;
     int32_t tile_bytes;        // of the tiles in shared memory
     float scale;
+    int32_t flip;              // HiP: the scale is negative, so queries are turned round
 } attni_cu_pick;
 
 typedef struct attni_cu_keys { // where the keys of four tiles lie; 64 of each
@@ -5042,15 +5044,11 @@ ATTNI_DEV float attni_cu_value_at(const uint8_t *row, attn_dtype t, int i) {
     return attni_get(row, t, i);
 }
 
-// Where the key at position pos lies, NULL when it is not held.
-ATTNI_DEV const uint8_t *attni_cu_key_at(const attni_cu_pick &a, const attn_plan_seq &q,
-                                         int32_t seq, int32_t kv_head, int64_t pos, float *scale) {
-    const int64_t j = pos - q.kv_pos0;
-    *scale = 0;
-    if (j < 0 || j >= q.kv_len) return NULL;
-    const int32_t page = a.page_shift >= 0 ? (int32_t)j >> a.page_shift
-                                           : (int32_t)j / a.d.kv.page_tokens;
-    const int32_t place = (int32_t)j - page * a.d.kv.page_tokens;
+// Where token j of what a sequence holds lies; NULL: its page is none.
+ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, int32_t kv_head,
+                                           int32_t j, float *scale) {
+    const int32_t page = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+    const int32_t place = j - page * a.d.kv.page_tokens;
     int32_t id = seq;
     if (a.d.kv.page_table) id = __ldg(a.d.kv.page_table + seq * a.d.kv.page_table_stride + page);
     if ((uint32_t)id >= (uint32_t)a.d.kv.n_pages) {
@@ -5060,6 +5058,14 @@ ATTNI_DEV const uint8_t *attni_cu_key_at(const attni_cu_pick &a, const attn_plan
     *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_token_scale(&a.k, id, place, kv_head)
                                         : a.scale;
     return a.k.data + id * a.k.page_bytes + place * a.k.token_bytes + kv_head * a.k.head_bytes;
+}
+
+// Where the key at position pos lies, NULL when it is not held.
+ATTNI_DEV const uint8_t *attni_cu_key_at(const attni_cu_pick &a, const attn_plan_seq &q,
+                                         int32_t seq, int32_t kv_head, int64_t pos, float *scale) {
+    const int64_t j = pos - q.kv_pos0;
+    *scale = 0;
+    return j < 0 || j >= q.kv_len ? NULL : attni_cu_token_at(a, seq, kv_head, (int32_t)j, scale);
 }
 
 // Key i of a tile.
@@ -5992,6 +5998,668 @@ static __global__ void __launch_bounds__(128) attni_cu_flex_write(const __grid_c
     attni_cu_emit(a, list, (int32_t)blockIdx.x, bits, n, visited, &s);
 }
 
+// ==== >>impl-select-hip  HiP, second and third generation ========================================
+//
+// A warp scores 16 keys anywhere against the rows of a list in shared memory: K goes from global
+// memory to registers as it lies, 16 bytes of a row to each of four lanes, and Q is laid out
+// likewise: which dimensions meet in a step of mma does not matter. A lane's two keys: lane / 4 and
+// 8 behind it. HIP3 gives the two halves of a chunk's descent to one lane. BF, NQ: bf16, 32
+// dimensions each; NQ 0: anything, in f32.
+
+enum { ATTNI_CU_HIP_KEYS = 0 }; // in attni_cu_pick.at: scores of candidates; rows' memory is at 1
+
+typedef struct attni_cu_hip_block { // a q block, as a list row sees it
+    int32_t seq, list, head, heads, kv_head; // head: the first of `heads`
+    int64_t m, first;                 // first: position it begins at
+    int64_t p_min, p_max, end, last;  // last: of the row block's own queries
+    int64_t kv_pos0, kv_end;
+    int32_t q_begin, q_pos0;
+    int32_t from;                     // first stage that is scanned
+    int32_t *state;
+} attni_cu_hip_block;
+
+// The row's memory: of a slot in x, else in the workspace.
+ATTNI_DEV int32_t *attni_cu_hip_state(const attni_cu_pick &a, int32_t row, int32_t list) {
+    uint8_t *base = row < a.f.n_slots ? a.x.state : a.work + a.at[1];
+    return (int32_t *)(void *)(base + ((int64_t)row * a.x.n_lists + list) * (int64_t)a.x.state_bytes);
+}
+
+// Words of stage's admitted chunks in a row's memory.
+ATTNI_DEV int32_t attni_cu_hip_place(const attni_cu_pick &a, int32_t stage) {
+    int32_t at = 1;
+    for (int i = 1; i < stage; i++)
+        at += 1 + a.f.hip.stage[i].keep / a.f.hip.stage[i - 1].chunk;
+    return at;
+}
+
+// The q block of n positions around a list row. 0: nobody's.
+ATTNI_DEV int attni_cu_hip_focus(const attni_cu_pick &a, int32_t row, int32_t list, int64_t n,
+                                 attni_cu_hip_block *b) {
+    const attni_cu_row_of w = a.row_of[row];
+    if (w.seq < 0) return 0;
+    const attn_plan_seq q = a.seq[w.seq];
+    const int64_t at = (int64_t)w.block * a.f.row_block;
+    b->seq = w.seq;
+    b->list = list;
+    b->q_begin = q.q_begin;
+    b->q_pos0 = q.q_pos0;
+    b->kv_pos0 = q.kv_pos0;
+    b->kv_end = (int64_t)q.kv_pos0 + q.kv_len;
+    b->m = at / n;
+    b->first = b->m * n;
+    b->p_min = attni_max64(b->first, q.q_pos0);
+    b->p_max = attni_min64(b->first + n, (int64_t)q.q_pos0 + q.q_len) - 1;
+    b->last = attni_min64(at + a.f.row_block - 1, b->p_max);
+    b->end = attni_min64(b->p_max + 1, b->kv_end);
+    b->from = 0;
+    b->state = NULL;
+    if (row >= a.f.n_slots && a.f.kind != ATTN_SELECT_HIP3) return 1;
+    b->state = attni_cu_hip_state(a, row, list);
+    if (row >= a.f.n_slots || b->state[0] != (int32_t)b->p_min) return 1;
+    if (a.f.kind != ATTN_SELECT_HIP3) b->from = b->p_min % a.f.hip.refresh ? 1 : 0;
+    else
+        while (b->from < a.f.hip.n_stages && b->p_min % a.f.hip.stage[b->from].refresh) b->from++;
+    return 1;
+}
+
+// The set-th of a list's KV heads.
+ATTNI_DEV void attni_cu_hip_set(const attni_cu_pick &a, int32_t set, attni_cu_hip_block *b) {
+    const int each = a.f.heads == ATTN_SELECT_EACH;
+    b->kv_head = each ? b->list / a.group : a.f.heads == ATTN_SELECT_ALL ? set : b->list;
+    b->head = each ? b->list : b->kv_head * a.group;
+    b->heads = each ? 1 : a.group;
+}
+
+// Bytes of a row of Q in shared memory.
+template <int NQ> ATTNI_DEV int attni_cu_hip_row_bytes(const attni_cu_pick &a) {
+    return NQ ? 64 * NQ + 64 : 4 * a.d.head_dim;
+}
+
+// Row r of Q, the mean of the queries at positions [p, p + n), to shared memory; `low` bytes behind
+// it (0: nowhere) what 16 bits leave of it.
+template <int BF, int NQ>
+ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
+                                  int r, int64_t p, int n, int32_t head, int low, int step,
+                                  int steps) {
+    const int64_t token = b.q_begin + p - b.q_pos0;
+    uint8_t *to = q + r * attni_cu_hip_row_bytes<NQ>(a);
+    if constexpr (NQ == 0) {
+        for (int e = step; e < a.d.head_dim; e += steps) {
+            float x = 0;
+            for (int i = 0; i < n; i++)
+                x += attni_cu_value_at(attni_cu_query_at(a, token + i, head), a.d.q.dtype, e);
+            x = n > 1 ? x / (float)n : x;
+            ((float *)(void *)to)[e] = a.flip ? -x : x;
+        }
+    } else for (int c = step; c < 4 * NQ; c += steps) {
+        float x[8];
+        uint32_t u[4], v[4];
+        if (n == 1) {
+            *(uint4 *)(void *)(to + 16 * c) =
+                *(const uint4 *)(const void *)(attni_cu_query_at(a, token, head) + 16 * c);
+            if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(0, 0, 0, 0);
+            continue;
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) x[e] = 0;
+        for (int i = 0; i < n; i++) {
+            const uint8_t *src = attni_cu_query_at(a, token + i, head) + 16 * c;
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                x[e] += attni_cu_value_at(src, BF ? ATTN_BF16 : ATTN_F16, e);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) x[e] /= (float)n;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            u[e] = attni_pair<BF>(x[2 * e], x[2 * e + 1]);
+            const float lo = BF ? __uint_as_float(u[e] << 16) : attni_half((uint16_t)u[e]);
+            const float hi = BF ? __uint_as_float(u[e] & 0xffff0000u)
+                                : attni_half((uint16_t)(u[e] >> 16));
+            v[e] = attni_pair<BF>(x[2 * e] - lo, x[2 * e + 1] - hi);
+        }
+        *(uint4 *)(void *)(to + 16 * c) = make_uint4(u[0], u[1], u[2], u[3]);
+        if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+
+// m: the largest product of each of the lane's two keys with 32 n rows; with limits only of rows r
+// that see it: pos <= limit[r].
+template <int BF, int NQ>
+ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int n, int low,
+                                  const uint8_t *k0, const uint8_t *k1, const int32_t *limit,
+                                  int32_t pos0, int32_t pos1, float m[2]) {
+    const int lane = (int)threadIdx.x & 31, per = attni_cu_hip_row_bytes<NQ>(a);
+    m[0] = m[1] = ATTNI_NINF;
+    if constexpr (NQ > 0) {
+        uint4 x[2][NQ];
+#pragma unroll
+        for (int d = 0; d < NQ; d++) {
+            const int at = 64 * d + 16 * (lane & 3);
+            x[0][d] = x[1][d] = make_uint4(0, 0, 0, 0);
+            if (k0) x[0][d] = __ldg((const uint4 *)(const void *)(k0 + at));
+            if (k1) x[1][d] = __ldg((const uint4 *)(const void *)(k1 + at));
+        }
+        q += (lane >> 2) * per + 16 * (lane & 3);
+        for (int g = 0; g < n; g++, q += 32 * per) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float c[4] = {0, 0, 0, 0};
+#pragma unroll
+                for (int d = 0; d < NQ; d++) {
+                    uint4 y = *(const uint4 *)(const void *)(q + 8 * i * per + 64 * d);
+                    const uint32_t s[4] = {x[0][d].x, x[1][d].x, x[0][d].y, x[1][d].y};
+                    const uint32_t t[4] = {x[0][d].z, x[1][d].z, x[0][d].w, x[1][d].w};
+                    attni_mma<BF>(c, s, y.x, y.y);
+                    attni_mma<BF>(c, t, y.z, y.w);
+                    if (!low) continue;
+                    y = *(const uint4 *)(const void *)(q + low + 8 * i * per + 64 * d);
+                    attni_mma<BF>(c, s, y.x, y.y);
+                    attni_mma<BF>(c, t, y.z, y.w);
+                }
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int r = 32 * g + 8 * i + 2 * (lane & 3) + (e & 1);
+                    if (!limit || (e < 2 ? pos0 : pos1) <= limit[r])
+                        m[e >> 1] = fmaxf(m[e >> 1], c[e]);
+                }
+            }
+        }
+    } else {
+        for (int r = lane & 3; r < 32 * n; r += 4) {
+            const float *y = (const float *)(const void *)(q + r * per);
+            float c0 = 0, c1 = 0;
+            for (int e = 0; e < a.d.head_dim; e++) {
+                if (k0) c0 = __fmaf_rn(y[e], attni_cu_value_at(k0, a.k.dtype, e), c0);
+                if (k1) c1 = __fmaf_rn(y[e], attni_cu_value_at(k1, a.k.dtype, e), c1);
+            }
+            if (!limit || pos0 <= limit[r]) m[0] = fmaxf(m[0], c0);
+            if (!limit || pos1 <= limit[r]) m[1] = fmaxf(m[1], c1);
+        }
+    }
+    m[0] = attni_quad_max(m[0]);
+    m[1] = attni_quad_max(m[1]);
+}
+
+// Where the key at pos lies, if rows may see it.
+ATTNI_DEV const uint8_t *attni_cu_hip_key(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                          int64_t pos, float *scale) {
+    *scale = 0;
+    if (pos < b.kv_pos0 || pos >= b.end) return NULL;
+    return attni_cu_token_at(a, b.seq, b.kv_head, (int32_t)(pos - b.kv_pos0), scale);
+}
+
+// The largest product as a score: -infinity of a key that is not there or no number.
+ATTNI_DEV float attni_cu_hip_value(float m, const uint8_t *key, float scale) {
+    const float s = m * scale;
+    return key && s == s ? s : ATTNI_NINF;
+}
+
+// Exclusive sums over the block of x (two 16-bit counts), and of all. All threads call.
+ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all, uint32_t *s) {
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    uint32_t n = x, before = 0;
+    for (int i = 1; i < 32; i *= 2) {
+        const uint32_t y = __shfl_up_sync(~0u, n, i);
+        if (lane >= i) n += y;
+    }
+    __syncthreads();
+    if (lane == 31) s[warp] = n;
+    __syncthreads();
+    *all = 0;
+    for (int j = 0; j < (int)blockDim.x / 32; j++) {
+        if (j < warp) before += s[j];
+        *all += s[j];
+    }
+    return before + n - x;
+}
+
+// Of n keys the k-th largest (1 <= k <= n), and how many that equal it are among the first k. s:
+// 258 words of shared memory. All threads call.
+ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, uint32_t *s, int *ties) {
+    uint32_t low = 0, fixed = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < 256; i += (int)blockDim.x) s[i] = 0;
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
+            if ((key[i] & fixed) == low) atomicAdd(s + (key[i] >> shift & 255), 1);
+        __syncthreads();
+        if (threadIdx.x < 32) { // lane l: bins from 255 - 8 l down
+            const int lane = (int)threadIdx.x, top = 255 - 8 * lane;
+            int sum = 0;
+            for (int j = 0; j < 8; j++) sum += (int)s[top - j];
+            int upto = sum;
+            for (int i = 1; i < 32; i *= 2) {
+                const int y = __shfl_up_sync(~0u, upto, i);
+                if (lane >= i) upto += y;
+            }
+            if (upto >= k && upto - sum < k) {
+                int left = k - (upto - sum), j = 0;
+                while ((int)s[top - j] < left) left -= (int)s[top - j], j++;
+                s[256] = (uint32_t)(top - j), s[257] = (uint32_t)left;
+            }
+        }
+        __syncthreads();
+        low |= s[256] << shift;
+        fixed |= (uint32_t)255 << shift;
+        k = (int)s[257];
+    }
+    __syncthreads();
+    *ties = k;
+    return low;
+}
+
+// Entries [lo, hi] of a row: every block. All threads call.
+ATTNI_DEV void attni_cu_hip_range(const attni_cu_pick &a, int32_t list, int32_t row, int64_t lo,
+                                  int64_t hi, int32_t visited) {
+    const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    const int64_t n = attni_min64(attni_max64(hi - lo + 1, 0), a.x.row_capacity);
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) a.x.block[base + i] = (int32_t)(lo + i);
+    if (threadIdx.x) return;
+    a.x.row_start[at] = base;
+    a.x.row_end[at] = base + n;
+    a.x.visited[at] = visited;
+    if (hi - lo + 1 > a.x.row_capacity && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+}
+
+// ---- HIP2
+
+typedef struct attni_cu_hip_group {
+    int32_t start, size, rep; // blocks; rep < 0: stands for it as for its parent (-1 - rep), or none
+    uint32_t key;             // order of its score; 0: no group
+} attni_cu_hip_group;
+
+ATTNI_DEV uint64_t attni_cu_hip_hash(uint64_t seed, uint64_t a, uint64_t c) {
+    uint64_t z = seed * 0x9e3779b97f4a7c15u + a * 0xbf58476d1ce4e5b9u + c * 0x94d049bb133111ebu;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+// Which block stands for a group.
+ATTNI_DEV int32_t attni_cu_hip_rep(const attn_hip &h, int32_t start, int32_t size, int64_t m) {
+    if (h.sample == ATTN_HIP_FIRST) return start;
+    if (h.sample == ATTN_HIP_LAST) return start + size - 1;
+    if (h.sample == ATTN_HIP_POSITION) return start + (int32_t)(m % size);
+    if (h.sample == ATTN_HIP_RANDOM) {
+        const uint64_t z =
+            attni_cu_hip_hash(h.seed, (uint64_t)start + ((uint64_t)size << 32), (uint64_t)m);
+        return start + (int32_t)((z >> 32) * (uint64_t)size >> 32);
+    }
+    return start + size / 2;
+}
+
+// The queries that score, 32 n rows of a set of heads; what is behind the last repeats it.
+template <int BF, int NQ>
+ATTNI_DEV int attni_cu_hip2_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
+                                    int32_t *limit) {
+    const int64_t stride = a.f.hip.q_stride, late = attni_max32(0, a.f.hip.window -
+                                                                   a.f.hip.refresh + 1);
+    const int64_t lo = b.p_min - b.first, hi = b.p_max - b.first; // in the q block
+    const int64_t j0 = lo / stride, j1 = (hi + 1) / stride;       // those in [j0, j1) score
+    const int n_pos = (int)(j1 - j0) + ((hi + 1) % stride != 0);
+    const int rows = n_pos * b.heads, n = (rows + 31) / 32;
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    for (int r = warp; r < 32 * n; r += (int)blockDim.x >> 5) {
+        const int x = r < rows ? r : rows - 1, i = x / b.heads;
+        const int64_t p = attni_min64(b.first + (j0 + i + 1) * stride - 1, b.p_max);
+        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, 1, b.head + x % b.heads, 0, lane, 32);
+        if (lane == 0) limit[r] = (int32_t)(p - late);
+    }
+    return n;
+}
+
+// Children of k groups, two places each.
+ATTNI_DEV void attni_cu_hip2_split(const attni_cu_pick &a, const attni_cu_hip_group *group, int k,
+                                   int64_t m, attni_cu_hip_group *child) {
+    for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x) {
+        const attni_cu_hip_group g = group[i >> 1];
+        const int32_t half = g.size / 2;
+        attni_cu_hip_group c = {i & 1 ? g.start + half : g.start, i & 1 ? g.size - half : half,
+                                INT32_MIN, 0};
+        if (c.size) {
+            const int32_t rep = attni_cu_hip_rep(a.f.hip, c.start, c.size, m);
+            c.rep = rep == g.rep ? -1 - rep : rep;
+            c.key = rep == g.rep ? g.key : attni_cu_order(ATTNI_NINF);
+        }
+        child[i] = c;
+    }
+}
+
+// Scores of the n children whose rep says so, for one set of heads. A warp takes 16 keys at a time.
+template <int BF, int NQ>
+ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                    const uint8_t *q, int rows, const int32_t *limit,
+                                    attni_cu_hip_group *child, int n) {
+    const int lane = (int)threadIdx.x & 31, block = a.f.hip.block;
+    const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
+    const int64_t late = attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
+    for (int t = (int)threadIdx.x >> 5; 16 * t < n * per; t += (int)blockDim.x >> 5) {
+        const uint8_t *key[2];
+        int32_t pos[2], of[2];
+        float scale[2], m[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = 16 * t + 8 * h + (lane >> 2);
+            of[h] = i < n * per ? i / per : 0;
+            const int32_t rep = i < n * per ? child[of[h]].rep : -1;
+            pos[h] = rep < 0 ? 0 : rep * block + (i - of[h] * per) * stride;
+            key[h] = NULL, scale[h] = 0;
+            if (rep >= 0) key[h] = attni_cu_hip_key(a, b, pos[h], &scale[h]);
+        }
+        if (!__any_sync(~0u, key[0] || key[1])) continue;
+        const int all = attni_max32(pos[0], pos[1]) <= b.p_min - late;
+        attni_cu_hip_score<BF, NQ>(a, q, rows, 0, key[0], key[1],
+                                   __all_sync(~0u, all) ? NULL : limit, pos[0], pos[1], m);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (key[h] && (lane & 3) == 0)
+                atomicMax(&child[of[h]].key,
+                          attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
+    }
+}
+
+// Of n children the best k become the groups, in order; whether one of them can be split. s: 258
+// words. All threads call.
+ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_hip_group *child, int n, int k, uint32_t *key,
+                                 attni_cu_hip_group *group, uint32_t *s) {
+    int ties, open = 0;
+    uint32_t done = 0, all;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) key[i] = child[i].key;
+    const uint32_t cut = attni_cu_kth(key, n, k, s, &ties);
+    for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
+        const int i = i0 + (int)threadIdx.x;
+        const uint32_t x = i < n ? key[i] : 0, is = i < n ? (x > cut) | (uint32_t)(x == cut) << 16 : 0;
+        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        done += all;
+        const int tied = (int)(before >> 16);
+        if (is && (x > cut || tied < ties)) {
+            const attni_cu_hip_group g = child[i];
+            const int at = (int)(before & 65535) + attni_min32(tied, ties);
+            group[at] = g;
+            if (g.rep < 0) group[at].rep = -1 - g.rep;
+            open |= g.size > 1;
+        }
+    }
+    return __syncthreads_or(open);
+}
+
+// The blocks of k groups, ascending, as entries of a row.
+ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   int32_t row, const attni_cu_hip_group *group, int k,
+                                   int32_t visited, uint32_t *s) {
+    const int64_t base = ((int64_t)b.list * a.x.max_rows + row) * a.x.row_capacity;
+    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
+    const int32_t kv = a.f.kv_block, block = a.f.hip.block;
+    uint32_t done = 0, all;
+    for (int i0 = 0; i0 < k; i0 += (int)blockDim.x) {
+        const int i = i0 + (int)threadIdx.x;
+        const int64_t id = i < k ? (int64_t)group[i].start * block / kv : 0;
+        const uint32_t is = i < k && id * kv <= b.last &&
+                            (i == 0 || id != (int64_t)group[i - 1].start * block / kv);
+        const uint32_t to = done + attni_cu_count_before(is, &all, s);
+        done += all;
+        if (is && to < (uint32_t)a.x.row_capacity) a.x.block[base + to] = (int32_t)id;
+    }
+    if (threadIdx.x) return;
+    a.x.row_start[at] = base;
+    a.x.row_end[at] = base + attni_min64(done, a.x.row_capacity);
+    a.x.visited[at] = visited;
+}
+
+// A list row. Shared memory: Q, limits, children, groups, keys.
+template <int BF, int NQ>
+static __global__ void __launch_bounds__(256, 2) attni_cu_hip2(const __grid_constant__ attni_cu_pick a,
+                                                               int max_rows, int n_sets) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ uint32_t s[258];
+    const attn_hip &h = a.f.hip;
+    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x; // the longest first
+    const int k = h.keep / h.block;
+    attni_cu_hip_block b;
+    if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y, (int64_t)a.f.row_block * h.q_group, &b))
+        return;
+    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
+    if (b.kv_end <= a.f.dense_below) {
+        attni_cu_hip_range(a, b.list, row, b.kv_pos0 / a.f.kv_block,
+                           (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);
+        if (b.state && threadIdx.x == 0) b.state[0] = 0;
+        return;
+    }
+    if (b.from) {
+        if (threadIdx.x == 0) b.state[0]++, a.x.visited[at] = 0;
+        return;
+    }
+    const int64_t late = attni_max32(0, h.window - h.refresh + 1);
+    const int64_t edge = attni_min64(b.end - 1, b.p_max - late);
+    const int64_t b0 = attni_max64(h.sink, b.kv_pos0) / h.block;
+    const int64_t n = edge < 0 ? 0 : attni_max64(0, edge / h.block + 1 - b0);
+    if (n <= k) {
+        const int64_t top = b.last / a.f.kv_block, end = (b0 + n) * h.block;
+        attni_cu_hip_range(a, b.list, row, b0 * h.block / a.f.kv_block,
+                           n ? attni_min64((end - 1) / a.f.kv_block, top) : -1, 0);
+    } else {
+        int32_t *limit = (int32_t *)(void *)(smem + max_rows * attni_cu_hip_row_bytes<NQ>(a));
+        attni_cu_hip_group *group = (attni_cu_hip_group *)(void *)(limit + max_rows);
+        attni_cu_hip_group *child = group + k;
+        uint32_t *key = (uint32_t *)(void *)(child + 2 * k);
+        int32_t visited = 0, rows = 0;
+        for (int i = (int)threadIdx.x; i < k; i += (int)blockDim.x) {
+            group[i].start = (int32_t)(b0 + n * i / k);
+            group[i].size = (int32_t)(b0 + n * (i + 1) / k) - group[i].start;
+            group[i].rep = -1;
+        }
+        __syncthreads();
+        for (int open = 1, round = 0; open; round++) {
+            attni_cu_hip2_split(a, group, k, b.m, child);
+            for (int set = 0; set < n_sets; set++) {
+                attni_cu_hip_set(a, set, &b);
+                __syncthreads();
+                if (n_sets > 1 || !round) {
+                    rows = attni_cu_hip2_queries<BF, NQ>(a, b, smem, limit);
+                    __syncthreads();
+                }
+                attni_cu_hip2_scores<BF, NQ>(a, b, smem, rows, limit, child, 2 * k);
+            }
+            __syncthreads();
+            for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x)
+                visited += child[i].rep >= 0;
+            open = attni_cu_hip2_keep(child, 2 * k, k, key, group, s);
+        }
+        uint32_t all;
+        attni_cu_count_before((uint32_t)visited, &all, s);
+        const int stride = attni_min32(h.k_stride, h.block);
+        attni_cu_hip2_write(a, b, row, group, k,
+                            (int32_t)all * ((h.block + stride - 1) / stride), s);
+    }
+    if (b.state && threadIdx.x == 0) b.state[0] = (int32_t)b.p_min + 1;
+}
+
+// ---- HIP3
+
+// Eligible chunks of a stage: low <= y <= high.
+ATTNI_DEV void attni_cu_hip3_reach(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   int32_t stage, int64_t *low, int64_t *high) {
+    const attn_hip &h = a.f.hip;
+    const int64_t c = h.stage[stage].chunk, c0 = h.stage[0].chunk;
+    const int64_t lim = attni_min64(b.end - 1, attni_max64(b.p_min + c0, b.p_max) - h.window);
+    *low = b.kv_pos0 > h.sink ? (b.kv_pos0 - h.sink) / c : 0;
+    *high = lim < h.sink ? -1 : (lim - h.sink) / c;
+}
+
+// Places of a stage's candidates, some of which may be empty.
+ATTNI_DEV int64_t attni_cu_hip3_places(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                       int32_t stage, int64_t low, int64_t high) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    if (!stage) return attni_max64(high - low + 1, 0);
+    const int32_t most = t->keep / t[-1].chunk, n = b.state[attni_cu_hip_place(a, stage)];
+    return (int64_t)attni_max32(0, attni_min32(n, most)) * (t[-1].chunk / t->chunk);
+}
+
+// The chunk at a place.
+ATTNI_DEV int64_t attni_cu_hip3_chunk(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                      int32_t stage, int64_t low, int64_t i) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    if (!stage) return low + i;
+    const int32_t ratio = t[-1].chunk / t->chunk;
+    return (int64_t)b.state[attni_cu_hip_place(a, stage) + 1 + i / ratio] + i % ratio;
+}
+
+// Means of the runs of a set of heads, 32 n rows.
+template <int BF, int NQ>
+ATTNI_DEV int attni_cu_hip3_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, int stride,
+                                    uint8_t *q, int low) {
+    const int64_t r0 = (b.p_min - b.first) / stride;
+    const int runs = (int)((b.p_max - b.first) / stride - r0) + 1, rows = runs * b.heads;
+    const int n = (rows + 31) / 32, share = NQ ? 4 * NQ : 32; // lanes of a row
+    for (int i = (int)threadIdx.x; i < 32 * n * share; i += (int)blockDim.x) {
+        const int r = i / share, x = r < rows ? r : rows - 1;
+        const int64_t at = b.first + (r0 + x / b.heads) * stride;
+        const int64_t p = attni_max64(at, b.p_min), end = attni_min64(at + stride, b.p_max + 1);
+        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, (int)(end - p), b.head + x % b.heads, low,
+                                   i - r * share, share);
+    }
+    return n;
+}
+
+// Scores of a slice of a stage's candidates for one KV head: 8 chunks a warp at a time. low: bytes
+// between rows of Q and what 16 bits leave of them.
+template <int BF, int NQ>
+static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
+    const __grid_constant__ attni_cu_pick a, int32_t stage, int turns, int low_bytes) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    const attn_hip_stage t = a.f.hip.stage[stage];
+    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x, z = (int32_t)blockIdx.z;
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    attni_cu_hip_block b;
+    int64_t low, high;
+    if (!attni_cu_hip_focus(a, row, a.f.heads == ATTN_SELECT_ALL ? 0 : z, t.q_block, &b)) return;
+    if (b.kv_end <= a.f.dense_below || stage < b.from) return;
+    attni_cu_hip_set(a, z, &b);
+    attni_cu_hip3_reach(a, b, stage, &low, &high);
+    const int64_t n = attni_cu_hip3_places(a, b, stage, low, high);
+    if ((int64_t)blockIdx.y * 64 * turns >= n) return;
+    const int rows = attni_cu_hip3_queries<BF, NQ>(a, b, t.q_stride, smem, low_bytes);
+    __syncthreads();
+    uint32_t *keys = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
+                     ((int64_t)row * a.x.n_lists + b.list) * a.kv_cap;
+    const int32_t least = attni_max32(2, t.terminate);
+    for (int turn = 0; turn < turns; turn++) {
+        const int64_t i = (((int64_t)blockIdx.y * turns + turn) * 8 + warp) * 8 + (lane >> 2);
+        const int64_t y = i < n ? attni_cu_hip3_chunk(a, b, stage, low, i) : -1;
+        const int eligible = i < n && y >= low && y <= high;
+        const int64_t l = a.f.hip.sink + y * t.chunk;
+        int32_t lo = 0, hi = t.chunk, active = eligible;
+        float best = ATTNI_NINF;
+        while (__any_sync(~0u, active)) {
+            const int32_t mid = (lo + hi) / 2;
+            const uint8_t *key[2] = {NULL, NULL};
+            float scale[2] = {0, 0}, m[2];
+            if (active) {
+                key[0] = attni_cu_hip_key(a, b, l + (lo + mid) / 2, &scale[0]);
+                key[1] = attni_cu_hip_key(a, b, l + (mid + hi) / 2, &scale[1]);
+            }
+            attni_cu_hip_score<BF, NQ>(a, smem, rows, low_bytes, key[0], key[1], NULL, 0, 0, m);
+            const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
+            const float right = attni_cu_hip_value(m[1], key[1], scale[1]);
+            if (!active) continue;
+            const float won = left > right ? left : right;
+            if (left > right) hi = mid;
+            else lo = mid;
+            if (won > best || t.flags & ATTN_HIP_LAST_SCORE) best = won;
+            active = hi - lo >= least;
+        }
+        if (!eligible || (lane & 3)) continue;
+        if (i < a.kv_cap) atomicMax(keys + i, attni_cu_order(best));
+        else if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+    }
+}
+
+// Keys read for a chunk.
+ATTNI_DEV int32_t attni_cu_hip3_reads(const attn_hip_stage &t) {
+    int32_t n = 2, width = (t.chunk + 1) / 2;
+    while (width >= attni_max32(2, t.terminate)) n += 2, width = (width + 1) / 2;
+    return n;
+}
+
+// The best candidates of a stage: what the next one admits, or the list.
+static __global__ void __launch_bounds__(256)
+    attni_cu_hip3_pick(const __grid_constant__ attni_cu_pick a, int32_t stage) {
+    __shared__ uint32_t s[258];
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
+    const int last = stage + 1 == a.f.hip.n_stages, keep = last ? a.f.hip.keep : t[1].keep;
+    attni_cu_hip_block b;
+    int64_t low, high;
+    uint32_t done = 0, all, cut = 0;
+    int ties = 0;
+    if (!attni_cu_hip_focus(a, row, list, t->q_block, &b)) return;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
+    if (b.kv_end <= a.f.dense_below) {
+        if (last)
+            attni_cu_hip_range(a, list, row, b.kv_pos0 / a.f.kv_block,
+                               (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);
+        if (last && threadIdx.x == 0) b.state[0] = 0;
+        return;
+    }
+    if (stage < b.from) { // from n_stages on the list stays
+        if (last && threadIdx.x == 0) b.state[0] = (int32_t)b.p_min + 1, a.x.visited[at] = 0;
+        return;
+    }
+    attni_cu_hip3_reach(a, b, stage, &low, &high);
+    const int n = (int)attni_min64(attni_cu_hip3_places(a, b, stage, low, high), a.kv_cap);
+    uint32_t *key = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
+                    ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    uint32_t there = 0;
+    for (int i = (int)threadIdx.x; i < n; i += 256) there += key[i] != 0;
+    for (int i = 16; i; i >>= 1) there += __shfl_xor_sync(~0u, there, i);
+    if (threadIdx.x == 0) s[256] = 0;
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) atomicAdd(s + 256, there);
+    __syncthreads();
+    there = s[256];
+    __syncthreads();
+    const int k = keep / t->chunk;
+    if (k < 1) cut = ~0u;
+    else if ((int)there > k) cut = attni_cu_kth(key, n, k, s, &ties);
+    int32_t *admitted = b.state + attni_cu_hip_place(a, stage + 1);
+    const int32_t ratio = last ? 1 : t->chunk / t[1].chunk;
+    uint32_t kept = 0;
+    for (int i0 = 0; i0 < n; i0 += 256) {
+        const int i = i0 + (int)threadIdx.x;
+        const uint32_t x = i < n ? key[i] : 0, is = (x > cut) | (uint32_t)(x && x == cut) << 16;
+        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        done += all;
+        const int tied = (int)(before >> 16);
+        uint32_t mine = is && (x > cut || tied < ties);
+        const int to = (int)(before & 65535) + attni_min32(tied, ties);
+        const int64_t y = mine ? attni_cu_hip3_chunk(a, b, stage, low, i) : 0;
+        if (mine && !last) admitted[1 + to] = (int32_t)(y * ratio);
+        if (mine && last) {
+            const int64_t id = a.f.hip.sink / a.f.kv_block + y;
+            mine = id * a.f.kv_block <= b.last && to < a.x.row_capacity;
+            if (mine) a.x.block[base + to] = (int32_t)id;
+        }
+        kept += mine;
+        if (i < n) key[i] = 0; // for the next stage
+    }
+    attni_cu_count_before(kept, &all, s);
+    if (threadIdx.x) return;
+    const int64_t read = (int64_t)there * attni_cu_hip3_reads(*t) +
+                         (stage == b.from ? 0 : a.x.visited[at]);
+    a.x.visited[at] = (int32_t)attni_min64(read, INT32_MAX);
+    if (!last) {
+        admitted[0] = (int32_t)all;
+        return;
+    }
+    a.x.row_start[at] = base;
+    a.x.row_end[at] = base + all;
+    if (row < a.f.n_slots) b.state[0] = (int32_t)b.p_min + 1;
+}
+
 // ==== >>impl-select-host  Selectors: workspace, launches =========================================
 
 #define ATTNI_AT(type, section) ((const type *)(const void *)(m + g->at[section]))
@@ -6052,14 +6720,43 @@ static void attni_cu_flex_layout(const attn_desc *d, int64_t kv_end, attni_cu_pi
                    attni_cu_up256(aware * d->n_kv_heads * (int64_t)a->n_blocks * d->head_dim * 4);
 }
 
+// HIP3: the most candidates of a stage of sequences that hold so many tokens; per list row scores of
+// candidates and what it remembers. 0: does not fit in `bytes` (-1: any).
+static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, attni_cu_pick *a) {
+    const attn_hip *h = &a->f.hip;
+    const int64_t state = attni_cu_up256(rows * attni_state_bytes(&a->f));
+    int64_t most = tokens / h->stage[0].chunk + 2;
+    if (a->f.kind != ATTN_SELECT_HIP3) return 0;
+    for (int i = 1; i < h->n_stages; i++)
+        most = attni_max64(most, (int64_t)h->stage[i].keep / h->stage[i].chunk);
+    if (bytes >= 0) most = attni_min64(most, attni_max64(bytes - state - 256, 0) / (4 * rows));
+    a->kv_cap = most;
+    a->at[ATTNI_CU_HIP_KEYS] = 0;
+    a->at[1] = attni_cu_up256(4 * rows * most);
+    return most ? a->at[1] + state : 0;
+}
+
 // Bytes besides those of estimated sequences: whose rows are.
 static int64_t attni_cu_pick_fixed(int32_t max_rows, int64_t n_est) {
     return attni_cu_up256(max_rows * (int64_t)sizeof(attni_cu_row_of)) +
            attni_cu_up256(n_est * (int64_t)sizeof(attni_cu_est));
 }
 
+static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
+    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                                           : d->n_heads;
+}
+
 static int attni_cu_pick_supports(const attn_select *f) {
-    return f->kind == ATTN_SELECT_FLEX && f->kv_block <= 4096;
+    const attn_hip *h = &f->hip;
+    if (f->kind == ATTN_SELECT_FLEX) return f->kv_block <= 4096;
+    if (f->kind == ATTN_SELECT_HIP2)
+        return h->sample != ATTN_HIP_ORACLE && h->head_group == 1 && !h->low_dim && !h->near &&
+               !h->vertical && !h->diagonal && !h->random;
+    if (f->kind != ATTN_SELECT_HIP3) return 0;
+    for (int i = 0; i < h->n_stages; i++)
+        if ((h->stage[i].flags & ~ATTN_HIP_LAST_SCORE) || h->stage[i].style) return 0;
+    return 1;
 }
 
 ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
@@ -6076,12 +6773,14 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
             n_est += d->q_start[i + 1] - d->q_start[i] > 2 * a.f.kv_block;
         n_est = attni_max64(n_est, 1);
     }
-    return (size_t)(attni_cu_pick_fixed((int32_t)rows, n_est) + n_est * a.est_bytes);
+    return (size_t)(attni_cu_pick_fixed((int32_t)rows, n_est) + n_est * a.est_bytes +
+                    attni_cu_hip_layout(attni_cu_kv_end(d, &a.f), rows * attni_cu_lists(d, &a.f),
+                                        -1, &a));
 }
 
 template <class... T>
-static attn_result attni_cu_pick_launch(void (*kernel)(const attni_cu_pick, T...), dim3 grid, int threads,
-                                        int64_t smem, attn_cuda_stream stream,
+static attn_result attni_cu_pick_launch(void (*kernel)(const attni_cu_pick, T...), dim3 grid,
+                                        int threads, int64_t smem, attn_cuda_stream stream,
                                         const attni_cu_pick &a, T... more) {
     if (!grid.x || !grid.y || !grid.z) return ATTN_OK;
     if (smem > 48000 && cudaFuncSetAttribute((const void *)kernel,
@@ -6137,6 +6836,72 @@ static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan
                                 4 * (words + (a->f.flex.tau > 0 ? a->n_blocks : 0)), stream, *a);
 }
 
+// Kernels of HiP: by dimensions and dtype.
+typedef struct attni_cu_hip_kernels {
+    void (*second)(const attni_cu_pick, int, int);
+    void (*third)(const attni_cu_pick, int32_t, int, int);
+    int row_bytes, wide; // of Q in shared memory; wide: through tensor cores
+} attni_cu_hip_kernels;
+
+template <int BF, int NQ>
+static attni_cu_hip_kernels attni_cu_hip_kernels_of(int row_bytes) {
+    attni_cu_hip_kernels k = {attni_cu_hip2<BF, NQ>, attni_cu_hip3_scan<BF, NQ>, row_bytes, NQ > 0};
+    return k;
+}
+
+static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
+    const int dim = a->d.head_dim, per = 2 * dim + 64;
+    const int wide = a->mode && !a->odd_k && !a->odd_q && !a->flip && !attni_is_scaled(a->k.dtype);
+    if (wide && dim == 64)
+        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per) : attni_cu_hip_kernels_of<0, 2>(per);
+    if (wide && dim == 128)
+        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 4>(per) : attni_cu_hip_kernels_of<0, 4>(per);
+    return attni_cu_hip_kernels_of<0, 0>(4 * dim);
+}
+
+static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
+                                       attn_cuda_stream stream) {
+    const attn_hip *h = &a->f.hip;
+    const unsigned rows = (unsigned)a->x.max_rows, lists = (unsigned)a->x.n_lists;
+    const int32_t heads = a->f.heads == ATTN_SELECT_EACH ? 1 : a->group;
+    attni_cu_hip_kernels k;
+    attn_result r = ATTN_OK;
+    attni_cu_pick_mode(c, &a->d, 0, a);
+    if (c->arch < 80) a->mode = 0;
+    a->flip = a->scale < 0;
+    a->scale = a->flip ? -a->scale : a->scale;
+    k = attni_cu_hip_choose(a);
+    if (a->f.kind == ATTN_SELECT_HIP2) {
+        const int64_t n = attni_n_blocks((int64_t)a->f.row_block * h->q_group, h->q_stride) * heads;
+        const int64_t max_rows = (n + 31) / 32 * 32, most = h->keep / h->block;
+        const int64_t smem = max_rows * (k.row_bytes + 4) +
+                             most * (3 * (int64_t)sizeof(attni_cu_hip_group) + 8);
+        const int sets = a->f.heads == ATTN_SELECT_ALL ? a->d.n_kv_heads : 1;
+        if (smem > c->smem_bytes - 2048) return ATTN_ERR_UNSUPPORTED;
+        return attni_cu_pick_launch(k.second, dim3(rows, lists), 256, smem, stream, *a,
+                                    (int)max_rows, sets);
+    }
+    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[1], stream) != cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    for (int i = 0; i < h->n_stages && r == ATTN_OK; i++) {
+        const attn_hip_stage *t = h->stage + i;
+        const unsigned z = a->f.heads == ATTN_SELECT_EACH ? (unsigned)a->d.n_heads
+                                                          : (unsigned)a->d.n_kv_heads;
+        const int64_t n = (attni_n_blocks(t->q_block, t->q_stride) * heads + 31) / 32 * 32;
+        const int64_t places = i ? (int64_t)t->keep / t->chunk : a->kv_cap;
+        const int low = k.wide && t->q_stride > 1 ? (int)(n * k.row_bytes) : 0;
+        const int turns = (int64_t)rows * z >= 4 * (int64_t)c->n_sm ? 4 : 1;
+        const int64_t smem = n * k.row_bytes + low, slices = attni_n_blocks(places, 64 * turns);
+        if (smem > c->smem_bytes - 2048 || slices > 65535) return ATTN_ERR_UNSUPPORTED;
+        r = attni_cu_pick_launch(k.third, dim3(rows, (unsigned)slices, z), 256, smem, stream, *a,
+                                 (int32_t)i, turns, low);
+        if (r == ATTN_OK)
+            r = attni_cu_pick_launch(attni_cu_hip3_pick, dim3(rows, lists), 256, 0, stream, *a,
+                                     (int32_t)i);
+    }
+    return r;
+}
+
 // Everything that kernels are told but the method's own.
 static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_summary *y,
@@ -6176,7 +6941,12 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
         if (a->n_est < 1) return ATTN_ERR_BUFFER;
     }
     a->est = (attni_cu_est *)(void *)((uint8_t *)work + n);
-    a->work = (uint8_t *)work + attni_cu_pick_fixed(x->max_rows, a->n_est);
+    n = attni_cu_pick_fixed(x->max_rows, a->n_est);
+    a->work = (uint8_t *)work + n;
+    if (a->f.kind == ATTN_SELECT_HIP3 &&
+        !attni_cu_hip_layout(g->cap[2] * d->kv.page_tokens, (int64_t)x->max_rows * x->n_lists,
+                             bytes - n, a))
+        return ATTN_ERR_BUFFER;
     return ATTN_OK;
 }
 #undef ATTNI_AT
@@ -6200,7 +6970,8 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
     if (r != ATTN_OK) return r;
-    return attni_cu_flex_launch(c, g, &a, stream);
+    return a.f.kind == ATTN_SELECT_FLEX ? attni_cu_flex_launch(c, g, &a, stream)
+                                        : attni_cu_hip_launch(c, &a, stream);
 }
 
 // The position of a row's state that no step follows.
