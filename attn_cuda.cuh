@@ -6411,8 +6411,8 @@ ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_bl
 
 // A list row. Shared memory: Q, limits, children, groups, keys.
 template <int BF, int NQ>
-static __global__ void __launch_bounds__(256, 2) attni_cu_hip2(const __grid_constant__ attni_cu_pick a,
-                                                               int max_rows, int n_sets) {
+static __global__ void __launch_bounds__(512)
+    attni_cu_hip2(const __grid_constant__ attni_cu_pick a, int max_rows, int n_sets) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ uint32_t s[258];
     const attn_hip &h = a.f.hip;
@@ -6878,7 +6878,9 @@ static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
                              most * (3 * (int64_t)sizeof(attni_cu_hip_group) + 8);
         const int sets = a->f.heads == ATTN_SELECT_ALL ? a->d.n_kv_heads : 1;
         if (smem > c->smem_bytes - 2048) return ATTN_ERR_UNSUPPORTED;
-        return attni_cu_pick_launch(k.second, dim3(rows, lists), 256, smem, stream, *a,
+        // a few lists: one to a multiprocessor
+        const int threads = (int64_t)rows * lists <= c->n_sm ? 512 : 256;
+        return attni_cu_pick_launch(k.second, dim3(rows, lists), threads, smem, stream, *a,
                                     (int)max_rows, sets);
     }
     if (cudaMemsetAsync(a->work, 0, (size_t)a->at[1], stream) != cudaSuccess)
