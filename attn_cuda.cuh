@@ -5448,9 +5448,10 @@ ATTNI_DEV int64_t attni_cu_flex_base(const attn_plan_seq &q) {
 }
 
 // The weights of 128 rows against a tile, in shared memory, to sums of columns and of diagonals.
-// Those of cells that are kept anyway are negative. diag: of row - key, from -1023 on.
-ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t cut, float *diag, float *part, float *v,
-                                  int64_t v_stride) {
+// Those of cells that are kept anyway are negative. rows: so many are there; those from cut on are
+// in the second row block. diag: of row - key.
+ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t rows, int32_t cut, float *diag,
+                                  float *part, float *v, int64_t v_stride) {
     const int tid = (int)threadIdx.x, c = tid & 63, quarter = tid >> 6;
     float low = 0, high = 0, sum = 0;
     for (int i = 32 * quarter; i < 32 * quarter + 32; i++) {
@@ -5464,7 +5465,7 @@ ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t cut, float *diag, floa
             const int i = j + tid - 63;
             if ((unsigned)i < 128) sum += fmaxf(w[i * ATTNI_CU_P + j], 0.0f);
         }
-    if (tid < 191) diag[tid - 63] += sum;
+    if (tid < 191 && tid - 63 < rows) diag[tid - 63] += sum;
     __syncthreads();
     if (tid < 128)
         v[quarter * v_stride + c] += part[tid] + part[128 + tid] + part[256 + tid] + part[384 + tid];
@@ -5562,8 +5563,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const
                         if (acc[j][i] > ATTNI_NINF) l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
             } else {
                 __syncthreads();
-                attni_cu_flex_sums(w, cut - r0, diag + r0 - 64 * t + 1023, part, v + 64 * t,
-                                   a.kv_cap);
+                attni_cu_flex_sums(w, e.n - r0, cut - r0, diag + r0 - 64 * t + 1023, part,
+                                   v + 64 * t, a.kv_cap);
             }
         }
         for (int h = 0; PASS == 1 && h < 2; h++) {
