@@ -176,12 +176,12 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
                                        const attn_select *s);
 
 // Writes the lists of all rows of x (attn_selection_init with on_device = 1) for the problem that
-// was uploaded to g, whose K is stored already. y: for EXACT, or NULL: every key is scored. work:
+// was uploaded to g, whose K is stored already. y: not looked at yet, EXACT scores every key. work:
 // 256-byte aligned device memory. Grids depend on capacities alone, lengths and tables are read
 // from the image, so a captured call follows later uploads; slots of attn_selection_follow too, if
 // the uploaded mask had x's terms (else slot[s] is s). What outgrew the capacities keeps every
 // block, or has rows missing, and sets *c->error (ERR_BUFFER). HiP's slots must have been forgotten
-// once. ERR_UNSUPPORTED: EXACT, HIP1, ORACLE, low_dim, head_group, extras, LANDMARK, CENTRE,
+// once. ERR_UNSUPPORTED: epsilon, HIP1, ORACLE, low_dim, head_group, extras, LANDMARK, CENTRE,
 // KEEP_SCORES; more query rows of a list than fit in shared memory.
 ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_select *s,
@@ -5378,10 +5378,11 @@ ATTNI_DEV_FAR void attni_cu_keep_cut(const float *v, int64_t n, const attni_cu_c
     __syncthreads();
 }
 
-// Writes the bits below n_bits as the entries of a row, ascending. All threads call.
+// Writes the bits below n_bits as the entries of a row, ascending, bit 0 as `first`. All threads
+// call.
 ATTNI_DEV_FAR void attni_cu_emit(const attni_cu_pick &a, int32_t list, int32_t row,
-                                 const uint32_t *bits, int32_t n_bits, int32_t visited,
-                                 attni_cu_sums *s) {
+                                 const uint32_t *bits, int32_t first, int32_t n_bits,
+                                 int32_t visited, attni_cu_sums *s) {
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
     const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
@@ -5404,7 +5405,7 @@ ATTNI_DEV_FAR void attni_cu_emit(const attni_cu_pick &a, int32_t list, int32_t r
             done += s->count[j];
         }
         for (; x; x &= x - 1, to++)
-            if (to < a.x.row_capacity) a.x.block[base + to] = 32 * w + __ffs((int)x) - 1;
+            if (to < a.x.row_capacity) a.x.block[base + to] = first + 32 * w + __ffs((int)x) - 1;
     }
     if (threadIdx.x == 0) {
         a.x.row_start[at] = base;
@@ -5996,7 +5997,7 @@ static __global__ void __launch_bounds__(128) attni_cu_flex_write(const __grid_c
     for (int i = (int)threadIdx.x; 32 * i < first; i += (int)blockDim.x) // evicted
         bits[i] &= first - 32 * i >= 32 ? 0 : ~0u << (first - 32 * i);
     __syncthreads();
-    attni_cu_emit(a, list, (int32_t)blockIdx.x, bits, n, visited, &s);
+    attni_cu_emit(a, list, (int32_t)blockIdx.x, bits, 0, n, visited, &s);
 }
 
 // ==== >>impl-select-hip  HiP, second and third generation ========================================
@@ -6661,6 +6662,253 @@ static __global__ void __launch_bounds__(256)
     if (row < a.f.n_slots) b.state[0] = (int32_t)b.p_min + 1;
 }
 
+// ==== >>impl-select-exact  The blocks that matter most ===========================================
+//
+// Every key is scored: first those of the blocks always kept (Z of each query row), then those of
+// the competing ones, whose values are the largest over rows of M - Z. Logarithms are of base 2.
+// A block of threads has 128 rows (queries x heads of a KV head) of a list row and a slice of the
+// blocks. Once the list is there, what it holds of the rows' mass bounds what it misses.
+
+enum { ATTNI_CU_EXACT_KEYS, ATTNI_CU_EXACT_ROWS }; // in attni_cu_pick.at: values; Z and mass of rows
+
+typedef struct attni_cu_exact_row {
+    int32_t seq, list, kv_head, head, heads; // the last three: of a tile
+    int32_t pos, n_q;                        // queries of the row block
+    int32_t first, always, last, n;          // n blocks behind `first` compete
+    int64_t token, end;
+} attni_cu_exact_row;
+
+// 0: nobody's, or it sees no key.
+ATTNI_DEV int attni_cu_exact_find(const attni_cu_pick &a, int32_t row, int32_t list, int32_t set,
+                                  attni_cu_exact_row *x) {
+    const attni_cu_row_of w = a.row_of[row];
+    if (w.seq < 0) return 0;
+    const attn_plan_seq q = a.seq[w.seq];
+    const int64_t from = (int64_t)w.block * a.f.row_block, b = a.f.kv_block;
+    const int each = a.f.heads == ATTN_SELECT_EACH;
+    const int64_t p1 = attni_min64(from + a.f.row_block, (int64_t)q.q_pos0 + q.q_len) - 1;
+    x->seq = w.seq;
+    x->list = list;
+    x->kv_head = each ? list / a.group : a.f.heads == ATTN_SELECT_ALL ? set : list;
+    x->head = each ? list : x->kv_head * a.group;
+    x->heads = each ? 1 : a.group;
+    x->pos = (int32_t)attni_max64(from, q.q_pos0);
+    x->n_q = (int32_t)(p1 - x->pos) + 1;
+    x->token = (int64_t)q.q_begin + x->pos - q.q_pos0;
+    x->end = (int64_t)q.kv_pos0 + q.kv_len;
+    x->first = (int32_t)(q.kv_pos0 / b);
+    x->last = (int32_t)(attni_min64(p1, x->end - 1) / b);
+    x->always = (int32_t)(attni_max64(from - a.f.exact.recent, 0) / b);
+    x->always = attni_max32(x->always, x->first);
+    x->n = attni_max32(0, attni_min32(x->always - 1, x->last) - x->first);
+    return q.kv_len > 0 && p1 >= q.kv_pos0;
+}
+
+// How many of the competing blocks are listed.
+ATTNI_DEV int32_t attni_cu_exact_want(const attni_cu_pick &a, const attni_cu_exact_row &x) {
+    const attn_exact *e = &a.f.exact;
+    const int32_t visible = x.last - x.first + 1, always = visible - x.n;
+    const double share = ((double)e->share - 1e-6) * (double)visible;
+    int64_t n = attni_n_blocks(e->keep, a.f.kv_block);
+    if (a.seq[x.seq].kv_len <= a.f.dense_below || (!e->keep && !(e->share > 0))) return x.n;
+    if (share > 0) n = attni_max64(n, (int64_t)ceil(share));
+    return (int32_t)attni_max64(0, attni_min64(x.n, n - always));
+}
+
+// The i-th block of a walk: 0: always kept; 1: competing; 2: listed.
+ATTNI_DEV int32_t attni_cu_exact_block(const attni_cu_pick &a, const attni_cu_exact_row &x,
+                                       int32_t row, int walk, int32_t i) {
+    const int apart = x.first < x.always;
+    if (walk == 0) return apart && !i ? x.first : x.always + i - apart;
+    if (walk == 1) return x.first + 1 + i;
+    return a.x.block[((int64_t)x.list * a.x.max_rows + row) * a.x.row_capacity + i];
+}
+
+// Of one block, for the lane's two rows: maximum and sum of what is below it, over the quad. All
+// threads of the block call.
+ATTNI_DEV void attni_cu_exact_mass(const attni_cu_pick &a, const attni_cu_exact_row &x,
+                                   const attn_plan_seq &q, int32_t r0, int32_t block,
+                                   const uint8_t *const *q_row, attni_cu_keys *keys, uint8_t *smem,
+                                   float m[2], float l[2]) {
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    const int64_t b = a.f.kv_block, k0 = block * b;
+    uint8_t *k_tile = smem + ATTNI_CU_PICK_ROWS * a.row_bytes;
+    m[0] = m[1] = ATTNI_NINF, l[0] = l[1] = 0;
+    for (int64_t at = 0; at < b && k0 + at < x.end; at += ATTNI_CU_PICK_KEYS) {
+        float acc[8][4], most[2] = {ATTNI_NINF, ATTNI_NINF};
+        __syncthreads();
+        if (tid < ATTNI_CU_PICK_KEYS)
+            attni_cu_find_key(a, q, x.seq, x.kv_head, at + tid < b ? k0 + at + tid : -1, keys, 0,
+                              tid);
+        __syncthreads();
+        if (a.mode) {
+            attni_cu_copy_rows(a, keys->row[0], ATTNI_CU_PICK_KEYS, a.k.dtype, a.odd_k,
+                               attni_smem(k_tile));
+            attni_cp_commit();
+            attni_cp_wait<0>();
+            __syncthreads();
+        }
+        attni_cu_products(a, acc, smem, attni_smem(k_tile), q_row, ATTNI_CU_PICK_ROWS, keys->row[0]);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int c = 8 * j + 2 * (lane & 3) + (i & 1);
+                const int32_t r = r0 + row0 + 8 * (i >> 1);
+                const int seen = r < x.n_q * x.heads && keys->row[0][c] &&
+                                 k0 + at + c <= (int64_t)x.pos + r / x.heads;
+                const float s = attni_cu_score(a, acc[j][i], keys->scale[0][c]) * ATTNI_LOG2E;
+                acc[j][i] = seen ? s : ATTNI_NINF;
+                most[i >> 1] = fmaxf(most[i >> 1], acc[j][i]);
+            }
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (most[h] > m[h]) l[h] *= attni_exp2(m[h] - most[h]), m[h] = most[h];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (!(acc[j][i] == ATTNI_NINF)) l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float most = attni_quad_max(m[h]);
+        l[h] = attni_quad_sum(m[h] > ATTNI_NINF || l[h] != l[h] ? l[h] * attni_exp2(m[h] - most)
+                                                                : 0);
+        m[h] = most;
+    }
+}
+
+// PASS 1: values of a slice of the blocks, Z and the slice's mass of every row. 2: what the list
+// holds of that, and what it misses at most.
+template <int PASS>
+static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
+    attni_cu_exact_scan(const __grid_constant__ attni_cu_pick a, int tiles, int tiles_kv,
+                        int slices) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_keys keys;
+    __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
+    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x;
+    const int32_t list = (int32_t)blockIdx.y / tiles, tile = (int32_t)blockIdx.y % tiles;
+    const int32_t slice = (int32_t)blockIdx.z, r0 = tile % tiles_kv * ATTNI_CU_PICK_ROWS;
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    attni_cu_exact_row x;
+    if (!attni_cu_exact_find(a, row, list, tile / tiles_kv, &x) || r0 >= x.n_q * x.heads) return;
+    if (attni_cu_exact_want(a, x) == x.n) return; // every block
+    const attn_plan_seq q = a.seq[x.seq];
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    const int64_t of = ((int64_t)row * a.x.n_lists + list);
+    uint32_t *value = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_EXACT_KEYS]) + of * a.kv_cap;
+    float *state = (float *)(void *)(a.work + a.at[ATTNI_CU_EXACT_ROWS]) +
+                   ((of * tiles + tile) * slices) * 2 * ATTNI_CU_PICK_ROWS;
+    float zm[2] = {ATTNI_NINF, ATTNI_NINF}, zl[2] = {0, 0}, z[2], sum[2] = {0, 0}, m[2], l[2];
+    if (tid < ATTNI_CU_PICK_ROWS)
+        q_row[tid] = r0 + tid >= x.n_q * x.heads
+                         ? NULL
+                         : attni_cu_query_at(a, x.token + (r0 + tid) / x.heads,
+                                             x.head + (r0 + tid) % x.heads);
+    __syncthreads();
+    if (a.mode)
+        attni_cu_copy_rows(a, q_row, ATTNI_CU_PICK_ROWS, a.d.q.dtype, a.odd_q, attni_smem(smem));
+    if (PASS == 1) {
+        const int32_t n = (x.first < x.always) + x.last - x.always + 1;
+        for (int32_t i = 0; i < n; i++) {
+            attni_cu_exact_mass(a, x, q, r0, attni_cu_exact_block(a, x, row, 0, i), q_row, &keys,
+                                smem, m, l);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float most = fmaxf(zm[h], m[h]);
+                if (!(most > ATTNI_NINF) && l[h] == l[h]) continue;
+                zl[h] = zl[h] * attni_exp2(zm[h] - most) + l[h] * attni_exp2(m[h] - most);
+                zm[h] = most;
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) z[h] = zm[h] + log2f(zl[h]); // -inf: sees none of them
+    } else {
+#pragma unroll
+        for (int h = 0; h < 2; h++) z[h] = state[2 * (row0 + 8 * h)];
+    }
+    const int32_t listed = (int32_t)(a.x.row_end[at] - a.x.row_start[at]);
+    const int32_t n = PASS == 1 ? x.n : listed, per = (n + slices - 1) / slices;
+    const int32_t i0 = PASS == 1 ? slice * per : 0, i1 = PASS == 1 ? attni_min32(n, i0 + per) : n;
+    for (int32_t i = i0; i < i1; i++) {
+        const int32_t b = attni_cu_exact_block(a, x, row, PASS, i);
+        if (PASS == 2 && (b <= x.first || b >= x.always)) continue;
+        attni_cu_exact_mass(a, x, q, r0, b, q_row, &keys, smem, m, l);
+        float best = ATTNI_NINF;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float v = m[h] + log2f(l[h]) - z[h];
+            if (!(l[h] == l[h])) v = __int_as_float(0x7f800000);
+            else if (z[h] != z[h] || !(m[h] > ATTNI_NINF)) v = ATTNI_NINF;
+            else if (z[h] == ATTNI_NINF) v = __int_as_float(0x7f800000);
+            best = fmaxf(best, v);
+            sum[h] += exp2f(v);
+        }
+        for (int j = 4; PASS == 1 && j < 32; j *= 2)
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, j));
+        if (PASS == 1 && lane == 0 && b - x.first < a.kv_cap)
+            atomicMax(value + (b - x.first), attni_cu_order(best * ATTNI_LN2));
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int r = row0 + 8 * h;
+        if ((lane & 3) || r0 + r >= x.n_q * x.heads) continue;
+        if (PASS == 1) {
+            state[(slice * ATTNI_CU_PICK_ROWS + r) * 2] = z[h];
+            state[(slice * ATTNI_CU_PICK_ROWS + r) * 2 + 1] = sum[h];
+        } else {
+            float all = 0, missed;
+            for (int i = 0; i < slices; i++) all += state[(i * ATTNI_CU_PICK_ROWS + r) * 2 + 1];
+            missed = (all - sum[h]) / (1 + all); // and what rounding may have done
+            missed = fmaxf(missed, 0) * 1.001f + 1e-4f;
+            if (!(missed < 1)) missed = 1;
+            atomicMax((int *)(void *)(a.x.missed + at), __float_as_int(missed));
+        }
+    }
+}
+
+// A list row. Shared memory: bits.
+static __global__ void __launch_bounds__(256)
+    attni_cu_exact_pick(const __grid_constant__ attni_cu_pick a) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ uint32_t s[258];
+    __shared__ attni_cu_sums sums;
+    uint32_t *bits = (uint32_t *)(void *)smem, done = 0, counted, cut = 0;
+    const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    attni_cu_exact_row x;
+    if (a.row_of[row].seq < 0) return;
+    const int sees = attni_cu_exact_find(a, row, list, 0, &x);
+    const int32_t want = sees ? attni_cu_exact_want(a, x) : 0, n = sees ? x.n : 0;
+    const uint32_t *value = (const uint32_t *)(const void *)(a.work + a.at[ATTNI_CU_EXACT_KEYS]) +
+                            ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    int ties = 0;
+    const int32_t all = sees ? x.last - x.first + 1 : 0; // bit 0: x.first
+    for (int i = (int)threadIdx.x; 32 * i < all; i += 256) bits[i] = 0;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < all; i += 256)
+        if (i == 0 || x.first + i >= x.always || want == n)
+            atomicOr(bits + (i >> 5), 1u << (i & 31));
+    if (want > 0 && want < n) {
+        cut = attni_cu_kth(value + 1, n, want, s, &ties);
+        for (int i0 = 0; i0 < n; i0 += 256) {
+            const int i = i0 + (int)threadIdx.x;
+            const uint32_t v = i < n ? value[1 + i] : 0;
+            const uint32_t before = done + attni_cu_count_before(i < n && v == cut, &counted, s);
+            done += counted;
+            if (i < n && (v > cut || (v == cut && (int)before < ties)))
+                atomicOr(bits + ((1 + i) >> 5), 1u << ((1 + i) & 31));
+        }
+    }
+    __syncthreads();
+    const int64_t read = attni_min64(x.end, ((int64_t)x.last + 1) * a.f.kv_block);
+    attni_cu_emit(a, list, row, bits, x.first, all,
+                  want < n ? (int32_t)read - a.seq[x.seq].kv_pos0 : 0, &sums);
+    if (threadIdx.x == 0) a.x.missed[at] = 0;
+}
+
 // ==== >>impl-select-host  Selectors: workspace, launches =========================================
 
 #define ATTNI_AT(type, section) ((const type *)(const void *)(m + g->at[section]))
@@ -6737,6 +6985,30 @@ static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, 
     return most ? a->at[1] + state : 0;
 }
 
+// EXACT: tiles of 128 query rows of a list row, those of one KV head, and slices of its blocks.
+static void attni_cu_exact_tiles(const attn_cuda *c, const attn_desc *d, const attn_select *f,
+                                 int64_t rows, int n[3]) {
+    const int32_t heads = f->heads == ATTN_SELECT_EACH ? 1 : d->n_heads / d->n_kv_heads;
+    n[1] = (int)attni_n_blocks((int64_t)f->row_block * heads, ATTNI_CU_PICK_ROWS);
+    n[0] = n[1] * (f->heads == ATTN_SELECT_ALL ? d->n_kv_heads : 1);
+    for (n[2] = 1; n[2] < 32 && rows * n[0] * n[2] < 2 * (int64_t)c->n_sm;) n[2] *= 2;
+}
+
+// As attni_cu_hip_layout. rows: list rows of all lists.
+static int64_t attni_cu_exact_layout(const attn_cuda *c, const attn_desc *d, int64_t tokens,
+                                     int64_t rows, int64_t bytes, attni_cu_pick *a) {
+    int64_t most = tokens / a->f.kv_block + 2, state;
+    int n[3];
+    if (a->f.kind != ATTN_SELECT_EXACT) return 0;
+    attni_cu_exact_tiles(c, d, &a->f, rows, n);
+    state = attni_cu_up256(rows * n[0] * n[2] * ATTNI_CU_PICK_ROWS * 8);
+    if (bytes >= 0) most = attni_min64(most, attni_max64(bytes - state - 256, 0) / (4 * rows));
+    a->kv_cap = most;
+    a->at[ATTNI_CU_EXACT_KEYS] = 0;
+    a->at[ATTNI_CU_EXACT_ROWS] = attni_cu_up256(4 * rows * most);
+    return most ? a->at[ATTNI_CU_EXACT_ROWS] + state : 0;
+}
+
 // Bytes besides those of estimated sequences: whose rows are.
 static int64_t attni_cu_pick_fixed(int32_t max_rows, int64_t n_est) {
     return attni_cu_up256(max_rows * (int64_t)sizeof(attni_cu_row_of)) +
@@ -6754,6 +7026,7 @@ static int attni_cu_pick_supports(const attn_select *f) {
     if (f->kind == ATTN_SELECT_HIP2)
         return h->sample != ATTN_HIP_ORACLE && h->head_group == 1 && !h->low_dim && !h->near &&
                !h->vertical && !h->diagonal && !h->random;
+    if (f->kind == ATTN_SELECT_EXACT) return !(f->exact.epsilon > 0);
     if (f->kind != ATTN_SELECT_HIP3) return 0;
     for (int i = 0; i < h->n_stages; i++)
         if ((h->stage[i].flags & ~ATTN_HIP_LAST_SCORE) || h->stage[i].style) return 0;
@@ -6776,7 +7049,9 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
     }
     return (size_t)(attni_cu_pick_fixed((int32_t)rows, n_est) + n_est * a.est_bytes +
                     attni_cu_hip_layout(attni_cu_kv_end(d, &a.f), rows * attni_cu_lists(d, &a.f),
-                                        -1, &a));
+                                        -1, &a) +
+                    attni_cu_exact_layout(c, d, attni_cu_kv_end(d, &a.f),
+                                          rows * attni_cu_lists(d, &a.f), -1, &a));
 }
 
 template <class... T>
@@ -6905,6 +7180,28 @@ static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
     return r;
 }
 
+static attn_result attni_cu_exact_launch(const attn_cuda *c, attni_cu_pick *a,
+                                         attn_cuda_stream stream) {
+    const unsigned rows = (unsigned)a->x.max_rows, lists = (unsigned)a->x.n_lists;
+    const int64_t words = attni_n_blocks(a->kv_cap, 32);
+    attn_result r;
+    int n[3];
+    attni_cu_exact_tiles(c, &a->d, &a->f, (int64_t)rows * lists, n);
+    attni_cu_pick_mode(c, &a->d, 0, a);
+    const dim3 grid(rows, lists * (unsigned)n[0], (unsigned)n[2]);
+    if (grid.y > 65535) return ATTN_ERR_UNSUPPORTED;
+    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[ATTNI_CU_EXACT_ROWS], stream) != cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    r = attni_cu_pick_launch(attni_cu_exact_scan<1>, grid, ATTNI_CU_PICK, a->tile_bytes, stream, *a,
+                             n[0], n[1], n[2]);
+    if (r == ATTN_OK)
+        r = attni_cu_pick_launch(attni_cu_exact_pick, dim3(rows, lists), 256, 4 * words, stream, *a);
+    if (r == ATTN_OK)
+        r = attni_cu_pick_launch(attni_cu_exact_scan<2>, dim3(grid.x, grid.y), ATTNI_CU_PICK,
+                                 a->tile_bytes, stream, *a, n[0], n[1], n[2]);
+    return r;
+}
+
 // Everything that kernels are told but the method's own.
 static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_summary *y,
@@ -6950,6 +7247,10 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
         !attni_cu_hip_layout(g->cap[2] * d->kv.page_tokens, (int64_t)x->max_rows * x->n_lists,
                              bytes - n, a))
         return ATTN_ERR_BUFFER;
+    if (a->f.kind == ATTN_SELECT_EXACT &&
+        !attni_cu_exact_layout(c, d, g->cap[2] * d->kv.page_tokens,
+                               (int64_t)x->max_rows * x->n_lists, bytes - n, a))
+        return ATTN_ERR_BUFFER;
     return ATTN_OK;
 }
 #undef ATTNI_AT
@@ -6973,8 +7274,9 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
     if (r != ATTN_OK) return r;
-    return a.f.kind == ATTN_SELECT_FLEX ? attni_cu_flex_launch(c, g, &a, stream)
-                                        : attni_cu_hip_launch(c, &a, stream);
+    return a.f.kind == ATTN_SELECT_FLEX    ? attni_cu_flex_launch(c, g, &a, stream)
+           : a.f.kind == ATTN_SELECT_EXACT ? attni_cu_exact_launch(c, &a, stream)
+                                           : attni_cu_hip_launch(c, &a, stream);
 }
 
 // The position of a row's state that no step follows.
