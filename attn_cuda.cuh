@@ -5218,6 +5218,8 @@ ATTNI_DEV float attni_cu_mean_rows(const uint8_t *const *rows, const float *scal
 // Whose each list row is, and which sequences FLEX looks into. One block.
 static __global__ void __launch_bounds__(1024) attni_cu_pick_rows(const __grid_constant__ attni_cu_pick a) {
     __shared__ int32_t at_row, at_est, warps[2][32];
+    __shared__ attni_cu_row_of first_of[1024];
+    __shared__ int32_t row_at[1024], n_of[1024];
     const int tid = (int)threadIdx.x, lane = tid & 31;
     const int32_t n_seq = a.header->n_seq, b = a.f.kv_block;
     for (int i = tid; i < a.x.max_rows; i += 1024) a.row_of[i].seq = -1;
@@ -5260,11 +5262,17 @@ static __global__ void __launch_bounds__(1024) attni_cu_pick_rows(const __grid_c
             x.nb = (q.q_pos0 + q.q_len - 1) / b + 1;
             a.est[e] = x;
         }
-        for (int i = 0; i < n; i++) {
-            attni_cu_row_of x = {s, first + i, est && e < a.n_est ? e : -1, 0};
-            if ((uint32_t)(row + i) < (uint32_t)a.x.max_rows) a.row_of[row + i] = x;
-            else if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
-        }
+        const attni_cu_row_of own = {s, first, est && e < a.n_est ? e : -1, 0};
+        first_of[tid] = own;
+        row_at[tid] = row, n_of[tid] = n;
+        __syncthreads();
+        for (int j = 0; j < 1024 && s0 + j < n_seq; j++)
+            for (int i = tid; i < n_of[j]; i += 1024) {
+                attni_cu_row_of x = first_of[j];
+                x.block += i;
+                if ((uint32_t)(row_at[j] + i) < (uint32_t)a.x.max_rows) a.row_of[row_at[j] + i] = x;
+                else if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            }
     }
 }
 
@@ -5514,11 +5522,18 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const
             attni_cu_copy_rows(a, keys.row[0], 64, a.k.dtype, a.odd_k, attni_smem(k_tile));
             attni_cp_commit();
         }
-        if (PASS == 2)
-            for (int h = 0; h < 2; h++) {
-                const int32_t r = r0 + row0 + 8 * h;
-                m[h] = r < e.n ? norm[2 * r] : 0, l[h] = r < e.n ? norm[2 * r + 1] : 0;
-            }
+        // of the lane's rows: the last key of the chunk they see, the first one of their own block
+        int limit[2], own[2];
+        const int low = (int)attni_max64(q.kv_pos0 - k0, 0), see = (int)attni_min64(
+                                                                 e.p0 + r0, end - 1) - (int)k0;
+        const int second = (int)attni_max64(b - k0, 0);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int32_t r = r0 + row0 + 8 * h, p = e.p0 + r;
+            limit[h] = r < e.n ? (int)(attni_min64(p, end - 1) - k0) : -1;
+            own[h] = (int)(p / b * b - k0);
+            if (PASS == 2) m[h] = r < e.n ? norm[2 * r] : 0, l[h] = r < e.n ? norm[2 * r + 1] : 0;
+        }
         for (int t = 0; t < n; t++) {
             float acc[8][4];
             attni_cp_wait<0>();
@@ -5534,23 +5549,24 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const
             attni_cu_products(a, acc, smem, attni_smem(k_tile + (t & 1) * tile), q_row,
                               ATTNI_CU_PICK_ROWS, keys.row[t & 3]);
             float most[2] = {ATTNI_NINF, ATTNI_NINF};
+            const float *scale = keys.scale[t & 3];
+            const int c0 = 64 * t + 2 * (lane & 3);
+            // every row of the block sees every key of the tile
+            const int full = 64 * t >= low && 64 * t + 63 <= see && r0 + 128 <= e.n;
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int c = 8 * j + 2 * (lane & 3) + (i & 1), h = i >> 1;
-                    const int32_t r = r0 + row0 + 8 * h;
-                    const int64_t key = k0 + 64 * t + c;
-                    const int seen = r < e.n && key <= (int64_t)e.p0 + r && key < end &&
-                                     key >= q.kv_pos0;
-                    const float s = attni_cu_score(a, acc[j][i], keys.scale[t & 3][c]) * ATTNI_LOG2E;
-                    acc[j][i] = seen ? s : ATTNI_NINF;
-                    if (PASS == 1) most[h] = fmaxf(most[h], acc[j][i]);
-                    if (PASS == 2) {
-                        const int64_t own = ((int64_t)e.p0 + r) / b * b; // its row block's first
-                        const float x = seen ? attni_exp2(s - m[h]) * l[h] : 0.0f;
-                        w[(row0 + 8 * h) * ATTNI_CU_P + c] =
-                            !exact && (key < b || key >= own) ? -x : x;
+                    const int c = c0 + 8 * j + (i & 1), h = i >> 1; // in the chunk
+                    float s = attni_cu_score(a, acc[j][i], scale[c - 64 * t]) * ATTNI_LOG2E;
+                    if (!full && (c > limit[h] || c < low)) s = ATTNI_NINF;
+                    if (PASS == 1) {
+                        acc[j][i] = s;
+                        most[h] = fmaxf(most[h], s);
+                    } else { // exp2f: what is tiny counts where nothing else is there
+                        const float x = s > ATTNI_NINF ? exp2f(s - m[h]) * l[h] : 0.0f;
+                        w[(row0 + 8 * h) * ATTNI_CU_P + c - 64 * t] =
+                            !exact && (c < second || c >= own[h]) ? -x : x;
                     }
                 }
             if (PASS == 1) {
@@ -5561,7 +5577,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const
                 for (int j = 0; j < 8; j++)
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        if (acc[j][i] > ATTNI_NINF) l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
+                        if (full || acc[j][i] > ATTNI_NINF)
+                            l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
             } else {
                 __syncthreads();
                 attni_cu_flex_sums(w, e.n - r0, cut - r0, diag + r0 - 64 * t + 1023, part,
@@ -5639,6 +5656,48 @@ static __global__ void __launch_bounds__(128) attni_cu_flex_means(const __grid_c
             to[at * a.d.head_dim + 128 * i + tid] = hi > lo ? sum[i] / (float)(hi - lo) : 0;
 }
 
+// Mean of n queries from token on. All threads call; mean is complete for all of them.
+ATTNI_DEV void attni_cu_flex_mean_query(const attni_cu_pick &a, int32_t head, int64_t token,
+                                        int32_t n, float *mean) {
+    const int dim = a.d.head_dim, tid = (int)threadIdx.x;
+    __syncthreads();
+    for (int i = tid; i < dim; i += (int)blockDim.x) mean[i] = 0;
+    __syncthreads();
+    if (a.d.q.dtype == ATTN_F32 || a.odd_q) {
+        for (int i = tid; i < dim; i += (int)blockDim.x) {
+            float x = 0;
+            for (int t = 0; t < n; t++)
+                x += attni_cu_value_at(attni_cu_query_at(a, token + t, head), a.d.q.dtype, i);
+            mean[i] = x / (float)n;
+        }
+    } else { // a thread has 8 dimensions of every so-manieth query
+        const int per = dim / 8, turns = (int)blockDim.x / per, c = tid % per, t0 = tid / per;
+        float x[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) x[e] = 0;
+#pragma unroll 4
+        for (int t = t0; t < n && t0 < turns; t += turns) {
+            const uint4 y = *(const uint4 *)(const void *)(
+                attni_cu_query_at(a, token + t, head) + 16 * c);
+            const uint32_t u[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const uint16_t v = (uint16_t)(u[e >> 1] >> 16 * (e & 1));
+                x[e] += a.d.q.dtype == ATTN_BF16 ? __uint_as_float((uint32_t)v << 16)
+                                                 : attni_half(v);
+            }
+        }
+        for (int s = 0; s < turns; s++) { // in order: the sum does not depend on timing
+            if (t0 == s)
+#pragma unroll
+                for (int e = 0; e < 8; e++) mean[8 * c + e] += x[e];
+            __syncthreads();
+        }
+        for (int i = tid; i < dim; i += (int)blockDim.x) mean[i] /= (float)n;
+    }
+    __syncthreads();
+}
+
 // e = softmax over blocks [0, n) of the mean of n_q queries from token on against mean keys (which
 // carry the scale). mean: (head_dim) in shared memory. All threads call.
 ATTNI_DEV_FAR void attni_cu_flex_softmax(const attni_cu_pick &a, int32_t est,
@@ -5651,14 +5710,7 @@ ATTNI_DEV_FAR void attni_cu_flex_softmax(const attni_cu_pick &a, int32_t est,
                         (int64_t)(head / a.group) * a.n_blocks * dim;
     double most = -1e300, sum = 0;
     int32_t none = 0;
-    __syncthreads();
-    for (int i = (int)threadIdx.x; i < dim; i += (int)blockDim.x) {
-        float x = 0;
-        for (int t = 0; t < n_q; t++)
-            x += attni_cu_value_at(attni_cu_query_at(a, token + t, head), a.d.q.dtype, i);
-        mean[i] = x / (float)n_q;
-    }
-    __syncthreads();
+    attni_cu_flex_mean_query(a, head, token, n_q, mean);
     for (int j = (int)threadIdx.x; j < n; j += (int)blockDim.x) {
         const float *k = keys + (int64_t)j * dim;
         float x = 0;
@@ -5666,6 +5718,7 @@ ATTNI_DEV_FAR void attni_cu_flex_softmax(const attni_cu_pick &a, int32_t est,
             e[j] = ATTNI_NINF; // no keys
             continue;
         }
+#pragma unroll 8
         for (int i = 0; i < dim; i += 4) {
             const float4 y = *(const float4 *)(const void *)(k + i);
             x = __fmaf_rn(mean[i], y.x, x), x = __fmaf_rn(mean[i + 1], y.y, x);
@@ -5946,6 +5999,7 @@ ATTNI_DEV void attni_cu_flex_row(const attni_cu_pick &a, int32_t est, const attn
                 left--;
             }
     }
+    __syncthreads();
     if (coded || !c->aware) return;
     const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
     const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
@@ -6339,6 +6393,15 @@ ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_b
     const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
     const int64_t late = attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
     for (int t = (int)threadIdx.x >> 5; 16 * t < n * per; t += (int)blockDim.x >> 5) {
+        if (NQ) { // what comes next: four lanes have four lines of two keys
+            const int i = 16 * (t + ((int)blockDim.x >> 5)) + 8 * (lane & 1) + (lane >> 2);
+            const int32_t rep = i < n * per ? child[i / per].rep : -1;
+            float unused;
+            const uint8_t *next = NULL;
+            if (rep >= 0)
+                next = attni_cu_hip_key(a, b, rep * block + (i - i / per * per) * stride, &unused);
+            if (next && (NQ > 2 || !(lane & 2))) attni_prefetch(next + 64 * (lane & 2));
+        }
         const uint8_t *key[2];
         int32_t pos[2], of[2];
         float scale[2], m[2];
@@ -6978,7 +7041,8 @@ static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, 
     if (a->f.kind != ATTN_SELECT_HIP3) return 0;
     for (int i = 1; i < h->n_stages; i++)
         most = attni_max64(most, (int64_t)h->stage[i].keep / h->stage[i].chunk);
-    if (bytes >= 0) most = attni_min64(most, attni_max64(bytes - state - 256, 0) / (4 * rows));
+    if (bytes >= 0)
+        most = attni_min64(most, attni_max64((bytes - state) & ~(int64_t)255, 0) / (4 * rows));
     a->kv_cap = most;
     a->at[ATTNI_CU_HIP_KEYS] = 0;
     a->at[1] = attni_cu_up256(4 * rows * most);
@@ -7002,7 +7066,8 @@ static int64_t attni_cu_exact_layout(const attn_cuda *c, const attn_desc *d, int
     if (a->f.kind != ATTN_SELECT_EXACT) return 0;
     attni_cu_exact_tiles(c, d, &a->f, rows, n);
     state = attni_cu_up256(rows * n[0] * n[2] * ATTNI_CU_PICK_ROWS * 8);
-    if (bytes >= 0) most = attni_min64(most, attni_max64(bytes - state - 256, 0) / (4 * rows));
+    if (bytes >= 0)
+        most = attni_min64(most, attni_max64((bytes - state) & ~(int64_t)255, 0) / (4 * rows));
     a->kv_cap = most;
     a->at[ATTNI_CU_EXACT_KEYS] = 0;
     a->at[ATTNI_CU_EXACT_ROWS] = attni_cu_up256(4 * rows * most);

@@ -191,6 +191,15 @@ static shape hip(const char *name, attn_select_kind kind, int32_t n, int32_t q) 
     return w;
 }
 
+static shape exact(const char *name, int32_t n, int32_t q) {
+    shape w;
+    memset(&w, 0, sizeof w);
+    w.name = name, w.n = n, w.q = q;
+    w.s.kind = ATTN_SELECT_EXACT;
+    w.s.exact.share = 0.05f;
+    return w;
+}
+
 int main(int argc, char **argv) {
     const int32_t k = 1024;
     const shape all[] = {
@@ -199,6 +208,8 @@ int main(int argc, char **argv) {
         flex("flex 64k compatible", 64 * k, 1, .9f, .1f, 0),
         flex("flex 128k min 1024", 128 * k, 0, .9f, 0, 1024),
         flex("flex 128k", 128 * k, 0, .9f, .1f, 0),
+        exact("exact 16k", 16 * k, 16 * k),
+        exact("exact 128k decode", 128 * k, 1),
         hip("hip2 32k", ATTN_SELECT_HIP2, 32 * k, 32 * k),
         hip("hip2 128k", ATTN_SELECT_HIP2, 128 * k, 128 * k),
         hip("hip2 128k decode", ATTN_SELECT_HIP2, 128 * k, 1),
