@@ -24,8 +24,8 @@
              Page tables may lie in device memory (attn_cuda_tables), block lists too: see
              attn_block_list.device_entries.
 
-   CONTENTS  >>open  >>store  >>run   and behind  >>impl-:
-             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host
+   CONTENTS  >>open  >>store  >>run  >>select   and behind  >>impl-:
+             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host, select-...
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -167,6 +167,30 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
                                      int32_t n_heads, int32_t dim, const attn_tensor *o_out,
                                      float *lse_out, attn_cuda_stream stream);
 
+// ==== >>select  Block lists from Q and K =========================================================
+
+// Bytes of workspace in device memory that selecting for d, or for the capacities in s, takes; 0
+// when s or d is invalid or CUDA cannot do it. FLEX: per sequence that is estimated (counted in d).
+ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
+                                       const attn_select *s);
+
+// Writes the lists of all rows of x (attn_selection_init with on_device = 1) for the problem that
+// was uploaded to g, whose K is stored already. y: not looked at yet, EXACT scores every key. work:
+// 256-byte aligned device memory. Grids depend on capacities alone, lengths and tables are read
+// from the image, so a captured call follows later uploads; slots of attn_selection_follow too, if
+// the uploaded mask had x's terms (else slot[s] is s). What outgrew the capacities keeps every
+// block, or has rows missing, and sets *c->error (ERR_BUFFER). HiP's slots must have been forgotten
+// once. ERR_UNSUPPORTED: epsilon, HIP1, ORACLE, low_dim, head_group, extras, LANDMARK, CENTRE,
+// KEEP_SCORES; more query rows of a list than fit in shared memory.
+ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
+                                      const attn_cuda_plan *g, const attn_select *s,
+                                      const attn_summary *y, const attn_selection *x, void *work,
+                                      size_t bytes, attn_cuda_stream stream);
+
+// A sequence moved into a slot: its first step selects anew.
+ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
+                                             int32_t slot, attn_cuda_stream stream);
+
 #endif // ATTN_CUDA_CUH
 
 // ==== Stop here if you only want the API. ========================================================
@@ -225,6 +249,7 @@ enum { ATTNI_CU_FEW, ATTNI_CU_SOME, ATTNI_CU_MANY, ATTNI_CU_KINDS };
 typedef struct attni_cu_header {
     int32_t n_tasks[ATTNI_CU_KINDS];
     int32_t n_merge;
+    int32_t n_seq;
 } attni_cu_header;
 
 typedef struct attni_cu_args {
@@ -4969,6 +4994,7 @@ static attn_result attni_cu_pack_plan(attni_cu_packer *b) {
         }
     if (head.n_merge && !g->shape[7]) return ATTN_ERR_STALE; // captured runs would not merge them
     g->n[ATTNI_CU_N_MERGES] = head.n_merge;
+    head.n_seq = p->n_seq;
     for (kind = 0; kind < ATTNI_CU_KINDS; kind++) g->n[kind] = head.n_tasks[kind];
     attni_cu_pack(b, ATTNI_CU_HEADER, &head, (int64_t)sizeof head);
     b->used[ATTNI_CU_SEQ] = p->n_seq * (int64_t)sizeof *p->seq;
@@ -5442,6 +5468,2377 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
     a.n_heads = n_heads;
     a.dim = dim;
     attni_cu_merge_states<<<(unsigned)((n_tokens * n_heads + 3) / 4), 128, 0, stream>>>(a);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+// ==== >>impl-select-keys  Selectors: rows of lists, keys anywhere, products ======================
+//
+// Scores are f32 sums of products of the stored values: by tensor cores where Q is f16 or bf16 and
+// K of Q's type or quantised (codes are exact in either), else one fused multiply-add after the
+// other. A block of 256 threads has 128 rows against 64 keys: warp w has rows 16 w ..., laid out as
+// mma.m16n8k16 leaves them, whatever made them.
+
+enum { ATTNI_CU_PICK = 256, ATTNI_CU_PICK_ROWS = 128, ATTNI_CU_PICK_KEYS = 64 };
+enum { ATTNI_CU_CHUNK = 1024 }; // keys that one block looks at for FLEX
+
+typedef struct attni_cu_est { // a sequence that FLEX estimates
+    int32_t seq;              // -1: none
+    int32_t n, p0, nb;        // its last queries, the first one's position, blocks up to the last's
+} attni_cu_est;
+
+typedef struct attni_cu_row_of { // whose a list row is
+    int32_t seq, block;          // -1: nobody's; row block of absolute positions
+    int32_t est;                 // FLEX: in est[]; -1: keeps every block
+    int32_t pad;
+} attni_cu_row_of;
+
+typedef struct attni_cu_pick {
+    attn_desc d;               // tables lie in device memory
+    attni_side k;
+    attn_select f;             // every default filled in
+    attn_selection x;
+    attn_summary y;
+    const attni_cu_header *header;
+    const attn_plan_seq *seq;
+    const int32_t *seq_row;    // NULL: rows as attn_selection_follow counts them without slots
+    attni_cu_row_of *row_of;   // (max_rows)
+    attni_cu_est *est;         // (n_est)
+    uint8_t *work;             // (n_est) of est_bytes each
+    int32_t *error;
+    int64_t est_bytes, head_bytes, at[12];
+    int64_t kv_cap;            // positions, chunks and blocks there is room for
+    int32_t n_chunks, n_blocks, n_est;
+    int32_t group, per_list;   // query heads of a KV head, of a list
+    int32_t mode;              // 0: f32; 1: bf16; 2: f16
+    int32_t wide, row_bytes, per, per_shift; // of a row in shared memory: elements, bytes, 16 bytes
+    int32_t odd_k, odd_q, page_shift;
+    int32_t tile_bytes;        // of the tiles in shared memory
+    float scale;
+    int32_t flip;              // HiP: the scale is negative, so queries are turned round
+} attni_cu_pick;
+
+typedef struct attni_cu_keys { // where the keys of four tiles lie; 64 of each
+    const uint8_t *row[4][ATTNI_CU_PICK_KEYS]; // NULL: not held
+    float scale[4][ATTNI_CU_PICK_KEYS];        // of a product
+} attni_cu_keys;
+
+ATTNI_DEV float attni_cu_value_at(const uint8_t *row, attn_dtype t, int i) {
+    if (t == ATTN_BF16) return __uint_as_float((uint32_t)((const uint16_t *)(const void *)row)[i] << 16);
+    if (t == ATTN_F16) return attni_half(((const uint16_t *)(const void *)row)[i]);
+    return attni_get(row, t, i);
+}
+
+// Where token j of what a sequence holds lies; NULL: its page is none.
+ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, int32_t kv_head,
+                                           int32_t j, float *scale) {
+    const int32_t page = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
+    const int32_t place = j - page * a.d.kv.page_tokens;
+    int32_t id = seq;
+    if (a.d.kv.page_table) id = __ldg(a.d.kv.page_table + seq * a.d.kv.page_table_stride + page);
+    if ((uint32_t)id >= (uint32_t)a.d.kv.n_pages) {
+        if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+        return NULL;
+    }
+    *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_token_scale(&a.k, id, place, kv_head)
+                                        : a.scale;
+    return a.k.data + id * a.k.page_bytes + place * a.k.token_bytes + kv_head * a.k.head_bytes;
+}
+
+// Where the key at position pos lies, NULL when it is not held.
+ATTNI_DEV const uint8_t *attni_cu_key_at(const attni_cu_pick &a, const attn_plan_seq &q,
+                                         int32_t seq, int32_t kv_head, int64_t pos, float *scale) {
+    const int64_t j = pos - q.kv_pos0;
+    *scale = 0;
+    return j < 0 || j >= q.kv_len ? NULL : attni_cu_token_at(a, seq, kv_head, (int32_t)j, scale);
+}
+
+// Key i of a tile.
+ATTNI_DEV void attni_cu_find_key(const attni_cu_pick &a, const attn_plan_seq &q, int32_t seq,
+                                 int32_t kv_head, int64_t pos, attni_cu_keys *s, int slot, int i) {
+    float scale;
+    s->row[slot][i] = attni_cu_key_at(a, q, seq, kv_head, pos, &scale);
+    s->scale[slot][i] = scale;
+}
+
+ATTNI_DEV const uint8_t *attni_cu_query_at(const attni_cu_pick &a, int64_t token, int32_t head) {
+    return (const uint8_t *)a.d.q.data +
+           (token * a.d.q.stride_token + head * a.d.q.stride_head) *
+               (a.d.q.dtype == ATTN_F32 ? 4 : 2);
+}
+
+// Sixteen codes to pairs.
+ATTNI_DEV_FAR void attni_cu_widen16(int bf, attn_dtype t, const uint8_t *src, uint32_t out[8]) {
+    uint4 x;
+    if (t == ATTN_I4) {
+        const uint2 y = *(const uint2 *)(const void *)src;
+        x = make_uint4(y.x, y.y, 0, 0);
+    } else {
+        x = *(const uint4 *)(const void *)src;
+    }
+    if (bf) attni_cu_convert_any<1>(t, x, out);
+    else attni_cu_convert_any<0>(t, x, out);
+}
+
+// n rows of Q or K to a tile of 16-bit elements, `row_bytes` apart; NULL: zeros. All threads call;
+// what is copied asynchronously is not committed.
+ATTNI_DEV void attni_cu_copy_rows(const attni_cu_pick &a, const uint8_t *const *rows, int n,
+                                  attn_dtype t, int odd, uint32_t dst) {
+    const int scaled = attni_is_scaled(t), dim = a.d.head_dim;
+    const int per = scaled ? a.per / 2 : a.per;
+    for (int i = (int)threadIdx.x; i < n * per; i += (int)blockDim.x) {
+        const int r = !scaled && a.per_shift >= 0 ? i >> a.per_shift : i / per, c = i - r * per;
+        const uint8_t *src = rows[r];
+        const uint32_t to = dst + (uint32_t)(r * a.row_bytes + c * (scaled ? 32 : 16));
+        if (!scaled && !odd) {
+            const int held = src && 8 * c < dim;
+            attni_cp_async16(to, held ? src + 16 * c : a.k.data, held ? 16 : 0);
+            continue;
+        }
+        uint32_t u[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) u[e] = 0;
+        if (scaled && src && !odd && 16 * c + 16 <= dim) {
+            attni_cu_widen16(a.mode == 1, t, src + (t == ATTN_I4 ? 8 : 16) * c, u);
+        } else if (src) {
+            for (int e = 0; e < (scaled ? 16 : 8); e++) {
+                const int at = (scaled ? 16 : 8) * c + e;
+                const float y = at < dim ? attni_cu_value_at(src, t, at) : 0.0f;
+                u[e >> 1] |= (a.mode == 1 ? attni_pair<1>(y, 0) : attni_pair<0>(y, 0))
+                             << 16 * (e & 1);
+            }
+        }
+        attni_sts16(to, u);
+        if (scaled) attni_sts16(to + 16, u + 4);
+    }
+}
+
+// acc (16, 64) of a warp: rows q + 16 warp ... against the tile k, both in shared memory.
+template <int BF>
+ATTNI_DEV void attni_cu_mma_tile(const attni_cu_pick &a, float acc[8][4], uint32_t q, uint32_t k) {
+    const int lane = (int)threadIdx.x & 31;
+    q += (uint32_t)((lane & 15) * a.row_bytes + (lane >> 4) * 16);
+    k += (uint32_t)(((lane >> 4) * 8 + (lane & 7)) * a.row_bytes + (lane >> 3 & 1) * 16);
+    for (int e = 0; e < 2 * a.wide; e += 32) {
+        uint32_t x[4];
+        attni_ldmatrix(x, q + e);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t y[4];
+            attni_ldmatrix(y, k + (uint32_t)(16 * j * a.row_bytes) + e);
+            attni_mma<BF>(acc[2 * j], x, y[0], y[1]);
+            attni_mma<BF>(acc[2 * j + 1], x, y[2], y[3]);
+        }
+    }
+}
+
+// The same in f32, from where the rows lie. All threads of the block call. buf: (192, 17).
+ATTNI_DEV_FAR void attni_cu_f32_tile(const attni_cu_pick &a, float acc[8][4],
+                                     const uint8_t *const *q, int n_q, const uint8_t *const *k,
+                                     float *buf) {
+    const int lane = (int)threadIdx.x & 31, row = ((int)threadIdx.x >> 5) * 16 + (lane >> 2);
+    for (int c = 0; c < a.d.head_dim; c += 16) {
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < (n_q + ATTNI_CU_PICK_KEYS) * 16; i += (int)blockDim.x) {
+            const int r = i >> 4, e = c + (i & 15), key = r >= n_q;
+            const uint8_t *src = key ? k[r - n_q] : q[r];
+            buf[r * 17 + (i & 15)] = !src || e >= a.d.head_dim ? 0.0f :
+                attni_cu_value_at(src, key ? a.k.dtype : a.d.q.dtype, e);
+        }
+        __syncthreads();
+        if (row >= n_q) continue;
+#pragma unroll 4
+        for (int e = 0; e < 16; e++) {
+            const float q0 = buf[row * 17 + e], q1 = buf[(row + 8) * 17 + e];
+#pragma unroll
+            for (int j = 0; j < 16; j++) {
+                const float y = buf[(n_q + 8 * (j >> 1) + 2 * (lane & 3) + (j & 1)) * 17 + e];
+                acc[j >> 1][j & 1] = __fmaf_rn(q0, y, acc[j >> 1][j & 1]);
+                acc[j >> 1][2 + (j & 1)] = __fmaf_rn(q1, y, acc[j >> 1][2 + (j & 1)]);
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// What a tile of keys comes to, before scales. q_tile: 16-bit rows in shared memory, or scratch for
+// f32; q: where the n_q rows lie.
+ATTNI_DEV void attni_cu_products(const attni_cu_pick &a, float acc[8][4], uint8_t *q_tile,
+                                 uint32_t k_tile, const uint8_t *const *q, int n_q,
+                                 const uint8_t *const *k) {
+    const int w = (int)threadIdx.x >> 5;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[j][i] = 0;
+    if (a.mode && 16 * w >= n_q) return;
+    const uint32_t at = attni_smem(q_tile) + (uint32_t)(16 * w * a.row_bytes);
+    if (a.mode == 1) attni_cu_mma_tile<1>(a, acc, at, k_tile);
+    else if (a.mode == 2) attni_cu_mma_tile<0>(a, acc, at, k_tile);
+    else {
+        float x[8][4]; // in memory, so that acc need not be
+#pragma unroll
+        for (int j = 0; j < 32; j++) x[j >> 2][j & 3] = 0;
+        attni_cu_f32_tile(a, x, q, n_q, k, (float *)(void *)q_tile);
+#pragma unroll
+        for (int j = 0; j < 32; j++) acc[j >> 2][j & 3] = x[j >> 2][j & 3];
+    }
+}
+
+// The score of a product. scale: with the key's own.
+ATTNI_DEV float attni_cu_score(const attni_cu_pick &a, float product, float scale) {
+    const float s = product * scale, cap = a.d.logits.softcap;
+    return cap > 0 ? cap * tanhf(s / cap) : s;
+}
+
+// Mean of element e over n rows that lie in `rows`.
+ATTNI_DEV float attni_cu_mean_rows(const uint8_t *const *rows, const float *scale, int n,
+                                   attn_dtype t, int e) {
+    float sum = 0;
+    for (int i = 0; i < n; i++)
+        if (rows[i]) sum += attni_cu_value_at(rows[i], t, e) * (scale ? scale[i] : 1.0f);
+    return sum;
+}
+
+// Whose each list row is, and which sequences FLEX looks into. One block.
+static __global__ void __launch_bounds__(1024) attni_cu_pick_rows(const __grid_constant__ attni_cu_pick a) {
+    __shared__ int32_t at_row, at_est, warps[2][32];
+    __shared__ attni_cu_row_of first_of[1024];
+    __shared__ int32_t row_at[1024], n_of[1024];
+    const int tid = (int)threadIdx.x, lane = tid & 31;
+    const int32_t n_seq = a.header->n_seq, b = a.f.kv_block;
+    for (int i = tid; i < a.x.max_rows; i += 1024) a.row_of[i].seq = -1;
+    for (int i = tid; i < a.n_est; i += 1024) a.est[i].seq = -1;
+    if (tid == 0) at_row = a.f.n_slots, at_est = 0;
+    for (int32_t s0 = 0; s0 < n_seq; s0 += 1024) {
+        const int32_t s = s0 + tid;
+        attn_plan_seq q;
+        memset(&q, 0, sizeof q);
+        if (s < n_seq) q = a.seq[s];
+        const int decodes = a.f.n_slots && q.q_len == 1;
+        const int32_t first = q.q_pos0 / a.f.row_block;
+        const int32_t n = q.q_len > 0 ? (q.q_pos0 + q.q_len - 1) / a.f.row_block - first + 1 : 0;
+        int32_t rows = decodes ? 0 : n, est = 0, rows_in, est_in;
+        if (a.f.kind == ATTN_SELECT_FLEX) {
+            const int64_t least = ((int64_t)a.f.flex.min_budget + b - 1) / b * b;
+            est = q.q_len > attni_max64(2 * (int64_t)b, least) &&
+                  q.kv_len > a.f.dense_below;
+        }
+        rows_in = rows, est_in = est;
+        __syncthreads();
+        for (int i = 1; i < 32; i *= 2) {
+            const int32_t x = __shfl_up_sync(~0u, rows_in, i), y = __shfl_up_sync(~0u, est_in, i);
+            if (lane >= i) rows_in += x, est_in += y;
+        }
+        if (lane == 31) warps[0][tid >> 5] = rows_in, warps[1][tid >> 5] = est_in;
+        __syncthreads();
+        int32_t row = at_row + rows_in - rows, e = at_est + est_in - est;
+        for (int i = 0; i < tid >> 5; i++) row += warps[0][i], e += warps[1][i];
+        __syncthreads();
+        if (tid == 1023) at_row = row + rows, at_est = e + est;
+        if (decodes) row = s;
+        if (a.seq_row && s < n_seq) row = a.seq_row[s] + first;
+        if (est && e >= a.n_est && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+        if (est && e < a.n_est) {
+            attni_cu_est x;
+            x.seq = s;
+            x.n = attni_min32(b, q.q_len);
+            x.p0 = q.q_pos0 + q.q_len - x.n;
+            x.nb = (q.q_pos0 + q.q_len - 1) / b + 1;
+            a.est[e] = x;
+        }
+        const attni_cu_row_of own = {s, first, est && e < a.n_est ? e : -1, 0};
+        first_of[tid] = own;
+        row_at[tid] = row, n_of[tid] = n;
+        __syncthreads();
+        for (int j = 0; j < 1024 && s0 + j < n_seq; j++)
+            for (int i = tid; i < n_of[j]; i += 1024) {
+                attni_cu_row_of x = first_of[j];
+                x.block += i;
+                if ((uint32_t)(row_at[j] + i) < (uint32_t)a.x.max_rows) a.row_of[row_at[j] + i] = x;
+                else if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            }
+    }
+}
+
+// ==== >>impl-select-cut  Selectors: the largest of many, by count and by sum =====================
+
+typedef struct attni_cu_sums {
+    double sum[32];
+    int32_t count[32];
+} attni_cu_sums;
+
+typedef struct attni_cu_cut { // what is above key, and the first `ties` of what equals it
+    uint32_t key;
+    int32_t above, ties;
+    double sum;               // of what is above
+} attni_cu_cut;
+
+// Order of floats as integers; -0 as 0.
+ATTNI_DEV uint32_t attni_cu_order(float x) {
+    const uint32_t u = __float_as_uint(x + 0.0f);
+    return u >> 31 ? ~u : u | 0x80000000u;
+}
+
+// Sums over the block, the same for all its threads, which all call.
+ATTNI_DEV void attni_cu_total(attni_cu_sums *s, int32_t *count, double *sum) {
+    const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x >> 5;
+    for (int i = 16; i; i >>= 1) {
+        *count += __shfl_xor_sync(~0u, *count, i);
+        *sum += __shfl_xor_sync(~0u, *sum, i);
+    }
+    __syncthreads();
+    if (lane == 0) s->count[threadIdx.x >> 5] = *count, s->sum[threadIdx.x >> 5] = *sum;
+    __syncthreads();
+    *count = lane < warps ? s->count[lane] : 0;
+    *sum = lane < warps ? s->sum[lane] : 0;
+    for (int i = 16; i; i >>= 1) {
+        *count += __shfl_xor_sync(~0u, *count, i);
+        *sum += __shfl_xor_sync(~0u, *sum, i);
+    }
+}
+
+// The fewest of v's n values, largest first, the lower index of equals first, such that they are
+// at least lo and their w sum up to `part` (strict: to more), or that they are hi. The key is found
+// bit by bit. All threads call; 1 <= hi <= n; w: v or other weights >= 0, NULL: hi decides.
+ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int64_t n, int32_t lo,
+                                             int32_t hi, double part, int strict,
+                                             attni_cu_sums *s) {
+    attni_cu_cut c = {0, 0, 0, 0};
+    int32_t reached = (int32_t)n, count;
+    double sum;
+    for (int bit = 32; bit >= 0; bit--) { // at last what is above the key
+        const uint32_t key = bit ? c.key | (uint32_t)1 << (bit - 1) : c.key + 1;
+        count = 0, sum = 0;
+        for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
+            if (attni_cu_order(v[i]) >= key) {
+                count++;
+                if (w) sum += (double)w[i];
+            }
+        attni_cu_total(s, &count, &sum);
+        const int held = w && (strict ? sum > part : sum >= part);
+        if (!bit) break;
+        if ((count >= lo && held) || count >= hi) c.key = key, reached = count;
+    }
+    c.above = count, c.sum = sum;
+    const int32_t most = attni_min32(reached, hi) - c.above;
+    c.ties = most;
+    if (!w) return c;
+    const uint32_t u = c.key >> 31 ? c.key & 0x7fffffffu : ~c.key;
+    const double each = (double)__uint_as_float(u);
+    if (v == w) {
+        double need = each > 0 ? floor((part - sum) / each) : 0;
+        need = need > 0 ? need - 1 : 0;
+        while (need < most && !(strict ? sum + need * each > part : sum + need * each >= part))
+            need += 1;
+        c.ties = attni_min32(most, attni_max32((int32_t)need, lo - c.above));
+    } else if (most > 1) { // equals of other weights, in their order
+        int32_t m = 0;
+        for (int64_t i = 0; i < n && m < most; i++) {
+            if (attni_cu_order(v[i]) != c.key) continue;
+            if (c.above + m >= lo && (strict ? sum > part : sum >= part)) break;
+            sum += (double)w[i];
+            m++;
+        }
+        c.ties = m;
+    }
+    return c;
+}
+
+// Sets bits (bit i, or last - i where last >= 0) of what the cut keeps. All threads call.
+ATTNI_DEV_FAR void attni_cu_keep_cut(const float *v, int64_t n, const attni_cu_cut &c, int64_t last,
+                                     uint32_t *bits, attni_cu_sums *s) {
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    int32_t seen = 0;
+    for (int64_t i0 = 0; i0 < n; i0 += blockDim.x) {
+        const int64_t i = i0 + threadIdx.x;
+        const uint32_t key = i < n ? attni_cu_order(v[i]) : 0;
+        const int tie = i < n && key == c.key;
+        const uint32_t ties = __ballot_sync(~0u, tie);
+        __syncthreads();
+        if (lane == 0) s->count[warp] = __popc(ties);
+        __syncthreads();
+        int32_t rank = seen + __popc(ties & ((1u << lane) - 1));
+        for (int j = 0; j < (int)blockDim.x / 32; j++) {
+            if (j < warp) rank += s->count[j];
+            seen += s->count[j];
+        }
+        if (i < n && (key > c.key || (tie && rank < c.ties))) {
+            const int64_t at = last >= 0 ? last - i : i;
+            atomicOr(bits + (at >> 5), 1u << (at & 31));
+        }
+    }
+    __syncthreads();
+}
+
+// Writes the bits below n_bits as the entries of a row, ascending, bit 0 as `first`. All threads
+// call.
+ATTNI_DEV_FAR void attni_cu_emit(const attni_cu_pick &a, int32_t list, int32_t row,
+                                 const uint32_t *bits, int32_t first, int32_t n_bits,
+                                 int32_t visited, attni_cu_sums *s) {
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    int32_t done = 0;
+    for (int32_t w0 = 0; 32 * (int64_t)w0 < n_bits; w0 += (int32_t)blockDim.x) {
+        const int32_t w = w0 + (int)threadIdx.x;
+        uint32_t x = 32 * (int64_t)w < n_bits ? bits[w] : 0;
+        if (32 * (int64_t)w + 32 > n_bits && x) x &= (1u << (n_bits - 32 * w)) - 1;
+        int32_t n = __popc(x);
+        for (int i = 1; i < 32; i *= 2) {
+            const int32_t y = __shfl_up_sync(~0u, n, i);
+            if (lane >= i) n += y;
+        }
+        __syncthreads();
+        if (lane == 31) s->count[warp] = n;
+        __syncthreads();
+        int32_t to = done + n - __popc(x);
+        for (int j = 0; j < (int)blockDim.x / 32; j++) {
+            if (j < warp) to += s->count[j];
+            done += s->count[j];
+        }
+        for (; x; x &= x - 1, to++)
+            if (to < a.x.row_capacity) a.x.block[base + to] = first + 32 * w + __ffs((int)x) - 1;
+    }
+    if (threadIdx.x == 0) {
+        a.x.row_start[at] = base;
+        a.x.row_end[at] = base + attni_min32(done, a.x.row_capacity);
+        a.x.visited[at] = visited;
+        if (done > a.x.row_capacity && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+    }
+}
+
+// ==== >>impl-select-flex  FlexPrefill ============================================================
+//
+// The last queries see every key twice: pass 1 leaves each row's maximum and sum per chunk of keys,
+// pass 2 the weights summed over rows (v, for each of the two row blocks these queries may lie in)
+// and over diagonals (a piece per chunk). One block per head then chooses, one per list row writes.
+
+enum { // in attni_cu_pick.at: sections of a head's workspace; MEAN: of a sequence's
+    ATTNI_CU_FLEX_PART, ATTNI_CU_FLEX_NORM, ATTNI_CU_FLEX_V, ATTNI_CU_FLEX_DIAG,
+    ATTNI_CU_FLEX_TOKENS, ATTNI_CU_FLEX_BLOCKS, ATTNI_CU_FLEX_BITS, ATTNI_CU_FLEX_CHOICE,
+    ATTNI_CU_FLEX_MAP, ATTNI_CU_FLEX_MEAN
+};
+
+typedef struct attni_cu_flex_choice {
+    double gamma;          // gamma' of a query-aware head; as coded: of the map
+    attni_cu_cut map;      // as coded: what is kept of the map
+    int32_t aware, pad;
+} attni_cu_flex_choice;
+
+#define ATTNI_CU_P 65 /* row of weights in shared memory */
+
+ATTNI_DEV uint8_t *attni_cu_flex_at(const attni_cu_pick &a, int32_t est, int32_t head, int section) {
+    return a.work + est * a.est_bytes + head * a.head_bytes + a.at[section];
+}
+ATTNI_DEV float *attni_cu_flex_floats(const attni_cu_pick &a, int32_t est, int32_t head,
+                                      int section) {
+    return (float *)(void *)attni_cu_flex_at(a, est, head, section);
+}
+
+// First position of chunk 0.
+ATTNI_DEV int64_t attni_cu_flex_base(const attn_plan_seq &q) {
+    return q.kv_pos0 / ATTNI_CU_CHUNK * (int64_t)ATTNI_CU_CHUNK;
+}
+
+// The weights of 128 rows against a tile, in shared memory, to sums of columns and of diagonals.
+// Those of cells that are kept anyway are negative. rows: so many are there; those from cut on are
+// in the second row block. diag: of row - key.
+ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t rows, int32_t cut, float *diag,
+                                  float *part, float *v, int64_t v_stride) {
+    const int tid = (int)threadIdx.x, c = tid & 63, quarter = tid >> 6;
+    float low = 0, high = 0, sum = 0;
+    for (int i = 32 * quarter; i < 32 * quarter + 32; i++) {
+        const float x = fabsf(w[i * ATTNI_CU_P + c]);
+        if (i < cut) low += x;
+        else high += x;
+    }
+    part[quarter * 128 + c] = low, part[quarter * 128 + 64 + c] = high;
+    if (tid < 191)
+        for (int j = 0; j < 64; j++) {
+            const int i = j + tid - 63;
+            if ((unsigned)i < 128) sum += fmaxf(w[i * ATTNI_CU_P + j], 0.0f);
+        }
+    if (tid < 191 && tid - 63 < rows) diag[tid - 63] += sum;
+    __syncthreads();
+    if (tid < 128)
+        v[quarter * v_stride + c] += part[tid] + part[128 + tid] + part[256 + tid] + part[384 + tid];
+}
+
+template <int PASS>
+static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const __grid_constant__ attni_cu_pick a) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_keys keys;
+    __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
+    __shared__ float part[512];
+    const attni_cu_est e = a.est[blockIdx.z];
+    if (e.seq < 0) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    const int32_t head = (int32_t)blockIdx.y, chunk = (int32_t)blockIdx.x, kv_head = head / a.group;
+    const int64_t base = attni_cu_flex_base(q), k0 = base + (int64_t)chunk * ATTNI_CU_CHUNK;
+    const int64_t end = attni_min64((int64_t)q.kv_pos0 + q.kv_len, (int64_t)e.p0 + e.n);
+    if (k0 >= end) return;
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    const int32_t b = a.f.kv_block, cut = b - e.p0 % b; // rows from there on: the second row block
+    const int tile = ATTNI_CU_PICK_KEYS * a.row_bytes, exact = a.f.flex.compatible;
+    uint8_t *k_tile = smem + ATTNI_CU_PICK_ROWS * a.row_bytes;
+    float *w = (float *)(void *)(smem + a.tile_bytes), *diag = w + 128 * ATTNI_CU_P;
+    float *v = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_V) + k0 - base;
+    float *norm = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_NORM);
+    if (PASS == 2) {
+        for (int i = tid; i < e.n + 1023; i += ATTNI_CU_PICK) diag[i] = 0;
+        for (int i = tid; i < 2 * ATTNI_CU_CHUNK; i += ATTNI_CU_PICK)
+            v[i / ATTNI_CU_CHUNK * a.kv_cap + i % ATTNI_CU_CHUNK] = 0;
+    }
+    for (int32_t r0 = 0; r0 < e.n; r0 += ATTNI_CU_PICK_ROWS) {
+        const int64_t reach = attni_min64(end, (int64_t)e.p0 + r0 + ATTNI_CU_PICK_ROWS);
+        const int n = (int)attni_min64(ATTNI_CU_CHUNK / 64, (reach - k0 + 63) / 64);
+        float m[2] = {ATTNI_NINF, ATTNI_NINF}, l[2] = {0, 0};
+        __syncthreads();
+        if (tid < ATTNI_CU_PICK_ROWS)
+            q_row[tid] = r0 + tid >= e.n ? NULL
+                : attni_cu_query_at(a, (int64_t)q.q_begin + e.p0 - q.q_pos0 + r0 + tid, head);
+        for (int t = 0; t < 2; t++)
+            if (tid < 64)
+                attni_cu_find_key(a, q, e.seq, kv_head, k0 + 64 * t + tid, &keys, t, tid);
+        __syncthreads();
+        if (a.mode) {
+            attni_cu_copy_rows(a, q_row, ATTNI_CU_PICK_ROWS, a.d.q.dtype, a.odd_q, attni_smem(smem));
+            attni_cu_copy_rows(a, keys.row[0], 64, a.k.dtype, a.odd_k, attni_smem(k_tile));
+            attni_cp_commit();
+        }
+        // of the lane's rows: the last key of the chunk they see, the first one of their own block
+        int limit[2], own[2];
+        const int low = (int)attni_max64(q.kv_pos0 - k0, 0), see = (int)attni_min64(
+                                                                 e.p0 + r0, end - 1) - (int)k0;
+        const int second = (int)attni_max64(b - k0, 0);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int32_t r = r0 + row0 + 8 * h, p = e.p0 + r;
+            limit[h] = r < e.n ? (int)(attni_min64(p, end - 1) - k0) : -1;
+            own[h] = (int)(p / b * b - k0);
+            if (PASS == 2) m[h] = r < e.n ? norm[2 * r] : 0, l[h] = r < e.n ? norm[2 * r + 1] : 0;
+        }
+        for (int t = 0; t < n; t++) {
+            float acc[8][4];
+            attni_cp_wait<0>();
+            __syncthreads();
+            if (t + 1 < n && a.mode) {
+                attni_cu_copy_rows(a, keys.row[(t + 1) & 3], 64, a.k.dtype, a.odd_k,
+                                   attni_smem(k_tile + ((t + 1) & 1) * tile));
+                attni_cp_commit();
+            }
+            if (t + 2 < n && tid < 64)
+                attni_cu_find_key(a, q, e.seq, kv_head, k0 + 64 * (t + 2) + tid, &keys, (t + 2) & 3,
+                                  tid);
+            attni_cu_products(a, acc, smem, attni_smem(k_tile + (t & 1) * tile), q_row,
+                              ATTNI_CU_PICK_ROWS, keys.row[t & 3]);
+            float most[2] = {ATTNI_NINF, ATTNI_NINF};
+            const float *scale = keys.scale[t & 3];
+            const int c0 = 64 * t + 2 * (lane & 3);
+            // every row of the block sees every key of the tile
+            const int full = 64 * t >= low && 64 * t + 63 <= see && r0 + 128 <= e.n;
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int c = c0 + 8 * j + (i & 1), h = i >> 1; // in the chunk
+                    float s = attni_cu_score(a, acc[j][i], scale[c - 64 * t]) * ATTNI_LOG2E;
+                    if (!full && (c > limit[h] || c < low)) s = ATTNI_NINF;
+                    if (PASS == 1) {
+                        acc[j][i] = s;
+                        most[h] = fmaxf(most[h], s);
+                    } else { // exp2f: what is tiny counts where nothing else is there
+                        const float x = s > ATTNI_NINF ? exp2f(s - m[h]) * l[h] : 0.0f;
+                        w[(row0 + 8 * h) * ATTNI_CU_P + c - 64 * t] =
+                            !exact && (c < second || c >= own[h]) ? -x : x;
+                    }
+                }
+            if (PASS == 1) {
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    if (most[h] > m[h]) l[h] *= attni_exp2(m[h] - most[h]), m[h] = most[h];
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        if (full || acc[j][i] > ATTNI_NINF)
+                            l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
+            } else {
+                __syncthreads();
+                attni_cu_flex_sums(w, e.n - r0, cut - r0, diag + r0 - 64 * t + 1023, part,
+                                   v + 64 * t, a.kv_cap);
+            }
+        }
+        for (int h = 0; PASS == 1 && h < 2; h++) {
+            const float most = attni_quad_max(m[h]);
+            const float sum = attni_quad_sum(m[h] > ATTNI_NINF ? l[h] * attni_exp2(m[h] - most) : 0);
+            const int32_t r = r0 + row0 + 8 * h;
+            float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_PART) +
+                        2 * ((int64_t)r * a.n_chunks + chunk);
+            if ((lane & 3) == 0 && r < e.n) to[0] = most, to[1] = sum;
+        }
+    }
+    if (PASS == 2) {
+        float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_DIAG) +
+                    chunk * ((int64_t)b + 1023);
+        __syncthreads();
+        for (int i = tid; i < e.n + 1023; i += ATTNI_CU_PICK) to[i] = diag[i];
+    }
+}
+
+// Each row's maximum and 1 / (sum n) over its chunks. A warp a row.
+static __global__ void __launch_bounds__(128) attni_cu_flex_norm(const __grid_constant__ attni_cu_pick a) {
+    const attni_cu_est e = a.est[blockIdx.z];
+    const int32_t r = (int32_t)(blockIdx.x * 4 + (threadIdx.x >> 5)), head = (int32_t)blockIdx.y;
+    const int lane = (int)threadIdx.x & 31;
+    if (e.seq < 0 || r >= e.n) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    const float *from = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_PART) +
+                        2 * (int64_t)r * a.n_chunks;
+    const int64_t end = attni_min64((int64_t)q.kv_pos0 + q.kv_len, (int64_t)e.p0 + e.n);
+    const int n = (int)((end - attni_cu_flex_base(q) + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK);
+    float m = ATTNI_NINF, l = 0;
+    for (int i = lane; i < n; i += 32) m = fmaxf(m, from[2 * i]);
+    for (int i = 16; i; i >>= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
+    for (int i = lane; i < n; i += 32)
+        if (from[2 * i] > ATTNI_NINF) l += from[2 * i + 1] * attni_exp2(from[2 * i] - m);
+    for (int i = 16; i; i >>= 1) l += __shfl_xor_sync(~0u, l, i);
+    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_NORM) + 2 * r;
+    if (lane == 0) to[0] = m, to[1] = l > 0 ? 1 / (l * (float)e.n) : 0;
+}
+
+// Mean keys of every block, with the scale of scores: (n_kv_heads, n_blocks, head_dim).
+static __global__ void __launch_bounds__(128) attni_cu_flex_means(const __grid_constant__ attni_cu_pick a) {
+    __shared__ const uint8_t *row[64];
+    __shared__ float scale[64];
+    const attni_cu_est e = a.est[blockIdx.z];
+    const int32_t j = (int32_t)blockIdx.x, kv_head = (int32_t)blockIdx.y, b = a.f.kv_block;
+    const int tid = (int)threadIdx.x;
+    if (e.seq < 0 || j >= e.nb) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    const int64_t lo = attni_max64((int64_t)j * b, q.kv_pos0);
+    const int64_t hi = attni_min64(attni_min64(((int64_t)j + 1) * b, (int64_t)e.p0 + e.n),
+                                   (int64_t)q.kv_pos0 + q.kv_len);
+    float *to = (float *)(void *)(a.work + blockIdx.z * a.est_bytes + a.at[ATTNI_CU_FLEX_MEAN]);
+    const int64_t at = (int64_t)kv_head * a.n_blocks + j;
+    float sum[(ATTN_MAX_HEAD_DIM + 127) / 128];
+#pragma unroll
+    for (int i = 0; i < (ATTN_MAX_HEAD_DIM + 127) / 128; i++) sum[i] = 0;
+    for (int64_t k = lo; k < hi; k += 64) {
+        const int n = (int)attni_min64(64, hi - k);
+        __syncthreads();
+        if (tid < n) row[tid] = attni_cu_key_at(a, q, e.seq, kv_head, k + tid, &scale[tid]);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < (ATTN_MAX_HEAD_DIM + 127) / 128; i++)
+            if (128 * i + tid < a.d.head_dim)
+                sum[i] += attni_cu_mean_rows(row, scale, n, a.k.dtype, 128 * i + tid);
+    }
+#pragma unroll
+    for (int i = 0; i < (ATTN_MAX_HEAD_DIM + 127) / 128; i++)
+        if (128 * i + tid < a.d.head_dim)
+            to[at * a.d.head_dim + 128 * i + tid] = hi > lo ? sum[i] / (float)(hi - lo) : 0;
+}
+
+// Mean of n queries from token on. All threads call; mean is complete for all of them.
+ATTNI_DEV void attni_cu_flex_mean_query(const attni_cu_pick &a, int32_t head, int64_t token,
+                                        int32_t n, float *mean) {
+    const int dim = a.d.head_dim, tid = (int)threadIdx.x;
+    __syncthreads();
+    for (int i = tid; i < dim; i += (int)blockDim.x) mean[i] = 0;
+    __syncthreads();
+    if (a.d.q.dtype == ATTN_F32 || a.odd_q) {
+        for (int i = tid; i < dim; i += (int)blockDim.x) {
+            float x = 0;
+            for (int t = 0; t < n; t++)
+                x += attni_cu_value_at(attni_cu_query_at(a, token + t, head), a.d.q.dtype, i);
+            mean[i] = x / (float)n;
+        }
+    } else { // a thread has 8 dimensions of every so-manieth query
+        const int per = dim / 8, turns = (int)blockDim.x / per, c = tid % per, t0 = tid / per;
+        float x[8];
+#pragma unroll
+        for (int e = 0; e < 8; e++) x[e] = 0;
+#pragma unroll 4
+        for (int t = t0; t < n && t0 < turns; t += turns) {
+            const uint4 y = *(const uint4 *)(const void *)(
+                attni_cu_query_at(a, token + t, head) + 16 * c);
+            const uint32_t u[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const uint16_t v = (uint16_t)(u[e >> 1] >> 16 * (e & 1));
+                x[e] += a.d.q.dtype == ATTN_BF16 ? __uint_as_float((uint32_t)v << 16)
+                                                 : attni_half(v);
+            }
+        }
+        for (int s = 0; s < turns; s++) { // in order: the sum does not depend on timing
+            if (t0 == s)
+#pragma unroll
+                for (int e = 0; e < 8; e++) mean[8 * c + e] += x[e];
+            __syncthreads();
+        }
+        for (int i = tid; i < dim; i += (int)blockDim.x) mean[i] /= (float)n;
+    }
+    __syncthreads();
+}
+
+// e = softmax over blocks [0, n) of the mean of n_q queries from token on against mean keys (which
+// carry the scale). mean: (head_dim) in shared memory. All threads call.
+ATTNI_DEV_FAR void attni_cu_flex_softmax(const attni_cu_pick &a, int32_t est,
+                                         const attn_plan_seq &q, int32_t head, int64_t token,
+                                         int32_t n_q, int32_t n, float *mean, float *e,
+                                         attni_cu_sums *s) {
+    const int dim = a.d.head_dim, b = a.f.kv_block;
+    const float *keys = (const float *)(const void *)(a.work + est * a.est_bytes +
+                                                      a.at[ATTNI_CU_FLEX_MEAN]) +
+                        (int64_t)(head / a.group) * a.n_blocks * dim;
+    double most = -1e300, sum = 0;
+    int32_t none = 0;
+    attni_cu_flex_mean_query(a, head, token, n_q, mean);
+    for (int j = (int)threadIdx.x; j < n; j += (int)blockDim.x) {
+        const float *k = keys + (int64_t)j * dim;
+        float x = 0;
+        if (((int64_t)j + 1) * b <= q.kv_pos0 || (int64_t)j * b >= (int64_t)q.kv_pos0 + q.kv_len) {
+            e[j] = ATTNI_NINF; // no keys
+            continue;
+        }
+#pragma unroll 8
+        for (int i = 0; i < dim; i += 4) {
+            const float4 y = *(const float4 *)(const void *)(k + i);
+            x = __fmaf_rn(mean[i], y.x, x), x = __fmaf_rn(mean[i + 1], y.y, x);
+            x = __fmaf_rn(mean[i + 2], y.z, x), x = __fmaf_rn(mean[i + 3], y.w, x);
+        }
+        e[j] = attni_cu_score(a, x, 1);
+        most = fmax(most, (double)e[j]);
+    }
+    for (int i = 16; i; i >>= 1) most = fmax(most, __shfl_xor_sync(~0u, most, i));
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) s->sum[threadIdx.x >> 5] = most;
+    __syncthreads();
+    for (int i = 0; i < (int)blockDim.x / 32; i++) most = fmax(most, s->sum[i]);
+    for (int j = (int)threadIdx.x; j < n; j += (int)blockDim.x) {
+        e[j] = e[j] > ATTNI_NINF ? expf((float)((double)e[j] - most)) : 0;
+        sum += (double)e[j];
+    }
+    attni_cu_total(s, &none, &sum);
+    for (int j = (int)threadIdx.x; j < n; j += (int)blockDim.x) e[j] = (float)((double)e[j] / sum);
+    __syncthreads();
+}
+
+// Weight of the pairs t apart, over all chunks.
+ATTNI_DEV float attni_cu_flex_distance(const attni_cu_pick &a, const attni_cu_est &e,
+                                       const float *diag, int64_t base, int64_t n_chunks,
+                                       int64_t t) {
+    const int64_t first = (int64_t)e.p0 - t - base; // of the key of the first row, may be negative
+    int64_t c = first - 1023 > 0 ? (first - 1023 + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK : 0;
+    float sum = 0;
+    for (; c < n_chunks && c * ATTNI_CU_CHUNK < first + e.n; c++)
+        sum += diag[c * ((int64_t)a.f.kv_block + 1023) + c * ATTNI_CU_CHUNK - first + 1023];
+    return sum;
+}
+
+ATTNI_DEV float attni_cu_warp_sum(float x) {
+    for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+// Arrays of n_blocks floats each of a head.
+enum { ATTNI_CU_ALL, ATTNI_CU_COLS, ATTNI_CU_SLASH, ATTNI_CU_MASS0, ATTNI_CU_MASS1, ATTNI_CU_E,
+       ATTNI_CU_ARRAYS };
+
+// Masses of blocks and of block diagonals, corrected: what is always kept left out, weights of a
+// distance shared between two diagonals.
+ATTNI_DEV void attni_cu_flex_pool(const attni_cu_pick &a, const attni_cu_est &e,
+                                  const attn_plan_seq &q, const float *v, const float *diag,
+                                  float *f) {
+    const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x >> 5;
+    const int64_t b = a.f.kv_block, base = attni_cu_flex_base(q), n = a.n_blocks;
+    const int64_t end = attni_min64((int64_t)q.kv_pos0 + q.kv_len, (int64_t)e.p0 + e.n);
+    const int64_t n_chunks = (end - base + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK;
+    const int32_t row0 = (int32_t)(e.p0 / b), row1 = e.nb - 1;
+    for (int32_t j = (int32_t)threadIdx.x >> 5; j < e.nb; j += warps) {
+        float m0 = 0, m1 = 0, x = 0;
+        const int64_t hi = attni_min64((j + 1) * b, end);
+        for (int64_t k = attni_max64(j * b, q.kv_pos0) + lane; k < hi; k += 32)
+            m0 += v[k - base], m1 += v[a.kv_cap + k - base];
+        for (int64_t t = attni_max64(0, (j - 1) * b) + lane; t < (j + 1) * b; t += 32) {
+            const float share = (float)(t % b) / (float)b;
+            x += (t / b == j ? 1 - share : share) *
+                 attni_cu_flex_distance(a, e, diag, base, n_chunks, t);
+        }
+        m0 = attni_cu_warp_sum(m0), m1 = attni_cu_warp_sum(m1), x = attni_cu_warp_sum(x);
+        if (lane) continue;
+        f[ATTNI_CU_ALL * n + j] = m0 + m1;
+        if (row0 == row1) m0 += m1, m1 = 0;
+        f[ATTNI_CU_MASS0 * n + j] = m0 = j == 0 || j == row0 ? 0 : m0;
+        f[ATTNI_CU_MASS1 * n + j] = m1 = j == 0 || j == row1 ? 0 : m1;
+        f[ATTNI_CU_COLS * n + j] = m0 + m1;
+        f[ATTNI_CU_SLASH * n + j] = x;
+    }
+    __syncthreads();
+}
+
+// As coded: tokens' v and s (by N - 1 - distance), counts of blocks that hold gamma of them, masses
+// of blocks and of runs of s.
+ATTNI_DEV void attni_cu_flex_pool_coded(const attni_cu_pick &a, const attni_cu_est &e,
+                                        const attn_plan_seq &q, float *v, const float *diag,
+                                        float *tokens, float *f, int32_t n_of[2],
+                                        attni_cu_sums *s) {
+    const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x >> 5;
+    const int64_t b = a.f.kv_block, n = a.n_blocks, base = attni_cu_flex_base(q);
+    const int32_t len = e.p0 + e.n;
+    const int64_t n_chunks = (len - base + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK;
+    for (int i = (int)threadIdx.x; i < len; i += (int)blockDim.x) {
+        if (i >= base) v[i - base] += v[a.kv_cap + i - base];
+        tokens[len - 1 - i] = attni_cu_flex_distance(a, e, diag, base, n_chunks, i);
+    }
+    __syncthreads();
+    for (int h = 0; h < 2; h++) {
+        const float *x = h ? tokens : v;
+        const int32_t all = h ? len : (int32_t)(len - base);
+        const attni_cu_cut c = attni_cu_find_cut(x, x, all, 0, all, (double)a.f.flex.gamma, 1, s);
+        const int32_t least = (a.f.flex.min_budget - 1) / (int32_t)b + 1;
+        const int32_t most = (a.f.flex.max_budget - 1) / (int32_t)b + 1;
+        n_of[h] = attni_max32((c.above + c.ties) / 128 + 1, least);
+        n_of[h] = attni_min32(n_of[h], attni_min32(most, e.nb));
+    }
+    for (int32_t j = (int32_t)threadIdx.x >> 5; j < e.nb; j += warps) {
+        float m = 0, x = 0;
+        for (int64_t k = j * b + lane; k < attni_min64((j + 1) * b, len); k += 32)
+            m += k >= base ? v[k - base] : 0, x += tokens[k];
+        m = attni_cu_warp_sum(m), x = attni_cu_warp_sum(x);
+        if (lane) continue;
+        f[ATTNI_CU_ALL * n + j] = m;
+        f[ATTNI_CU_COLS * n + j] = j == 0 ? __int_as_float(0x7f800000) : m;
+        f[ATTNI_CU_SLASH * n + j] = j == e.nb - 1 ? __int_as_float(0x7f800000) : x;
+    }
+    __syncthreads();
+}
+
+// (Jensen-Shannon distance) ^ 2 of e and p below tau ^ 2? As coded 0 ln 0 is no number.
+ATTNI_DEV int attni_cu_flex_aware(const attni_cu_pick &a, const float *e, const float *p, int32_t n,
+                                  attni_cu_sums *s) {
+    double sum = 0;
+    int32_t zeros = 0;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        const double x = (double)e[i], y = (double)p[i], m = (x + y) / 2;
+        if (x > 0) sum += x * log(x / m) / 2;
+        if (y > 0) sum += y * log(y / m) / 2;
+        zeros += x <= 0 || y <= 0;
+    }
+    attni_cu_total(s, &zeros, &sum);
+    return sum < (double)a.f.flex.tau * (double)a.f.flex.tau &&
+           !(a.f.flex.compatible && zeros);
+}
+
+// gamma': what of e_r the rows of the last queries need to hold gamma of their own masses.
+ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, int32_t est, const attni_cu_est &e,
+                                     const attn_plan_seq &q, int32_t head, float *mean, float *f,
+                                     attni_cu_sums *s) {
+    const int32_t b = a.f.kv_block, row0 = e.p0 / b, row1 = e.nb - 1;
+    const int64_t n = a.n_blocks;
+    double gamma = (double)a.f.flex.gamma;
+    for (int32_t r = row0; r <= row1; r++) {
+        const float *mass = f + (r == row0 ? ATTNI_CU_MASS0 : ATTNI_CU_MASS1) * n;
+        float *own = f + ATTNI_CU_E * n;
+        const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
+        const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
+        attni_cu_flex_softmax(a, est, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo), r + 1,
+                              mean, own, s);
+        double all = 0, sum = 0;
+        int32_t count = 0;
+        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x) all += (double)mass[j];
+        attni_cu_total(s, &count, &all);
+        if (!(all > 0)) continue;
+        const attni_cu_cut c = attni_cu_find_cut(own, mass, r + 1, 0, r + 1, // by e, until mass
+                                                 (double)a.f.flex.gamma * all, 0, s);
+        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x)
+            if (attni_cu_order(own[j]) > c.key) sum += (double)own[j];
+        attni_cu_total(s, &count, &sum);
+        const uint32_t u = c.key >> 31 ? c.key & 0x7fffffffu : 0;
+        gamma = fmax(gamma, sum + c.ties * (double)__uint_as_float(u));
+    }
+    return gamma;
+}
+
+// What one head keeps: bits of columns and of diagonals, whether it is query-aware.
+static __global__ void __launch_bounds__(1024) attni_cu_flex_choose(const __grid_constant__ attni_cu_pick a) {
+    __shared__ attni_cu_sums s;
+    __shared__ float mean[ATTN_MAX_HEAD_DIM];
+    const attni_cu_est e = a.est[blockIdx.z];
+    const int32_t head = (int32_t)blockIdx.y, b = a.f.kv_block, coded = a.f.flex.compatible;
+    if (e.seq < 0) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    float *f = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_BLOCKS);
+    float *v = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_V);
+    const float *diag = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_DIAG);
+    uint32_t *bits = (uint32_t *)(void *)attni_cu_flex_at(a, blockIdx.z, head, ATTNI_CU_FLEX_BITS);
+    attni_cu_flex_choice *to =
+        (attni_cu_flex_choice *)(void *)attni_cu_flex_at(a, blockIdx.z, head, ATTNI_CU_FLEX_CHOICE);
+    const int32_t words = (a.n_blocks + 31) / 32, least = (a.f.flex.min_budget - 1) / b + 1;
+    const int32_t most = attni_min32((a.f.flex.max_budget - 1) / b + 1, e.nb);
+    int32_t n_of[2] = {0, 0};
+    int aware = 0;
+    for (int i = (int)threadIdx.x; i < 2 * words; i += (int)blockDim.x) bits[i] = 0;
+    if (coded)
+        attni_cu_flex_pool_coded(a, e, q, v, diag,
+                                 attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_TOKENS), f,
+                                 n_of, &s);
+    else attni_cu_flex_pool(a, e, q, v, diag, f);
+    if (a.f.flex.tau > 0) {
+        float *own = f + ATTNI_CU_E * (int64_t)a.n_blocks;
+        attni_cu_flex_softmax(a, blockIdx.z, q, head, (int64_t)q.q_begin + e.p0 - q.q_pos0, e.n,
+                              e.nb, mean, own, &s);
+        aware = attni_cu_flex_aware(a, own, f + ATTNI_CU_ALL * (int64_t)a.n_blocks, e.nb, &s);
+    }
+    if (aware && coded) n_of[0] = n_of[1] = attni_min32(least, e.nb);
+    for (int h = 0; h < 2 && (coded || !aware); h++) {
+        const float *x = f + (h ? ATTNI_CU_SLASH : ATTNI_CU_COLS) * (int64_t)a.n_blocks;
+        attni_cu_cut c;
+        if (coded) {
+            c = attni_cu_find_cut(x, NULL, e.nb, n_of[h], n_of[h], 0, 0, &s);
+        } else {
+            double sum = 0;
+            int32_t none = 0;
+            for (int j = (int)threadIdx.x; j < e.nb; j += (int)blockDim.x) sum += (double)x[j];
+            attni_cu_total(&s, &none, &sum);
+            c = attni_cu_find_cut(x, x, e.nb, least, most, (double)a.f.flex.gamma * sum, 0, &s);
+        }
+        attni_cu_keep_cut(x, e.nb, c, coded && h ? e.nb - 1 : -1, bits + h * words, &s);
+    }
+    double gamma = (double)a.f.flex.gamma;
+    if (aware && !coded) gamma = attni_cu_flex_gamma(a, blockIdx.z, e, q, head, mean, f, &s);
+    if (threadIdx.x == 0) to->aware = aware, to->gamma = gamma;
+}
+
+// As coded, query-aware heads: e_r of every row block, (n_blocks, n_blocks); -1 beyond the diagonal.
+static __global__ void __launch_bounds__(128) attni_cu_flex_map(const __grid_constant__ attni_cu_pick a) {
+    __shared__ attni_cu_sums s;
+    __shared__ float mean[ATTN_MAX_HEAD_DIM];
+    const attni_cu_est e = a.est[blockIdx.z];
+    const int32_t head = (int32_t)blockIdx.y, r = (int32_t)blockIdx.x, b = a.f.kv_block;
+    if (e.seq < 0 || r >= e.nb) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    const attni_cu_flex_choice *c = (const attni_cu_flex_choice *)(const void *)attni_cu_flex_at(
+        a, blockIdx.z, head, ATTNI_CU_FLEX_CHOICE);
+    if (!c->aware) return;
+    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_MAP) + (int64_t)r * e.nb;
+    const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
+    const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
+    for (int j = (hi > lo ? r + 1 : 0) + (int)threadIdx.x; j < e.nb; j += (int)blockDim.x)
+        to[j] = -1;
+    if (hi > lo)
+        attni_cu_flex_softmax(a, blockIdx.z, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo),
+                              r + 1, mean, to, &s);
+}
+
+// The cut through a head's map.
+static __global__ void __launch_bounds__(1024) attni_cu_flex_map_cut(const __grid_constant__ attni_cu_pick a) {
+    __shared__ attni_cu_sums s;
+    const attni_cu_est e = a.est[blockIdx.z];
+    if (e.seq < 0) return;
+    attni_cu_flex_choice *to = (attni_cu_flex_choice *)(void *)attni_cu_flex_at(
+        a, blockIdx.z, (int32_t)blockIdx.y, ATTNI_CU_FLEX_CHOICE);
+    if (!to->aware) return;
+    const float *x = attni_cu_flex_floats(a, blockIdx.z, (int32_t)blockIdx.y, ATTNI_CU_FLEX_MAP);
+    const int64_t n = (int64_t)e.nb * e.nb;
+    const int64_t row0 = a.seq[e.seq].q_pos0 / a.f.kv_block;
+    const int32_t visible = (int32_t)(((int64_t)e.nb * (e.nb + 1) - row0 * (row0 + 1)) / 2);
+    const double part = (double)a.f.flex.gamma * (double)(e.nb - row0);
+    attni_cu_cut c = attni_cu_find_cut(x, x, n, 0, visible, part, 1, &s);
+    const uint32_t u = c.key >> 31 ? c.key & 0x7fffffffu : 0;
+    // the entry that crosses stays out
+    if (c.ties > 0 && c.sum + c.ties * (double)__uint_as_float(u) > part) c.ties--;
+    if (threadIdx.x == 0) to->map = c;
+}
+
+// Bits of the blocks that one head keeps of row r are added. e: (n_blocks). All threads call.
+ATTNI_DEV void attni_cu_flex_row(const attni_cu_pick &a, int32_t est, const attni_cu_est &e,
+                                 const attn_plan_seq &q, int32_t head, int32_t r, uint32_t *bits,
+                                 float *mean, float *own, attni_cu_sums *s) {
+    const int32_t b = a.f.kv_block, words = (a.n_blocks + 31) / 32, coded = a.f.flex.compatible;
+    const attni_cu_flex_choice *c = (const attni_cu_flex_choice *)(const void *)attni_cu_flex_at(
+        a, est, head, ATTNI_CU_FLEX_CHOICE);
+    const uint32_t *col =
+        (const uint32_t *)(const void *)attni_cu_flex_at(a, est, head, ATTNI_CU_FLEX_BITS);
+    const uint32_t *diag = col + words;
+    const float *map = attni_cu_flex_floats(a, est, head, ATTNI_CU_FLEX_MAP);
+    const int n = r + 1;
+    if (!c->aware || coded)
+        for (int j = (int)threadIdx.x; j < ((n + 31) & ~31); j += (int)blockDim.x) {
+            const int x = r - j;
+            int keep = j < n && ((col[j >> 5] >> (j & 31) & 1) || (diag[x >> 5] >> (x & 31) & 1));
+            if (j < n && coded && c->aware)
+                keep |= attni_cu_order(map[(int64_t)r * e.nb + j]) > c->map.key;
+            const uint32_t w = __ballot_sync(~0u, keep);
+            if ((threadIdx.x & 31) == 0 && w) bits[j >> 5] |= w;
+        }
+    __syncthreads();
+    if (coded && c->aware && c->map.ties && threadIdx.x == 0) { // equals of the cut, in their order
+        int32_t left = c->map.ties;
+        const int64_t at = (int64_t)r * e.nb;
+        for (int64_t i = 0; i < at + n && left > 0; i++)
+            if (attni_cu_order(map[i]) == c->map.key) {
+                if (i >= at) bits[(i - at) >> 5] |= 1u << ((i - at) & 31);
+                left--;
+            }
+    }
+    __syncthreads();
+    if (coded || !c->aware) return;
+    const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
+    const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
+    attni_cu_flex_softmax(a, est, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo), n, mean,
+                          own, s);
+    const attni_cu_cut k =
+        attni_cu_find_cut(own, own, n, (a.f.flex.min_budget - 1) / b + 1,
+                          attni_min32((a.f.flex.max_budget - 1) / b + 1, n),
+                          c->gamma * (1 - 1e-13), 0, s);
+    attni_cu_keep_cut(own, n, k, -1, bits, s);
+}
+
+// A list row. Shared memory: bits, then e.
+static __global__ void __launch_bounds__(128) attni_cu_flex_write(const __grid_constant__ attni_cu_pick a) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_sums s;
+    __shared__ float mean[ATTN_MAX_HEAD_DIM];
+    const attni_cu_row_of w = a.row_of[blockIdx.x];
+    const int32_t list = (int32_t)blockIdx.y, n = w.block + 1, words = (a.n_blocks + 31) / 32;
+    uint32_t *bits = (uint32_t *)(void *)smem;
+    int32_t visited = 0;
+    if (w.seq < 0) return;
+    const int32_t first = a.seq[w.seq].kv_pos0 / a.f.kv_block;
+    for (int i = (int)threadIdx.x; i < (n + 31) / 32; i += (int)blockDim.x)
+        bits[i] = w.est < 0 ? ~0u : 0;
+    __syncthreads();
+    if (w.est >= 0) {
+        const attni_cu_est e = a.est[w.est];
+        const attn_plan_seq q = a.seq[w.seq];
+        for (int h = 0; h < a.per_list; h++)
+            attni_cu_flex_row(a, w.est, e, q, list * a.per_list + h, w.block, bits, mean,
+                              (float *)(void *)(bits + words), &s);
+        __syncthreads();
+        if (threadIdx.x == 0 && !a.f.flex.compatible) {
+            bits[0] |= 1;
+            bits[w.block >> 5] |= 1u << (w.block & 31);
+        }
+        for (int h = 0; h < a.per_list; h++) {
+            const attni_cu_flex_choice *c =
+                (const attni_cu_flex_choice *)(const void *)attni_cu_flex_at(
+                    a, w.est, list * a.per_list + h, ATTNI_CU_FLEX_CHOICE);
+            if (c->aware) visited = n - first;
+        }
+        if (w.block >= e.p0 / a.f.kv_block)
+            visited += (int32_t)attni_min64((int64_t)e.p0 + e.n, (int64_t)n * a.f.kv_block) -
+                       q.kv_pos0;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; 32 * i < first; i += (int)blockDim.x) // evicted
+        bits[i] &= first - 32 * i >= 32 ? 0 : ~0u << (first - 32 * i);
+    __syncthreads();
+    attni_cu_emit(a, list, (int32_t)blockIdx.x, bits, 0, n, visited, &s);
+}
+
+// ==== >>impl-select-hip  HiP, second and third generation ========================================
+//
+// A warp scores 16 keys anywhere against the rows of a list in shared memory: K goes from global
+// memory to registers as it lies, 16 bytes of a row to each of four lanes, and Q is laid out
+// likewise: which dimensions meet in a step of mma does not matter. A lane's two keys: lane / 4 and
+// 8 behind it. HIP3 gives the two halves of a chunk's descent to one lane. BF, NQ: bf16, 32
+// dimensions each; NQ 0: anything, in f32.
+
+enum { ATTNI_CU_HIP_KEYS = 0 }; // in attni_cu_pick.at: scores of candidates; rows' memory is at 1
+
+typedef struct attni_cu_hip_block { // a q block, as a list row sees it
+    int32_t seq, list, head, heads, kv_head; // head: the first of `heads`
+    int64_t m, first;                 // first: position it begins at
+    int64_t p_min, p_max, end, last;  // last: of the row block's own queries
+    int64_t kv_pos0, kv_end;
+    int32_t q_begin, q_pos0;
+    int32_t from;                     // first stage that is scanned
+    int32_t *state;
+} attni_cu_hip_block;
+
+// The row's memory: of a slot in x, else in the workspace.
+ATTNI_DEV int32_t *attni_cu_hip_state(const attni_cu_pick &a, int32_t row, int32_t list) {
+    uint8_t *base = row < a.f.n_slots ? a.x.state : a.work + a.at[1];
+    return (int32_t *)(void *)(base + ((int64_t)row * a.x.n_lists + list) * (int64_t)a.x.state_bytes);
+}
+
+// Words of stage's admitted chunks in a row's memory.
+ATTNI_DEV int32_t attni_cu_hip_place(const attni_cu_pick &a, int32_t stage) {
+    int32_t at = 1;
+    for (int i = 1; i < stage; i++)
+        at += 1 + a.f.hip.stage[i].keep / a.f.hip.stage[i - 1].chunk;
+    return at;
+}
+
+// The q block of n positions around a list row. 0: nobody's.
+ATTNI_DEV int attni_cu_hip_focus(const attni_cu_pick &a, int32_t row, int32_t list, int64_t n,
+                                 attni_cu_hip_block *b) {
+    const attni_cu_row_of w = a.row_of[row];
+    if (w.seq < 0) return 0;
+    const attn_plan_seq q = a.seq[w.seq];
+    const int64_t at = (int64_t)w.block * a.f.row_block;
+    b->seq = w.seq;
+    b->list = list;
+    b->q_begin = q.q_begin;
+    b->q_pos0 = q.q_pos0;
+    b->kv_pos0 = q.kv_pos0;
+    b->kv_end = (int64_t)q.kv_pos0 + q.kv_len;
+    b->m = at / n;
+    b->first = b->m * n;
+    b->p_min = attni_max64(b->first, q.q_pos0);
+    b->p_max = attni_min64(b->first + n, (int64_t)q.q_pos0 + q.q_len) - 1;
+    b->last = attni_min64(at + a.f.row_block - 1, b->p_max);
+    b->end = attni_min64(b->p_max + 1, b->kv_end);
+    b->from = 0;
+    b->state = NULL;
+    if (row >= a.f.n_slots && a.f.kind != ATTN_SELECT_HIP3) return 1;
+    b->state = attni_cu_hip_state(a, row, list);
+    if (row >= a.f.n_slots || b->state[0] != (int32_t)b->p_min) return 1;
+    if (a.f.kind != ATTN_SELECT_HIP3) b->from = b->p_min % a.f.hip.refresh ? 1 : 0;
+    else
+        while (b->from < a.f.hip.n_stages && b->p_min % a.f.hip.stage[b->from].refresh) b->from++;
+    return 1;
+}
+
+// The set-th of a list's KV heads.
+ATTNI_DEV void attni_cu_hip_set(const attni_cu_pick &a, int32_t set, attni_cu_hip_block *b) {
+    const int each = a.f.heads == ATTN_SELECT_EACH;
+    b->kv_head = each ? b->list / a.group : a.f.heads == ATTN_SELECT_ALL ? set : b->list;
+    b->head = each ? b->list : b->kv_head * a.group;
+    b->heads = each ? 1 : a.group;
+}
+
+// Bytes of a row of Q in shared memory.
+template <int NQ> ATTNI_DEV int attni_cu_hip_row_bytes(const attni_cu_pick &a) {
+    return NQ ? 64 * NQ + 64 : 4 * a.d.head_dim;
+}
+
+// Row r of Q, the mean of the queries at positions [p, p + n), to shared memory; `low` bytes behind
+// it (0: nowhere) what 16 bits leave of it.
+template <int BF, int NQ>
+ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
+                                  int r, int64_t p, int n, int32_t head, int low, int step,
+                                  int steps) {
+    const int64_t token = b.q_begin + p - b.q_pos0;
+    uint8_t *to = q + r * attni_cu_hip_row_bytes<NQ>(a);
+    if constexpr (NQ == 0) {
+        for (int e = step; e < a.d.head_dim; e += steps) {
+            float x = 0;
+            for (int i = 0; i < n; i++)
+                x += attni_cu_value_at(attni_cu_query_at(a, token + i, head), a.d.q.dtype, e);
+            x = n > 1 ? x / (float)n : x;
+            ((float *)(void *)to)[e] = a.flip ? -x : x;
+        }
+    } else for (int c = step; c < 4 * NQ; c += steps) {
+        float x[8];
+        uint32_t u[4], v[4];
+        if (n == 1) {
+            *(uint4 *)(void *)(to + 16 * c) =
+                *(const uint4 *)(const void *)(attni_cu_query_at(a, token, head) + 16 * c);
+            if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(0, 0, 0, 0);
+            continue;
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) x[e] = 0;
+        for (int i = 0; i < n; i++) {
+            const uint8_t *src = attni_cu_query_at(a, token + i, head) + 16 * c;
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                x[e] += attni_cu_value_at(src, BF ? ATTN_BF16 : ATTN_F16, e);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e++) x[e] /= (float)n;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            u[e] = attni_pair<BF>(x[2 * e], x[2 * e + 1]);
+            const float lo = BF ? __uint_as_float(u[e] << 16) : attni_half((uint16_t)u[e]);
+            const float hi = BF ? __uint_as_float(u[e] & 0xffff0000u)
+                                : attni_half((uint16_t)(u[e] >> 16));
+            v[e] = attni_pair<BF>(x[2 * e] - lo, x[2 * e + 1] - hi);
+        }
+        *(uint4 *)(void *)(to + 16 * c) = make_uint4(u[0], u[1], u[2], u[3]);
+        if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+
+// m: the largest product of each of the lane's two keys with 32 n rows; with limits only of rows r
+// that see it: pos <= limit[r].
+template <int BF, int NQ>
+ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int n, int low,
+                                  const uint8_t *k0, const uint8_t *k1, const int32_t *limit,
+                                  int32_t pos0, int32_t pos1, float m[2]) {
+    const int lane = (int)threadIdx.x & 31, per = attni_cu_hip_row_bytes<NQ>(a);
+    m[0] = m[1] = ATTNI_NINF;
+    if constexpr (NQ > 0) {
+        uint4 x[2][NQ];
+#pragma unroll
+        for (int d = 0; d < NQ; d++) {
+            const int at = 64 * d + 16 * (lane & 3);
+            x[0][d] = x[1][d] = make_uint4(0, 0, 0, 0);
+            if (k0) x[0][d] = __ldg((const uint4 *)(const void *)(k0 + at));
+            if (k1) x[1][d] = __ldg((const uint4 *)(const void *)(k1 + at));
+        }
+        q += (lane >> 2) * per + 16 * (lane & 3);
+        for (int g = 0; g < n; g++, q += 32 * per) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float c[4] = {0, 0, 0, 0};
+#pragma unroll
+                for (int d = 0; d < NQ; d++) {
+                    uint4 y = *(const uint4 *)(const void *)(q + 8 * i * per + 64 * d);
+                    const uint32_t s[4] = {x[0][d].x, x[1][d].x, x[0][d].y, x[1][d].y};
+                    const uint32_t t[4] = {x[0][d].z, x[1][d].z, x[0][d].w, x[1][d].w};
+                    attni_mma<BF>(c, s, y.x, y.y);
+                    attni_mma<BF>(c, t, y.z, y.w);
+                    if (!low) continue;
+                    y = *(const uint4 *)(const void *)(q + low + 8 * i * per + 64 * d);
+                    attni_mma<BF>(c, s, y.x, y.y);
+                    attni_mma<BF>(c, t, y.z, y.w);
+                }
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const int r = 32 * g + 8 * i + 2 * (lane & 3) + (e & 1);
+                    if (!limit || (e < 2 ? pos0 : pos1) <= limit[r])
+                        m[e >> 1] = fmaxf(m[e >> 1], c[e]);
+                }
+            }
+        }
+    } else {
+        for (int r = lane & 3; r < 32 * n; r += 4) {
+            const float *y = (const float *)(const void *)(q + r * per);
+            float c0 = 0, c1 = 0;
+            for (int e = 0; e < a.d.head_dim; e++) {
+                if (k0) c0 = __fmaf_rn(y[e], attni_cu_value_at(k0, a.k.dtype, e), c0);
+                if (k1) c1 = __fmaf_rn(y[e], attni_cu_value_at(k1, a.k.dtype, e), c1);
+            }
+            if (!limit || pos0 <= limit[r]) m[0] = fmaxf(m[0], c0);
+            if (!limit || pos1 <= limit[r]) m[1] = fmaxf(m[1], c1);
+        }
+    }
+    m[0] = attni_quad_max(m[0]);
+    m[1] = attni_quad_max(m[1]);
+}
+
+// Where the key at pos lies, if rows may see it.
+ATTNI_DEV const uint8_t *attni_cu_hip_key(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                          int64_t pos, float *scale) {
+    *scale = 0;
+    if (pos < b.kv_pos0 || pos >= b.end) return NULL;
+    return attni_cu_token_at(a, b.seq, b.kv_head, (int32_t)(pos - b.kv_pos0), scale);
+}
+
+// The largest product as a score: -infinity of a key that is not there or no number.
+ATTNI_DEV float attni_cu_hip_value(float m, const uint8_t *key, float scale) {
+    const float s = m * scale;
+    return key && s == s ? s : ATTNI_NINF;
+}
+
+// Exclusive sums over the block of x (two 16-bit counts), and of all. All threads call.
+ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all, uint32_t *s) {
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    uint32_t n = x, before = 0;
+    for (int i = 1; i < 32; i *= 2) {
+        const uint32_t y = __shfl_up_sync(~0u, n, i);
+        if (lane >= i) n += y;
+    }
+    __syncthreads();
+    if (lane == 31) s[warp] = n;
+    __syncthreads();
+    *all = 0;
+    for (int j = 0; j < (int)blockDim.x / 32; j++) {
+        if (j < warp) before += s[j];
+        *all += s[j];
+    }
+    return before + n - x;
+}
+
+// Of n keys the k-th largest (1 <= k <= n), and how many that equal it are among the first k. s:
+// 258 words of shared memory. All threads call.
+ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, uint32_t *s, int *ties) {
+    uint32_t low = 0, fixed = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < 256; i += (int)blockDim.x) s[i] = 0;
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
+            if ((key[i] & fixed) == low) atomicAdd(s + (key[i] >> shift & 255), 1);
+        __syncthreads();
+        if (threadIdx.x < 32) { // lane l: bins from 255 - 8 l down
+            const int lane = (int)threadIdx.x, top = 255 - 8 * lane;
+            int sum = 0;
+            for (int j = 0; j < 8; j++) sum += (int)s[top - j];
+            int upto = sum;
+            for (int i = 1; i < 32; i *= 2) {
+                const int y = __shfl_up_sync(~0u, upto, i);
+                if (lane >= i) upto += y;
+            }
+            if (upto >= k && upto - sum < k) {
+                int left = k - (upto - sum), j = 0;
+                while ((int)s[top - j] < left) left -= (int)s[top - j], j++;
+                s[256] = (uint32_t)(top - j), s[257] = (uint32_t)left;
+            }
+        }
+        __syncthreads();
+        low |= s[256] << shift;
+        fixed |= (uint32_t)255 << shift;
+        k = (int)s[257];
+    }
+    __syncthreads();
+    *ties = k;
+    return low;
+}
+
+// Entries [lo, hi] of a row: every block. All threads call.
+ATTNI_DEV void attni_cu_hip_range(const attni_cu_pick &a, int32_t list, int32_t row, int64_t lo,
+                                  int64_t hi, int32_t visited) {
+    const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    const int64_t n = attni_min64(attni_max64(hi - lo + 1, 0), a.x.row_capacity);
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) a.x.block[base + i] = (int32_t)(lo + i);
+    if (threadIdx.x) return;
+    a.x.row_start[at] = base;
+    a.x.row_end[at] = base + n;
+    a.x.visited[at] = visited;
+    if (hi - lo + 1 > a.x.row_capacity && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+}
+
+// ---- HIP2
+
+typedef struct attni_cu_hip_group {
+    int32_t start, size, rep; // blocks; rep < 0: stands for it as for its parent (-1 - rep), or none
+    uint32_t key;             // order of its score; 0: no group
+} attni_cu_hip_group;
+
+ATTNI_DEV uint64_t attni_cu_hip_hash(uint64_t seed, uint64_t a, uint64_t c) {
+    uint64_t z = seed * 0x9e3779b97f4a7c15u + a * 0xbf58476d1ce4e5b9u + c * 0x94d049bb133111ebu;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+// Which block stands for a group.
+ATTNI_DEV int32_t attni_cu_hip_rep(const attn_hip &h, int32_t start, int32_t size, int64_t m) {
+    if (h.sample == ATTN_HIP_FIRST) return start;
+    if (h.sample == ATTN_HIP_LAST) return start + size - 1;
+    if (h.sample == ATTN_HIP_POSITION) return start + (int32_t)(m % size);
+    if (h.sample == ATTN_HIP_RANDOM) {
+        const uint64_t z =
+            attni_cu_hip_hash(h.seed, (uint64_t)start + ((uint64_t)size << 32), (uint64_t)m);
+        return start + (int32_t)((z >> 32) * (uint64_t)size >> 32);
+    }
+    return start + size / 2;
+}
+
+// The queries that score, 32 n rows of a set of heads; what is behind the last repeats it.
+template <int BF, int NQ>
+ATTNI_DEV int attni_cu_hip2_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
+                                    int32_t *limit) {
+    const int64_t stride = a.f.hip.q_stride, late = attni_max32(0, a.f.hip.window -
+                                                                   a.f.hip.refresh + 1);
+    const int64_t lo = b.p_min - b.first, hi = b.p_max - b.first; // in the q block
+    const int64_t j0 = lo / stride, j1 = (hi + 1) / stride;       // those in [j0, j1) score
+    const int n_pos = (int)(j1 - j0) + ((hi + 1) % stride != 0);
+    const int rows = n_pos * b.heads, n = (rows + 31) / 32;
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    for (int r = warp; r < 32 * n; r += (int)blockDim.x >> 5) {
+        const int x = r < rows ? r : rows - 1, i = x / b.heads;
+        const int64_t p = attni_min64(b.first + (j0 + i + 1) * stride - 1, b.p_max);
+        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, 1, b.head + x % b.heads, 0, lane, 32);
+        if (lane == 0) limit[r] = (int32_t)(p - late);
+    }
+    return n;
+}
+
+// Children of k groups, two places each.
+ATTNI_DEV void attni_cu_hip2_split(const attni_cu_pick &a, const attni_cu_hip_group *group, int k,
+                                   int64_t m, attni_cu_hip_group *child) {
+    for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x) {
+        const attni_cu_hip_group g = group[i >> 1];
+        const int32_t half = g.size / 2;
+        attni_cu_hip_group c = {i & 1 ? g.start + half : g.start, i & 1 ? g.size - half : half,
+                                INT32_MIN, 0};
+        if (c.size) {
+            const int32_t rep = attni_cu_hip_rep(a.f.hip, c.start, c.size, m);
+            c.rep = rep == g.rep ? -1 - rep : rep;
+            c.key = rep == g.rep ? g.key : attni_cu_order(ATTNI_NINF);
+        }
+        child[i] = c;
+    }
+}
+
+// Scores of the n children whose rep says so, for one set of heads. A warp takes 16 keys at a time.
+template <int BF, int NQ>
+ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                    const uint8_t *q, int rows, const int32_t *limit,
+                                    attni_cu_hip_group *child, int n) {
+    const int lane = (int)threadIdx.x & 31, block = a.f.hip.block;
+    const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
+    const int64_t late = attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
+    for (int t = (int)threadIdx.x >> 5; 16 * t < n * per; t += (int)blockDim.x >> 5) {
+        if (NQ) { // what comes next: four lanes have four lines of two keys
+            const int i = 16 * (t + ((int)blockDim.x >> 5)) + 8 * (lane & 1) + (lane >> 2);
+            const int32_t rep = i < n * per ? child[i / per].rep : -1;
+            float unused;
+            const uint8_t *next = NULL;
+            if (rep >= 0)
+                next = attni_cu_hip_key(a, b, rep * block + (i - i / per * per) * stride, &unused);
+            if (next && (NQ > 2 || !(lane & 2))) attni_prefetch(next + 64 * (lane & 2));
+        }
+        const uint8_t *key[2];
+        int32_t pos[2], of[2];
+        float scale[2], m[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = 16 * t + 8 * h + (lane >> 2);
+            of[h] = i < n * per ? i / per : 0;
+            const int32_t rep = i < n * per ? child[of[h]].rep : -1;
+            pos[h] = rep < 0 ? 0 : rep * block + (i - of[h] * per) * stride;
+            key[h] = NULL, scale[h] = 0;
+            if (rep >= 0) key[h] = attni_cu_hip_key(a, b, pos[h], &scale[h]);
+        }
+        if (!__any_sync(~0u, key[0] || key[1])) continue;
+        const int all = attni_max32(pos[0], pos[1]) <= b.p_min - late;
+        attni_cu_hip_score<BF, NQ>(a, q, rows, 0, key[0], key[1],
+                                   __all_sync(~0u, all) ? NULL : limit, pos[0], pos[1], m);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (key[h] && (lane & 3) == 0)
+                atomicMax(&child[of[h]].key,
+                          attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
+    }
+}
+
+// Of n children the best k become the groups, in order; whether one of them can be split. s: 258
+// words. All threads call.
+ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_hip_group *child, int n, int k, uint32_t *key,
+                                 attni_cu_hip_group *group, uint32_t *s) {
+    int ties, open = 0;
+    uint32_t done = 0, all;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) key[i] = child[i].key;
+    const uint32_t cut = attni_cu_kth(key, n, k, s, &ties);
+    for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
+        const int i = i0 + (int)threadIdx.x;
+        const uint32_t x = i < n ? key[i] : 0, is = i < n ? (x > cut) | (uint32_t)(x == cut) << 16 : 0;
+        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        done += all;
+        const int tied = (int)(before >> 16);
+        if (is && (x > cut || tied < ties)) {
+            const attni_cu_hip_group g = child[i];
+            const int at = (int)(before & 65535) + attni_min32(tied, ties);
+            group[at] = g;
+            if (g.rep < 0) group[at].rep = -1 - g.rep;
+            open |= g.size > 1;
+        }
+    }
+    return __syncthreads_or(open);
+}
+
+// The blocks of k groups, ascending, as entries of a row.
+ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   int32_t row, const attni_cu_hip_group *group, int k,
+                                   int32_t visited, uint32_t *s) {
+    const int64_t base = ((int64_t)b.list * a.x.max_rows + row) * a.x.row_capacity;
+    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
+    const int32_t kv = a.f.kv_block, block = a.f.hip.block;
+    uint32_t done = 0, all;
+    for (int i0 = 0; i0 < k; i0 += (int)blockDim.x) {
+        const int i = i0 + (int)threadIdx.x;
+        const int64_t id = i < k ? (int64_t)group[i].start * block / kv : 0;
+        const uint32_t is = i < k && id * kv <= b.last &&
+                            (i == 0 || id != (int64_t)group[i - 1].start * block / kv);
+        const uint32_t to = done + attni_cu_count_before(is, &all, s);
+        done += all;
+        if (is && to < (uint32_t)a.x.row_capacity) a.x.block[base + to] = (int32_t)id;
+    }
+    if (threadIdx.x) return;
+    a.x.row_start[at] = base;
+    a.x.row_end[at] = base + attni_min64(done, a.x.row_capacity);
+    a.x.visited[at] = visited;
+}
+
+// A list row. Shared memory: Q, limits, children, groups, keys.
+template <int BF, int NQ>
+static __global__ void __launch_bounds__(512)
+    attni_cu_hip2(const __grid_constant__ attni_cu_pick a, int max_rows, int n_sets) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ uint32_t s[258];
+    const attn_hip &h = a.f.hip;
+    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x; // the longest first
+    const int k = h.keep / h.block;
+    attni_cu_hip_block b;
+    if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y, (int64_t)a.f.row_block * h.q_group, &b))
+        return;
+    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
+    if (b.kv_end <= a.f.dense_below) {
+        attni_cu_hip_range(a, b.list, row, b.kv_pos0 / a.f.kv_block,
+                           (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);
+        if (b.state && threadIdx.x == 0) b.state[0] = 0;
+        return;
+    }
+    if (b.from) {
+        if (threadIdx.x == 0) b.state[0]++, a.x.visited[at] = 0;
+        return;
+    }
+    const int64_t late = attni_max32(0, h.window - h.refresh + 1);
+    const int64_t edge = attni_min64(b.end - 1, b.p_max - late);
+    const int64_t b0 = attni_max64(h.sink, b.kv_pos0) / h.block;
+    const int64_t n = edge < 0 ? 0 : attni_max64(0, edge / h.block + 1 - b0);
+    if (n <= k) {
+        const int64_t top = b.last / a.f.kv_block, end = (b0 + n) * h.block;
+        attni_cu_hip_range(a, b.list, row, b0 * h.block / a.f.kv_block,
+                           n ? attni_min64((end - 1) / a.f.kv_block, top) : -1, 0);
+    } else {
+        int32_t *limit = (int32_t *)(void *)(smem + max_rows * attni_cu_hip_row_bytes<NQ>(a));
+        attni_cu_hip_group *group = (attni_cu_hip_group *)(void *)(limit + max_rows);
+        attni_cu_hip_group *child = group + k;
+        uint32_t *key = (uint32_t *)(void *)(child + 2 * k);
+        int32_t visited = 0, rows = 0;
+        for (int i = (int)threadIdx.x; i < k; i += (int)blockDim.x) {
+            group[i].start = (int32_t)(b0 + n * i / k);
+            group[i].size = (int32_t)(b0 + n * (i + 1) / k) - group[i].start;
+            group[i].rep = -1;
+        }
+        __syncthreads();
+        for (int open = 1, round = 0; open; round++) {
+            attni_cu_hip2_split(a, group, k, b.m, child);
+            for (int set = 0; set < n_sets; set++) {
+                attni_cu_hip_set(a, set, &b);
+                __syncthreads();
+                if (n_sets > 1 || !round) {
+                    rows = attni_cu_hip2_queries<BF, NQ>(a, b, smem, limit);
+                    __syncthreads();
+                }
+                attni_cu_hip2_scores<BF, NQ>(a, b, smem, rows, limit, child, 2 * k);
+            }
+            __syncthreads();
+            for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x)
+                visited += child[i].rep >= 0;
+            open = attni_cu_hip2_keep(child, 2 * k, k, key, group, s);
+        }
+        uint32_t all;
+        attni_cu_count_before((uint32_t)visited, &all, s);
+        const int stride = attni_min32(h.k_stride, h.block);
+        attni_cu_hip2_write(a, b, row, group, k,
+                            (int32_t)all * ((h.block + stride - 1) / stride), s);
+    }
+    if (b.state && threadIdx.x == 0) b.state[0] = (int32_t)b.p_min + 1;
+}
+
+// ---- HIP3
+
+// Eligible chunks of a stage: low <= y <= high.
+ATTNI_DEV void attni_cu_hip3_reach(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   int32_t stage, int64_t *low, int64_t *high) {
+    const attn_hip &h = a.f.hip;
+    const int64_t c = h.stage[stage].chunk, c0 = h.stage[0].chunk;
+    const int64_t lim = attni_min64(b.end - 1, attni_max64(b.p_min + c0, b.p_max) - h.window);
+    *low = b.kv_pos0 > h.sink ? (b.kv_pos0 - h.sink) / c : 0;
+    *high = lim < h.sink ? -1 : (lim - h.sink) / c;
+}
+
+// Places of a stage's candidates, some of which may be empty.
+ATTNI_DEV int64_t attni_cu_hip3_places(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                       int32_t stage, int64_t low, int64_t high) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    if (!stage) return attni_max64(high - low + 1, 0);
+    const int32_t most = t->keep / t[-1].chunk, n = b.state[attni_cu_hip_place(a, stage)];
+    return (int64_t)attni_max32(0, attni_min32(n, most)) * (t[-1].chunk / t->chunk);
+}
+
+// The chunk at a place.
+ATTNI_DEV int64_t attni_cu_hip3_chunk(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                      int32_t stage, int64_t low, int64_t i) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    if (!stage) return low + i;
+    const int32_t ratio = t[-1].chunk / t->chunk;
+    return (int64_t)b.state[attni_cu_hip_place(a, stage) + 1 + i / ratio] + i % ratio;
+}
+
+// Means of the runs of a set of heads, 32 n rows.
+template <int BF, int NQ>
+ATTNI_DEV int attni_cu_hip3_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, int stride,
+                                    uint8_t *q, int low) {
+    const int64_t r0 = (b.p_min - b.first) / stride;
+    const int runs = (int)((b.p_max - b.first) / stride - r0) + 1, rows = runs * b.heads;
+    const int n = (rows + 31) / 32, share = NQ ? 4 * NQ : 32; // lanes of a row
+    for (int i = (int)threadIdx.x; i < 32 * n * share; i += (int)blockDim.x) {
+        const int r = i / share, x = r < rows ? r : rows - 1;
+        const int64_t at = b.first + (r0 + x / b.heads) * stride;
+        const int64_t p = attni_max64(at, b.p_min), end = attni_min64(at + stride, b.p_max + 1);
+        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, (int)(end - p), b.head + x % b.heads, low,
+                                   i - r * share, share);
+    }
+    return n;
+}
+
+// Scores of a slice of a stage's candidates for one KV head: 8 chunks a warp at a time. low: bytes
+// between rows of Q and what 16 bits leave of them.
+template <int BF, int NQ>
+static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
+    const __grid_constant__ attni_cu_pick a, int32_t stage, int turns, int low_bytes) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    const attn_hip_stage t = a.f.hip.stage[stage];
+    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x, z = (int32_t)blockIdx.z;
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    attni_cu_hip_block b;
+    int64_t low, high;
+    if (!attni_cu_hip_focus(a, row, a.f.heads == ATTN_SELECT_ALL ? 0 : z, t.q_block, &b)) return;
+    if (b.kv_end <= a.f.dense_below || stage < b.from) return;
+    attni_cu_hip_set(a, z, &b);
+    attni_cu_hip3_reach(a, b, stage, &low, &high);
+    const int64_t n = attni_cu_hip3_places(a, b, stage, low, high);
+    if ((int64_t)blockIdx.y * 64 * turns >= n) return;
+    const int rows = attni_cu_hip3_queries<BF, NQ>(a, b, t.q_stride, smem, low_bytes);
+    __syncthreads();
+    uint32_t *keys = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
+                     ((int64_t)row * a.x.n_lists + b.list) * a.kv_cap;
+    const int32_t least = attni_max32(2, t.terminate);
+    for (int turn = 0; turn < turns; turn++) {
+        const int64_t i = (((int64_t)blockIdx.y * turns + turn) * 8 + warp) * 8 + (lane >> 2);
+        const int64_t y = i < n ? attni_cu_hip3_chunk(a, b, stage, low, i) : -1;
+        const int eligible = i < n && y >= low && y <= high;
+        const int64_t l = a.f.hip.sink + y * t.chunk;
+        int32_t lo = 0, hi = t.chunk, active = eligible;
+        float best = ATTNI_NINF;
+        while (__any_sync(~0u, active)) {
+            const int32_t mid = (lo + hi) / 2;
+            const uint8_t *key[2] = {NULL, NULL};
+            float scale[2] = {0, 0}, m[2];
+            if (active) {
+                key[0] = attni_cu_hip_key(a, b, l + (lo + mid) / 2, &scale[0]);
+                key[1] = attni_cu_hip_key(a, b, l + (mid + hi) / 2, &scale[1]);
+            }
+            attni_cu_hip_score<BF, NQ>(a, smem, rows, low_bytes, key[0], key[1], NULL, 0, 0, m);
+            const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
+            const float right = attni_cu_hip_value(m[1], key[1], scale[1]);
+            if (!active) continue;
+            const float won = left > right ? left : right;
+            if (left > right) hi = mid;
+            else lo = mid;
+            if (won > best || t.flags & ATTN_HIP_LAST_SCORE) best = won;
+            active = hi - lo >= least;
+        }
+        if (!eligible || (lane & 3)) continue;
+        if (i < a.kv_cap) atomicMax(keys + i, attni_cu_order(best));
+        else if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+    }
+}
+
+// Keys read for a chunk.
+ATTNI_DEV int32_t attni_cu_hip3_reads(const attn_hip_stage &t) {
+    int32_t n = 2, width = (t.chunk + 1) / 2;
+    while (width >= attni_max32(2, t.terminate)) n += 2, width = (width + 1) / 2;
+    return n;
+}
+
+// The best candidates of a stage: what the next one admits, or the list.
+static __global__ void __launch_bounds__(256)
+    attni_cu_hip3_pick(const __grid_constant__ attni_cu_pick a, int32_t stage) {
+    __shared__ uint32_t s[258];
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
+    const int last = stage + 1 == a.f.hip.n_stages, keep = last ? a.f.hip.keep : t[1].keep;
+    attni_cu_hip_block b;
+    int64_t low, high;
+    uint32_t done = 0, all, cut = 0;
+    int ties = 0;
+    if (!attni_cu_hip_focus(a, row, list, t->q_block, &b)) return;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
+    if (b.kv_end <= a.f.dense_below) {
+        if (last)
+            attni_cu_hip_range(a, list, row, b.kv_pos0 / a.f.kv_block,
+                               (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);
+        if (last && threadIdx.x == 0) b.state[0] = 0;
+        return;
+    }
+    if (stage < b.from) { // from n_stages on the list stays
+        if (last && threadIdx.x == 0) b.state[0] = (int32_t)b.p_min + 1, a.x.visited[at] = 0;
+        return;
+    }
+    attni_cu_hip3_reach(a, b, stage, &low, &high);
+    const int n = (int)attni_min64(attni_cu_hip3_places(a, b, stage, low, high), a.kv_cap);
+    uint32_t *key = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
+                    ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    uint32_t there = 0;
+    for (int i = (int)threadIdx.x; i < n; i += 256) there += key[i] != 0;
+    for (int i = 16; i; i >>= 1) there += __shfl_xor_sync(~0u, there, i);
+    if (threadIdx.x == 0) s[256] = 0;
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) atomicAdd(s + 256, there);
+    __syncthreads();
+    there = s[256];
+    __syncthreads();
+    const int k = keep / t->chunk;
+    if (k < 1) cut = ~0u;
+    else if ((int)there > k) cut = attni_cu_kth(key, n, k, s, &ties);
+    int32_t *admitted = b.state + attni_cu_hip_place(a, stage + 1);
+    const int32_t ratio = last ? 1 : t->chunk / t[1].chunk;
+    uint32_t kept = 0;
+    for (int i0 = 0; i0 < n; i0 += 256) {
+        const int i = i0 + (int)threadIdx.x;
+        const uint32_t x = i < n ? key[i] : 0, is = (x > cut) | (uint32_t)(x && x == cut) << 16;
+        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        done += all;
+        const int tied = (int)(before >> 16);
+        uint32_t mine = is && (x > cut || tied < ties);
+        const int to = (int)(before & 65535) + attni_min32(tied, ties);
+        const int64_t y = mine ? attni_cu_hip3_chunk(a, b, stage, low, i) : 0;
+        if (mine && !last) admitted[1 + to] = (int32_t)(y * ratio);
+        if (mine && last) {
+            const int64_t id = a.f.hip.sink / a.f.kv_block + y;
+            mine = id * a.f.kv_block <= b.last && to < a.x.row_capacity;
+            if (mine) a.x.block[base + to] = (int32_t)id;
+        }
+        kept += mine;
+        if (i < n) key[i] = 0; // for the next stage
+    }
+    attni_cu_count_before(kept, &all, s);
+    if (threadIdx.x) return;
+    const int64_t read = (int64_t)there * attni_cu_hip3_reads(*t) +
+                         (stage == b.from ? 0 : a.x.visited[at]);
+    a.x.visited[at] = (int32_t)attni_min64(read, INT32_MAX);
+    if (!last) {
+        admitted[0] = (int32_t)all;
+        return;
+    }
+    a.x.row_start[at] = base;
+    a.x.row_end[at] = base + all;
+    if (row < a.f.n_slots) b.state[0] = (int32_t)b.p_min + 1;
+}
+
+// ==== >>impl-select-exact  The blocks that matter most ===========================================
+//
+// Every key is scored: first those of the blocks always kept (Z of each query row), then those of
+// the competing ones, whose values are the largest over rows of M - Z. Logarithms are of base 2.
+// A block of threads has 128 rows (queries x heads of a KV head) of a list row and a slice of the
+// blocks. Once the list is there, what it holds of the rows' mass bounds what it misses.
+
+enum { ATTNI_CU_EXACT_KEYS, ATTNI_CU_EXACT_ROWS }; // in attni_cu_pick.at: values; Z and mass of rows
+
+typedef struct attni_cu_exact_row {
+    int32_t seq, list, kv_head, head, heads; // the last three: of a tile
+    int32_t pos, n_q;                        // queries of the row block
+    int32_t first, always, last, n;          // n blocks behind `first` compete
+    int64_t token, end;
+} attni_cu_exact_row;
+
+// 0: nobody's, or it sees no key.
+ATTNI_DEV int attni_cu_exact_find(const attni_cu_pick &a, int32_t row, int32_t list, int32_t set,
+                                  attni_cu_exact_row *x) {
+    const attni_cu_row_of w = a.row_of[row];
+    if (w.seq < 0) return 0;
+    const attn_plan_seq q = a.seq[w.seq];
+    const int64_t from = (int64_t)w.block * a.f.row_block, b = a.f.kv_block;
+    const int each = a.f.heads == ATTN_SELECT_EACH;
+    const int64_t p1 = attni_min64(from + a.f.row_block, (int64_t)q.q_pos0 + q.q_len) - 1;
+    x->seq = w.seq;
+    x->list = list;
+    x->kv_head = each ? list / a.group : a.f.heads == ATTN_SELECT_ALL ? set : list;
+    x->head = each ? list : x->kv_head * a.group;
+    x->heads = each ? 1 : a.group;
+    x->pos = (int32_t)attni_max64(from, q.q_pos0);
+    x->n_q = (int32_t)(p1 - x->pos) + 1;
+    x->token = (int64_t)q.q_begin + x->pos - q.q_pos0;
+    x->end = (int64_t)q.kv_pos0 + q.kv_len;
+    x->first = (int32_t)(q.kv_pos0 / b);
+    x->last = (int32_t)(attni_min64(p1, x->end - 1) / b);
+    x->always = (int32_t)(attni_max64(from - a.f.exact.recent, 0) / b);
+    x->always = attni_max32(x->always, x->first);
+    x->n = attni_max32(0, attni_min32(x->always - 1, x->last) - x->first);
+    return q.kv_len > 0 && p1 >= q.kv_pos0;
+}
+
+// How many of the competing blocks are listed.
+ATTNI_DEV int32_t attni_cu_exact_want(const attni_cu_pick &a, const attni_cu_exact_row &x) {
+    const attn_exact *e = &a.f.exact;
+    const int32_t visible = x.last - x.first + 1, always = visible - x.n;
+    const double share = ((double)e->share - 1e-6) * (double)visible;
+    int64_t n = attni_n_blocks(e->keep, a.f.kv_block);
+    if (a.seq[x.seq].kv_len <= a.f.dense_below || (!e->keep && !(e->share > 0))) return x.n;
+    if (share > 0) n = attni_max64(n, (int64_t)ceil(share));
+    return (int32_t)attni_max64(0, attni_min64(x.n, n - always));
+}
+
+// The i-th block of a walk: 0: always kept; 1: competing; 2: listed.
+ATTNI_DEV int32_t attni_cu_exact_block(const attni_cu_pick &a, const attni_cu_exact_row &x,
+                                       int32_t row, int walk, int32_t i) {
+    const int apart = x.first < x.always;
+    if (walk == 0) return apart && !i ? x.first : x.always + i - apart;
+    if (walk == 1) return x.first + 1 + i;
+    return a.x.block[((int64_t)x.list * a.x.max_rows + row) * a.x.row_capacity + i];
+}
+
+// Of one block, for the lane's two rows: maximum and sum of what is below it, over the quad. All
+// threads of the block call.
+ATTNI_DEV void attni_cu_exact_mass(const attni_cu_pick &a, const attni_cu_exact_row &x,
+                                   const attn_plan_seq &q, int32_t r0, int32_t block,
+                                   const uint8_t *const *q_row, attni_cu_keys *keys, uint8_t *smem,
+                                   float m[2], float l[2]) {
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    const int64_t b = a.f.kv_block, k0 = block * b;
+    uint8_t *k_tile = smem + ATTNI_CU_PICK_ROWS * a.row_bytes;
+    m[0] = m[1] = ATTNI_NINF, l[0] = l[1] = 0;
+    for (int64_t at = 0; at < b && k0 + at < x.end; at += ATTNI_CU_PICK_KEYS) {
+        float acc[8][4], most[2] = {ATTNI_NINF, ATTNI_NINF};
+        __syncthreads();
+        if (tid < ATTNI_CU_PICK_KEYS)
+            attni_cu_find_key(a, q, x.seq, x.kv_head, at + tid < b ? k0 + at + tid : -1, keys, 0,
+                              tid);
+        __syncthreads();
+        if (a.mode) {
+            attni_cu_copy_rows(a, keys->row[0], ATTNI_CU_PICK_KEYS, a.k.dtype, a.odd_k,
+                               attni_smem(k_tile));
+            attni_cp_commit();
+            attni_cp_wait<0>();
+            __syncthreads();
+        }
+        attni_cu_products(a, acc, smem, attni_smem(k_tile), q_row, ATTNI_CU_PICK_ROWS, keys->row[0]);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int c = 8 * j + 2 * (lane & 3) + (i & 1);
+                const int32_t r = r0 + row0 + 8 * (i >> 1);
+                const int seen = r < x.n_q * x.heads && keys->row[0][c] &&
+                                 k0 + at + c <= (int64_t)x.pos + r / x.heads;
+                const float s = attni_cu_score(a, acc[j][i], keys->scale[0][c]) * ATTNI_LOG2E;
+                acc[j][i] = seen ? s : ATTNI_NINF;
+                most[i >> 1] = fmaxf(most[i >> 1], acc[j][i]);
+            }
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (most[h] > m[h]) l[h] *= attni_exp2(m[h] - most[h]), m[h] = most[h];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (!(acc[j][i] == ATTNI_NINF)) l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float most = attni_quad_max(m[h]);
+        l[h] = attni_quad_sum(m[h] > ATTNI_NINF || l[h] != l[h] ? l[h] * attni_exp2(m[h] - most)
+                                                                : 0);
+        m[h] = most;
+    }
+}
+
+// PASS 1: values of a slice of the blocks, Z and the slice's mass of every row. 2: what the list
+// holds of that, and what it misses at most.
+template <int PASS>
+static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
+    attni_cu_exact_scan(const __grid_constant__ attni_cu_pick a, int tiles, int tiles_kv,
+                        int slices) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_keys keys;
+    __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
+    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x;
+    const int32_t list = (int32_t)blockIdx.y / tiles, tile = (int32_t)blockIdx.y % tiles;
+    const int32_t slice = (int32_t)blockIdx.z, r0 = tile % tiles_kv * ATTNI_CU_PICK_ROWS;
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    attni_cu_exact_row x;
+    if (!attni_cu_exact_find(a, row, list, tile / tiles_kv, &x) || r0 >= x.n_q * x.heads) return;
+    if (attni_cu_exact_want(a, x) == x.n) return; // every block
+    const attn_plan_seq q = a.seq[x.seq];
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    const int64_t of = ((int64_t)row * a.x.n_lists + list);
+    uint32_t *value = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_EXACT_KEYS]) + of * a.kv_cap;
+    float *state = (float *)(void *)(a.work + a.at[ATTNI_CU_EXACT_ROWS]) +
+                   ((of * tiles + tile) * slices) * 2 * ATTNI_CU_PICK_ROWS;
+    float zm[2] = {ATTNI_NINF, ATTNI_NINF}, zl[2] = {0, 0}, z[2], sum[2] = {0, 0}, m[2], l[2];
+    if (tid < ATTNI_CU_PICK_ROWS)
+        q_row[tid] = r0 + tid >= x.n_q * x.heads
+                         ? NULL
+                         : attni_cu_query_at(a, x.token + (r0 + tid) / x.heads,
+                                             x.head + (r0 + tid) % x.heads);
+    __syncthreads();
+    if (a.mode)
+        attni_cu_copy_rows(a, q_row, ATTNI_CU_PICK_ROWS, a.d.q.dtype, a.odd_q, attni_smem(smem));
+    if (PASS == 1) {
+        const int32_t n = (x.first < x.always) + x.last - x.always + 1;
+        for (int32_t i = 0; i < n; i++) {
+            attni_cu_exact_mass(a, x, q, r0, attni_cu_exact_block(a, x, row, 0, i), q_row, &keys,
+                                smem, m, l);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float most = fmaxf(zm[h], m[h]);
+                if (!(most > ATTNI_NINF) && l[h] == l[h]) continue;
+                zl[h] = zl[h] * attni_exp2(zm[h] - most) + l[h] * attni_exp2(m[h] - most);
+                zm[h] = most;
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) z[h] = zm[h] + log2f(zl[h]); // -inf: sees none of them
+    } else {
+#pragma unroll
+        for (int h = 0; h < 2; h++) z[h] = state[2 * (row0 + 8 * h)];
+    }
+    const int32_t listed = (int32_t)(a.x.row_end[at] - a.x.row_start[at]);
+    const int32_t n = PASS == 1 ? x.n : listed, per = (n + slices - 1) / slices;
+    const int32_t i0 = PASS == 1 ? slice * per : 0, i1 = PASS == 1 ? attni_min32(n, i0 + per) : n;
+    for (int32_t i = i0; i < i1; i++) {
+        const int32_t b = attni_cu_exact_block(a, x, row, PASS, i);
+        if (PASS == 2 && (b <= x.first || b >= x.always)) continue;
+        attni_cu_exact_mass(a, x, q, r0, b, q_row, &keys, smem, m, l);
+        float best = ATTNI_NINF;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float v = m[h] + log2f(l[h]) - z[h];
+            if (!(l[h] == l[h])) v = __int_as_float(0x7f800000);
+            else if (z[h] != z[h] || !(m[h] > ATTNI_NINF)) v = ATTNI_NINF;
+            else if (z[h] == ATTNI_NINF) v = __int_as_float(0x7f800000);
+            best = fmaxf(best, v);
+            sum[h] += exp2f(v);
+        }
+        for (int j = 4; PASS == 1 && j < 32; j *= 2)
+            best = fmaxf(best, __shfl_xor_sync(~0u, best, j));
+        if (PASS == 1 && lane == 0 && b - x.first < a.kv_cap)
+            atomicMax(value + (b - x.first), attni_cu_order(best * ATTNI_LN2));
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int r = row0 + 8 * h;
+        if ((lane & 3) || r0 + r >= x.n_q * x.heads) continue;
+        if (PASS == 1) {
+            state[(slice * ATTNI_CU_PICK_ROWS + r) * 2] = z[h];
+            state[(slice * ATTNI_CU_PICK_ROWS + r) * 2 + 1] = sum[h];
+        } else {
+            float all = 0, missed;
+            for (int i = 0; i < slices; i++) all += state[(i * ATTNI_CU_PICK_ROWS + r) * 2 + 1];
+            missed = (all - sum[h]) / (1 + all); // and what rounding may have done
+            missed = fmaxf(missed, 0) * 1.001f + 1e-4f;
+            if (!(missed < 1)) missed = 1;
+            atomicMax((int *)(void *)(a.x.missed + at), __float_as_int(missed));
+        }
+    }
+}
+
+// A list row. Shared memory: bits.
+static __global__ void __launch_bounds__(256)
+    attni_cu_exact_pick(const __grid_constant__ attni_cu_pick a) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ uint32_t s[258];
+    __shared__ attni_cu_sums sums;
+    uint32_t *bits = (uint32_t *)(void *)smem, done = 0, counted, cut = 0;
+    const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    attni_cu_exact_row x;
+    if (a.row_of[row].seq < 0) return;
+    const int sees = attni_cu_exact_find(a, row, list, 0, &x);
+    const int32_t want = sees ? attni_cu_exact_want(a, x) : 0, n = sees ? x.n : 0;
+    const uint32_t *value = (const uint32_t *)(const void *)(a.work + a.at[ATTNI_CU_EXACT_KEYS]) +
+                            ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    int ties = 0;
+    const int32_t all = sees ? x.last - x.first + 1 : 0; // bit 0: x.first
+    for (int i = (int)threadIdx.x; 32 * i < all; i += 256) bits[i] = 0;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < all; i += 256)
+        if (i == 0 || x.first + i >= x.always || want == n)
+            atomicOr(bits + (i >> 5), 1u << (i & 31));
+    if (want > 0 && want < n) {
+        cut = attni_cu_kth(value + 1, n, want, s, &ties);
+        for (int i0 = 0; i0 < n; i0 += 256) {
+            const int i = i0 + (int)threadIdx.x;
+            const uint32_t v = i < n ? value[1 + i] : 0;
+            const uint32_t before = done + attni_cu_count_before(i < n && v == cut, &counted, s);
+            done += counted;
+            if (i < n && (v > cut || (v == cut && (int)before < ties)))
+                atomicOr(bits + ((1 + i) >> 5), 1u << ((1 + i) & 31));
+        }
+    }
+    __syncthreads();
+    const int64_t read = attni_min64(x.end, ((int64_t)x.last + 1) * a.f.kv_block);
+    attni_cu_emit(a, list, row, bits, x.first, all,
+                  want < n ? (int32_t)read - a.seq[x.seq].kv_pos0 : 0, &sums);
+    if (threadIdx.x == 0) a.x.missed[at] = 0;
+}
+
+// ==== >>impl-select-host  Selectors: workspace, launches =========================================
+
+#define ATTNI_AT(type, section) ((const type *)(const void *)(m + g->at[section]))
+
+// The end of d's longest sequence.
+static int64_t attni_cu_kv_end(const attn_desc *d, const attn_select *f) {
+    int64_t end = f->max_kv_len;
+    for (int32_t s = 0; s < d->n_seq; s++)
+        end = attni_max64(end, (int64_t)attni_kv_pos0(d, s) + d->kv.kv_len[s]);
+    return attni_max64(end, 1);
+}
+
+// How queries and keys are multiplied, and what fits in shared memory then.
+static void attni_cu_pick_mode(const attn_cuda *c, const attn_desc *d, int extra_bytes,
+                               attni_cu_pick *a) {
+    const attn_dtype q = d->q.dtype, k = d->kv.k.dtype;
+    a->wide = (d->head_dim + 15) / 16 * 16;
+    a->row_bytes = 2 * a->wide + 16;
+    a->per = a->wide / 8;
+    for (a->per_shift = 0; 1 << a->per_shift < a->per;) a->per_shift++;
+    if (1 << a->per_shift != a->per) a->per_shift = -1;
+    a->tile_bytes = (ATTNI_CU_PICK_ROWS + 2 * ATTNI_CU_PICK_KEYS) * a->row_bytes;
+    a->mode = q == ATTN_BF16 && c->arch >= 80 ? 1 : q == ATTN_F16 ? 2 : 0;
+    if (k != q && !attni_is_scaled(k)) a->mode = 0;
+    if (a->tile_bytes + extra_bytes + 4096 > c->smem_bytes) a->mode = 0;
+    if (!a->mode)
+        a->tile_bytes = (ATTNI_CU_PICK_ROWS + ATTNI_CU_PICK_KEYS) * 17 * 4;
+    a->odd_k = attni_cu_odd_side(&a->k);
+    a->odd_q = attni_cu_misaligned((int64_t)(uintptr_t)d->q.data, 2 * d->q.stride_token,
+                                   2 * d->q.stride_head, 16);
+}
+
+static int64_t attni_cu_up256(int64_t x) { return (x + 255) & ~(int64_t)255; }
+
+// FLEX: sections of a head's and a sequence's workspace.
+static void attni_cu_flex_layout(const attn_desc *d, int64_t kv_end, attni_cu_pick *a) {
+    const int64_t b = a->f.kv_block, coded = a->f.flex.compatible, aware = a->f.flex.tau > 0;
+    int64_t size[9], at = 0;
+    a->n_blocks = (int32_t)attni_n_blocks(kv_end, b);
+    a->n_chunks = (int32_t)(attni_n_blocks(kv_end, ATTNI_CU_CHUNK) + 1);
+    a->kv_cap = (int64_t)a->n_chunks * ATTNI_CU_CHUNK;
+    size[ATTNI_CU_FLEX_PART] = b * a->n_chunks * 8;
+    size[ATTNI_CU_FLEX_NORM] = b * 8;
+    size[ATTNI_CU_FLEX_V] = 2 * a->kv_cap * 4;
+    size[ATTNI_CU_FLEX_DIAG] = a->n_chunks * (b + 1023) * 4;
+    size[ATTNI_CU_FLEX_TOKENS] = coded * a->kv_cap * 4;
+    size[ATTNI_CU_FLEX_BLOCKS] = ATTNI_CU_ARRAYS * (int64_t)a->n_blocks * 4;
+    size[ATTNI_CU_FLEX_BITS] = 2 * (((int64_t)a->n_blocks + 31) / 32) * 4;
+    size[ATTNI_CU_FLEX_CHOICE] = (int64_t)sizeof(attni_cu_flex_choice);
+    size[ATTNI_CU_FLEX_MAP] = coded && aware ? (int64_t)a->n_blocks * a->n_blocks * 4 : 0;
+    for (int i = 0; i < 9; i++) {
+        a->at[i] = at;
+        at += attni_cu_up256(size[i]);
+    }
+    a->head_bytes = at;
+    a->at[ATTNI_CU_FLEX_MEAN] = d->n_heads * at;
+    a->est_bytes = d->n_heads * at +
+                   attni_cu_up256(aware * d->n_kv_heads * (int64_t)a->n_blocks * d->head_dim * 4);
+}
+
+// HIP3: the most candidates of a stage of sequences that hold so many tokens; per list row scores of
+// candidates and what it remembers. 0: does not fit in `bytes` (-1: any).
+static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, attni_cu_pick *a) {
+    const attn_hip *h = &a->f.hip;
+    const int64_t state = attni_cu_up256(rows * attni_state_bytes(&a->f));
+    int64_t most = tokens / h->stage[0].chunk + 2;
+    if (a->f.kind != ATTN_SELECT_HIP3) return 0;
+    for (int i = 1; i < h->n_stages; i++)
+        most = attni_max64(most, (int64_t)h->stage[i].keep / h->stage[i].chunk);
+    if (bytes >= 0)
+        most = attni_min64(most, attni_max64((bytes - state) & ~(int64_t)255, 0) / (4 * rows));
+    a->kv_cap = most;
+    a->at[ATTNI_CU_HIP_KEYS] = 0;
+    a->at[1] = attni_cu_up256(4 * rows * most);
+    return most ? a->at[1] + state : 0;
+}
+
+// EXACT: tiles of 128 query rows of a list row, those of one KV head, and slices of its blocks.
+static void attni_cu_exact_tiles(const attn_cuda *c, const attn_desc *d, const attn_select *f,
+                                 int64_t rows, int n[3]) {
+    const int32_t heads = f->heads == ATTN_SELECT_EACH ? 1 : d->n_heads / d->n_kv_heads;
+    n[1] = (int)attni_n_blocks((int64_t)f->row_block * heads, ATTNI_CU_PICK_ROWS);
+    n[0] = n[1] * (f->heads == ATTN_SELECT_ALL ? d->n_kv_heads : 1);
+    for (n[2] = 1; n[2] < 32 && rows * n[0] * n[2] < 2 * (int64_t)c->n_sm;) n[2] *= 2;
+}
+
+// As attni_cu_hip_layout. rows: list rows of all lists.
+static int64_t attni_cu_exact_layout(const attn_cuda *c, const attn_desc *d, int64_t tokens,
+                                     int64_t rows, int64_t bytes, attni_cu_pick *a) {
+    int64_t most = tokens / a->f.kv_block + 2, state;
+    int n[3];
+    if (a->f.kind != ATTN_SELECT_EXACT) return 0;
+    attni_cu_exact_tiles(c, d, &a->f, rows, n);
+    state = attni_cu_up256(rows * n[0] * n[2] * ATTNI_CU_PICK_ROWS * 8);
+    if (bytes >= 0)
+        most = attni_min64(most, attni_max64((bytes - state) & ~(int64_t)255, 0) / (4 * rows));
+    a->kv_cap = most;
+    a->at[ATTNI_CU_EXACT_KEYS] = 0;
+    a->at[ATTNI_CU_EXACT_ROWS] = attni_cu_up256(4 * rows * most);
+    return most ? a->at[ATTNI_CU_EXACT_ROWS] + state : 0;
+}
+
+// Bytes besides those of estimated sequences: whose rows are.
+static int64_t attni_cu_pick_fixed(int32_t max_rows, int64_t n_est) {
+    return attni_cu_up256(max_rows * (int64_t)sizeof(attni_cu_row_of)) +
+           attni_cu_up256(n_est * (int64_t)sizeof(attni_cu_est));
+}
+
+static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
+    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                                           : d->n_heads;
+}
+
+static int attni_cu_pick_supports(const attn_select *f) {
+    const attn_hip *h = &f->hip;
+    if (f->kind == ATTN_SELECT_FLEX) return f->kv_block <= 4096;
+    if (f->kind == ATTN_SELECT_HIP2)
+        return h->sample != ATTN_HIP_ORACLE && h->head_group == 1 && !h->low_dim && !h->near &&
+               !h->vertical && !h->diagonal && !h->random;
+    if (f->kind == ATTN_SELECT_EXACT) return !(f->exact.epsilon > 0);
+    if (f->kind != ATTN_SELECT_HIP3) return 0;
+    for (int i = 0; i < h->n_stages; i++)
+        if ((h->stage[i].flags & ~ATTN_HIP_LAST_SCORE) || h->stage[i].style) return 0;
+    return 1;
+}
+
+ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
+                                       const attn_select *s) {
+    attni_cu_pick a;
+    int64_t n_est = 0, rows;
+    memset(&a, 0, sizeof a);
+    if (!c || attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &a.f)) return 0;
+    if (!attni_cu_pick_supports(&a.f)) return 0;
+    rows = attni_max32(attn_select_rows(d, s), a.f.max_rows);
+    if (a.f.kind == ATTN_SELECT_FLEX) {
+        attni_cu_flex_layout(d, attni_cu_kv_end(d, &a.f), &a);
+        for (int32_t i = 0; i < d->n_seq; i++)
+            n_est += d->q_start[i + 1] - d->q_start[i] > 2 * a.f.kv_block;
+        n_est = attni_max64(n_est, 1);
+    }
+    return (size_t)(attni_cu_pick_fixed((int32_t)rows, n_est) + n_est * a.est_bytes +
+                    attni_cu_hip_layout(attni_cu_kv_end(d, &a.f), rows * attni_cu_lists(d, &a.f),
+                                        -1, &a) +
+                    attni_cu_exact_layout(c, d, attni_cu_kv_end(d, &a.f),
+                                          rows * attni_cu_lists(d, &a.f), -1, &a));
+}
+
+template <class... T>
+static attn_result attni_cu_pick_launch(void (*kernel)(const attni_cu_pick, T...), dim3 grid,
+                                        int threads, int64_t smem, attn_cuda_stream stream,
+                                        const attni_cu_pick &a, T... more) {
+    if (!grid.x || !grid.y || !grid.z) return ATTN_OK;
+    if (smem > 48000 && cudaFuncSetAttribute((const void *)kernel,
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             (int)smem) != cudaSuccess)
+        return ATTN_ERR_UNSUPPORTED;
+    kernel<<<grid, (unsigned)threads, (size_t)smem, stream>>>(a, more...);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan *g,
+                                        attni_cu_pick *a, attn_cuda_stream stream) {
+    const unsigned heads = (unsigned)a->d.n_heads, est = (unsigned)a->n_est;
+    const int32_t b = a->f.kv_block;
+    const int extra = 4 * (128 * ATTNI_CU_P + b + 1023);
+    const int64_t words = ((int64_t)a->n_blocks + 31) / 32;
+    const dim3 chunks((unsigned)a->n_chunks, heads, est), blocks((unsigned)a->n_blocks, heads, est);
+    attn_result r = ATTN_OK;
+    attni_cu_pick_mode(c, &a->d, extra, a);
+    if (a->f.flex.compatible) {
+        attn_desc plain = a->d;
+        plain.logits.scale = 0;
+        a->scale = attni_scale(&plain);
+        a->d.logits.softcap = 0;
+    }
+    if (!g->max_q_len || g->max_q_len > 2 * b) {
+        r = attni_cu_pick_launch(attni_cu_flex_last<1>, chunks, ATTNI_CU_PICK, a->tile_bytes,
+                                 stream, *a);
+        if (r != ATTN_OK) return r;
+        r = attni_cu_pick_launch(attni_cu_flex_norm, dim3((unsigned)(b + 3) / 4, heads, est), 128,
+                                 0, stream, *a);
+        if (r != ATTN_OK) return r;
+        r = attni_cu_pick_launch(attni_cu_flex_last<2>, chunks, ATTNI_CU_PICK,
+                                 a->tile_bytes + extra, stream, *a);
+        if (r != ATTN_OK) return r;
+        if (a->f.flex.tau > 0)
+            r = attni_cu_pick_launch(attni_cu_flex_means,
+                                     dim3(blocks.x, (unsigned)a->d.n_kv_heads, est), 128, 0, stream,
+                                     *a);
+        if (r != ATTN_OK) return r;
+        r = attni_cu_pick_launch(attni_cu_flex_choose, dim3(1, heads, est), 1024, 0, stream, *a);
+        if (r != ATTN_OK) return r;
+        if (a->f.flex.tau > 0 && a->f.flex.compatible) {
+            r = attni_cu_pick_launch(attni_cu_flex_map, blocks, 128, 0, stream, *a);
+            if (r != ATTN_OK) return r;
+            r = attni_cu_pick_launch(attni_cu_flex_map_cut, dim3(1, heads, est), 1024, 0, stream,
+                                     *a);
+            if (r != ATTN_OK) return r;
+        }
+    }
+    return attni_cu_pick_launch(attni_cu_flex_write,
+                                dim3((unsigned)a->x.max_rows, (unsigned)a->x.n_lists), 128,
+                                4 * (words + (a->f.flex.tau > 0 ? a->n_blocks : 0)), stream, *a);
+}
+
+// Kernels of HiP: by dimensions and dtype.
+typedef struct attni_cu_hip_kernels {
+    void (*second)(const attni_cu_pick, int, int);
+    void (*third)(const attni_cu_pick, int32_t, int, int);
+    int row_bytes, wide; // of Q in shared memory; wide: through tensor cores
+} attni_cu_hip_kernels;
+
+template <int BF, int NQ>
+static attni_cu_hip_kernels attni_cu_hip_kernels_of(int row_bytes) {
+    attni_cu_hip_kernels k = {attni_cu_hip2<BF, NQ>, attni_cu_hip3_scan<BF, NQ>, row_bytes, NQ > 0};
+    return k;
+}
+
+static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
+    const int dim = a->d.head_dim, per = 2 * dim + 64;
+    const int wide = a->mode && !a->odd_k && !a->odd_q && !a->flip && !attni_is_scaled(a->k.dtype);
+    if (wide && dim == 64)
+        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per) : attni_cu_hip_kernels_of<0, 2>(per);
+    if (wide && dim == 128)
+        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 4>(per) : attni_cu_hip_kernels_of<0, 4>(per);
+    return attni_cu_hip_kernels_of<0, 0>(4 * dim);
+}
+
+static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
+                                       attn_cuda_stream stream) {
+    const attn_hip *h = &a->f.hip;
+    const unsigned rows = (unsigned)a->x.max_rows, lists = (unsigned)a->x.n_lists;
+    const int32_t heads = a->f.heads == ATTN_SELECT_EACH ? 1 : a->group;
+    attni_cu_hip_kernels k;
+    attn_result r = ATTN_OK;
+    attni_cu_pick_mode(c, &a->d, 0, a);
+    if (c->arch < 80) a->mode = 0;
+    a->flip = a->scale < 0;
+    a->scale = a->flip ? -a->scale : a->scale;
+    k = attni_cu_hip_choose(a);
+    if (a->f.kind == ATTN_SELECT_HIP2) {
+        const int64_t n = attni_n_blocks((int64_t)a->f.row_block * h->q_group, h->q_stride) * heads;
+        const int64_t max_rows = (n + 31) / 32 * 32, most = h->keep / h->block;
+        const int64_t smem = max_rows * (k.row_bytes + 4) +
+                             most * (3 * (int64_t)sizeof(attni_cu_hip_group) + 8);
+        const int sets = a->f.heads == ATTN_SELECT_ALL ? a->d.n_kv_heads : 1;
+        if (smem > c->smem_bytes - 2048) return ATTN_ERR_UNSUPPORTED;
+        // a few lists: one to a multiprocessor
+        const int threads = (int64_t)rows * lists <= c->n_sm ? 512 : 256;
+        return attni_cu_pick_launch(k.second, dim3(rows, lists), threads, smem, stream, *a,
+                                    (int)max_rows, sets);
+    }
+    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[1], stream) != cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    for (int i = 0; i < h->n_stages && r == ATTN_OK; i++) {
+        const attn_hip_stage *t = h->stage + i;
+        const unsigned z = a->f.heads == ATTN_SELECT_EACH ? (unsigned)a->d.n_heads
+                                                          : (unsigned)a->d.n_kv_heads;
+        const int64_t n = (attni_n_blocks(t->q_block, t->q_stride) * heads + 31) / 32 * 32;
+        const int64_t places = i ? (int64_t)t->keep / t->chunk : a->kv_cap;
+        const int low = k.wide && t->q_stride > 1 ? (int)(n * k.row_bytes) : 0;
+        const int turns = (int64_t)rows * z >= 4 * (int64_t)c->n_sm ? 4 : 1;
+        const int64_t smem = n * k.row_bytes + low, slices = attni_n_blocks(places, 64 * turns);
+        if (smem > c->smem_bytes - 2048 || slices > 65535) return ATTN_ERR_UNSUPPORTED;
+        r = attni_cu_pick_launch(k.third, dim3(rows, (unsigned)slices, z), 256, smem, stream, *a,
+                                 (int32_t)i, turns, low);
+        if (r == ATTN_OK)
+            r = attni_cu_pick_launch(attni_cu_hip3_pick, dim3(rows, lists), 256, 0, stream, *a,
+                                     (int32_t)i);
+    }
+    return r;
+}
+
+static attn_result attni_cu_exact_launch(const attn_cuda *c, attni_cu_pick *a,
+                                         attn_cuda_stream stream) {
+    const unsigned rows = (unsigned)a->x.max_rows, lists = (unsigned)a->x.n_lists;
+    const int64_t words = attni_n_blocks(a->kv_cap, 32);
+    attn_result r;
+    int n[3];
+    attni_cu_exact_tiles(c, &a->d, &a->f, (int64_t)rows * lists, n);
+    attni_cu_pick_mode(c, &a->d, 0, a);
+    const dim3 grid(rows, lists * (unsigned)n[0], (unsigned)n[2]);
+    if (grid.y > 65535) return ATTN_ERR_UNSUPPORTED;
+    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[ATTNI_CU_EXACT_ROWS], stream) != cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    r = attni_cu_pick_launch(attni_cu_exact_scan<1>, grid, ATTNI_CU_PICK, a->tile_bytes, stream, *a,
+                             n[0], n[1], n[2]);
+    if (r == ATTN_OK)
+        r = attni_cu_pick_launch(attni_cu_exact_pick, dim3(rows, lists), 256, 4 * words, stream, *a);
+    if (r == ATTN_OK)
+        r = attni_cu_pick_launch(attni_cu_exact_scan<2>, dim3(grid.x, grid.y), ATTNI_CU_PICK,
+                                 a->tile_bytes, stream, *a, n[0], n[1], n[2]);
+    return r;
+}
+
+// Everything that kernels are told but the method's own.
+static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
+                                      const attn_cuda_plan *g, const attn_summary *y,
+                                      const attn_selection *x, void *work, int64_t bytes,
+                                      attni_cu_pick *a) {
+    const uint8_t *m = (const uint8_t *)g->device;
+    const attn_block_list *b = &g->mask.blocks;
+    int64_t n;
+    a->d = attni_cu_resolved(d);
+    attni_cu_device_tables(g, &a->d);
+    (void)attni_side_init(d, 0, &a->k);
+    a->x = *x;
+    if (y) a->y = *y;
+    a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
+    a->seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
+    if (b->row_start && b->seq_row && b->n_rows == x->list.n_rows &&
+        b->row_block == x->list.row_block && b->kv_block == x->list.kv_block)
+        a->seq_row = ATTNI_AT(int32_t, ATTNI_CU_SEQ_ROW);
+    a->error = c->error;
+    a->group = d->n_heads / d->n_kv_heads;
+    a->per_list = d->n_heads / x->n_lists;
+    for (a->page_shift = 0; a->page_shift < 31 && d->kv.page_tokens >> a->page_shift > 1;)
+        a->page_shift++;
+    if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a->page_shift = -1;
+    a->scale = attni_scale(d);
+    a->row_of = (attni_cu_row_of *)work;
+    n = attni_cu_pick_fixed(x->max_rows, 0);
+    if (bytes < n) return ATTN_ERR_BUFFER;
+    a->n_est = 0;
+    if (a->f.kind == ATTN_SELECT_FLEX) {
+        attni_cu_flex_layout(d, (int64_t)x->row_capacity * a->f.kv_block, a);
+        a->n_est = (int32_t)attni_min64(
+            (bytes - n) / (a->est_bytes + (int64_t)sizeof(attni_cu_est)), g->cap[0]);
+        while (a->n_est > 0 &&
+               attni_cu_pick_fixed(x->max_rows, a->n_est) + a->n_est * a->est_bytes > bytes)
+            a->n_est--;
+        if (a->n_est < 1) return ATTN_ERR_BUFFER;
+    }
+    a->est = (attni_cu_est *)(void *)((uint8_t *)work + n);
+    n = attni_cu_pick_fixed(x->max_rows, a->n_est);
+    a->work = (uint8_t *)work + n;
+    if (a->f.kind == ATTN_SELECT_HIP3 &&
+        !attni_cu_hip_layout(g->cap[2] * d->kv.page_tokens, (int64_t)x->max_rows * x->n_lists,
+                             bytes - n, a))
+        return ATTN_ERR_BUFFER;
+    if (a->f.kind == ATTN_SELECT_EXACT &&
+        !attni_cu_exact_layout(c, d, g->cap[2] * d->kv.page_tokens,
+                               (int64_t)x->max_rows * x->n_lists, bytes - n, a))
+        return ATTN_ERR_BUFFER;
+    return ATTN_OK;
+}
+#undef ATTNI_AT
+
+ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
+                                      const attn_cuda_plan *g, const attn_select *s,
+                                      const attn_summary *y, const attn_selection *x, void *work,
+                                      size_t bytes, attn_cuda_stream stream) {
+    attni_cu_pick a;
+    attn_result r = attn_select_check(d, s);
+    if (r != ATTN_OK) return r;
+    if (!c || !g || !g->device || !x || !x->block || !work) return ATTN_ERR_ARGUMENT;
+    if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
+    if (!x->list.device_entries || !d->q.data || !d->kv.k.data) return ATTN_ERR_ARGUMENT;
+    if (!attni_is_float(d->q.dtype)) return ATTN_ERR_DTYPE;
+    if ((uintptr_t)work % 256 || bytes > (size_t)INT64_MAX) return ATTN_ERR_BUFFER;
+    if (d->n_seq != g->n[ATTNI_CU_N_SEQS]) return ATTN_ERR_STALE;
+    memset(&a, 0, sizeof a);
+    if (!attni_select_fill(s, &a.f)) return ATTN_ERR_ARGUMENT;
+    if (!attni_cu_pick_supports(&a.f)) return ATTN_ERR_UNSUPPORTED;
+    if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
+    r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
+    if (r != ATTN_OK) return r;
+    return a.f.kind == ATTN_SELECT_FLEX    ? attni_cu_flex_launch(c, g, &a, stream)
+           : a.f.kind == ATTN_SELECT_EXACT ? attni_cu_exact_launch(c, &a, stream)
+                                           : attni_cu_hip_launch(c, &a, stream);
+}
+
+// The position of a row's state that no step follows.
+static __global__ void attni_cu_forget(uint8_t *state, size_t bytes, int32_t n) {
+    if ((int)threadIdx.x < n) *(int32_t *)(void *)(state + threadIdx.x * bytes) = -2;
+}
+
+ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
+                                             int32_t slot, attn_cuda_stream stream) {
+    if (!c || !x || slot < 0 || slot >= x->max_rows) return ATTN_ERR_ARGUMENT;
+    if (!x->state) return ATTN_OK;
+    attni_cu_forget<<<1, 1024, 0, stream>>>(
+        x->state + (size_t)slot * (size_t)x->n_lists * x->state_bytes, x->state_bytes, x->n_lists);
     return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
 }
 
