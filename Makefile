@@ -50,6 +50,7 @@ ARGS_slow_test_cpu ?= 2 25
 ARGS_slow_test_frame ?= 1 4
 ARGS_slow_test_bits ?= 5 1
 ARGS_slow_test_mask ?= 1 60
+ARGS_slow_test_exact ?= 1 300
 ARGS_slow_test_api ?= 1 1
 ARGS_slow_test_tree ?= 1 20000
 ARGS_slow_test_tails ?= 1 3
