@@ -824,6 +824,32 @@ static void test_queries(uint64_t seed) {
         lists_free(&b);
         view_free(&v);
     }
+    { // runs of 4, 4 and 1 queries: their means, not sums or firsts, decide between three keys
+        view v = {0};
+        const int32_t *x;
+        attn_select one = s;
+        source_needle(&src, 0, MAX_POS);
+        for (p = 0; p < MAX_POS; p++) {
+            int32_t run = p >= 2056 ? 2 : (p - 2048) / 4 % 2;
+            for (h = 0; h < 2; h++) {
+                memset(key_of(&src, 0, p, h), 0, 4 * DIM);
+                if (p == 400) key_of(&src, 0, p, h)[0] = 9;
+                if (p == 600) key_of(&src, 0, p, h)[1] = 3;
+                if (p == 900) key_of(&src, 0, p, h)[2] = 2;
+            }
+            for (h = 0; h < 4; h++) {
+                memset(query_of(&src, 0, p, h), 0, 4 * DIM);
+                query_of(&src, 0, p, h)[run] = run == 0 ? (p % 2 ? -1 : 1) : (float)run;
+            }
+        }
+        one_query(&v, &src, 2048, 9);
+        one.kv_block = one.hip.stage[0].chunk = one.hip.keep = 1;
+        lists_make(&a, &v.d, &one);
+        CHECK_EQ(row_of(&a, 0, 0, 2048, &x), 1);
+        CHECK_EQ(x[0], 900);
+        lists_free(&a);
+        view_free(&v);
+    }
     {
         view v = {0};
         source_needle(&src, 0, 1000);
