@@ -780,6 +780,145 @@ static void test_options(uint64_t seed) {
     source_free(&src);
 }
 
+// Blocks of four queries that begin in the middle of one: only every second query matters to HIP2;
+// runs of four are those of the positions; a diagonal is followed for all of the block.
+static void test_queries(uint64_t seed) {
+    test_rng r = {seed};
+    source src;
+    attn_select s;
+    lists a, b;
+    int32_t p, h, e, list;
+    source_make(&src, &r, 4, 2);
+    memset(&s, 0, sizeof s);
+    s.kind = ATTN_SELECT_HIP2;
+    s.hip.keep = 64;
+    {
+        view v = {0}, w = {0};
+        one_query(&v, &src, 2005, 90);
+        for (p = 2006; p < 2094; p += 2) memset(query_of(&src, 0, p, 0), 0, 4 * 4 * DIM);
+        one_query(&w, &src, 2005, 90);
+        lists_make(&a, &v.d, &s);
+        lists_make(&b, &w.d, &s);
+        CHECK(same_rows(&v, &a, 0, &b, 0));
+        lists_free(&a);
+        lists_free(&b);
+        view_free(&v);
+        view_free(&w);
+    }
+    for (p = 2000; p < 2100; p++)
+        for (h = 0; h < 4; h++)
+            for (e = 0; e < DIM; e++)
+                query_of(&src, 0, p, h)[e] = (p / 4 % 2 ? 1 : -1) * query_of(&src, 0, 1, h)[e];
+    s.kind = ATTN_SELECT_HIP3;
+    s.hip.n_stages = 1;
+    s.hip.stage[0].q_block = 64;
+    s.hip.stage[0].chunk = 8;
+    {
+        view v = {0};
+        one_query(&v, &src, 2002, 90);
+        lists_make(&a, &v.d, &s);
+        s.hip.stage[0].q_stride = 4;
+        lists_make(&b, &v.d, &s);
+        CHECK(same_rows(&v, &a, 0, &b, 0));
+        lists_free(&a);
+        lists_free(&b);
+        view_free(&v);
+    }
+    { // runs of 4, 4 and 1 queries: their means, not sums or firsts, decide between three keys
+        view v = {0};
+        const int32_t *x;
+        attn_select one = s;
+        source_needle(&src, 0, MAX_POS);
+        for (p = 0; p < MAX_POS; p++) {
+            int32_t run = p >= 2056 ? 2 : (p - 2048) / 4 % 2;
+            for (h = 0; h < 2; h++) {
+                memset(key_of(&src, 0, p, h), 0, 4 * DIM);
+                if (p == 400) key_of(&src, 0, p, h)[0] = 9;
+                if (p == 600) key_of(&src, 0, p, h)[1] = 3;
+                if (p == 900) key_of(&src, 0, p, h)[2] = 2;
+            }
+            for (h = 0; h < 4; h++) {
+                memset(query_of(&src, 0, p, h), 0, 4 * DIM);
+                query_of(&src, 0, p, h)[run] = run == 0 ? (p % 2 ? -1 : 1) : (float)run;
+            }
+        }
+        one_query(&v, &src, 2048, 9);
+        one.kv_block = one.hip.stage[0].chunk = one.hip.keep = 1;
+        lists_make(&a, &v.d, &one);
+        CHECK_EQ(row_of(&a, 0, 0, 2048, &x), 1);
+        CHECK_EQ(x[0], 900);
+        lists_free(&a);
+        view_free(&v);
+    }
+    {
+        view v = {0};
+        source_needle(&src, 0, 1000);
+        one_query(&v, &src, 2048, 64);
+        s.kind = ATTN_SELECT_HIP2;
+        s.hip.diagonal = 1;
+        lists_make(&a, &v.d, &s);
+        for (list = 0; list < 4; list++)
+            for (p = 1000; p >= 1000 - 63; p--) CHECK(holds(&a, list, 0, 2100, p));
+        lists_free(&a);
+        view_free(&v);
+    }
+    source_free(&src);
+}
+
+// What a stage admits around the representative of the head that found it; keys that come after a
+// q block's queries do not matter to it.
+static void test_stages(uint64_t seed) {
+    test_rng r = {seed};
+    source src;
+    attn_select s;
+    lists a, b;
+    int32_t p, i;
+    memset(&s, 0, sizeof s);
+    s.kind = ATTN_SELECT_HIP3;
+    s.hip.keep = 64;
+    s.hip.n_stages = 2;
+    s.hip.stage[0].q_block = s.hip.stage[1].q_block = 64;
+    s.hip.stage[0].chunk = s.hip.stage[1].keep = 64;
+    s.hip.stage[1].chunk = 8;
+    s.hip.stage[1].flags = ATTN_HIP_CENTRE;
+    source_make(&src, &r, 4, 2);
+    {
+        view v = {0};
+        source_hill(&src, 0, 256 + 640);
+        for (p = 0; p < MAX_POS; p++) key_of(&src, 0, p, 0)[0] = -5000;
+        one_query(&v, &src, 3000, 64);
+        lists_make(&a, &v.d, &s);
+        CHECK(holds(&a, 0, 0, 3000, 256 + 640 - 32) && holds(&a, 0, 0, 3000, 256 + 640 + 31));
+        lists_free(&a);
+        view_free(&v);
+    }
+    source_free(&src);
+    source_make(&src, &r, 4, 2);
+    s.hip.n_stages = 1;
+    s.hip.window = -1;
+    s.kv_block = 64;
+    s.hip.sink = -1;
+    s.hip.stage[0].chunk = 64;
+    s.row_block = s.hip.stage[0].q_block = 16;
+    s.hip.keep = 64 * 8;
+    {
+        view v = {0};
+        one_query(&v, &src, 1024, 320);
+        lists_make(&a, &v.d, &s);
+        for (i = 0; i < 20; i++) {
+            view w = {0};
+            one_query(&w, &src, 1024 + 16 * i, 16);
+            lists_make(&b, &w.d, &s);
+            CHECK(same_rows(&w, &b, 0, &a, 0));
+            lists_free(&b);
+            view_free(&w);
+        }
+        lists_free(&a);
+        view_free(&v);
+    }
+    source_free(&src);
+}
+
 // Few keys, fewer than the sink, none that may be selected, everything kept; NaN.
 static void test_degenerate(uint64_t seed) {
     static const int32_t at[][3] = {{0, 0, 1}, {0, 0, 7}, {0, 5, 3}, {0, 270, 1}, {200, 270, 9},
@@ -1027,6 +1166,8 @@ int main(int argc, char **argv) {
     test_refresh(seed);
     for (kind = ATTN_SELECT_HIP1; kind <= ATTN_SELECT_HIP3; kind++) test_slots(seed, kind);
     test_options(seed);
+    test_queries(seed);
+    test_stages(seed);
     test_degenerate(seed);
     test_landmarks(seed);
     test_styles(seed);
