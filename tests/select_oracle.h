@@ -439,8 +439,8 @@ TEST_FN void oracle_flex_rows(const oracle_view *v, int32_t nb, int32_t r0, int3
         for (r = 0; r < rows; r++) {
             const double *m = mass + (int64_t)r * nb, *own = e + (int64_t)r * nb;
             int32_t *order = oracle_order(own, r0 + r + 1);
-            double all = 0, sum = m[0] + (r0 + r ? m[r0 + r] : 0), prefix = 0; // always kept
-            for (c = 0; c < nb; c++) all += m[c];
+            double all = 0, sum = 0, prefix = 0; // masses without the cells always kept
+            for (c = 1; c < r0 + r; c++) all += m[c];
             for (c = 0; c <= r0 + r && sum < gamma * all; c++) {
                 if (order[c] && order[c] != r0 + r) sum += m[order[c]];
                 prefix += own[order[c]];
