@@ -2659,6 +2659,9 @@ static int64_t attni_select_size(const attn_desc *d, const attn_select *f, int64
     *kv_end = f->max_kv_len;
     for (s = 0; s < d->n_seq; s++) {
         *kv_end = attni_max64(*kv_end, (int64_t)attni_kv_pos0(d, s) + d->kv.kv_len[s]);
+        if (d->q_start[s + 1] > d->q_start[s]) // queries may lie beyond what is held
+            *kv_end = attni_max64(*kv_end, (int64_t)attni_q_pos0(d, s) + d->q_start[s + 1] -
+                                               d->q_start[s]);
         if (!f->n_slots || d->q_start[s + 1] - d->q_start[s] != 1)
             n += attni_rows_of(d, f->row_block, s);
     }

@@ -16,6 +16,7 @@
 
 // Of masses: an error of scores is that of their exponentials, and grows with them.
 static double oracle_near = ORACLE_NEAR;
+static double oracle_tiny; // and masses below this may be none in f32
 
 typedef struct oracle {
     const attn_desc *d;
@@ -64,6 +65,7 @@ TEST_FN double oracle_larger(double a, double b) {
 // Whether a and b, of values as large as size, may change places.
 TEST_FN int oracle_close(double a, double b, double size) {
     if (a == b) return 1;
+    if (fabs(a) < oracle_tiny && fabs(b) < oracle_tiny) return 1;
     return fabs(a - b) <= oracle_near * fabs(size);
 }
 
@@ -300,7 +302,7 @@ TEST_FN double oracle_divergence(const double *e, const double *p, int32_t n, in
     int32_t i;
     for (i = 0; i < n; i++) {
         double m = (e[i] + p[i]) / 2;
-        if (nan_on_zero && (e[i] == 0 || p[i] == 0)) return NAN;
+        if (nan_on_zero && (e[i] < 1.4e-45 || p[i] < 1.4e-45)) return NAN; // in f32
         if (e[i] > 0) sum += e[i] * log(e[i] / m) / 2;
         if (p[i] > 0) sum += p[i] * log(p[i] / m) / 2;
     }
@@ -357,6 +359,7 @@ TEST_FN void oracle_flex_compatible(oracle_view *v, int32_t nb, uint8_t *keep, u
     double *across = oracle_doubles(nb), *e = oracle_doubles(nb), *q = oracle_doubles(v->dim);
     uint8_t *k = (uint8_t *)oracle_alloc((size_t)nb, 4), *kd = k + nb, *kn = kd + nb, *dn = kn + nb;
     int32_t i, j, x, r, c[3], g[3];
+    int unsure = 0;
     for (i = 0; i < n; i++)
         for (j = 0; j < v->kv_len; j++) {
             int32_t t = j - i + n - 1; // a[i][j] = a[i][i + t - (n - 1)]
@@ -368,6 +371,9 @@ TEST_FN void oracle_flex_compatible(oracle_view *v, int32_t nb, uint8_t *keep, u
     oracle_mean(v->q, v->dim, v->q_len - n, n, q);
     oracle_estimate(v, q, nb, e);
     d2 = oracle_divergence(e, block, nb, 1);
+    for (i = 0; i < nb; i++) // subnormal, or none: hangs on the hardware
+        unsure |=
+            (e[i] > 1e-46 && e[i] < oracle_tiny) || (block[i] > 1e-46 && block[i] < oracle_tiny);
     tau2 = (double)v->f->flex.tau * (double)v->f->flex.tau;
     oracle_flex_counts(v, col, nb, c);
     oracle_flex_counts(v, diag, nb, g);
@@ -387,7 +393,8 @@ TEST_FN void oracle_flex_compatible(oracle_view *v, int32_t nb, uint8_t *keep, u
             if (to >= 0 && kd[x]) keep[r * nb + to] = 1;
             if (to >= 0 && dn[x]) near[r * nb + to] = 1;
         }
-    if (tau2 > 0 && oracle_close(d2, tau2, tau2)) memset(near, 1, (size_t)nb * (size_t)nb);
+    if (tau2 > 0 && (unsure || oracle_close(d2, tau2, tau2)))
+        memset(near, 1, (size_t)nb * (size_t)nb);
     for (r = 0; r < nb; r++) memset(keep + r * nb + r + 1, 0, (size_t)(nb - r - 1));
     free(k);
     free(a);
@@ -432,8 +439,8 @@ TEST_FN void oracle_flex_rows(const oracle_view *v, int32_t nb, int32_t r0, int3
         for (r = 0; r < rows; r++) {
             const double *m = mass + (int64_t)r * nb, *own = e + (int64_t)r * nb;
             int32_t *order = oracle_order(own, r0 + r + 1);
-            double all = 0, sum = m[0] + (r0 + r ? m[r0 + r] : 0), prefix = 0; // always kept
-            for (c = 0; c < nb; c++) all += m[c];
+            double all = 0, sum = 0, prefix = 0; // masses without the cells always kept
+            for (c = 1; c < r0 + r; c++) all += m[c];
             for (c = 0; c <= r0 + r && sum < gamma * all; c++) {
                 if (order[c] && order[c] != r0 + r) sum += m[order[c]];
                 prefix += own[order[c]];
@@ -527,6 +534,7 @@ TEST_FN void oracle_flex(oracle_view *v, int32_t nb, int32_t r0, int32_t rows, u
     const int32_t b = v->f->kv_block, least = oracle_up(v->f->flex.min_budget, b);
     int32_t r, dense = oracle_most(2 * (int64_t)b, (int64_t)least * b);
     oracle_near = ORACLE_NEAR * oracle_larger(1, v->size / 16);
+    oracle_tiny = ldexp(1, -90);
     if (v->q_len > dense && v->f->flex.compatible)
         oracle_flex_compatible(v, nb, keep, near);
     else if (v->q_len > dense)
@@ -610,6 +618,7 @@ TEST_FN void oracle_exact(const oracle_view *v, int32_t n_views, int32_t nb, int
     double *value = oracle_doubles(nb), size = 1;
     uint8_t *always = (uint8_t *)oracle_alloc((size_t)nb, 2), *with = always + nb;
     oracle_near = ORACLE_NEAR;
+    oracle_tiny = 0;
     for (i = 0; i < n_views; i++) size = oracle_larger(size, v[i].size);
     budget = oracle_most(budget, (int64_t)ceil(((double)x->share - 1e-6) * visible));
     if (!x->keep && !(x->share > 0)) budget = visible;
@@ -1339,7 +1348,7 @@ TEST_FN oracle *oracle_select(const attn_desc *d, const attn_select *sel, const 
                               oracle_slot *memory) {
     oracle *o = (oracle *)oracle_alloc(1, sizeof *o);
     int32_t s, l, h, per, share, i;
-    const int hip = sel->kind != ATTN_SELECT_FLEX && sel->kind != ATTN_SELECT_EXACT;
+    const int exact = sel->kind == ATTN_SELECT_EXACT;
     o->d = d;
     o->n_seq = d->n_seq;
     oracle_defaults(sel, &o->f);
@@ -1361,7 +1370,7 @@ TEST_FN oracle *oracle_select(const attn_desc *d, const attn_select *sel, const 
             if (memory && o->f.n_slots && d->q_start[s + 1] - d->q_start[s] == 1)
                 own = memory + (slot ? slot[s] : s) * o->n_lists + l;
             for (h = 0; h < per * share; h++) v[h] = oracle_open(d, &o->f, s, l * per + h);
-            if ((hip ? v->end : v->kv_len) <= o->f.dense_below) {
+            if ((exact ? v->kv_len : v->end) <= o->f.dense_below) {
                 for (i = 0; i < share; i++) {
                     oracle_dense(o, s, l + i, v);
                     if (own) own[i].next = -1;
