@@ -3,7 +3,7 @@
 
     make build/generate
     python3 tests/bench/recall.py [--exe build/generate] [--threads N] [--only PATTERN ...]
-        [--quick] [--csv FILE] [--out table.md] [--plot FILE.png] [--documents FOLDER]
+        [--quick] [--csv FILE] [--readme README.md] [--plot FILE.png] [--documents FOLDER]
 
 Five documents of 15-16k tokens, each with 32 facts and a question for each: 160 questions to
 examples/models/recall.gguf. Fillers are texts of different kinds (prose, three licences, C), cut
@@ -248,7 +248,7 @@ def main():
     p.add_argument("--add", nargs="*", default=[], metavar="FAMILY=OPTIONS", help="more settings")
     p.add_argument("--also", default="", help="options of every run")
     p.add_argument("--csv")
-    p.add_argument("--out")
+    p.add_argument("--readme", help="puts the table between the markers of this file")
     p.add_argument("--plot")
     p.add_argument("--documents", default="build/recall")
     args = p.parse_args()
@@ -276,11 +276,12 @@ def main():
                                 float(row["attend"]), float(row["user"])), flush=True)
     text = table(rows)
     print("documents", digest)
-    if args.out:
-        with open(args.out, "w") as f:
-            f.write(text)
-    else:
-        print(text)
+    print(text)
+    if args.readme:
+        old = read(args.readme)
+        with open(args.readme, "w") as f:
+            f.write(re.sub("(<!-- recall -->\n).*(<!-- /recall -->)",
+                           lambda m: m[1] + text + m[2], old, flags=re.S))
     if args.plot:
         plot(rows, args.plot)
 
