@@ -199,18 +199,19 @@ def save(path, rows):
 # ---- output
 
 def table(rows):
-    out = ["| selector | options | lost of 160 | goal | kept, % | scored, % | selector, s | "
-           "attention, s | user CPU, s |",
+    order = [r["family"] for r in rows]
+    out = ["| selector | options | lost of %d | goal | kept, %% | scored, %% | selector, s | "
+           "attention, s | user CPU, s |" % len(rows[0]["right"]),
            "|---|---|---|---|---|---|---|---|---|"]
-    for r in rows:
+    for r in sorted(rows, key=lambda r: (order.index(r["family"]), float(r["kept"]))):
         opts = r["options"].split(" ", 1)[1]
         what = "%s right" % r["right"].count("1") if r["family"] == "dense" else r["lost"]
         goal = GOALS.get(r["options"])
-        out.append("| %s | `%s` | %s | %s | %.1f | %s | %s | %.1f | %.0f |" % (
+        seconds = ["%.1f" % float(r[k]) if float(r[k]) else "" for k in ("select", "attend")]
+        out.append("| %s | `%s` | %s | %s | %.1f | %s | %s | %s | %.0f |" % (
             r["family"], opts, what, "" if goal is None else "<= %d" % goal,
             100 * float(r["kept"]),
-            "%.1f" % (100 * float(r["visited"])) if float(r["visited"]) else "",
-            "%.1f" % float(r["select"]) if float(r["select"]) else "", float(r["attend"]),
+            "%.1f" % (100 * float(r["visited"])) if float(r["visited"]) else "", *seconds,
             float(r["user"])))
     return "\n".join(out) + "\n"
 
@@ -257,6 +258,8 @@ def main():
         documents, digest = documents[:2], digest + "q"
     done, rows, dense = load(args.csv, digest), [], None
     settings = [s[:2] for s in SETTINGS] + [tuple(a.split("=", 1)) for a in args.add]
+    known = {options for _, options in settings}
+    settings += [(r["family"], o) for o, r in done.items() if o not in known]
     for family, options in settings:
         wanted = family == "dense" or any(fnmatch.fnmatch(options, "*" + o) or
                                           fnmatch.fnmatch(family, o) for o in args.only)
@@ -268,8 +271,9 @@ def main():
         dense = dense or row["right"]
         row.update(options=options, family=family, documents=digest,
                    lost=lost(dense, row["right"]))
+        done[options] = row
         rows.append(row)
-        save(args.csv, rows)
+        save(args.csv, done.values())
         print("%-44s right %3d, lost %3d, kept %5.1f %%, selector %6.1f s, attention %6.1f s, "
               "user %6.1f s" % (options, row["right"].count("1"), row["lost"],
                                 100 * float(row["kept"]), float(row["select"]),
