@@ -72,7 +72,7 @@ static const char usage[] =
     "  --no-share         every request reads the document on its own\n"
     "  --mask M           dense | window:LEFT[,SINK] | stride:BLOCK,LOCAL,STRIDE (dense)\n"
     "  --select S         lists of KV blocks computed from Q and K, NAME or NAME:KEY=VALUE,...\n"
-    "                     exact: share= keep= epsilon= recent=\n"
+    "                     exact: share= keep= epsilon= recent= (with none: .05, 512 at least)\n"
     "                     flex: gamma= tau= min= max= block= compat\n"
     "                     hip1, hip2: k= block= sink= window= qstride= kstride= refresh= group=\n"
     "                     near= nearwindow= vertical= diagonal= random=; hip1 lowdim= patches=,\n"
@@ -366,7 +366,10 @@ static int parse_select(options *o) {
     }
     if (!o->select.row_block) o->select.row_block = kinds[i].rows;
     attn_exact *x = &o->select.exact;
-    if (!x->keep && !(x->share > 0) && !(x->epsilon > 0)) x->share = 0.05f;
+    if (!x->keep && !(x->share > 0) && !(x->epsilon > 0)) {
+        x->share = 0.05f; /* enough at 16k tokens, and less than the sink and oneself at 2k */
+        x->keep = 512;
+    }
     return 0;
 }
 

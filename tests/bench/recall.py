@@ -3,7 +3,7 @@
 
     make build/generate
     python3 tests/bench/recall.py [--exe build/generate] [--threads N] [--only PATTERN ...]
-        [--quick] [--csv FILE] [--out table.md] [--plot FILE.png] [--documents FOLDER]
+        [--quick] [--csv FILE] [--readme README.md] [--plot FILE.png] [--documents FOLDER]
 
 Five documents of 15-16k tokens, each with 32 facts and a question for each: 160 questions to
 examples/models/recall.gguf. Fillers are texts of different kinds (prose, three licences, C), cut
@@ -32,14 +32,14 @@ SETTINGS = [
     ("dense", "--mask dense", None),
     ("exact", "--select exact:share=.048", 1),
     ("FlexPrefill", "--select flex:gamma=.95,tau=.1", 3),
-    ("HiP 3", "--select hip:keep=2048,kvblock=2,stage=64/1/2/0/1", 6),
-    ("HiP 2", "--select hip2:k=1024,vertical=32", 16),
+    ("HiP 3, chunks of 2", "--select hip:keep=2048,kvblock=2,stage=64/1/2/0/1", 6),
+    ("HiP 2, vertical", "--select hip2:k=1024,vertical=32", 16),
     ("local-stride", "--select stride:64,16,2", None),
     ("window", "--mask window:1023,64", None),
-    ("HiP 2", "--select hip2:k=1024,dense=3", 16),
+    ("HiP 2, layer 3 dense", "--select hip2:k=1024,dense=3", 16),
     ("HiP 2", "--select hip2:k=1024", None),
     ("HiP 3", "--select hip:keep=2048", None),
-    ("HiP 3", "--select hip:keep=2048,dense=3", 6),
+    ("HiP 3, layer 3 dense", "--select hip:keep=2048,dense=3", 6),
     ("window, layer 3 dense", "--select stride:64,16,4096,dense=3", None),
     ("window", "--mask window:255,64", None), ("window", "--mask window:4095,64", None),
     ("local-stride", "--select stride:64,4,16", None),
@@ -55,13 +55,15 @@ SETTINGS = [
     ("FlexPrefill, compatible", "--select flex:gamma=.95,tau=.1,compat", None),
     ("FlexPrefill, compatible", "--select flex:gamma=.99,tau=.1,compat", None),
     ("HiP 1", "--select hip1:k=512", None), ("HiP 1", "--select hip1:k=1024", None),
-    ("HiP 1", "--select hip1:k=1024,vertical=32", None),
-    ("HiP 2", "--select hip2:k=256,vertical=32", None),
-    ("HiP 2", "--select hip2:k=512,vertical=32", None),
-    ("HiP 2", "--select hip2:k=2048,vertical=32", None),
-    ("HiP 3", "--select hip:keep=512,window=256,sink=64,kvblock=2,stage=64/1/2/0/1", None),
-    ("HiP 3", "--select hip:keep=1024,window=512,sink=64,kvblock=2,stage=64/1/2/0/1", None),
-    ("HiP 3", "--select hip:keep=4096,kvblock=2,stage=64/1/2/0/1", None),
+    ("HiP 1, vertical", "--select hip1:k=1024,vertical=32", None),
+    ("HiP 2, vertical", "--select hip2:k=256,vertical=32", None),
+    ("HiP 2, vertical", "--select hip2:k=512,vertical=32", None),
+    ("HiP 2, vertical", "--select hip2:k=2048,vertical=32", None),
+    ("HiP 3, chunks of 2",
+     "--select hip:keep=512,window=256,sink=64,kvblock=2,stage=64/1/2/0/1", None),
+    ("HiP 3, chunks of 2",
+     "--select hip:keep=1024,window=512,sink=64,kvblock=2,stage=64/1/2/0/1", None),
+    ("HiP 3, chunks of 2", "--select hip:keep=4096,kvblock=2,stage=64/1/2/0/1", None),
 ]
 GOALS = {options: goal for _, options, goal in SETTINGS}
 COLUMNS = ("options family right lost kept visited wall user select attend documents").split()
@@ -199,18 +201,19 @@ def save(path, rows):
 # ---- output
 
 def table(rows):
-    out = ["| selector | options | lost of 160 | goal | kept, % | scored, % | selector, s | "
-           "attention, s | user CPU, s |",
+    order = [r["family"] for r in rows]
+    out = ["| selector | options | lost of %d | goal | kept, %% | scored, %% | selector, s | "
+           "attention, s | user CPU, s |" % len(rows[0]["right"]),
            "|---|---|---|---|---|---|---|---|---|"]
-    for r in rows:
+    for r in sorted(rows, key=lambda r: (order.index(r["family"]), float(r["kept"]))):
         opts = r["options"].split(" ", 1)[1]
         what = "%s right" % r["right"].count("1") if r["family"] == "dense" else r["lost"]
         goal = GOALS.get(r["options"])
-        out.append("| %s | `%s` | %s | %s | %.1f | %s | %s | %.1f | %.0f |" % (
+        seconds = ["%.1f" % float(r[k]) if float(r[k]) else "" for k in ("select", "attend")]
+        out.append("| %s | `%s` | %s | %s | %.1f | %s | %s | %s | %.0f |" % (
             r["family"], opts, what, "" if goal is None else "<= %d" % goal,
             100 * float(r["kept"]),
-            "%.1f" % (100 * float(r["visited"])) if float(r["visited"]) else "",
-            "%.1f" % float(r["select"]) if float(r["select"]) else "", float(r["attend"]),
+            "%.1f" % (100 * float(r["visited"])) if float(r["visited"]) else "", *seconds,
             float(r["user"])))
     return "\n".join(out) + "\n"
 
@@ -248,7 +251,7 @@ def main():
     p.add_argument("--add", nargs="*", default=[], metavar="FAMILY=OPTIONS", help="more settings")
     p.add_argument("--also", default="", help="options of every run")
     p.add_argument("--csv")
-    p.add_argument("--out")
+    p.add_argument("--readme", help="puts the table between the markers of this file")
     p.add_argument("--plot")
     p.add_argument("--documents", default="build/recall")
     args = p.parse_args()
@@ -257,6 +260,8 @@ def main():
         documents, digest = documents[:2], digest + "q"
     done, rows, dense = load(args.csv, digest), [], None
     settings = [s[:2] for s in SETTINGS] + [tuple(a.split("=", 1)) for a in args.add]
+    known = {options for _, options in settings}
+    settings += [(r["family"], o) for o, r in done.items() if o not in known]
     for family, options in settings:
         wanted = family == "dense" or any(fnmatch.fnmatch(options, "*" + o) or
                                           fnmatch.fnmatch(family, o) for o in args.only)
@@ -268,19 +273,21 @@ def main():
         dense = dense or row["right"]
         row.update(options=options, family=family, documents=digest,
                    lost=lost(dense, row["right"]))
+        done[options] = row
         rows.append(row)
-        save(args.csv, rows)
+        save(args.csv, done.values())
         print("%-44s right %3d, lost %3d, kept %5.1f %%, selector %6.1f s, attention %6.1f s, "
               "user %6.1f s" % (options, row["right"].count("1"), row["lost"],
                                 100 * float(row["kept"]), float(row["select"]),
                                 float(row["attend"]), float(row["user"])), flush=True)
     text = table(rows)
     print("documents", digest)
-    if args.out:
-        with open(args.out, "w") as f:
-            f.write(text)
-    else:
-        print(text)
+    print(text)
+    if args.readme:
+        old = read(args.readme)
+        with open(args.readme, "w") as f:
+            f.write(re.sub("(<!-- recall -->\n).*(<!-- /recall -->)",
+                           lambda m: m[1] + text + m[2], old, flags=re.S))
     if args.plot:
         plot(rows, args.plot)
 
