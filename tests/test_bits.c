@@ -137,7 +137,8 @@ static void world_mask(world *w, test_rng *r) {
     if (t == F_LISTS) world_lists(w, r, test_below(r, 2) ? 1 : w->n_kv_heads);
     if (t == F_LISTS_HEADS || t == F_LISTS_WINDOW) world_lists(w, r, w->n_heads);
     if (t == F_LISTS && test_below(r, 2)) w->logits.alibi = f;
-    if (t == F_WINDOW || t == F_WINDOW_SINK || t == F_LISTS_WINDOW) m->window_left = 1 + 60 + test_below(r, 200);
+    if (t == F_WINDOW || t == F_WINDOW_SINK || t == F_LISTS_WINDOW)
+        m->window_left = 1 + 60 + test_below(r, 200);
     if (t == F_WINDOW_SINK) m->n_sink = 1 + test_below(r, 20);
     if (t == F_LOGITS || t == F_WINDOW_SINK || t == F_TREE) w->logits.alibi = f;
     if (t == F_LOGITS || t == F_BLOCKS) w->logits.softcap = 5, w->logits.sink = f + w->n_heads;
