@@ -3136,8 +3136,8 @@ ATTN_DEF attn_result attn_cpu_cache_load(const attn_desc *d, const attn_cache_lo
 
 // ==== >>impl-tasks  ==============================================================================
 
-// A row's KV comes in spans of at most 256 tokens, which are folded in order. What a span is depends
-// on the row's own mask and position only, so its bits do not either:
+// A row's KV comes in spans of at most 256 tokens, which are folded in order. What a span is
+// depends on the row's own mask and position only, and so do its bits:
 //  - in general, spans are cut at multiples of 256 positions, and the mask says which are seen;
 //  - under a block list (whole blocks, with nothing but keep_sink and keep_recent beside it) the
 //    tokens that a list row's queries may see are gathered: the union of the sinks, the listed
@@ -3145,10 +3145,10 @@ ATTN_DEF attn_result attn_cpu_cache_load(const attn_desc *d, const attn_cache_lo
 //    beginning. So work is what is listed, however small or scattered its blocks are. What a single
 //    query does not see of this (the future, what is recent for others only) is masked.
 // Such a span belongs to where it begins: to the segment, and the slot there, of the 256 positions
-// that hold its first token. Spans begin 256 positions apart at least, so no slot gets two. One that
-// begins before the sequence's spans may reach into them, when the front was evicted or lies before
-// the window. It belongs to the 256 positions before these, of which nobody sees anything else, or,
-// where no segment has them, to the sequence's first one, which folds.
+// that hold its first token. Spans begin 256 positions apart at least, so no slot gets two. One
+// that begins before the sequence's spans may reach into them, when the front was evicted or lies
+// before the window. It belongs to the 256 positions before these, of which nobody sees anything
+// else, or, where no segment has them, to the sequence's first one, which folds.
 
 typedef struct attni_part { // tokens of one tile that stand in one page
     int32_t t, n, page, place;

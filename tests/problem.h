@@ -112,7 +112,7 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     static const int32_t sizes[] = {1, 8, 16, 32, 48, 64, 128};
     attn_block_list *b = &p->d.mask.blocks;
     int32_t rows_per = 0, s, i, j, l, n_blocks, max_pos = 0, *seq_row;
-    int64_t n = 0, at, *start, *end = NULL;
+    int64_t n = 0, *start;
     int32_t *ids;
     uint64_t *w;
     b->row_block = test_below(r, 3) ? sizes[test_below(r, 7)] : 1 + test_below(r, 70);
@@ -129,19 +129,13 @@ TEST_FN void problem_blocks(problem *p, test_rng *r, int32_t n_lists, int bits) 
     b->seq_row = seq_row;
     start = (int64_t *)problem_alloc(p, 8 * (size_t)n_lists * ((size_t)b->n_rows + 1));
     ids = (int32_t *)problem_alloc(p, 4 * (size_t)n_lists * (size_t)b->n_rows * (size_t)n_blocks);
-    if (test_below(r, 2))
-        end = (int64_t *)problem_alloc(p, 8 * (size_t)n_lists * ((size_t)b->n_rows + 1));
     for (l = 0; l < n_lists; l++)
         for (i = 0; i <= b->n_rows; i++) {
-            at = l * ((int64_t)b->n_rows + 1) + i;
-            if (end && i < b->n_rows) n = ((int64_t)l * b->n_rows + i) * n_blocks; // gaps
-            start[at] = n;
+            start[l * ((int64_t)b->n_rows + 1) + i] = n;
             if (i == b->n_rows) break;
             for (j = 0; j < n_blocks; j++)
                 if (test_below(r, 3) == 0) ids[n++] = j;
-            if (end) end[at] = n;
         }
-    b->row_end = end;
     b->row_start = start;
     b->block = ids;
     if (!bits) return;

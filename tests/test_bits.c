@@ -59,7 +59,7 @@ static void world_lists(world *w, test_rng *r, int32_t n_lists) {
     static const int32_t rows[] = {8, 20, 32, 64};
     attn_block_list *b = &w->mask.blocks;
     int32_t l, i, j, s, n_blocks;
-    int64_t n = 0, *start;
+    int64_t n = 0, at, *start, *end = NULL;
     int32_t *ids;
     b->row_block = rows[test_below(r, 4)];
     b->kv_block = test_below(r, 4) ? 1 + test_below(r, 15) : 16 << test_below(r, 3);
@@ -68,12 +68,17 @@ static void world_lists(world *w, test_rng *r, int32_t n_lists) {
     n_blocks = 1280 / b->kv_block;
     start = (int64_t *)take(w, 8 * (size_t)n_lists * (size_t)(b->n_rows + 1));
     ids = (int32_t *)take(w, 4 * (size_t)n_lists * (size_t)b->n_rows * (size_t)n_blocks);
+    if (test_below(r, 2)) end = (int64_t *)take(w, 8 * (size_t)n_lists * (size_t)(b->n_rows + 1));
     for (l = 0; l < n_lists; l++)
         for (i = 0; i <= b->n_rows; i++) {
-            start[l * (b->n_rows + 1) + i] = n;
+            at = l * (b->n_rows + 1) + i;
+            if (end && i < b->n_rows) n = ((int64_t)l * b->n_rows + i) * n_blocks; // gaps behind
+            start[at] = n;
             for (j = 0; i < b->n_rows && i % 11 != 3 && j < n_blocks; j++) // some are empty
                 if (test_below(r, 2)) ids[n++] = j;
+            if (end) end[at] = n;
         }
+    b->row_end = end;
     for (s = 0; s < MAX_SEQ; s++) w->seq_row[s] = s;
     b->row_start = start;
     b->block = ids;
@@ -132,7 +137,8 @@ static void world_mask(world *w, test_rng *r) {
     if (t == F_LISTS) world_lists(w, r, test_below(r, 2) ? 1 : w->n_kv_heads);
     if (t == F_LISTS_HEADS || t == F_LISTS_WINDOW) world_lists(w, r, w->n_heads);
     if (t == F_LISTS && test_below(r, 2)) w->logits.alibi = f;
-    if (t == F_WINDOW || t == F_WINDOW_SINK || t == F_LISTS_WINDOW) m->window_left = 1 + 60 + test_below(r, 200);
+    if (t == F_WINDOW || t == F_WINDOW_SINK || t == F_LISTS_WINDOW)
+        m->window_left = 1 + 60 + test_below(r, 200);
     if (t == F_WINDOW_SINK) m->n_sink = 1 + test_below(r, 20);
     if (t == F_LOGITS || t == F_WINDOW_SINK || t == F_TREE) w->logits.alibi = f;
     if (t == F_LOGITS || t == F_BLOCKS) w->logits.softcap = 5, w->logits.sink = f + w->n_heads;

@@ -836,7 +836,8 @@ static void list_tables(int queries, const char *only) {
     for (phase = 0; phase < 3; phase++)
         for (n = 8192; n <= 32768; n *= 4)
             for (t = 0; t < 2; t++) {
-                row r = {"lists", SPEED, 128, 4, 1, 1, 0, 0, 0, F16, F32, 1, C_NONE, 0, 0, 0, PAGED};
+                row r = {"lists", SPEED, 128, 4, 1, 1, 0, 0, 0, F16, F32, 1, C_NONE, 0, 0, 0,
+                         PAGED};
                 r.kv = n;
                 r.n_q = queries && queries < n ? queries : n;
                 r.kv_type = types[t][0], r.qo_type = types[t][1];
