@@ -617,8 +617,8 @@ ATTNI_DEV int attni_cu_same_terms(const attni_cu_args &a, const attni_cu_row &x,
 }
 
 // Of a row and a key; 0 where the key is none of the sequence's.
-ATTNI_DEV_FAR float attni_cu_bias(const attni_cu_args &a, const attni_cu_task &w,
-                                  const attni_cu_row &x, int64_t pos) {
+ATTNI_DEV float attni_cu_bias(const attni_cu_args &a, const attni_cu_task &w,
+                              const attni_cu_row &x, int64_t pos) {
     const attn_tensor *b = &a.d.logits.bias;
     if (x.token < 0 || pos < w.pos0 || pos - w.pos0 >= a.seq[x.seq].kv_len) return 0;
     return attni_get(b->data, b->dtype,
@@ -626,7 +626,7 @@ ATTNI_DEV_FAR float attni_cu_bias(const attni_cu_args &a, const attni_cu_task &w
 }
 
 // Of a row and a key; nodes of a token tree are where their depth puts them.
-ATTNI_DEV_FAR float attni_cu_alibi(const attni_cu_args &a, const attni_cu_row &x, int64_t pos) {
+ATTNI_DEV float attni_cu_alibi(const attni_cu_args &a, const attni_cu_row &x, int64_t pos) {
     if (x.token < 0) return 0;
     if (a.d.mask.kind == ATTN_MASK_TREE) {
         const attn_plan_seq *s = a.seq + x.seq;
@@ -917,15 +917,18 @@ ATTNI_DEV int attni_cu_all_kept(const attni_cu_args &a, const W *s, int32_t bloc
     return pos >= s->recent_all || a.d.mask.keep_sink - pos >= ATTNI_CU_BLOCK;
 }
 
+template <class W>
+ATTNI_DEV_FAR int attni_cu_full_listed(const attni_cu_args &a, const W *s, int32_t b) {
+    int32_t at;
+    if (attni_cu_group_of(s, b, &at) < s->n_groups)
+        return at >= s->all_lo && s->all_hi - at >= ATTNI_CU_BLOCK;
+    return at >= s->task.full_block && at < s->task.full_end && attni_cu_all_kept(a, s, at);
+}
+
 // Every row of the tile sees every token of the block.
 template <class W>
 ATTNI_DEV int attni_cu_full(const attni_cu_args &a, const W *s, const attni_cu_task &w, int32_t b) {
-    if (a.gather) {
-        int32_t at;
-        if (attni_cu_group_of(s, b, &at) < s->n_groups)
-            return at >= s->all_lo && s->all_hi - at >= ATTNI_CU_BLOCK;
-        return at >= w.full_block && at < w.full_end && attni_cu_all_kept(a, s, at);
-    }
+    if (a.gather) return attni_cu_full_listed(a, s, b);
     if (b < w.full_block || b >= w.full_end) return 0;
     if (!a.sparse) return 1;
     int32_t at = b - s->scan0;
@@ -938,12 +941,15 @@ ATTNI_DEV int32_t attni_cu_page_index(const attni_cu_args &a, int32_t j) {
     return a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
 }
 
+template <class W> ATTNI_DEV_FAR int32_t attni_cu_base_listed(const W *s, int32_t b) {
+    int32_t at;
+    return attni_cu_group_of(s, b, &at) < s->n_groups ? -4 * ATTNI_CU_BLOCK : at * ATTNI_CU_BLOCK;
+}
+
 // Position of the first token of a block that is not gathered; below all of them, if it is.
 template <class W>
 ATTNI_DEV int32_t attni_cu_base(const attni_cu_args &a, const W *s, int32_t b) {
-    int32_t at = b;
-    if (a.gather && attni_cu_group_of(s, b, &at) < s->n_groups) return -4 * ATTNI_CU_BLOCK;
-    return at * ATTNI_CU_BLOCK;
+    return a.gather ? attni_cu_base_listed(s, b) : b * ATTNI_CU_BLOCK;
 }
 
 // Position of token `at` among those of all groups, one of group g's list; -1 behind its end.
@@ -973,11 +979,20 @@ ATTNI_DEV int32_t attni_cu_position(const attni_cu_args &a, W *s, int32_t b, int
     at = at * ATTNI_CU_BLOCK + i;
     return at < a.d.mask.keep_sink || at >= s->recent ? at : -1;
 }
+// ALiBi and bias of a row and token t of block b, added to its score.
+ATTNI_DEV_FAR float attni_cu_extras(const attni_cu_args &a, attni_cu_shared *s,
+                                    const attni_cu_row &x, int32_t b, int t, float score) {
+    const int32_t pos = attni_cu_position(a, s, b, t);
+    if (a.d.logits.alibi) score += attni_cu_alibi(a, x, pos);
+    if (a.d.logits.bias.data) score += attni_cu_bias(a, s->task, x, pos);
+    return score;
+}
+
+// As attni_cu_position, where there are no registers to spare.
 template <class W>
 ATTNI_DEV_FAR int32_t attni_cu_gathered(const attni_cu_args &a, W *s, int32_t b, int i) {
     return attni_cu_position(a, s, b, i);
 }
-// The same where there are no registers to spare.
 template <class W>
 ATTNI_DEV int32_t attni_cu_position_far(const attni_cu_args &a, W *s, int32_t b, int i) {
     return a.gather ? attni_cu_gathered(a, s, b, i) : b * ATTNI_CU_BLOCK + i;
@@ -1933,15 +1948,13 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
             for (int e = 0; e < 4 * NT; e++) {
                 const attni_cu_row &x = s->row[row(i, e >> 1 & 1)];
                 const int t = (R ? 0 : 16 * warp) + 8 * (e >> 2) + 2 * (lane & 3) + (e & 1);
-                const int64_t pos = attni_cu_position_far(a, s, b, t);
                 float y = c[i][e >> 2][e & 3] * a.scale;
                 if (g->softcap > 0) {
                     float z = attni_exp2(fabsf(y) * (2 * ATTNI_LOG2E) / g->softcap);
                     z = g->softcap * (1.0f - 2.0f / (z + 1.0f));
                     y = y < 0 ? -z : y != y ? y : z;
                 }
-                if (g->alibi) y += attni_cu_alibi(a, x, pos);
-                if (g->bias.data) y += attni_cu_bias(a, s->task, x, pos);
+                if (g->alibi || g->bias.data) y = attni_cu_extras(a, s, x, b, t, y);
                 c[i][e >> 2][e & 3] = y * ATTNI_LOG2E;
             }
     }
@@ -4010,14 +4023,14 @@ ATTNI_DEV_FAR void attni_cu_simt_weights(const attni_cu_args &a, attni_cu_shared
     }
 }
 
-ATTNI_DEV float attni_cu_simt_logit(const attni_cu_args &a, const attni_cu_shared *s,
-                                            const attni_cu_row &y, int64_t pos, float c) {
+// Of row y and token t of block b.
+ATTNI_DEV float attni_cu_simt_logit(const attni_cu_args &a, attni_cu_shared *s,
+                                    const attni_cu_row &y, int32_t b, int t, float c) {
     const attn_logits *g = &a.d.logits;
     if (!a.mods) return c * a.scale;
     c *= a.scale;
     if (g->softcap > 0) c = g->softcap * tanhf(c / g->softcap);
-    if (g->alibi) c += attni_cu_alibi(a, y, pos);
-    if (g->bias.data) c += attni_cu_bias(a, s->task, y, pos);
+    if (g->alibi || g->bias.data) c = attni_cu_extras(a, s, y, b, t, c);
     return c * ATTNI_LOG2E;
 }
 
@@ -4094,8 +4107,7 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
             int sees = (int)(s->bits[r0 + i] >> token & 1);
             x->p[r0 + i][token] =
                 !sees ? ATTNI_NINF
-                      : attni_cu_simt_logit(a, s, s->row[r0 + i],
-                                            attni_cu_position_far(a, s, b, token),
+                      : attni_cu_simt_logit(a, s, s->row[r0 + i], b, token,
                                             c[i] * x->scale[0][token]);
         }
         __syncthreads();
