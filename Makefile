@@ -375,9 +375,11 @@ cuda: | build/cuda
 test-cuda:
 	@if ! command -v $(NVCC) >/dev/null; then echo "skipped: no $(NVCC)"; \
 	elif [ -z "$(CUDA_SM)" ]; then echo "skipped: no GPU"; \
-	else $(MAKE_J) $(addprefix build/cuda/test_cuda_,$(CUDA_ARCH) ptx75 ptx80) && \
+	else $(MAKE_J) $(addprefix build/cuda/test_cuda_,$(CUDA_ARCH) ptx75 ptx80) \
+	    build/cuda/test_select_cuda_$(CUDA_ARCH) && \
 	    bash tests/run.sh -j 1 -t $(LIMIT) -- \
 	    -v "./build/cuda/test_cuda_$(CUDA_ARCH) $(ARGS_test_cuda)" \
+	    -v ./build/cuda/test_select_cuda_$(CUDA_ARCH) \
 	    $(foreach a,ptx75 ptx80,-v "./build/cuda/test_cuda_$a $(ARGS_ptx_test_cuda)") \
 	    $(foreach t,memcheck racecheck initcheck,"$(call SANITIZE,$t) $(ARGS_sanitizer_test_cuda)"); \
 	fi
@@ -390,6 +392,11 @@ build/cuda/impl_ptx%.o: tests/cuda/impl.cu $(HEADERS) | build/cuda
 build/cuda/impl_%.o: tests/cuda/impl.cu $(HEADERS) | build/cuda
 	$(NVCC) $(NVCC_FLAGS) -I. -gencode arch=compute_$*,code=sm_$* -c $< -o $@
 build/cuda/test_cuda_%: build/cuda/test_cuda.o build/cuda/impl_%.o
+	$(NVCC) -Xcompiler -fopenmp $^ -o $@
+build/cuda/test_select_cuda.o: tests/cuda/test_select_cuda.c tests/test_select.c \
+    tests/cuda/device.h $(DEPS) | build/cuda
+	$(NVCC) -O1 -g -Xcompiler -std=gnu11,-fopenmp $(INCLUDES) -c $< -o $@
+build/cuda/test_select_cuda_%: build/cuda/test_select_cuda.o build/cuda/impl_%.o
 	$(NVCC) -Xcompiler -fopenmp $^ -o $@
 build/cuda:
 	@mkdir -p $@

@@ -25,7 +25,8 @@
              attn_block_list.device_entries.
 
    CONTENTS  >>open  >>store  >>run  >>select   and behind  >>impl-:
-             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host, select-...
+             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host,
+             select-keys, select-cut, select-flex, select-hip, select-exact, select-host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -5535,8 +5536,9 @@ typedef struct attni_cu_keys { // where the keys of four tiles lie; 64 of each
 } attni_cu_keys;
 
 ATTNI_DEV float attni_cu_value_at(const uint8_t *row, attn_dtype t, int i) {
-    if (t == ATTN_BF16) return __uint_as_float((uint32_t)((const uint16_t *)(const void *)row)[i] << 16);
-    if (t == ATTN_F16) return attni_half(((const uint16_t *)(const void *)row)[i]);
+    const uint16_t *half = (const uint16_t *)(const void *)row;
+    if (t == ATTN_BF16) return __uint_as_float((uint32_t)half[i] << 16);
+    if (t == ATTN_F16) return attni_half(half[i]);
     return attni_get(row, t, i);
 }
 
@@ -5712,7 +5714,8 @@ ATTNI_DEV float attni_cu_mean_rows(const uint8_t *const *rows, const float *scal
 }
 
 // Whose each list row is, and which sequences FLEX looks into. One block.
-static __global__ void __launch_bounds__(1024) attni_cu_pick_rows(const __grid_constant__ attni_cu_pick a) {
+static __global__ void __launch_bounds__(1024)
+    attni_cu_pick_rows(const __grid_constant__ attni_cu_pick a) {
     __shared__ int32_t at_row, at_est, warps[2][32];
     __shared__ attni_cu_row_of first_of[1024];
     __shared__ int32_t row_at[1024], n_of[1024];
@@ -5939,7 +5942,8 @@ typedef struct attni_cu_flex_choice {
 
 #define ATTNI_CU_P 65 /* row of weights in shared memory */
 
-ATTNI_DEV uint8_t *attni_cu_flex_at(const attni_cu_pick &a, int32_t est, int32_t head, int section) {
+ATTNI_DEV uint8_t *attni_cu_flex_at(const attni_cu_pick &a, int32_t est, int32_t head,
+                                    int section) {
     return a.work + est * a.est_bytes + head * a.head_bytes + a.at[section];
 }
 ATTNI_DEV float *attni_cu_flex_floats(const attni_cu_pick &a, int32_t est, int32_t head,
@@ -5973,11 +5977,13 @@ ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t rows, int32_t cut, flo
     if (tid < 191 && tid - 63 < rows) diag[tid - 63] += sum;
     __syncthreads();
     if (tid < 128)
-        v[quarter * v_stride + c] += part[tid] + part[128 + tid] + part[256 + tid] + part[384 + tid];
+        v[quarter * v_stride + c] +=
+            part[tid] + part[128 + tid] + part[256 + tid] + part[384 + tid];
 }
 
 template <int PASS>
-static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const __grid_constant__ attni_cu_pick a) {
+static __global__ void __launch_bounds__(ATTNI_CU_PICK)
+    attni_cu_flex_last(const __grid_constant__ attni_cu_pick a) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ attni_cu_keys keys;
     __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
@@ -6014,7 +6020,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const
                 attni_cu_find_key(a, q, e.seq, kv_head, k0 + 64 * t + tid, &keys, t, tid);
         __syncthreads();
         if (a.mode) {
-            attni_cu_copy_rows(a, q_row, ATTNI_CU_PICK_ROWS, a.d.q.dtype, a.odd_q, attni_smem(smem));
+            attni_cu_copy_rows(a, q_row, ATTNI_CU_PICK_ROWS, a.d.q.dtype, a.odd_q,
+                               attni_smem(smem));
             attni_cu_copy_rows(a, keys.row[0], 64, a.k.dtype, a.odd_k, attni_smem(k_tile));
             attni_cp_commit();
         }
@@ -6083,7 +6090,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const
         }
         for (int h = 0; PASS == 1 && h < 2; h++) {
             const float most = attni_quad_max(m[h]);
-            const float sum = attni_quad_sum(m[h] > ATTNI_NINF ? l[h] * attni_exp2(m[h] - most) : 0);
+            const float mine = m[h] > ATTNI_NINF ? l[h] * attni_exp2(m[h] - most) : 0;
+            const float sum = attni_quad_sum(mine);
             const int32_t r = r0 + row0 + 8 * h;
             float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_PART) +
                         2 * ((int64_t)r * a.n_chunks + chunk);
@@ -6099,7 +6107,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK) attni_cu_flex_last(const
 }
 
 // Each row's maximum and 1 / (sum n) over its chunks. A warp a row.
-static __global__ void __launch_bounds__(128) attni_cu_flex_norm(const __grid_constant__ attni_cu_pick a) {
+static __global__ void __launch_bounds__(128)
+    attni_cu_flex_norm(const __grid_constant__ attni_cu_pick a) {
     const attni_cu_est e = a.est[blockIdx.z];
     const int32_t r = (int32_t)(blockIdx.x * 4 + (threadIdx.x >> 5)), head = (int32_t)blockIdx.y;
     const int lane = (int)threadIdx.x & 31;
@@ -6120,7 +6129,8 @@ static __global__ void __launch_bounds__(128) attni_cu_flex_norm(const __grid_co
 }
 
 // Mean keys of every block, with the scale of scores: (n_kv_heads, n_blocks, head_dim).
-static __global__ void __launch_bounds__(128) attni_cu_flex_means(const __grid_constant__ attni_cu_pick a) {
+static __global__ void __launch_bounds__(128)
+    attni_cu_flex_means(const __grid_constant__ attni_cu_pick a) {
     __shared__ const uint8_t *row[64];
     __shared__ float scale[64];
     const attni_cu_est e = a.est[blockIdx.z];
@@ -6255,8 +6265,8 @@ ATTNI_DEV float attni_cu_warp_sum(float x) {
 }
 
 // Arrays of n_blocks floats each of a head.
-enum { ATTNI_CU_ALL, ATTNI_CU_COLS, ATTNI_CU_SLASH, ATTNI_CU_MASS0, ATTNI_CU_MASS1, ATTNI_CU_E,
-       ATTNI_CU_ARRAYS };
+enum { ATTNI_CU_ALL, ATTNI_CU_COLS, ATTNI_CU_SLASH, ATTNI_CU_MASS0, ATTNI_CU_MASS1,
+       ATTNI_CU_FORCED0, ATTNI_CU_FORCED1, ATTNI_CU_E, ATTNI_CU_ARRAYS };
 
 // Masses of blocks and of block diagonals, corrected: what is always kept left out, weights of a
 // distance shared between two diagonals.
@@ -6282,8 +6292,11 @@ ATTNI_DEV void attni_cu_flex_pool(const attni_cu_pick &a, const attni_cu_est &e,
         if (lane) continue;
         f[ATTNI_CU_ALL * n + j] = m0 + m1;
         if (row0 == row1) m0 += m1, m1 = 0;
-        f[ATTNI_CU_MASS0 * n + j] = m0 = j == 0 || j == row0 ? 0 : m0;
-        f[ATTNI_CU_MASS1 * n + j] = m1 = j == 0 || j == row1 ? 0 : m1;
+        const int own0 = j == 0 || j == row0, own1 = j == 0 || j == row1;
+        f[ATTNI_CU_FORCED0 * n + j] = own0 ? m0 : 0;
+        f[ATTNI_CU_FORCED1 * n + j] = own1 ? m1 : 0;
+        f[ATTNI_CU_MASS0 * n + j] = m0 = own0 ? 0 : m0;
+        f[ATTNI_CU_MASS1 * n + j] = m1 = own1 ? 0 : m1;
         f[ATTNI_CU_COLS * n + j] = m0 + m1;
         f[ATTNI_CU_SLASH * n + j] = x;
     }
@@ -6357,13 +6370,17 @@ ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, int32_t est, const 
         const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
         attni_cu_flex_softmax(a, est, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo), r + 1,
                               mean, own, s);
-        double all = 0, sum = 0;
+        const float *forced = f + (r == row0 ? ATTNI_CU_FORCED0 : ATTNI_CU_FORCED1) * n;
+        double held = 0, all = 0, sum = 0; // held: by what is kept anyway
         int32_t count = 0;
-        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x) all += (double)mass[j];
+        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x)
+            held += (double)forced[j], all += (double)mass[j] + (double)forced[j];
         attni_cu_total(s, &count, &all);
-        if (!(all > 0)) continue;
-        const attni_cu_cut c = attni_cu_find_cut(own, mass, r + 1, 0, r + 1, // by e, until mass
-                                                 (double)a.f.flex.gamma * all, 0, s);
+        attni_cu_total(s, &count, &held);
+        if (!((double)a.f.flex.gamma * all > held)) continue;
+        const attni_cu_cut c =
+            attni_cu_find_cut(own, mass, r + 1, 0, r + 1, // by e, until mass
+                              (double)a.f.flex.gamma * all - held, 0, s);
         for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x)
             if (attni_cu_order(own[j]) > c.key) sum += (double)own[j];
         attni_cu_total(s, &count, &sum);
@@ -6374,7 +6391,8 @@ ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, int32_t est, const 
 }
 
 // What one head keeps: bits of columns and of diagonals, whether it is query-aware.
-static __global__ void __launch_bounds__(1024) attni_cu_flex_choose(const __grid_constant__ attni_cu_pick a) {
+static __global__ void __launch_bounds__(1024)
+    attni_cu_flex_choose(const __grid_constant__ attni_cu_pick a) {
     __shared__ attni_cu_sums s;
     __shared__ float mean[ATTN_MAX_HEAD_DIM];
     const attni_cu_est e = a.est[blockIdx.z];
@@ -6423,8 +6441,10 @@ static __global__ void __launch_bounds__(1024) attni_cu_flex_choose(const __grid
     if (threadIdx.x == 0) to->aware = aware, to->gamma = gamma;
 }
 
-// As coded, query-aware heads: e_r of every row block, (n_blocks, n_blocks); -1 beyond the diagonal.
-static __global__ void __launch_bounds__(128) attni_cu_flex_map(const __grid_constant__ attni_cu_pick a) {
+// As coded, query-aware heads: e_r of every row block, (n_blocks, n_blocks); -1 beyond the
+// diagonal.
+static __global__ void __launch_bounds__(128)
+    attni_cu_flex_map(const __grid_constant__ attni_cu_pick a) {
     __shared__ attni_cu_sums s;
     __shared__ float mean[ATTN_MAX_HEAD_DIM];
     const attni_cu_est e = a.est[blockIdx.z];
@@ -6445,7 +6465,8 @@ static __global__ void __launch_bounds__(128) attni_cu_flex_map(const __grid_con
 }
 
 // The cut through a head's map.
-static __global__ void __launch_bounds__(1024) attni_cu_flex_map_cut(const __grid_constant__ attni_cu_pick a) {
+static __global__ void __launch_bounds__(1024)
+    attni_cu_flex_map_cut(const __grid_constant__ attni_cu_pick a) {
     __shared__ attni_cu_sums s;
     const attni_cu_est e = a.est[blockIdx.z];
     if (e.seq < 0) return;
@@ -6509,7 +6530,8 @@ ATTNI_DEV void attni_cu_flex_row(const attni_cu_pick &a, int32_t est, const attn
 }
 
 // A list row. Shared memory: bits, then e.
-static __global__ void __launch_bounds__(128) attni_cu_flex_write(const __grid_constant__ attni_cu_pick a) {
+static __global__ void __launch_bounds__(128)
+    attni_cu_flex_write(const __grid_constant__ attni_cu_pick a) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ attni_cu_sums s;
     __shared__ float mean[ATTN_MAX_HEAD_DIM];
@@ -6573,7 +6595,8 @@ typedef struct attni_cu_hip_block { // a q block, as a list row sees it
 // The row's memory: of a slot in x, else in the workspace.
 ATTNI_DEV int32_t *attni_cu_hip_state(const attni_cu_pick &a, int32_t row, int32_t list) {
     uint8_t *base = row < a.f.n_slots ? a.x.state : a.work + a.at[1];
-    return (int32_t *)(void *)(base + ((int64_t)row * a.x.n_lists + list) * (int64_t)a.x.state_bytes);
+    base += ((int64_t)row * a.x.n_lists + list) * (int64_t)a.x.state_bytes;
+    return (int32_t *)(void *)base;
 }
 
 // Words of stage's admitted chunks in a row's memory.
@@ -6819,7 +6842,7 @@ ATTNI_DEV void attni_cu_hip_range(const attni_cu_pick &a, int32_t list, int32_t 
 // ---- HIP2
 
 typedef struct attni_cu_hip_group {
-    int32_t start, size, rep; // blocks; rep < 0: stands for it as for its parent (-1 - rep), or none
+    int32_t start, size, rep; // blocks; rep < 0: as its parent's (-1 - rep), or none
     uint32_t key;             // order of its score; 0: no group
 } attni_cu_hip_group;
 
@@ -6932,7 +6955,8 @@ ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_hip_group *child, int n, int k, 
     const uint32_t cut = attni_cu_kth(key, n, k, s, &ties);
     for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
-        const uint32_t x = i < n ? key[i] : 0, is = i < n ? (x > cut) | (uint32_t)(x == cut) << 16 : 0;
+        const uint32_t x = i < n ? key[i] : 0;
+        const uint32_t is = i < n ? (x > cut) | (uint32_t)(x == cut) << 16 : 0;
         const uint32_t before = done + attni_cu_count_before(is, &all, s);
         done += all;
         const int tied = (int)(before >> 16);
@@ -7228,7 +7252,8 @@ static __global__ void __launch_bounds__(256)
 // A block of threads has 128 rows (queries x heads of a KV head) of a list row and a slice of the
 // blocks. Once the list is there, what it holds of the rows' mass bounds what it misses.
 
-enum { ATTNI_CU_EXACT_KEYS, ATTNI_CU_EXACT_ROWS }; // in attni_cu_pick.at: values; Z and mass of rows
+// In attni_cu_pick.at: values of blocks; Z and masses of rows.
+enum { ATTNI_CU_EXACT_KEYS, ATTNI_CU_EXACT_ROWS };
 
 typedef struct attni_cu_exact_row {
     int32_t seq, list, kv_head, head, heads; // the last three: of a tile
@@ -7307,7 +7332,8 @@ ATTNI_DEV void attni_cu_exact_mass(const attni_cu_pick &a, const attni_cu_exact_
             attni_cp_wait<0>();
             __syncthreads();
         }
-        attni_cu_products(a, acc, smem, attni_smem(k_tile), q_row, ATTNI_CU_PICK_ROWS, keys->row[0]);
+        attni_cu_products(a, acc, smem, attni_smem(k_tile), q_row, ATTNI_CU_PICK_ROWS,
+                          keys->row[0]);
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -7528,8 +7554,8 @@ static void attni_cu_flex_layout(const attn_desc *d, int64_t kv_end, attni_cu_pi
                    attni_cu_up256(aware * d->n_kv_heads * (int64_t)a->n_blocks * d->head_dim * 4);
 }
 
-// HIP3: the most candidates of a stage of sequences that hold so many tokens; per list row scores of
-// candidates and what it remembers. 0: does not fit in `bytes` (-1: any).
+// HIP3: the most candidates of a stage of sequences that hold so many tokens; per list row scores
+// of candidates and what it remembers. 0: does not fit in `bytes` (-1: any).
 static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, attni_cu_pick *a) {
     const attn_hip *h = &a->f.hip;
     const int64_t state = attni_cu_up256(rows * attni_state_bytes(&a->f));
@@ -7690,9 +7716,11 @@ static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
     const int dim = a->d.head_dim, per = 2 * dim + 64;
     const int wide = a->mode && !a->odd_k && !a->odd_q && !a->flip && !attni_is_scaled(a->k.dtype);
     if (wide && dim == 64)
-        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per) : attni_cu_hip_kernels_of<0, 2>(per);
+        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per)
+                            : attni_cu_hip_kernels_of<0, 2>(per);
     if (wide && dim == 128)
-        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 4>(per) : attni_cu_hip_kernels_of<0, 4>(per);
+        return a->mode == 1 ? attni_cu_hip_kernels_of<1, 4>(per)
+                            : attni_cu_hip_kernels_of<0, 4>(per);
     return attni_cu_hip_kernels_of<0, 0>(4 * dim);
 }
 
@@ -7756,7 +7784,8 @@ static attn_result attni_cu_exact_launch(const attn_cuda *c, attni_cu_pick *a,
     r = attni_cu_pick_launch(attni_cu_exact_scan<1>, grid, ATTNI_CU_PICK, a->tile_bytes, stream, *a,
                              n[0], n[1], n[2]);
     if (r == ATTN_OK)
-        r = attni_cu_pick_launch(attni_cu_exact_pick, dim3(rows, lists), 256, 4 * words, stream, *a);
+        r = attni_cu_pick_launch(attni_cu_exact_pick, dim3(rows, lists), 256, 4 * words, stream,
+                                 *a);
     if (r == ATTN_OK)
         r = attni_cu_pick_launch(attni_cu_exact_scan<2>, dim3(grid.x, grid.y), ATTNI_CU_PICK,
                                  a->tile_bytes, stream, *a, n[0], n[1], n[2]);

@@ -111,7 +111,8 @@ static void run(const shape *w) {
     attn_selection x;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
-    int32_t q_start[2] = {0, w->q}, kv_len[1] = {w->n}, seq_row[1], pages = (w->n + PAGE - 1) / PAGE;
+    int32_t q_start[2] = {0, w->q}, kv_len[1] = {w->n}, seq_row[1];
+    int32_t pages = (w->n + PAGE - 1) / PAGE;
     std::vector<int32_t> table(pages);
     uint16_t *k, *q, *o;
     void *image, *mem, *work, *staging;
@@ -172,7 +173,8 @@ static void run(const shape *w) {
     OK(cudaFreeHost(staging));
 }
 
-static shape flex(const char *name, int32_t n, int compatible, float gamma, float tau, int32_t least) {
+static shape flex(const char *name, int32_t n, int compatible, float gamma, float tau,
+                  int32_t least) {
     shape w;
     memset(&w, 0, sizeof w);
     w.name = name, w.n = w.q = n;
