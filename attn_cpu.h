@@ -4530,8 +4530,8 @@ ATTNI_INLINE float attni_scan_score(const attni_scan *c, float product, int32_t 
 // ==== >>impl-flex  FlexPrefill ===================================================================
 //
 // One pass over K scores the last queries of some heads of a KV head and keeps, per query and
-// block, a maximum, a sum of weights below it and the sum's split over two diagonals. The compatible mode
-// counts single tokens: it goes over K once more, when the rows' sums are known.
+// block, a maximum, a sum of weights below it and the sum's split over two diagonals. The
+// compatible mode counts single tokens: it goes over K once more, when the rows' sums are known.
 
 enum { ATTNI_FLEX_HEADS = 4, ATTNI_FLEX_BINS = 2048 };
 
@@ -4595,7 +4595,7 @@ ATTNI_CALLED int attni_flex_shape(const attn_desc *d, const attn_select *f, int3
     if (f->flex.compatible) plain.logits.scale = 0;
     w->scale = attni_scale(&plain);
     w->softcap = f->flex.compatible ? 0 : d->logits.softcap;
-    return w->kv0 + d->kv.kv_len[s] <= f->dense_below ||
+    return d->kv.kv_len[s] <= f->dense_below ||
            w->q_len <= attni_max64(2 * b, w->min_blocks * b);
 }
 
@@ -5154,10 +5154,10 @@ ATTNI_CALLED void attni_flex_raise(attni_scan *c, attni_flex *w, attni_flex_rule
     rule->gamma = gamma;
     for (r = w->pos / w->block; r <= (w->end - 1) / w->block; r++) {
         const double *mass = w->mass + (r > w->pos / w->block ? w->ld : 0);
-        double all = 0, held = 0, sum = 0;
+        double all = 0, held = mass[r] + (r ? mass[0] : 0), sum = 0; // always kept
         attni_flex_row(c, w, rule, r - w->row0, w->e);
         attni_flex_take(w, w->e, r, 2);
-        for (b = attni_max32(w->first, 1); b < r; b++) all += mass[b];
+        for (b = w->first; b <= r; b++) all += mass[b];
         for (i = 0; i < r + 1 - w->first && held < gamma * all; i++) {
             b = (int32_t)(uint32_t)w->order[i];
             sum += (double)attni_flex_value(w->order[i]);
