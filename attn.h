@@ -1499,12 +1499,18 @@ ATTNI_FN int64_t attni_scale_offset(const attni_side *s, int32_t place, int32_t 
     return s->scale_offset + place * s->scale_token + head * s->scale_head;
 }
 
-ATTNI_FAR float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
+// The scale of a token in a page that lies at `page`: the page itself or its copy.
+ATTNI_FAR float attni_scale_in(const attni_side *s, const uint8_t *page, int32_t place,
+                               int32_t head) {
     float f = 1.0f;
     if (s->head_scale) return s->head_scale[head];
     if (s->scale_offset < 0) return 1.0f;
-    memcpy(&f, s->data + page * s->page_bytes + attni_scale_offset(s, place, head), 4);
+    memcpy(&f, page + attni_scale_offset(s, place, head), 4);
     return f;
+}
+
+ATTNI_FN float attni_token_scale(const attni_side *s, int64_t page, int32_t place, int32_t head) {
+    return attni_scale_in(s, s->data + page * s->page_bytes, place, head);
 }
 
 // Elements of a page whose tokens are st and whose heads are sh elements apart; 0: rows overlap or

@@ -2654,9 +2654,11 @@ static int attni_x86_bits; // cached features, with bit 30 set once known
 #if defined(__GNUC__) || defined(__clang__)
 #define ATTNI_GET(x) __atomic_load_n(&(x), __ATOMIC_RELAXED)
 #define ATTNI_SET(x, y) __atomic_store_n(&(x), y, __ATOMIC_RELAXED)
+#define ATTNI_COUNT(x) ((void)__atomic_fetch_add(&(x), 1, __ATOMIC_RELAXED))
 #else
 #define ATTNI_GET(x) (*(volatile int *)&(x))
 #define ATTNI_SET(x, y) (void)(*(volatile int *)&(x) = (y))
+#define ATTNI_COUNT(x) ((void)(x)++) // a lost count is a guess gone wrong, no more
 #endif
 
 #ifdef ATTNI_X86
@@ -3605,7 +3607,7 @@ ATTNI_CALLED uint16_t attni_span_masks(attni_work *w) {
 
 ATTNI_INLINE const uint8_t *attni_scales_at(const attni_side *s, const attni_part *p,
                                             int32_t head) {
-    return s->data + p->page * s->page_bytes + attni_scale_offset(s, p->place, head);
+    return attni_page_data(s, p->page) + attni_scale_offset(s, p->place, head);
 }
 
 ATTNI_CALLED void attni_side_scales(const attni_side *s, const attni_rows *x, float *out) {
@@ -3677,8 +3679,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                 continue;
             }
             if (w->k.k16) end = attni_min32(end, t + (16 - place % 16));
-            k = look = w->k.data + page * w->k.page_bytes + attni_token_offset(&w->k, place, head);
-            v = w->v.data + page * w->v.page_bytes + attni_token_offset(&w->v, place, head);
+            k = look = attni_page_data(&w->k, page) + attni_token_offset(&w->k, place, head);
+            v = attni_page_data(&w->v, page) + attni_token_offset(&w->v, place, head);
             if (w->k.k16) look_step = 4 * w->k_units;
             if (w->k.k16 && t == 16 * i && place % 16 == 0 && end == t1)
                 x->kt[i] = (const uint32_t *)(const void *)k;
@@ -3782,9 +3784,27 @@ ATTNI_CALLED void attni_look_ahead(attni_work *w) {
     w->next = 1;
 }
 
+// One reading of every page that n tokens of a sequence lie in, at positions at[], or from first on
+// without at. tiles: those that are read.
+ATTNI_CALLED void attni_count_reads(const attn_desc *d, int32_t s, const int32_t *at, int64_t first,
+                                    int32_t n, uint32_t tiles) {
+    const int64_t kv_pos0 = attni_kv_pos0(d, s);
+    int64_t last = -1;
+    int32_t t, page;
+    for (t = 0; t < n; t++) {
+        const int64_t j = (at ? at[t] : first + t) - kv_pos0;
+        if (!((tiles >> (t / 16)) & 1u) || j < 0 || j >= d->kv.kv_len[s]) continue;
+        if (j / d->kv.page_tokens == last) continue;
+        last = j / d->kv.page_tokens;
+        if ((page = attni_page_of(d, s, (int32_t)j)) >= 0) ATTNI_COUNT(d->kv.cache->reads[page]);
+    }
+}
+
 // Rows of a span.
 ATTNI_CALLED attn_result attni_load_span(attni_work *w, uint32_t tiles) {
     attni_rows *x = &w->rows[0];
+    if (w->d->kv.cache && w->d->kv.cache->reads)
+        attni_count_reads(w->d, x->from.seq, x->at, 0, x->n, tiles);
     if (tiles & ~x->tiles) {
         attn_result r = attni_find_rows(w, tiles, 0, x);
         if (r != ATTN_OK) return r;
@@ -3961,7 +3981,7 @@ ATTNI_CALLED void attni_row_again(attni_work *w, int32_t r, uint32_t tiles, floa
         row[t] = attni_zeros;
         if ((b[t / 64] >> (t % 64)) & 1u) {
             int32_t s = w->rows[0].from.seq, j = w->rows[0].at[t] - w->p->seq[s].kv_pos0;
-            row[t] = w->v.data + attni_page_of(w->d, s, j) * w->v.page_bytes +
+            row[t] = attni_page_data(&w->v, attni_page_of(w->d, s, j)) +
                      attni_token_offset(&w->v, j % w->d->kv.page_tokens, w->rows[0].from.head);
         }
     }
@@ -4449,7 +4469,7 @@ ATTNI_CALLED attn_result attni_scan_locate(attni_scan *c, int32_t seq, int32_t k
     const attn_desc *d = c->d;
     const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
     const int32_t pt = d->kv.page_tokens;
-    const uint8_t *any = NULL;
+    const uint8_t *any = NULL, *base;
     int32_t t, page;
     for (t = 0; t < 16; t++) {
         int64_t j = (pos && i + t < n ? pos[i + t] : first + i + t) - kv_pos0;
@@ -4457,9 +4477,9 @@ ATTNI_CALLED attn_result attni_scan_locate(attni_scan *c, int32_t seq, int32_t k
         c->ks[i + t] = 0;
         if (i + t >= n || j < 0 || j >= kv_len) continue;
         if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
-        any = key[t] = attni_page_data(&c->k, page) +
-                       attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
-        c->ks[i + t] = attni_token_scale(&c->k, page, (int32_t)(j % pt), kv_head);
+        base = attni_page_data(&c->k, page);
+        any = key[t] = base + attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
+        c->ks[i + t] = attni_scale_in(&c->k, base, (int32_t)(j % pt), kv_head);
     }
     for (t = 0; t < 16; t++)
         if (!key[t]) key[t] = any;
@@ -4474,6 +4494,7 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
     const uint8_t *key[2][16]; // of this tile and the next
     attn_result r = attni_scan_locate(c, seq, kv_head, pos, first, n, 0, key[0]);
     int32_t i;
+    if (d->kv.cache && d->kv.cache->reads) attni_count_reads(d, seq, pos, first, n, 0xffffu);
     c->n_tiles = (n + 15) / 16;
     for (i = 0; i < c->n_tiles; i++) {
         uint32_t *raw = c->raw + 16 * i * (int64_t)c->units;
@@ -7206,9 +7227,9 @@ typedef struct attni_summer {
 ATTNI_CALLED void attni_summer_key(const attni_summer *m, int32_t page, int32_t place, int32_t head,
                                    float *out) {
     const int32_t dim = m->d->head_dim, units = dim * attni_bits_of(m->k.dtype) / 32;
-    const uint8_t *src =
-        m->k.data + page * m->k.page_bytes + attni_token_offset(&m->k, place, head);
-    const float scale = attni_token_scale(&m->k, page, place, head);
+    const uint8_t *base = attni_page_data(&m->k, page);
+    const uint8_t *src = base + attni_token_offset(&m->k, place, head);
+    const float scale = attni_scale_in(&m->k, base, place, head);
     uint32_t raw[ATTN_MAX_HEAD_DIM];
     int32_t i;
     for (i = 0; i < units; i++) memcpy(raw + i, src + i * (m->k.k16 ? 64 : 4), 4);
@@ -7537,6 +7558,7 @@ ATTN_DEF attn_result attn_cpu_delta_add(const attn_desc *d, int32_t s, int32_t s
 #undef ATTNI_CHECK_SLOTS
 #undef ATTNI_CHECK_SPOIL
 #undef ATTNI_CHECK_TABLES
+#undef ATTNI_COUNT
 #undef ATTNI_CPU_OPEN
 #undef ATTNI_EACH
 #undef ATTNI_F2

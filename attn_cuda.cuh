@@ -6912,15 +6912,6 @@ ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_b
     const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
     const int64_t late = attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
     for (int t = (int)threadIdx.x >> 5; 16 * t < n * per; t += (int)blockDim.x >> 5) {
-        if (NQ) { // what comes next: four lanes have four lines of two keys
-            const int i = 16 * (t + ((int)blockDim.x >> 5)) + 8 * (lane & 1) + (lane >> 2);
-            const int32_t rep = i < n * per ? child[i / per].rep : -1;
-            float unused;
-            const uint8_t *next = NULL;
-            if (rep >= 0)
-                next = attni_cu_hip_key(a, b, rep * block + (i - i / per * per) * stride, &unused);
-            if (next && (NQ > 2 || !(lane & 2))) attni_prefetch(next + 64 * (lane & 2));
-        }
         const uint8_t *key[2];
         int32_t pos[2], of[2];
         float scale[2], m[2];

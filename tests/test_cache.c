@@ -139,9 +139,139 @@ static void bad_params(void) {
     CHECK(sizeof(size_t) > 4 || attn_cache_bytes(&p) == 0);
 }
 
+// ---- attention and selection over cached pages
+
+static uint8_t *output(const problem *p, const attn_desc *d, size_t *n) {
+    size_t bytes = attn_cpu_forward_bytes(d, 1);
+    void *mem = malloc(bytes);
+    uint8_t *o;
+    *n = (size_t)p->n_tokens * (size_t)d->n_heads * (size_t)attni_v_dim(d) * 4;
+    memset(d->o.data, 0x5a, *n);
+    CHECK_EQ(attn_cpu_forward(d, mem, bytes, 1), ATTN_OK);
+    free(mem);
+    o = (uint8_t *)malloc(*n + 1);
+    memcpy(o, d->o.data, *n);
+    return o;
+}
+
+// The lists of a selector, as bytes.
+static uint8_t *lists(const attn_desc *d, const attn_select *s, size_t *n) {
+    attn_selection x;
+    int32_t *seq_row = (int32_t *)calloc((size_t)d->n_seq, 4);
+    int64_t u, units = attn_cpu_select_units(d, s);
+    size_t bytes = attn_select_bytes(d, s), scratch = attn_cpu_select_scratch_bytes(d, s);
+    uint8_t *mem = (uint8_t *)aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+    void *work = aligned_alloc(64, (scratch + 127) & ~(size_t)63);
+    CHECK_EQ(attn_selection_init(d, s, mem, bytes, seq_row, 0, &x), ATTN_OK);
+    for (u = 0; u < units; u++)
+        CHECK_EQ(attn_cpu_select(d, s, NULL, &x, u, 1, work), ATTN_OK);
+    free(work), free(seq_row);
+    *n = bytes;
+    return mem;
+}
+
+static void cached(uint64_t seed) {
+    static const attn_dtype types[] = {ATTN_F32,    ATTN_F16, ATTN_BF16,
+                                       ATTN_F8E4M3, ATTN_I8,  ATTN_I4};
+    static const attn_select_kind kinds[] = {ATTN_SELECT_FLEX, ATTN_SELECT_HIP2, ATTN_SELECT_HIP3,
+                                             ATTN_SELECT_EXACT};
+    test_rng r;
+    problem_opts o;
+    problem p;
+    attn_desc d;
+    attn_kv_cache kc;
+    attn_cache_params cp;
+    attn_cache *c;
+    attn_cache_load *loads;
+    attn_select s;
+    size_t n = 0, m = 0, kb, vb;
+    uint8_t *plain, *with;
+    int32_t step, i, j, n_loads;
+    void *mem;
+    r.state = seed;
+    memset(&o, 0, sizeof o);
+    o.mask = test_below(&r, N_MASKS);
+    o.phase = test_below(&r, N_PHASES);
+    o.layout = (attn_layout)test_below(&r, 3);
+    o.page_tokens = o.layout == ATTN_K16 ? 16 : 1 + test_below(&r, 20);
+    o.n_seq = 1 + test_below(&r, 4);
+    o.max_kv = 1 + test_below(&r, 400);
+    o.n_kv_heads = 1 + test_below(&r, 2);
+    o.n_heads = o.n_kv_heads * (1 + test_below(&r, 3));
+    o.head_dim = o.v_head_dim = 8 + 8 * test_below(&r, 3);
+    o.k = types[test_below(&r, 6)];
+    o.v = types[test_below(&r, 6)];
+    o.q = types[test_below(&r, 3)];
+    o.o = ATTN_F32;
+    o.shared = test_below(&r, 3) == 0 ? 16 : 0;
+    o.sharp = 3;
+    problem_make(&p, &o, &r);
+    d = p.d;
+    d.o.stride_token = d.o.stride_head = 0;
+    memset(&cp, 0, sizeof cp);
+    cp.n_pages = d.kv.n_pages;
+    cp.n_slots = d.kv.n_pages / 20 + 1; // 5 %
+    cp.policy = (attn_cache_policy)test_below(&r, 5);
+    mem = aligned_alloc(64, attn_cache_bytes(&cp));
+    CHECK_EQ(attn_cache_init(&cp, mem, attn_cache_bytes(&cp), &c), ATTN_OK);
+    loads = (attn_cache_load *)malloc(sizeof *loads * (size_t)cp.n_slots);
+    kb = d.kv.k.page_bytes ? (size_t)d.kv.k.page_bytes : attn_kv_page_bytes(&d, 0);
+    vb = d.kv.v.page_bytes ? (size_t)d.kv.v.page_bytes : attn_kv_page_bytes(&d, 1);
+    memset(&kc, 0, sizeof kc);
+    kc.k = malloc(kb * (size_t)cp.n_slots);
+    kc.v = malloc(vb * (size_t)cp.n_slots);
+    kc.n_slots = cp.n_slots;
+    kc.slot = c->slot;
+    kc.reads = c->reads;
+    memset(kc.k, 0xff, kb * (size_t)cp.n_slots); // what was never loaded is not read
+    memset(kc.v, 0xff, vb * (size_t)cp.n_slots);
+    memset(&s, 0, sizeof s);
+    s.kind = kinds[test_below(&r, 4)];
+    s.row_block = s.kv_block = s.kind == ATTN_SELECT_HIP3 ? 0 : 16;
+    s.hip.sink = 16, s.hip.window = 32, s.hip.keep = 64;
+    s.exact.keep = 64;
+    for (step = 0; step < 5; step++) {
+        attn_tensor rows = p.d.q; // any rows to store: keys are overwritten by queries
+        uint64_t reads = 0;
+        d.kv.cache = NULL;
+        plain = output(&p, &d, &n);
+        d.kv.cache = &kc;
+        with = output(&p, &d, &n);
+        CHECK(memcmp(plain, with, n) == 0);
+        free(plain), free(with);
+        if (attn_select_check(&d, &s) == ATTN_OK) {
+            d.kv.cache = NULL;
+            plain = lists(&d, &s, &n);
+            d.kv.cache = &kc;
+            with = lists(&d, &s, &m);
+            for (i = 0, j = 1; (size_t)i < n; i++) j &= plain[i] == with[i];
+            CHECK(n == m && j);
+            free(plain), free(with);
+        }
+        for (i = 0; i < cp.n_pages; i++) reads += c->reads[i];
+        CHECK(reads > 0 || p.n_tokens == 0 || d.mask.kind != ATTN_MASK_FULL);
+        if (d.mask.blocks.row_start && d.mask.kind != ATTN_MASK_TREE)
+            CHECK_EQ(attn_cache_want_listed(c, &d, test_below(&r, d.n_seq)), ATTN_OK);
+        CHECK_EQ(attn_cache_update(c, loads, &n_loads), ATTN_OK);
+        CHECK_EQ(attn_cpu_cache_load(&d, loads, n_loads), ATTN_OK);
+        // stores and copies reach both memories
+        if (d.n_heads == d.n_kv_heads && p.n_tokens && o.head_dim == o.v_head_dim)
+            CHECK_EQ(attn_cpu_store(&d, &rows, &rows, NULL, 0, p.n_tokens), ATTN_OK);
+        if (d.kv.n_pages > 1) {
+            attn_page_copy copy = {test_below(&r, d.kv.n_pages), test_below(&r, d.kv.n_pages),
+                                   test_below(&r, d.kv.page_tokens + 1)};
+            CHECK_EQ(attn_cpu_copy_pages(&d, &copy, 1), ATTN_OK);
+        }
+    }
+    CHECK(c->hits + c->misses > 0 || p.n_tokens == 0 || c->loads == 0);
+    free(mem), free(loads), free(kc.k), free(kc.v);
+    problem_free(&p);
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 1000), i;
     bad_params();
     for (i = 0; i < count; i++) policies(seed + i);
+    for (i = 0; i < count / 4; i++) cached(seed + i);
     return TEST_END();
 }
