@@ -76,7 +76,7 @@ typedef struct attn_cuda {
 // than sm_75; ERR_DEVICE: the driver failed.
 ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device);
 
-// ATTN_OK, or ERR_UNSUPPORTED for K16 and PORTABLE. d must be valid.
+// ATTN_OK, or ERR_UNSUPPORTED for K16, PORTABLE and kv.cache. d must be valid.
 ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d);
 
 // The kernels a problem runs on: "mma.bf16", "mma.f16", with "+dequant" where pages are converted,
@@ -4531,7 +4531,7 @@ ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device) {
 
 ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d) {
     if (!c || !d) return ATTN_ERR_ARGUMENT;
-    if (d->kv.layout == ATTN_K16 || d->numerics == ATTN_NUMERICS_PORTABLE)
+    if (d->kv.layout == ATTN_K16 || d->numerics == ATTN_NUMERICS_PORTABLE || d->kv.cache)
         return ATTN_ERR_UNSUPPORTED;
     return ATTN_OK;
 }
