@@ -560,9 +560,8 @@ typedef enum attn_select_heads {
 //               < tau, e = softmax over blocks of the mean of these queries against blocks' mean
 //               keys: every row r has e_r = softmax over j <= r of its mean query against mean keys
 //               and keeps the fewest blocks by e_r that hold gamma'; gamma' >= gamma is the least
-//               for which the rows of A, with what is always kept, hold gamma of mass[r] too (where
-//               e_r is rounded to 0, they alone keep so many blocks). The budgets bound those
-//               blocks of a row.
+//               for which the rows of A hold gamma of mass[r] too (where e_r is rounded to 0, they
+//               alone keep so many blocks). The budgets bound those blocks of a row.
 // Keys behind the last query do not count; blocks that hold no key are not listed.
 // compatible: the reference's own sets (spec/flexprefill: as coded), scale 1 / sqrt(head_dim), no
 // softcap; of a chunk, query-aware heads share gamma times its own rows.

@@ -5175,10 +5175,10 @@ ATTNI_CALLED void attni_flex_raise(attni_scan *c, attni_flex *w, attni_flex_rule
     rule->gamma = gamma;
     for (r = w->pos / w->block; r <= (w->end - 1) / w->block; r++) {
         const double *mass = w->mass + (r > w->pos / w->block ? w->ld : 0);
-        double all = 0, held = mass[r] + (r ? mass[0] : 0), sum = 0; // always kept
+        double all = 0, held = 0, sum = 0; // without the cells always kept
         attni_flex_row(c, w, rule, r - w->row0, w->e);
         attni_flex_take(w, w->e, r, 2);
-        for (b = w->first; b <= r; b++) all += mass[b];
+        for (b = attni_max32(w->first, 1); b < r; b++) all += mass[b];
         for (i = 0; i < r + 1 - w->first && held < gamma * all; i++) {
             b = (int32_t)(uint32_t)w->order[i];
             sum += (double)attni_flex_value(w->order[i]);

@@ -6266,7 +6266,7 @@ ATTNI_DEV float attni_cu_warp_sum(float x) {
 
 // Arrays of n_blocks floats each of a head.
 enum { ATTNI_CU_ALL, ATTNI_CU_COLS, ATTNI_CU_SLASH, ATTNI_CU_MASS0, ATTNI_CU_MASS1,
-       ATTNI_CU_FORCED0, ATTNI_CU_FORCED1, ATTNI_CU_E, ATTNI_CU_ARRAYS };
+       ATTNI_CU_E, ATTNI_CU_ARRAYS };
 
 // Masses of blocks and of block diagonals, corrected: what is always kept left out, weights of a
 // distance shared between two diagonals.
@@ -6293,8 +6293,6 @@ ATTNI_DEV void attni_cu_flex_pool(const attni_cu_pick &a, const attni_cu_est &e,
         f[ATTNI_CU_ALL * n + j] = m0 + m1;
         if (row0 == row1) m0 += m1, m1 = 0;
         const int own0 = j == 0 || j == row0, own1 = j == 0 || j == row1;
-        f[ATTNI_CU_FORCED0 * n + j] = own0 ? m0 : 0;
-        f[ATTNI_CU_FORCED1 * n + j] = own1 ? m1 : 0;
         f[ATTNI_CU_MASS0 * n + j] = m0 = own0 ? 0 : m0;
         f[ATTNI_CU_MASS1 * n + j] = m1 = own1 ? 0 : m1;
         f[ATTNI_CU_COLS * n + j] = m0 + m1;
@@ -6370,17 +6368,13 @@ ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, int32_t est, const 
         const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
         attni_cu_flex_softmax(a, est, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo), r + 1,
                               mean, own, s);
-        const float *forced = f + (r == row0 ? ATTNI_CU_FORCED0 : ATTNI_CU_FORCED1) * n;
-        double held = 0, all = 0, sum = 0; // held: by what is kept anyway
+        double all = 0, sum = 0; // of masses without the cells always kept
         int32_t count = 0;
-        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x)
-            held += (double)forced[j], all += (double)mass[j] + (double)forced[j];
+        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x) all += (double)mass[j];
         attni_cu_total(s, &count, &all);
-        attni_cu_total(s, &count, &held);
-        if (!((double)a.f.flex.gamma * all > held)) continue;
-        const attni_cu_cut c =
-            attni_cu_find_cut(own, mass, r + 1, 0, r + 1, // by e, until mass
-                              (double)a.f.flex.gamma * all - held, 0, s);
+        if (!(all > 0)) continue;
+        const attni_cu_cut c = attni_cu_find_cut(own, mass, r + 1, 0, r + 1, // by e, until mass
+                                                 (double)a.f.flex.gamma * all, 0, s);
         for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x)
             if (attni_cu_order(own[j]) > c.key) sum += (double)own[j];
         attni_cu_total(s, &count, &sum);
