@@ -83,6 +83,8 @@ static const char usage[] =
     "                     stride:BLOCK,LOCAL,STRIDE, the mask\n"
     "                     all: dense=0-2+5 (these layers), and but for stride rows= kvblock=\n"
     "                     heads=each|group|all (lists), from= (shorter sequences are dense)\n"
+    "                     with --device cuda no hip1, epsilon, oracle, headgroup, near, vertical,\n"
+    "                     diagonal, random, nor the letters c and s\n"
     "  --draw L,H,FILE    PNG: what head H of layer L keeps of the first prompt (blue) and\n"
     "                     misses (red), the darker the more attention it gets\n"
     "  --kv TYPE          f32 | f16 | bf16 | fp8 | int8 | int4 (f32)\n"
