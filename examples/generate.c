@@ -1653,12 +1653,11 @@ static int gpu_upload(engine *e, gpu_plan *x) {
 static int gpu_fetch_lists(engine *e) {
     gpu *g = (gpu *)e->gpu;
     for (int32_t l = 0; l < e->m->n_layers; l++) {
-        const attn_selection *x = &e->lists[l], *to = &e->seen_lists[l];
+        if (!has_lists(e, l)) continue;
+        const attn_selection *x = &e->lists[l];
         const int64_t n = (int64_t)x->n_lists * (x->max_rows + 1); /* visited, the last to read */
-        const uint8_t *end = (const uint8_t *)(x->visited + n);
-        if (has_lists(e, l) &&
-            llama_cuda_download(&g->model, to->row_start, x->row_start,
-                                (size_t)(end - (const uint8_t *)x->row_start), g->err))
+        const size_t bytes = (size_t)((uint8_t *)(x->visited + n) - (uint8_t *)x->row_start);
+        if (llama_cuda_download(&g->model, e->seen_lists[l].row_start, x->row_start, bytes, g->err))
             return gpu_failed(g);
     }
     return 0;
