@@ -1637,7 +1637,7 @@ static int gpu_attend(engine *e, int32_t layer) {
     return r ? attn_failed("attention", r) : 0;
 }
 
-/* The step ends when the host has what it asked for, so one staging buffer is enough. */
+/* The step ends when the host has what it asked for, so one staging buffer each is enough. */
 static int gpu_upload(engine *e, gpu_plan *x) {
     gpu *g = (gpu *)e->gpu;
     attn_result r;
@@ -1684,8 +1684,9 @@ static int gpu_forward(engine *e) {
         llama_cuda_seconds(m, 0, 3, &attention, g->err) ||
         llama_cuda_seconds(m, 1, 2, &select, g->err))
         return gpu_failed(g);
-    e->t.attention_s += e->lists ? attention - select : attention;
-    e->t.select_s += e->lists ? select : 0;
+    if (!e->lists || first_layer(e, 0) < 0) select = 0; /* what the marks themselves take */
+    e->t.attention_s += attention - select;
+    e->t.select_s += select;
     return error ? attn_failed("attention on the device", (attn_result)error) : gpu_fetch_lists(e);
 }
 
