@@ -7614,7 +7614,8 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
     if (!attni_cu_pick_supports(&a.f)) return 0;
     rows = attni_max32(attn_select_rows(d, s), a.f.max_rows);
     if (a.f.kind == ATTN_SELECT_FLEX) {
-        attni_cu_flex_layout(d, attni_cu_kv_end(d, &a.f), &a);
+        const int64_t b = a.f.kv_block; // whole blocks, as a selection's rows have
+        attni_cu_flex_layout(d, attni_n_blocks(attni_cu_kv_end(d, &a.f), b) * b, &a);
         for (int32_t i = 0; i < d->n_seq; i++)
             n_est += d->q_start[i + 1] - d->q_start[i] > 2 * a.f.kv_block;
         n_est = attni_max64(n_est, 1);

@@ -83,6 +83,8 @@ static const char usage[] =
     "                     stride:BLOCK,LOCAL,STRIDE, the mask\n"
     "                     all: dense=0-2+5 (these layers), and but for stride rows= kvblock=\n"
     "                     heads=each|group|all (lists), from= (shorter sequences are dense)\n"
+    "                     with --device cuda no hip1, epsilon, oracle, headgroup, near, vertical,\n"
+    "                     diagonal, random, nor the letters c and s\n"
     "  --draw L,H,FILE    PNG: what head H of layer L keeps of the first prompt (blue) and\n"
     "                     misses (red), the darker the more attention it gets\n"
     "  --kv TYPE          f32 | f16 | bf16 | fp8 | int8 | int4 (f32)\n"
@@ -684,6 +686,10 @@ typedef struct device {
     int (*find)(engine *e);                              /* before the model is loaded */
     int (*open)(engine *e);                              /* layers; sets d.q.data, d.o.data */
     void *(*alloc_pages)(engine *e, size_t n, size_t each); /* zeroed; NULL after a message */
+    int (*check_select)(const engine *e);                /* can it do what --select asks for? */
+    int (*open_lists)(engine *e, size_t each);           /* memory; lays out lists, seen_lists */
+    int (*forget)(engine *e, int32_t layer, int32_t slot);
+    int (*follow)(engine *e);                            /* room for selecting from the batch */
     void (*plan_params)(engine *e, attn_plan_params *p);
     int (*open_plan)(engine *e, const attn_plan_params *p); /* what a run needs beside it */
     int (*forward)(engine *e);                           /* the planned batch; fills in logits */
@@ -710,7 +716,7 @@ struct engine {
     attn_desc d;
     attn_plan *plan;
     void *plan_mem, *partial_mem, *scratch_mem;
-    size_t plan_bytes, partial_bytes, scratch_bytes; /* scratch: per thread */
+    size_t partial_bytes, scratch_bytes;         /* scratch: per thread */
     /* the batch being built */
     int32_t n_rows, n_seq, n_out, n_copies;
     int32_t *ids, *pos;                          /* (max_rows) */
@@ -724,11 +730,12 @@ struct engine {
     /* --select */
     attn_select select;
     attn_selection *lists;                       /* (n_layers) NULL: no lists */
+    attn_selection *seen_lists;                  /* (n_layers) what the host sees of them */
     attn_summary *summary;                       /* (n_layers) exact */
     int32_t *slot, *seq_row;                     /* (max_seq) */
     int32_t *new_start, *new_pos0;               /* (max_seq + 1) what summaries have to cover */
     uint8_t *slot_taken;                         /* (max_seq) */
-    void *lists_mem, *select_mem;
+    void *lists_mem, *summary_mem, *select_mem;
     size_t select_bytes;                         /* scratch: per thread */
     picture *draw;                               /* --draw */
     totals t;
@@ -920,7 +927,7 @@ static int admit(engine *e, request *r) {
     while (e->slot_taken[r->slot]) r->slot++;
     e->slot_taken[r->slot] = 1;
     for (int32_t l = 0; e->lists && l < e->m->n_layers; l++)
-        attn_cpu_select_forget(&e->lists[l], r->slot);
+        if (e->on->forget(e, l, r->slot)) return -1;
     e->t.cached_tokens += cached;
     return 0;
 }
@@ -1008,23 +1015,31 @@ static int build_batch(engine *e) {
 
 /* ---- layers: their pages, masks and lists ---- */
 
-static int has_lists(const engine *e, int32_t layer) {
-    return e->lists && !(layer < MAX_DENSE && e->o->dense[layer]);
+static int is_dense(const engine *e, int32_t layer) {
+    return layer < MAX_DENSE && e->o->dense[layer];
 }
+
+static int has_lists(const engine *e, int32_t layer) { return e->lists && !is_dense(e, layer); }
 
 static void choose_layer(engine *e, int32_t layer) {
     e->d.kv.k.data = e->kv[layer].k;
     e->d.kv.v.data = e->kv[layer].v;
     memset(&e->d.mask, 0, sizeof e->d.mask);
     if (has_lists(e, layer)) attn_selection_mask(&e->lists[layer], &e->d.mask);
-    else if (layer >= MAX_DENSE || !e->o->dense[layer]) e->d.mask = e->o->mask;
+    else if (!is_dense(e, layer)) e->d.mask = e->o->mask;
+}
+
+/* The first layer that is dense or not, -1: none. */
+static int32_t first_layer(const engine *e, int dense) {
+    for (int32_t l = 0; l < e->m->n_layers; l++)
+        if (is_dense(e, l) == dense) return l;
+    return -1;
 }
 
 /* The plan is that of every layer: it depends on whether there are lists, not on what they say. */
 static void choose_planned_layer(engine *e) {
-    int32_t l = 0;
-    while (l + 1 < e->m->n_layers && l < MAX_DENSE && e->o->dense[l]) l++;
-    choose_layer(e, l);
+    int32_t l = first_layer(e, 0);
+    choose_layer(e, l < 0 ? 0 : l);
 }
 
 /* Before anything is read; the batch is still empty. */
@@ -1034,7 +1049,19 @@ static int check_select(engine *e) {
     attn_result r = attn_select_check(&e->d, &e->o->select);
     if (r == ATTN_ERR_ARGUMENT)
         return complain("--select %s: values that do not fit each other", e->o->select_text);
-    return r ? attn_failed("selecting", r) : 0;
+    return r ? attn_failed("selecting", r) : e->on->check_select(e);
+}
+
+/* Layers' lists in mem, `each` bytes for one. */
+static int lay_lists(engine *e, void *mem, size_t each, int on_gpu, attn_selection *out) {
+    for (int32_t l = 0; l < e->m->n_layers; l++) {
+        uint8_t *at = (uint8_t *)aligned(mem) + (size_t)l * each;
+        e->d.mask = e->o->mask;
+        attn_result r = attn_selection_init(&e->d, &e->select, at, each, e->seq_row, on_gpu,
+                                            &out[l]);
+        if (r) return attn_failed("selecting", r);
+    }
+    return 0;
 }
 
 /* Lists for every layer, large enough for whatever batch comes; called with the first one. */
@@ -1045,49 +1072,44 @@ static int open_lists(engine *e) {
     if (s->kind >= ATTN_SELECT_HIP1 && s->kind <= ATTN_SELECT_HIP3) s->n_slots = e->max_seq;
     s->max_rows = s->n_slots + e->max_rows / s->row_block + 2 * e->max_seq;
     s->max_kv_len = e->max_pages * e->o->page;
-    attn_result r;
     size_t each = (attn_select_bytes(&e->d, s) + 63) / 64 * 64;
-    size_t summary = s->kind == ATTN_SELECT_EXACT ? (attn_summary_bytes(&e->d) + 63) / 64 * 64 : 0;
     e->lists = (attn_selection *)calloc(layers, sizeof *e->lists);
-    e->summary = (attn_summary *)calloc(layers, sizeof *e->summary);
-    e->lists_mem = each ? calloc(layers, each + summary + 64) : NULL;
-    if (!e->lists || !e->summary || !e->lists_mem) return complain("out of memory for the lists");
-    uint8_t *at = (uint8_t *)aligned(e->lists_mem);
-    for (size_t l = 0; l < layers; l++, at += each + summary) {
-        e->d.mask = e->o->mask;
-        r = attn_selection_init(&e->d, s, at, each, e->seq_row, 0, &e->lists[l]);
-        if (r) return attn_failed("selecting", r);
-        e->summary[l].data = (uint16_t *)(void *)(at + each);
-        for (int32_t i = 0; i < s->n_slots; i++) attn_cpu_select_forget(&e->lists[l], i);
-    }
+    e->seen_lists = (attn_selection *)calloc(layers, sizeof *e->seen_lists);
+    if (!each || !e->lists || !e->seen_lists) return complain("out of memory for the lists");
+    if (e->on->open_lists(e, each)) return -1;
+    for (int32_t l = 0; l < e->m->n_layers; l++)
+        for (int32_t i = 0; i < s->n_slots; i++)
+            if (e->on->forget(e, l, i)) return -1;
     return 0;
-}
-
-/* Summaries change where K does: at new tokens, and in a copied page from its first token on. */
-static void cover_new_keys(engine *e) {
-    for (int32_t i = 0; i < e->n_seq; i++) {
-        int32_t before = e->n_copies ? e->q_pos0[i] % e->o->page : 0;
-        e->new_pos0[i] = e->q_pos0[i] - before;
-        e->new_start[i + 1] = e->new_start[i] + e->q_start[i + 1] - e->q_start[i] + before;
-    }
 }
 
 /* The lists' rows for this batch, and scratch. */
 static int follow_batch(engine *e) {
-    const size_t threads = (size_t)llama_pool_threads(e->pool);
     if (!e->o->select.kind) return 0;
     if (!e->lists && open_lists(e)) return -1;
     for (int32_t l = 0; l < e->m->n_layers; l++) {
         attn_result r = attn_selection_follow(&e->d, &e->select, e->slot, &e->lists[l]);
         if (r) return attn_failed("selecting", r);
     }
-    cover_new_keys(e);
-    size_t bytes = (attn_cpu_select_scratch_bytes(&e->d, &e->select) + 63) / 64 * 64;
-    if (bytes <= e->select_bytes) return 0;
-    free(e->select_mem);
-    e->select_bytes = bytes;
-    e->select_mem = malloc(threads * bytes + 64);
-    return e->select_mem ? 0 : complain("out of memory for selecting");
+    return e->on->follow(e);
+}
+
+/* ---- plans ---- */
+
+/* Parameters and a plan for the chosen layer, in *mem, for the largest problem that can come. */
+static int build_plan(engine *e, attn_plan_params *p, void **mem, attn_plan **plan) {
+    attn_result r = attn_validate(&e->d);
+    if (r) return attn_failed("attention", r);
+    memset(p, 0, sizeof *p);
+    e->on->plan_params(e, p);
+    p->max_seq = e->max_seq;
+    p->max_tokens = e->max_rows;
+    p->max_kv_len = e->max_pages * e->o->page;
+    size_t bytes = attn_plan_bytes(&e->d, p);
+    *mem = malloc(bytes + 64);
+    if (!bytes || !*mem) return complain("out of memory for the attention plan");
+    r = attn_plan_build(&e->d, p, aligned(*mem), bytes, plan);
+    return r ? attn_failed("planning attention", r) : 0;
 }
 
 /* ---- on the CPU ---- */
@@ -1173,6 +1195,52 @@ static int select_blocks(engine *e, int32_t layer) {
     if (!c.status) run_units(&c, select_task, attn_cpu_select_units(&e->d, &e->select));
     e->t.select_s += seconds() - t0;
     return c.status ? attn_failed("selecting", (attn_result)c.status) : 0;
+}
+
+static int cpu_check_select(const engine *e) {
+    (void)e;
+    return 0; /* all there is */
+}
+
+static int cpu_forget(engine *e, int32_t layer, int32_t slot) {
+    attn_cpu_select_forget(&e->lists[layer], slot);
+    return 0;
+}
+
+static int cpu_open_lists(engine *e, size_t each) {
+    const size_t layers = (size_t)e->m->n_layers;
+    size_t summary = e->select.kind == ATTN_SELECT_EXACT ? attn_summary_bytes(&e->d) : 0;
+    summary = (summary + 63) / 64 * 64;
+    e->summary = (attn_summary *)calloc(layers, sizeof *e->summary);
+    e->summary_mem = malloc(layers * summary + 64);
+    e->lists_mem = calloc(layers, each + 64);
+    if (!e->summary || !e->summary_mem || !e->lists_mem)
+        return complain("out of memory for the lists");
+    for (size_t l = 0; l < layers; l++)
+        e->summary[l].data = (uint16_t *)(void *)((uint8_t *)aligned(e->summary_mem) + l * summary);
+    if (lay_lists(e, e->lists_mem, each, 0, e->lists)) return -1;
+    memcpy(e->seen_lists, e->lists, layers * sizeof *e->lists);
+    return 0;
+}
+
+/* Summaries change where K does: at new tokens, and in a copied page from its first token on. */
+static void cover_new_keys(engine *e) {
+    for (int32_t i = 0; i < e->n_seq; i++) {
+        int32_t before = e->n_copies ? e->q_pos0[i] % e->o->page : 0;
+        e->new_pos0[i] = e->q_pos0[i] - before;
+        e->new_start[i + 1] = e->new_start[i] + e->q_start[i + 1] - e->q_start[i] + before;
+    }
+}
+
+static int cpu_follow(engine *e) {
+    const size_t threads = (size_t)llama_pool_threads(e->pool);
+    cover_new_keys(e);
+    size_t bytes = (attn_cpu_select_scratch_bytes(&e->d, &e->select) + 63) / 64 * 64;
+    if (bytes <= e->select_bytes) return 0;
+    free(e->select_mem);
+    e->select_bytes = bytes;
+    e->select_mem = malloc(threads * bytes + 64);
+    return e->select_mem ? 0 : complain("out of memory for selecting");
 }
 
 /* ---- picture: what a head keeps and misses of the first prompt ---- */
@@ -1369,22 +1437,38 @@ static void cpu_close(engine *e) {
     free(e->kv_mem);
     free(e->partial_mem);
     free(e->scratch_mem);
+    free(e->lists_mem);
+    free(e->summary);
+    free(e->summary_mem);
+    free(e->select_mem);
     llama_state_free(e->s);
 }
 
-static const device on_cpu = {1, 0, cpu_find, cpu_open, cpu_alloc_pages, cpu_plan_params,
+static const device on_cpu = {1, 0, cpu_find, cpu_open, cpu_alloc_pages, cpu_check_select,
+                              cpu_open_lists, cpu_forget, cpu_follow, cpu_plan_params,
                               cpu_open_plan, cpu_forward, cpu_executor, cpu_close};
 
 /* ---- on a CUDA device ---- */
 
 #ifdef GENERATE_CUDA
+/* Layers with one kind of mask. */
+typedef struct gpu_plan {
+    int32_t layer;                     /* the first of them, -1: none */
+    attn_plan *plan;
+    void *mem;                         /* host: the plan, unless it is the engine's */
+    attn_cuda_plan image;
+    void *staging;
+    size_t bytes;                      /* of the plan's image and of staging */
+} gpu_plan;
+
 typedef struct gpu {
     attn_cuda attn;
     llama_cuda model;
     int64_t *slots;                    /* device: (max_rows) */
-    attn_cuda_plan plan;
-    void *staging, *partials;
-    size_t bytes;                      /* of the plan's image and of staging */
+    gpu_plan plan, dense;              /* dense: of such layers where others are not */
+    void *partials;
+    void *work;                        /* --select */
+    size_t work_bytes;
     char err[LLAMA_ERR_BYTES];
 } gpu;
 
@@ -1441,23 +1525,95 @@ static void gpu_plan_params(engine *e, attn_plan_params *p) {
     if (p->partial_bytes < bytes) p->partial_bytes = bytes;
 }
 
-static int gpu_open_plan(engine *e, const attn_plan_params *p) {
+static int gpu_check_select(const engine *e) {
+    const gpu *g = (const gpu *)e->gpu;
+    return attn_cuda_select_bytes(&g->attn, &e->d, &e->o->select)
+               ? 0
+               : complain("--select %s: --device cpu has it, --device cuda has not",
+                          e->o->select_text);
+}
+
+static int gpu_forget(engine *e, int32_t layer, int32_t slot) {
+    gpu *g = (gpu *)e->gpu;
+    attn_result r = attn_cuda_select_forget(&g->attn, &e->lists[layer], slot, g->model.stream);
+    return r ? attn_failed("selecting", r) : 0;
+}
+
+/* FLEX needs room by the sequences that have over two blocks of queries: as many as a batch may. */
+static size_t gpu_select_bytes(engine *e) {
+    const gpu *g = (const gpu *)e->gpu;
+    const int32_t b = e->select.kv_block;
+    attn_desc d = e->d;
+    if (e->select.kind == ATTN_SELECT_FLEX && b < e->max_rows / 2) {
+        const int32_t each = 2 * b + 1, n = e->max_rows / each;
+        d.n_seq = n < e->max_seq ? n : e->max_seq;
+        for (int32_t i = 0; i < d.n_seq; i++) e->new_start[i + 1] = (i + 1) * each;
+        d.q_start = e->new_start;
+        d.q_pos0 = e->new_pos0; /* zeroes: the device has no other use for these */
+        d.seq_order = NULL;
+    }
+    return attn_cuda_select_bytes(&g->attn, &d, &e->select);
+}
+
+static int gpu_open_lists(engine *e, size_t each) {
+    gpu *g = (gpu *)e->gpu;
+    const size_t bytes = (size_t)e->m->n_layers * each + 64;
+    void *lists = llama_cuda_alloc(&g->model, bytes, 0, g->err);
+    void *seen = lists ? llama_cuda_alloc(&g->model, bytes, 1, g->err) : NULL;
+    if (!seen) return gpu_failed(g);
+    g->work_bytes = gpu_select_bytes(e);
+    g->work = llama_cuda_alloc(&g->model, g->work_bytes, 0, g->err);
+    if (!g->work) return gpu_failed(g);
+    return lay_lists(e, lists, each, 1, e->lists) || lay_lists(e, seen, each, 0, e->seen_lists)
+               ? -1
+               : 0;
+}
+
+static int gpu_follow(engine *e) {
+    (void)e;
+    return 0; /* the workspace does for every batch */
+}
+
+static int gpu_open_image(engine *e, const attn_plan_params *p, gpu_plan *x) {
     gpu *g = (gpu *)e->gpu;
     attn_result r = attn_cuda_supports(&g->attn, &e->d);
     if (r) return attn_failed("attention", r);
-    g->bytes = attn_cuda_plan_bytes(&g->attn, &e->d, p);
-    void *image = llama_cuda_alloc(&g->model, g->bytes, 0, g->err);
-    g->staging = image ? llama_cuda_alloc(&g->model, g->bytes, 1, g->err) : NULL;
-    g->partials = g->staging ? llama_cuda_alloc(&g->model, p->partial_bytes, 0, g->err) : NULL;
-    if (!g->partials) return gpu_failed(g);
-    r = attn_cuda_plan_init(&g->attn, &e->d, p, image, g->bytes, &g->plan);
+    x->bytes = attn_cuda_plan_bytes(&g->attn, &e->d, p);
+    void *image = llama_cuda_alloc(&g->model, x->bytes, 0, g->err);
+    x->staging = image ? llama_cuda_alloc(&g->model, x->bytes, 1, g->err) : NULL;
+    if (!x->staging) return gpu_failed(g);
+    r = attn_cuda_plan_init(&g->attn, &e->d, p, image, x->bytes, &x->image);
     return r ? attn_failed("planning attention", r) : 0;
+}
+
+/* Tasks on the device follow from the mask, so dense layers beside others have their own. */
+static int gpu_open_plan(engine *e, const attn_plan_params *p) {
+    gpu *g = (gpu *)e->gpu;
+    attn_plan_params q;
+    g->plan.plan = e->plan;
+    g->plan.layer = first_layer(e, 0);
+    g->dense.layer = first_layer(e, 1);
+    if (g->plan.layer < 0) { /* all are dense */
+        g->plan.layer = g->dense.layer;
+        g->dense.layer = -1;
+    }
+    if (gpu_open_image(e, p, &g->plan)) return -1;
+    if (g->dense.layer >= 0) {
+        choose_layer(e, g->dense.layer);
+        if (build_plan(e, &q, &g->dense.mem, &g->dense.plan) ||
+            gpu_open_image(e, &q, &g->dense))
+            return -1;
+        if (q.partial_bytes > e->partial_bytes) e->partial_bytes = q.partial_bytes;
+    }
+    g->partials = llama_cuda_alloc(&g->model, e->partial_bytes, 0, g->err);
+    return g->partials ? 0 : gpu_failed(g);
 }
 
 /* attend() for the device; every call is queued and none waits. */
 static int gpu_attend(engine *e, int32_t layer) {
     gpu *g = (gpu *)e->gpu;
     attn_cuda_stream stream = g->model.stream;
+    const gpu_plan *x = g->dense.layer >= 0 && is_dense(e, layer) ? &g->dense : &g->plan;
     attn_tensor k, v;
     attn_result r;
     memset(&k, 0, sizeof k);
@@ -1468,37 +1624,70 @@ static int gpu_attend(engine *e, int32_t layer) {
     choose_layer(e, layer);
     r = attn_cuda_copy_pages(&g->attn, &e->d, e->copies, e->n_copies, stream);
     if (r) return attn_failed("copying pages", r);
-    r = attn_cuda_store(&g->attn, &e->d, &g->plan, &k, &v, g->slots, 0, e->n_rows, stream);
+    r = attn_cuda_store(&g->attn, &e->d, &x->image, &k, &v, g->slots, 0, e->n_rows, stream);
     if (r) return attn_failed("storing keys and values", r);
-    r = attn_cuda_run(&g->attn, &e->d, &g->plan, g->partials, e->partial_bytes, stream);
+    if (llama_cuda_mark(&g->model, layer, 1, g->err)) return gpu_failed(g);
+    if (has_lists(e, layer)) {
+        r = attn_cuda_select(&g->attn, &e->d, &x->image, &e->select, NULL, &e->lists[layer],
+                             g->work, g->work_bytes, stream);
+        if (r) return attn_failed("selecting", r);
+    }
+    if (llama_cuda_mark(&g->model, layer, 2, g->err)) return gpu_failed(g);
+    r = attn_cuda_run(&g->attn, &e->d, &x->image, g->partials, e->partial_bytes, stream);
     return r ? attn_failed("attention", r) : 0;
 }
 
-/* The step ends when the host has what it asked for, so one staging buffer is enough. */
+/* The step ends when the host has what it asked for, so one staging buffer each is enough. */
+static int gpu_upload(engine *e, gpu_plan *x) {
+    gpu *g = (gpu *)e->gpu;
+    attn_result r;
+    choose_layer(e, x->layer);
+    r = x->mem ? attn_plan_update(x->plan, &e->d, NULL) : ATTN_OK; /* the engine's: up to date */
+    if (!r)
+        r = attn_cuda_upload(&g->attn, &e->d, x->plan, &x->image, x->staging, x->bytes,
+                             g->model.stream);
+    return r ? attn_failed("planning attention", r) : 0;
+}
+
+/* What was selected, for the host to count. */
+static int gpu_fetch_lists(engine *e) {
+    gpu *g = (gpu *)e->gpu;
+    for (int32_t l = 0; l < e->m->n_layers; l++) {
+        if (!has_lists(e, l)) continue;
+        const attn_selection *x = &e->lists[l];
+        const int64_t n = (int64_t)x->n_lists * (x->max_rows + 1); /* visited, the last to read */
+        const size_t bytes = (size_t)((uint8_t *)(x->visited + n) - (uint8_t *)x->row_start);
+        if (llama_cuda_download(&g->model, e->seen_lists[l].row_start, x->row_start, bytes, g->err))
+            return gpu_failed(g);
+    }
+    return 0;
+}
+
 static int gpu_forward(engine *e) {
     gpu *g = (gpu *)e->gpu;
     llama_cuda *m = &g->model;
-    double attention = 0;
+    double attention = 0, select = 0;
     int32_t error = 0;
-    attn_result r = attn_cuda_upload(&g->attn, &e->d, e->plan, &g->plan, g->staging, g->bytes,
-                                     m->stream);
-    if (r) return attn_failed("planning attention", r);
+    if (gpu_upload(e, &g->plan) || (g->dense.layer >= 0 && gpu_upload(e, &g->dense))) return -1;
     if (llama_cuda_upload(m, g->slots, e->slots, (size_t)e->n_rows * sizeof *e->slots, g->err) ||
         llama_cuda_embed(m, e->ids, e->pos, e->n_rows, g->err))
         return gpu_failed(g);
     for (int32_t l = 0; l < e->m->n_layers; l++) {
-        if (llama_cuda_qkv(m, l, g->err) || llama_cuda_mark(m, 2 * l, g->err))
+        if (llama_cuda_qkv(m, l, g->err) || llama_cuda_mark(m, l, 0, g->err))
             return gpu_failed(g);
         if (gpu_attend(e, l)) return -1;
-        if (llama_cuda_mark(m, 2 * l + 1, g->err) || llama_cuda_out(m, l, g->err))
+        if (llama_cuda_mark(m, l, 3, g->err) || llama_cuda_out(m, l, g->err))
             return gpu_failed(g);
     }
     if ((e->n_out && llama_cuda_logits(m, e->out_row, e->n_out, e->logits, g->err)) ||
         llama_cuda_download(m, &error, g->attn.error, sizeof error, g->err) ||
-        llama_cuda_seconds(m, &attention, g->err))
+        llama_cuda_seconds(m, 0, 3, &attention, g->err) ||
+        llama_cuda_seconds(m, 1, 2, &select, g->err))
         return gpu_failed(g);
-    e->t.attention_s += attention;
-    return error ? attn_failed("attention on the device", (attn_result)error) : 0;
+    if (!e->lists || first_layer(e, 0) < 0) select = 0; /* what the marks themselves take */
+    e->t.attention_s += attention - select;
+    e->t.select_s += select;
+    return error ? attn_failed("attention on the device", (attn_result)error) : gpu_fetch_lists(e);
 }
 
 static const char *gpu_executor(const engine *e) {
@@ -1507,18 +1696,20 @@ static const char *gpu_executor(const engine *e) {
 
 static void gpu_close(engine *e) {
     gpu *g = (gpu *)e->gpu;
-    if (g) llama_cuda_close(&g->model); /* the pages as well */
+    if (g) llama_cuda_close(&g->model); /* pages and lists as well */
+    if (g) free(g->dense.mem);
     free(g);
 }
 
-static const device on_cuda = {0, 1, gpu_find, gpu_open, gpu_alloc_pages, gpu_plan_params,
+static const device on_cuda = {0, 1, gpu_find, gpu_open, gpu_alloc_pages, gpu_check_select,
+                               gpu_open_lists, gpu_forget, gpu_follow, gpu_plan_params,
                                gpu_open_plan, gpu_forward, gpu_executor, gpu_close};
 #endif
 
 static const device *choose_device(const options *o) {
     if (!strcmp(o->device, "cpu")) return &on_cpu;
-    if (o->select.kind || o->draw_file) {
-        complain("--device cuda: %s runs with --device cpu", o->draw_file ? "--draw" : "--select");
+    if (o->draw_file) {
+        complain("--device cuda: --draw runs with --device cpu");
         return NULL;
     }
 #ifdef GENERATE_CUDA
@@ -1533,22 +1724,12 @@ static const device *choose_device(const options *o) {
 
 /* ---- one step of the model ---- */
 
-/* Buffers for the largest problem that can come; sized when the first one is known. */
+/* Sized when the first batch is known. */
 static int open_plan(engine *e) {
     attn_plan_params p;
-    attn_result r = attn_validate(&e->d);
-    if (r) return attn_failed("attention", r);
-    memset(&p, 0, sizeof p);
-    e->on->plan_params(e, &p);
-    p.max_seq = e->max_seq;
-    p.max_tokens = e->max_rows;
-    p.max_kv_len = e->max_pages * e->o->page;
+    if (build_plan(e, &p, &e->plan_mem, &e->plan)) return -1;
     e->partial_bytes = p.partial_bytes;
-    e->plan_bytes = attn_plan_bytes(&e->d, &p);
-    e->plan_mem = malloc(e->plan_bytes + 64);
-    if (!e->plan_bytes || !e->plan_mem) return complain("out of memory for the attention plan");
-    r = attn_plan_build(&e->d, &p, aligned(e->plan_mem), e->plan_bytes, &e->plan);
-    return r ? attn_failed("planning attention", r) : e->on->open_plan(e, &p);
+    return e->on->open_plan(e, &p);
 }
 
 static int plan_batch(engine *e) {
@@ -1619,7 +1800,7 @@ static int64_t listed_keys(const attn_selection *x, int64_t row, int32_t p) {
 
 /* What the lists of a layer let query row i of sequence s see, over all heads. */
 static void count_listed(engine *e, int32_t layer, int32_t s, int32_t i) {
-    const attn_selection *x = &e->lists[layer];
+    const attn_selection *x = &e->seen_lists[layer];
     const int32_t heads = e->m->n_heads / x->n_lists, p = e->pos[i], rows = x->list.row_block;
     const int32_t last = e->pos[e->q_start[s + 1] - 1], end = p / rows * rows + rows;
     e->t.scorable += (int64_t)e->m->n_heads * (end <= last ? end : last + 1);
@@ -1873,9 +2054,7 @@ static void close_engine(engine *e) {
     free(e->logits);
     free(e->plan_mem);
     free(e->lists);
-    free(e->summary);
-    free(e->lists_mem);
-    free(e->select_mem);
+    free(e->seen_lists);
     free(e->slot_taken);
     close_picture(e);
 }

@@ -248,9 +248,9 @@ static int open_buffers(llama_cuda *c, char *err) {
     p->logits = (float *)llama_cuda_alloc(
         c, (size_t)c->cap_logits * (size_t)m->n_vocab * sizeof(float), 0, err);
     if (!p->logits) return -1;
-    p->mark = (cudaEvent_t *)calloc(2 * (size_t)m->n_layers, sizeof *p->mark);
+    p->mark = (cudaEvent_t *)calloc(LLAMA_CUDA_MARKS * (size_t)m->n_layers, sizeof *p->mark);
     if (!p->mark) return failed(err, "marks", "out of memory");
-    for (; p->n_marks < 2 * m->n_layers; p->n_marks++)
+    for (; p->n_marks < LLAMA_CUDA_MARKS * m->n_layers; p->n_marks++)
         if (cuda(cudaEventCreate(&p->mark[p->n_marks]), "marks", err)) return -1;
     return 0;
 }
@@ -380,15 +380,17 @@ int llama_cuda_logits(llama_cuda *c, const int32_t *rows, int32_t n_rows, float 
                                (size_t)n_rows * (size_t)c->m->n_vocab * sizeof *logits, err);
 }
 
-int llama_cuda_mark(llama_cuda *c, int32_t i, char *err) {
-    return cuda(cudaEventRecord(c->parts->mark[i], c->stream), "marks", err);
+int llama_cuda_mark(llama_cuda *c, int32_t layer, int i, char *err) {
+    cudaEvent_t mark = c->parts->mark[LLAMA_CUDA_MARKS * layer + i];
+    return cuda(cudaEventRecord(mark, c->stream), "marks", err);
 }
 
-int llama_cuda_seconds(llama_cuda *c, double *sum, char *err) {
+int llama_cuda_seconds(llama_cuda *c, int a, int b, double *sum, char *err) {
     *sum = 0;
-    for (int32_t i = 0; i < c->parts->n_marks; i += 2) {
+    for (int32_t i = 0; i < c->parts->n_marks; i += LLAMA_CUDA_MARKS) {
         float ms = 0;
-        if (cuda(cudaEventElapsedTime(&ms, c->parts->mark[i], c->parts->mark[i + 1]), "marks", err))
+        if (cuda(cudaEventElapsedTime(&ms, c->parts->mark[i + a], c->parts->mark[i + b]), "marks",
+                 err))
             return -1;
         *sum += 1e-3 * (double)ms;
     }

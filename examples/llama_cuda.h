@@ -44,10 +44,11 @@ int llama_cuda_out(llama_cuda *c, int32_t layer, char *err);
 /* rows: which tokens; logits (n_rows, n_vocab): host. */
 int llama_cuda_logits(llama_cuda *c, const int32_t *rows, int32_t n_rows, float *logits, char *err);
 
-/* A clock on the stream: marks 0 .. 2 * n_layers - 1, and the seconds from mark 2i to 2i + 1 summed
- * over all i. Call seconds after the stream was waited for. */
-int llama_cuda_mark(llama_cuda *c, int32_t i, char *err);
-int llama_cuda_seconds(llama_cuda *c, double *sum, char *err);
+/* A clock on the stream: LLAMA_CUDA_MARKS marks for every layer, from 0 on, and the seconds from
+ * mark a to mark b summed over all layers. Call seconds after the stream was waited for. */
+enum { LLAMA_CUDA_MARKS = 4 };
+int llama_cuda_mark(llama_cuda *c, int32_t layer, int i, char *err);
+int llama_cuda_seconds(llama_cuda *c, int a, int b, double *sum, char *err);
 
 #ifdef __cplusplus
 }

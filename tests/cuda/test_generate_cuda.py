@@ -4,7 +4,8 @@
     make build/generate build/generate_cuda
     python3 tests/cuda/test_generate_cuda.py [GENERATE [GENERATE_CUDA]] [--quick]
 
-Run from the repository root. --quick: dense and fp8 only. A job takes a CPU with two cores 3 s.
+Run from the repository root. --quick: dense, fp8 and a selector only. A job takes a CPU with two
+cores 3 to 7 s.
 Prints each answer that differs and 'N passed, N failed'; 'skipped: why' without a GPU."""
 import json
 import os
@@ -16,11 +17,19 @@ QUICK = len(args) < len(sys.argv) - 1
 CPU = args[0] if args else "./build/generate"
 CUDA = args[1] if len(args) > 1 else "./build/generate_cuda"
 SAME = ("answers prompt_tokens cached_tokens prefill_tokens decode_tokens steps kv_bytes "
-        "kv_bytes_unshared kept_share kv mask share").split()
-JOBS = ["", "--kv fp8"]
+        "kv_bytes_unshared kept_share kv mask select share").split()
+JOBS = ["", "--kv fp8", "--select exact"]
 MORE = ["--kv f16", "--kv bf16", "--kv int8", "--kv int4", "--mask window:1023,64",
         "--mask stride:16,8,4", "--mask stride:16,8,4 --kv fp8", "--page 7 --chunk 100 --batch 5",
-        "--every 0 --kv int8", "--prompt Once --temp 1 --seed 5"]
+        "--every 0 --kv int8", "--prompt Once --temp 1 --seed 5",
+        "--select exact --page 7 --chunk 100 --batch 5", "--select exact:keep=256,heads=each",
+        "--select flex:gamma=.9,tau=.1", "--select flex:gamma=.9,tau=.1,block=96 --every 0",
+        "--select flex:gamma=.9,tau=.1,compat", "--select hip2:k=512,dense=0+3",
+        "--select hip2:k=512,refresh=4,dense=0+3 --kv fp8",
+        "--select hip:keep=512,window=256,sink=64,kvblock=2,stage=64/1/2/0/1",
+        "--select hip:keep=512,dense=3 --page 64 --no-share",
+        "--select stride:16,4,8,dense=0+2+4", "--select exact:dense=0-5"]
+LISTS = 1e-3  # of the kept share, between lists of one device and of the other
 passed = failed = 0
 
 
@@ -56,8 +65,11 @@ def compare(options):
     if not cpu or not cuda:
         return
     for key in SAME:
-        check(cpu[key] == cuda[key], "%s: %s: cpu %s, cuda %s" % (options, key, cpu[key],
-                                                                  cuda[key]))
+        same = cpu[key] == cuda[key]
+        if key == "kept_share" and cuda["select"]:  # a last bit in Q or K may choose another block
+            same = abs(cpu[key] - cuda[key]) <= LISTS * cpu[key]
+        check(same, "%s: %s: cpu %s, cuda %s" % (options, key, cpu[key], cuda[key]))
+    check(bool(cuda["select_s"]) == bool(cpu["select_s"]), "%s: select_s" % options)
     other = [i for i, t in enumerate(cpu["texts"]) if t != cuda["texts"][i:i + 1][0]]
     for i in other:
         print("%s: answer %d: cpu %r, cuda %r" % (options or "dense", i + 1, cpu["texts"][i],
@@ -98,6 +110,8 @@ def main():
     refused(CUDA, b"portable", "--device", "cuda", "--numerics", "portable")
     refused(CUDA, b"cannot open", "--device", "cuda", "--model", "nowhere.gguf")
     refused(CUDA, b"--kv-mem", "--device", "cuda", "--kv-mem", "1")
+    for spec in ("hip1", "exact:epsilon=.01", "hip2:vertical=32", "hip2:sample=oracle"):
+        refused(CUDA, b"--device cpu has it", "--device", "cuda", "--select", spec)
     for options in JOBS + ([] if QUICK else MORE):
         compare(options)
     a, b = job(CPU, "cpu", ""), job(CUDA, "cpu", "")

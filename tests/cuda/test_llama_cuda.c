@@ -106,19 +106,19 @@ static void run_layers(test_rng *r, const llama_model *m, llama_pool *pool, llam
     for (int l = 0; l < LAYERS; l++) {
         llama_qkv(m, pool, s, l);
         CHECK_EQ(llama_cuda_qkv(c, l, err), 0);
-        CHECK_EQ(llama_cuda_mark(c, 2 * l, err), 0);
+        CHECK_EQ(llama_cuda_mark(c, l, 1, err), 0);
         same(c, c->q, s->q, (int64_t)n * m->n_heads * m->head_dim, "q", l);
         same(c, c->k, s->k, (int64_t)n * m->n_kv_heads * m->head_dim, "k", l);
         same(c, c->v, s->v, (int64_t)n * m->n_kv_heads * m->v_head_dim, "v", l);
         test_fill_uniform(r, s->att, att, -1, 1);
         CHECK_EQ(llama_cuda_upload(c, c->att, s->att, att * sizeof(float), err), 0);
-        CHECK_EQ(llama_cuda_mark(c, 2 * l + 1, err), 0);
+        CHECK_EQ(llama_cuda_mark(c, l, 3, err), 0);
         llama_out(m, pool, s, l);
         CHECK_EQ(llama_cuda_out(c, l, err), 0);
     }
     llama_logits(m, pool, s, rows, 3, host);
     CHECK_EQ(llama_cuda_logits(c, rows, 3, device, err), 0);
-    CHECK_EQ(llama_cuda_seconds(c, &seconds, err), 0);
+    CHECK_EQ(llama_cuda_seconds(c, 1, 3, &seconds, err), 0);
     CHECK(seconds > 0 && seconds < 100);
     double wrong = 0, sum = 0;
     for (int64_t i = 0; i < 3 * m->n_vocab; i++) {
