@@ -4424,8 +4424,8 @@ ATTNI_CALLED size_t attni_scan_carve(attni_scan *c, uint8_t *base, const attn_de
     ATTNI_CARVE(c, ks, float *, ATTN_SPAN)
     ATTNI_CARVE(c, raw, uint32_t *, ATTN_SPAN * dim)
     ATTNI_CARVE(c, kf, float *, ATTN_SPAN * dim)
-    ATTNI_CARVE(c, q, float *, (ATTNI_SCAN_ROWS + ATTNI_RB_MAX) * (dim + 16))
-    ATTNI_CARVE(c, s, float *, (ATTNI_SCAN_ROWS + ATTNI_RB_MAX) * ATTNI_LDS)
+    ATTNI_CARVE(c, q, float *, ((size_t)ATTNI_SCAN_ROWS + ATTNI_RB_MAX) * (dim + 16))
+    ATTNI_CARVE(c, s, float *, ((size_t)ATTNI_SCAN_ROWS + ATTNI_RB_MAX) * ATTNI_LDS)
     if (base) c->rest = base + at;
     return at;
 }
