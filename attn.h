@@ -792,7 +792,7 @@ typedef struct attn_selection {
     float *missed;                // EXACT: (n_lists, n_rows + 1) bound on the missed share of mass
     uint8_t *state;               // HIP: stage caches, private
     int32_t *seq_row;             // (n_seq) host memory
-    int32_t row_capacity, max_rows, n_lists, keep_sink, keep_recent;
+    int32_t row_capacity, max_rows, n_lists, n_slots, keep_sink, keep_recent;
     size_t state_bytes;
 } attn_selection;
 
@@ -811,7 +811,8 @@ ATTN_DEF attn_result attn_selection_init(const attn_desc *d, const attn_select *
                                          attn_selection *out);
 
 // Follows d: fills in seq_row; host only, before a step's first select. slot: (n_seq) distinct rows
-// in [0, n_slots) of sequences with one query (default NULL: s). ERR_BUFFER.
+// in [0, n_slots) of sequences with one query (default NULL: s). ERR_BUFFER: capacities; ERR_STALE:
+// x was laid out for other parameters.
 ATTN_DEF attn_result attn_selection_follow(const attn_desc *d, const attn_select *s,
                                            const int32_t *slot, attn_selection *x);
 
@@ -1953,6 +1954,31 @@ ATTNI_FN int64_t attni_state_bytes(const attn_select *f) {
     return 4 * n;
 }
 
+ATTNI_FN int32_t attni_select_lists(const attn_desc *d, const attn_select *f) {
+    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                                           : d->n_heads;
+}
+
+// What a filled-in f asks of a problem, tables apart.
+ATTNI_FN attn_result attni_select_problem(const attn_desc *d, const attn_select *f) {
+    int32_t i;
+    if (f->kind == ATTN_SELECT_HIP2 && d->n_heads / d->n_kv_heads % f->hip.head_group)
+        return ATTN_ERR_ARGUMENT;
+    for (i = 0; f->kind == ATTN_SELECT_HIP3 && i < f->hip.n_stages; i++)
+        if (f->hip.stage[i].style && f->hip.rope_dim > d->head_dim) return ATTN_ERR_ARGUMENT;
+    if (d->mask.kind != ATTN_MASK_CAUSAL || d->mask.window_left || d->mask.window_right)
+        return ATTN_ERR_UNSUPPORTED;
+    return d->logits.alibi || d->logits.bias.data ? ATTN_ERR_UNSUPPORTED : ATTN_OK;
+}
+
+// Was x laid out for these parameters?
+ATTNI_FN int attni_select_fits(const attn_desc *d, const attn_select *f, const attn_selection *x) {
+    return x->n_lists == attni_select_lists(d, f) && x->n_slots == f->n_slots &&
+           x->list.row_block == f->row_block && x->list.kv_block == f->kv_block &&
+           (int64_t)x->state_bytes == attni_state_bytes(f) &&
+           (f->kind == ATTN_SELECT_EXACT) == (x->missed != NULL);
+}
+
 // ---- summaries: nodes [2 levels: cells, runs][page][cell of the page][KV head] of 2 dim + 8 bf16:
 // smallest, largest, radius, padding
 
@@ -2644,18 +2670,11 @@ ATTN_DEF attn_result attn_ref_forward(const attn_desc *d, double *o, double *lse
 ATTN_DEF attn_result attn_select_check(const attn_desc *d, const attn_select *s) {
     attn_select f;
     attn_result r;
-    int32_t i;
     if (!d || !s) return ATTN_ERR_ARGUMENT;
     if ((r = attni_check_shape(d)) != ATTN_OK) return r;
     if ((r = attni_check_kv(d)) != ATTN_OK) return r;
     if (!attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
-    if (f.kind == ATTN_SELECT_HIP2 && d->n_heads / d->n_kv_heads % f.hip.head_group)
-        return ATTN_ERR_ARGUMENT;
-    for (i = 0; f.kind == ATTN_SELECT_HIP3 && i < f.hip.n_stages; i++)
-        if (f.hip.stage[i].style && f.hip.rope_dim > d->head_dim) return ATTN_ERR_ARGUMENT;
-    if (d->mask.kind != ATTN_MASK_CAUSAL || d->mask.window_left || d->mask.window_right)
-        return ATTN_ERR_UNSUPPORTED;
-    return d->logits.alibi || d->logits.bias.data ? ATTN_ERR_UNSUPPORTED : ATTN_OK;
+    return attni_select_problem(d, &f);
 }
 
 // List rows of d, and the end of its longest sequence.
@@ -2697,11 +2716,6 @@ static int64_t attni_row_capacity(const attn_select *f, int64_t kv_end) {
     return attni_max64(1, attni_min64(all, n));
 }
 
-static int32_t attni_select_lists(const attn_desc *d, const attn_select *f) {
-    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
-                                                                           : d->n_heads;
-}
-
 // Lays x out from base on (NULL: only counts); bytes, or 0 when they do not fit in size_t.
 static size_t attni_select_lay(const attn_desc *d, const attn_select *f, uint8_t *base,
                                attn_selection *x) {
@@ -2731,6 +2745,7 @@ static size_t attni_select_lay(const attn_desc *d, const attn_select *f, uint8_t
     x->row_capacity = (int32_t)cap;
     x->max_rows = (int32_t)rows;
     x->n_lists = (int32_t)lists;
+    x->n_slots = f->n_slots;
     x->state_bytes = (size_t)attni_state_bytes(f);
     return (uint64_t)at > (uint64_t)((size_t)-1 >> 1) ? 0 : (size_t)at;
 }
@@ -2800,6 +2815,7 @@ ATTN_DEF attn_result attn_selection_follow(const attn_desc *d, const attn_select
     int32_t i;
     if (r != ATTN_OK) return r;
     if (!x || !x->seq_row || !attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
+    if (!attni_select_fits(d, &f, x)) return ATTN_ERR_STALE;
     if (attni_select_size(d, &f, &kv_end) > x->max_rows ||
         attni_row_capacity(&f, kv_end) > x->row_capacity)
         return ATTN_ERR_BUFFER;

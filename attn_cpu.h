@@ -135,14 +135,15 @@ ATTN_DEF size_t attn_cpu_select_scratch_bytes(const attn_desc *d, const attn_sel
 
 // Selects for units [first, first + count) of d, whose K is stored already: writes x's rows of
 // these. y: for EXACT, or NULL: bounds are not used, every key is scored. scratch: 64-byte aligned,
-// this thread's own. d's mask may or may not hold x's terms. ERR_BUFFER: attn_selection_follow was
-// not called for d; ERR_PAGE.
+// this thread's own. d as attn_selection_follow saw it, which looks at tables; its mask may or may
+// not hold x's terms. ERR_BUFFER: follow was not called for d; ERR_STALE: x was laid out for other
+// parameters; ERR_PAGE.
 ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
                                      const attn_summary *y, const attn_selection *x,
                                      int64_t first, int64_t count, void *scratch);
 
-// A sequence moved into a slot: its first step selects anew.
-ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot);
+// A sequence moved into a slot: its first step selects anew. ERR_ARGUMENT: no such slot.
+ATTN_DEF attn_result attn_cpu_select_forget(const attn_selection *x, int32_t slot);
 
 // HiP's landmarks of the keys of d's own tokens, after their store: d, s as for select with
 // s->hip.landmark = out. Units: (sequence, KV head); scratch as for select.
@@ -3083,14 +3084,19 @@ ATTN_DEF attn_result attn_cpu_store(const attn_desc *d, const attn_tensor *k, co
     return ATTN_OK;
 }
 
+ATTNI_CALLED attn_result attni_both_sides(const attn_desc *d, attni_side side[2]) {
+    attn_result r = attni_cpu_check(d);
+    if (r != ATTN_OK) return r;
+    if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
+    return attni_side_init(d, 1, &side[1]);
+}
+
 ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_copy *copies,
                                          int32_t n) {
     attni_side side[2];
-    attn_result r = attni_cpu_check(d);
+    attn_result r = attni_both_sides(d, side);
     int32_t i, is_v;
     if (r != ATTN_OK) return r;
-    if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
-    if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
     if (n < 0 || (n > 0 && !copies)) return ATTN_ERR_ARGUMENT;
     for (i = 0; i < n; i++) {
         if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
@@ -3116,12 +3122,10 @@ ATTN_DEF attn_result attn_cpu_copy_pages(const attn_desc *d, const attn_page_cop
 ATTN_DEF attn_result attn_cpu_cache_load(const attn_desc *d, const attn_cache_load *loads,
                                          int32_t n) {
     attni_side side[2];
-    attn_result r = attni_cpu_check(d);
+    attn_result r = attni_both_sides(d, side);
     int32_t i, is_v;
     if (r != ATTN_OK) return r;
     if (n < 0 || (n > 0 && !loads) || !d->kv.cache) return ATTN_ERR_ARGUMENT;
-    if ((r = attni_side_init(d, 0, &side[0])) != ATTN_OK) return r;
-    if ((r = attni_side_init(d, 1, &side[1])) != ATTN_OK) return r;
     for (i = 0; i < n; i++) {
         if (loads[i].page < 0 || loads[i].page >= d->kv.n_pages) return ATTN_ERR_PAGE;
         if (loads[i].slot < 0 || loads[i].slot >= side[0].n_slots) return ATTN_ERR_PAGE;
@@ -7111,12 +7115,16 @@ ATTNI_CALLED attn_result attni_exact_unit(attni_scan *c, int64_t unit) {
 
 // ==== >>impl-select  =============================================================================
 
+static int64_t attni_select_units(const attn_desc *d, const attn_select *f) {
+    return f->kind == ATTN_SELECT_FLEX    ? attni_flex_units(d, f)
+           : f->kind == ATTN_SELECT_EXACT ? attni_exact_units(d, f)
+                                          : attni_hip_units(d, f);
+}
+
 ATTN_DEF int64_t attn_cpu_select_units(const attn_desc *d, const attn_select *s) {
     attn_select f;
     if (attn_select_check(d, s) != ATTN_OK || !attni_select_fill(s, &f)) return 0;
-    return f.kind == ATTN_SELECT_FLEX    ? attni_flex_units(d, &f)
-           : f.kind == ATTN_SELECT_EXACT ? attni_exact_units(d, &f)
-                                         : attni_hip_units(d, &f);
+    return attni_select_units(d, &f);
 }
 
 ATTN_DEF size_t attn_cpu_select_scratch_bytes(const attn_desc *d, const attn_select *s) {
@@ -7136,14 +7144,16 @@ ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
     attni_scan c;
     uint64_t mode;
     int64_t u;
-    attn_result r = attn_select_check(d, s);
+    attn_result r = attni_cpu_check(d); // called for every unit: tables are looked at once, before
     if (r != ATTN_OK) return r;
+    if (!s || !attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_select_problem(d, &f)) != ATTN_OK) return r;
     if (!x || !x->block || !scratch || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if (x->list.device_entries) return ATTN_ERR_UNSUPPORTED;
+    if (!attni_select_fits(d, &f, x)) return ATTN_ERR_STALE;
     if ((uintptr_t)scratch % 64) return ATTN_ERR_BUFFER;
     if (!d->q.data || !attni_is_float(d->q.dtype)) return ATTN_ERR_ARGUMENT;
-    if (!attni_select_fill(s, &f)) return ATTN_ERR_ARGUMENT;
-    if (first + count > attn_cpu_select_units(d, s)) return ATTN_ERR_ARGUMENT;
+    if (first > attni_select_units(d, &f) - count) return ATTN_ERR_ARGUMENT;
     if ((r = attni_scan_init(&c, d, &f, y, x, (uint8_t *)scratch)) != ATTN_OK) return r;
     mode = attni_mode_enter();
     for (u = first; u < first + count && r == ATTN_OK; u++)
@@ -7154,13 +7164,15 @@ ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
     return r;
 }
 
-ATTN_DEF void attn_cpu_select_forget(const attn_selection *x, int32_t slot) {
+ATTN_DEF attn_result attn_cpu_select_forget(const attn_selection *x, int32_t slot) {
     int32_t l;
-    for (l = 0; x && x->state && l < x->n_lists; l++) {
+    if (!x || slot < 0 || slot >= x->n_slots) return ATTN_ERR_ARGUMENT;
+    for (l = 0; x->state && l < x->n_lists; l++) {
         int32_t none = -2;
         size_t at = (size_t)slot * (size_t)x->n_lists + (size_t)l;
         memcpy(x->state + at * x->state_bytes, &none, 4);
     }
+    return ATTN_OK;
 }
 
 ATTN_DEF int64_t attn_cpu_landmarks_units(const attn_desc *d) {
@@ -7435,9 +7447,14 @@ ATTNI_CALLED attn_result attni_summary_unit(attni_summer *m, int32_t s, int64_t 
     return ATTN_OK;
 }
 
-ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d) {
+static int64_t attni_summary_units(const attn_desc *d) {
     int64_t n = 0, run;
     int32_t s;
+    for (s = 0; s < d->n_seq; s++) n += attni_summary_runs(d, s, &run);
+    return n;
+}
+
+ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d) {
     attn_desc c;
     if (!d) return 0;
     c = *d; // of which only K counts
@@ -7447,9 +7464,7 @@ ATTN_DEF int64_t attn_cpu_summarize_units(const attn_desc *d) {
     c.q.data = c.kv.k.data;
     c.q.dtype = ATTN_F32;
     c.o = c.q;
-    if (attn_validate(&c) != ATTN_OK) return 0;
-    for (s = 0; s < d->n_seq; s++) n += attni_summary_runs(d, s, &run);
-    return n;
+    return attn_validate(&c) == ATTN_OK ? attni_summary_units(d) : 0;
 }
 
 ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *y, int64_t first,
@@ -7460,9 +7475,10 @@ ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *
     int64_t n, run = 0;
     int32_t s;
     attn_result r;
-    if (!d || !y || !y->data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_cpu_check(d)) != ATTN_OK) return r;
+    if (!y || !y->data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if ((uintptr_t)y->data % 64) return ATTN_ERR_BUFFER;
-    if (first > attn_cpu_summarize_units(d) - count) return ATTN_ERR_ARGUMENT;
+    if (first > attni_summary_units(d) - count) return ATTN_ERR_ARGUMENT;
     m.d = d;
     m.data = y->data;
     if ((r = attni_side_init(d, 0, &m.k)) != ATTN_OK) return r;

@@ -5353,7 +5353,7 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
     attn_result r = attni_cu_choose(c, d, &choice);
     int64_t blocks;
     if (r != ATTN_OK) return r;
-    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (d->kv.layout == ATTN_K16 || d->kv.cache) return ATTN_ERR_UNSUPPORTED;
     if (!d->kv.k.data || !d->kv.v.data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if (count > INT64_MAX - first || first + count > INT64_MAX / 65536) return ATTN_ERR_OVERFLOW;
     if (!slots && (!g || !g->device)) return ATTN_ERR_ARGUMENT;
@@ -5402,7 +5402,7 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
     attn_result r = attni_cu_choose(c, d, &choice);
     int32_t i, j, step, most;
     if (r != ATTN_OK) return r;
-    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (d->kv.layout == ATTN_K16 || d->kv.cache) return ATTN_ERR_UNSUPPORTED;
     if (!d->kv.k.data || !d->kv.v.data || n < 0 || (n > 0 && !copies)) return ATTN_ERR_ARGUMENT;
     for (i = 0; i < n; i++) {
         if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
@@ -7846,6 +7846,7 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     if (d->n_seq != g->n[ATTNI_CU_N_SEQS]) return ATTN_ERR_STALE;
     memset(&a, 0, sizeof a);
     if (!attni_select_fill(s, &a.f)) return ATTN_ERR_ARGUMENT;
+    if (!attni_select_fits(d, &a.f, x)) return ATTN_ERR_STALE;
     if (!attni_cu_pick_supports(&a.f)) return ATTN_ERR_UNSUPPORTED;
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
@@ -7857,12 +7858,13 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
 
 // The position of a row's state that no step follows.
 static __global__ void attni_cu_forget(uint8_t *state, size_t bytes, int32_t n) {
-    if ((int)threadIdx.x < n) *(int32_t *)(void *)(state + threadIdx.x * bytes) = -2;
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
+        *(int32_t *)(void *)(state + (size_t)i * bytes) = -2;
 }
 
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
                                              int32_t slot, attn_cuda_stream stream) {
-    if (!c || !x || slot < 0 || slot >= x->max_rows) return ATTN_ERR_ARGUMENT;
+    if (!c || !x || slot < 0 || slot >= x->n_slots) return ATTN_ERR_ARGUMENT;
     if (!x->state) return ATTN_OK;
     attni_cu_forget<<<1, 1024, 0, stream>>>(
         x->state + (size_t)slot * (size_t)x->n_lists * x->state_bytes, x->state_bytes, x->n_lists);

@@ -770,10 +770,10 @@ static void call_errors(attn_select_kind kind) {
     problem p;
     attn_desc d = plain_desc(&p), e;
     attn_select s;
-    memory m;
+    memory m, small;
     attn_selection x;
     size_t bytes, n;
-    uint8_t *scratch;
+    uint8_t *scratch, *work;
     int32_t slot[2] = {0, 1}, len[2], table[64];
     memset(&s, 0, sizeof s);
     s.kind = kind;
@@ -815,9 +815,34 @@ static void call_errors(attn_select_kind kind) {
     memcpy(table + d.kv.page_table_stride, d.kv.page_table + d.kv.page_table_stride,
            sizeof(int32_t) * (size_t)d.kv.page_table_stride);
     e = d, e.kv.page_table = table, table[0] = d.kv.n_pages;
-    CHECK_EQ(attn_cpu_select(&e, &s, NULL, &m.x, 0, 1, scratch + GUARD), ATTN_ERR_PAGE);
+    CHECK_EQ(attn_selection_follow(&e, &s, NULL, &m.x), ATTN_ERR_PAGE);
+    x = m.x, x.list.kv_block *= 2; // laid out for something else
+    CHECK_EQ(attn_selection_follow(&d, &s, NULL, &x), ATTN_ERR_STALE);
+    CHECK_EQ(attn_cpu_select(&d, &s, NULL, &x, 0, 1, scratch + GUARD), ATTN_ERR_STALE);
+    CHECK_EQ(attn_cpu_select_forget(&m.x, -1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_select_forget(&m.x, 0),
+             m.x.n_slots ? ATTN_OK : ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_select_forget(&m.x, m.x.n_slots), ATTN_ERR_ARGUMENT);
     CHECK_EQ(run(&d, &s, NULL, &m.x, 0), ATTN_OK);
     CHECK(guards_hold(scratch, n));
+    // tables that changed since: a page is looked at again before it is read
+    for (n = 0; n < 64; n++) table[n] = n % 2 ? -1 : d.kv.n_pages;
+    s.kv_block = s.row_block = 16, s.exact.keep = s.hip.keep = s.hip.sink = s.hip.window = 16;
+    if (kind == ATTN_SELECT_HIP3) {
+        s.hip.n_stages = 1, s.hip.stage[0].keep = 64, s.hip.stage[0].chunk = 16;
+        s.hip.stage[0].q_block = 16;
+    }
+    memory_open(&small, &d, &s);
+    e.kv.page_table = table;
+    CHECK_EQ(run(&d, &s, NULL, &small.x, 0), ATTN_OK);
+    work = guarded(attn_cpu_select_scratch_bytes(&d, &s));
+    CHECK_EQ(attn_cpu_select(&e, &s, NULL, &small.x, 0, attn_cpu_select_units(&d, &s),
+                             work + GUARD),
+             ATTN_ERR_PAGE);
+    free(work);
+    memory_close(&small);
+    memset(&s, 0, sizeof s);
+    s.kind = kind;
     // a longer sequence, more rows, a slot that is none
     len[0] = d.kv.kv_len[0] + 4096, len[1] = d.kv.kv_len[1];
     table[0] = 0;
