@@ -75,11 +75,13 @@ static const char usage[] =
     "                     exact: share= keep= epsilon= recent= (with none: .05, 512 at least)\n"
     "                     flex: gamma= tau= min= max= block= compat\n"
     "                     hip1, hip2: k= block= sink= window= qstride= kstride= refresh= group=\n"
-    "                     near= nearwindow= vertical= diagonal= random=; hip1 lowdim= patches=,\n"
-    "                     hip2 sample=first|middle|last|position|random|oracle headgroup=\n"
+    "                     near= nearwindow= vertical= (32) diagonal= random=; hip1 lowdim=\n"
+    "                     patches=, hip2 headgroup=\n"
+    "                     sample=first|middle|last|position|random|oracle\n"
     "                     hip (generation 3): keep= sink= window=, and for each stage\n"
     "                     stage=QUERIES/QSTRIDE/CHUNK/KEEP/REFRESH and any of the letters\n"
-    "                     l (last score), c (centre), s (keep scores)\n"
+    "                     l (last score), c (centre), s (keep scores); with none: chunks of 2,\n"
+    "                     all read; with kvblock=8 the three of the method's authors\n"
     "                     stride:BLOCK,LOCAL,STRIDE, the mask\n"
     "                     all: dense=0-2+5 (these layers), and but for stride rows= kvblock=\n"
     "                     heads=each|group|all (lists), from= (shorter sequences are dense)\n"
@@ -170,12 +172,13 @@ static int parse_numerics(const char *s, attn_numerics *out) {
 enum { ON_STRIDE = 1 << ATTN_SELECT_NONE, ON_FLEX = 1 << ATTN_SELECT_FLEX,
        ON_HIP1 = 1 << ATTN_SELECT_HIP1, ON_HIP2 = 1 << ATTN_SELECT_HIP2,
        ON_HIP3 = 1 << ATTN_SELECT_HIP3, ON_EXACT = 1 << ATTN_SELECT_EXACT,
-       ON_HIP = ON_HIP1 | ON_HIP2 | ON_HIP3, ON_ANY = ON_FLEX | ON_HIP | ON_EXACT };
+       ON_HIP12 = ON_HIP1 | ON_HIP2, ON_HIP = ON_HIP12 | ON_HIP3,
+       ON_ANY = ON_FLEX | ON_HIP | ON_EXACT, OR_ZERO = 1 << 8 };
 
 typedef struct select_key {
     const char *name;
     int kinds;                                         /* ON_... that have it */
-    int32_t *number;                                   /* 1 .. 2^30, or */
+    int32_t *number;                                   /* 1 .. 2^30 (OR_ZERO: or 0), or */
     float *real, most;                                 /* above 0, at most that, or */
     int (*parse)(const char *s, options *o);           /* 0 when it makes sense */
     const char *want;                                  /* what parse wants; no parse: a flag */
@@ -258,8 +261,10 @@ static int set_select_key(options *o, const select_key *k, const char *value) {
         return complain("--select %s: %s=%s: want %s", spec, name, value, k->want);
     }
     if (k->number) {
-        if (parse_list(value, &n, 1) != 1 || n < 1)
-            return complain("--select %s: %s=%s: want a whole number above 0", spec, name, value);
+        const int zero = (k->kinds & OR_ZERO) != 0;
+        if (parse_list(value, &n, 1) != 1 || n < !zero)
+            return complain("--select %s: %s=%s: want a whole number%s", spec, name, value,
+                            zero ? "" : " above 0");
         *k->number = n;
         return 0;
     }
@@ -278,7 +283,7 @@ static int parse_select_key(options *o, char *text) {
         {"rows", ON_ANY, &s->row_block, NULL, 0, NULL, NULL},
         {"kvblock", ON_ANY, &s->kv_block, NULL, 0, NULL, NULL},
         {"block", ON_FLEX, &s->kv_block, NULL, 0, NULL, NULL},
-        {"block", ON_HIP1 | ON_HIP2, &s->hip.block, NULL, 0, NULL, NULL},
+        {"block", ON_HIP12, &s->hip.block, NULL, 0, NULL, NULL},
         {"from", ON_ANY, &s->dense_below, NULL, 0, NULL, NULL},
         {"heads", ON_ANY, NULL, NULL, 0, parse_heads, "each, group or all"},
         {"dense", ON_ANY | ON_STRIDE, NULL, NULL, 0, parse_dense, "layers, 0-2+5 say"},
@@ -291,16 +296,16 @@ static int parse_select_key(options *o, char *text) {
         {"k", ON_HIP, &s->hip.keep, NULL, 0, NULL, NULL},
         {"sink", ON_HIP, &s->hip.sink, NULL, 0, NULL, NULL},
         {"window", ON_HIP, &s->hip.window, NULL, 0, NULL, NULL},
-        {"qstride", ON_HIP1 | ON_HIP2, &s->hip.q_stride, NULL, 0, NULL, NULL},
-        {"kstride", ON_HIP1 | ON_HIP2, &s->hip.k_stride, NULL, 0, NULL, NULL},
-        {"refresh", ON_HIP1 | ON_HIP2, &s->hip.refresh, NULL, 0, NULL, NULL},
+        {"qstride", ON_HIP12, &s->hip.q_stride, NULL, 0, NULL, NULL},
+        {"kstride", ON_HIP12, &s->hip.k_stride, NULL, 0, NULL, NULL},
+        {"refresh", ON_HIP12, &s->hip.refresh, NULL, 0, NULL, NULL},
         {"lowdim", ON_HIP1, &s->hip.low_dim, NULL, 0, NULL, NULL},
-        {"group", ON_HIP1 | ON_HIP2, &s->hip.q_group, NULL, 0, NULL, NULL},
-        {"near", ON_HIP1 | ON_HIP2, &s->hip.near, NULL, 0, NULL, NULL},
-        {"nearwindow", ON_HIP1 | ON_HIP2, &s->hip.near_window, NULL, 0, NULL, NULL},
-        {"vertical", ON_HIP1 | ON_HIP2, &s->hip.vertical, NULL, 0, NULL, NULL},
-        {"diagonal", ON_HIP1 | ON_HIP2, &s->hip.diagonal, NULL, 0, NULL, NULL},
-        {"random", ON_HIP1 | ON_HIP2, &s->hip.random, NULL, 0, NULL, NULL},
+        {"group", ON_HIP12, &s->hip.q_group, NULL, 0, NULL, NULL},
+        {"near", ON_HIP12 | OR_ZERO, &s->hip.near, NULL, 0, NULL, NULL},
+        {"nearwindow", ON_HIP12, &s->hip.near_window, NULL, 0, NULL, NULL},
+        {"vertical", ON_HIP12 | OR_ZERO, &s->hip.vertical, NULL, 0, NULL, NULL},
+        {"diagonal", ON_HIP12 | OR_ZERO, &s->hip.diagonal, NULL, 0, NULL, NULL},
+        {"random", ON_HIP12 | OR_ZERO, &s->hip.random, NULL, 0, NULL, NULL},
         {"patches", ON_HIP1, &s->hip.patches, NULL, 0, NULL, NULL},
         {"headgroup", ON_HIP2, &s->hip.head_group, NULL, 0, NULL, NULL},
         {"sample", ON_HIP2, NULL, NULL, 0, parse_sample,
@@ -334,12 +339,35 @@ static int parse_stride_select(options *o, char **text) {
     return 0;
 }
 
-/* Defaults that differ from those of attn.h are in the table. */
+/* Where attn.h's defaults are not those of choice for a model that reads bytes. */
+static int default_select(options *o) {
+    attn_select *s = &o->select;
+    attn_hip_stage stage = {0, 1, 2, 0, 1, 0, 0, ATTN_ROPE_NONE};
+    attn_exact *x = &s->exact;
+    if (s->kind == ATTN_SELECT_FLEX) {
+        if (!s->kv_block) s->kv_block = s->row_block ? s->row_block : 128;
+        if (!s->row_block) s->row_block = s->kv_block;
+        if (s->row_block != s->kv_block)
+            return complain("--select %s: rows and blocks must be equal", o->select_text);
+    }
+    if (!s->row_block) s->row_block = 64;
+    if (s->kind == ATTN_SELECT_HIP3 && !s->hip.n_stages && !s->kv_block) {
+        stage.q_block = s->row_block; /* a descent that reads both keys of every chunk */
+        s->hip.stage[s->hip.n_stages++] = stage;
+        s->kv_block = stage.chunk;
+    }
+    if (!x->keep && !(x->share > 0) && !(x->epsilon > 0)) {
+        x->share = 0.05f; /* enough at 16k tokens, and less than the sink and oneself at 2k */
+        x->keep = 512;
+    }
+    return 0;
+}
+
 static int parse_select(options *o) {
-    static const struct { const char *name; attn_select_kind kind; int32_t rows; } kinds[] = {
+    static const struct { const char *name; attn_select_kind kind; int32_t vertical; } kinds[] = {
         {"stride", ATTN_SELECT_NONE, 0}, {"flex", ATTN_SELECT_FLEX, 0},
-        {"hip1", ATTN_SELECT_HIP1, 64}, {"hip2", ATTN_SELECT_HIP2, 64},
-        {"hip", ATTN_SELECT_HIP3, 64}, {"exact", ATTN_SELECT_EXACT, 64}};
+        {"hip1", ATTN_SELECT_HIP1, 32}, {"hip2", ATTN_SELECT_HIP2, 32},
+        {"hip", ATTN_SELECT_HIP3, 0}, {"exact", ATTN_SELECT_EXACT, 0}};
     const char *s = o->select_text, *all = "stride, flex, hip1, hip2, hip or exact";
     char text[512], *at, *end;
     size_t i, n = s ? strcspn(s, ":") : 0, known = sizeof kinds / sizeof *kinds;
@@ -349,6 +377,7 @@ static int parse_select(options *o) {
     for (i = 0; i < known && (strlen(kinds[i].name) != n || strncmp(s, kinds[i].name, n)); i++) {}
     if (i == known) return complain("--select %s: want %s", s, all);
     o->select.kind = kinds[i].kind;
+    o->select.hip.vertical = kinds[i].vertical;
     memcpy(text, s + n, strlen(s + n) + 1);
     at = text[0] ? text + 1 : NULL;
     if (!o->select.kind && parse_stride_select(o, &at))
@@ -360,19 +389,7 @@ static int parse_select(options *o) {
         if (parse_select_key(o, at)) return -1;
         at = end;
     }
-    if (o->select.kind == ATTN_SELECT_FLEX) {
-        int32_t *block = &o->select.kv_block, *rows = &o->select.row_block;
-        if (!*block) *block = *rows ? *rows : 128;
-        if (!*rows) *rows = *block;
-        if (*rows != *block) return complain("--select %s: rows and blocks must be equal", s);
-    }
-    if (!o->select.row_block) o->select.row_block = kinds[i].rows;
-    attn_exact *x = &o->select.exact;
-    if (!x->keep && !(x->share > 0) && !(x->epsilon > 0)) {
-        x->share = 0.05f; /* enough at 16k tokens, and less than the sink and oneself at 2k */
-        x->keep = 512;
-    }
-    return 0;
+    return default_select(o);
 }
 
 /* LAYER,HEAD,FILE */

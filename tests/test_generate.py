@@ -147,10 +147,11 @@ def test_masks(doc, questions):
 SELECTORS = (("exact", 0), ("exact:share=.2,rows=32,kvblock=16,heads=each,recent=48", 0),
              ("exact:epsilon=.01,share=.5", 0), ("flex", 0),
              ("flex:gamma=.9,tau=.1,block=32,heads=group", 0),
-             ("hip2:k=256,vertical=32", 0), ("hip2:k=256,sample=oracle,refresh=4", 0),
-             ("hip:keep=512,sink=64,window=128,kvblock=2,stage=64/1/2/0/1", 0),
-             ("hip:keep=512,sink=64,window=256,dense=3", 0), ("hip1:k=256,dense=3", 0),
-             ("flex:gamma=.95,block=64,compat", 99), ("hip1:k=512,heads=group,lowdim=32", 99),
+             ("hip2:k=256", 0),
+             ("hip2:k=256,vertical=0,sample=oracle,refresh=4", 0),
+             ("hip:keep=512,sink=64,window=128", 0), ("hip1:k=256,vertical=0,dense=3", 0),
+             ("hip:keep=512,sink=64,window=256,kvblock=8,dense=3", 0),
+             ("flex:gamma=.95,block=64,compat", 99), ("hip1:k=512,vertical=0,heads=group,lowdim=32", 99),
              ("hip:keep=256,sink=32,window=128,kvblock=16,"
               "stage=64/4/64/0/8,stage=64/1/16/512/4", 99))
 
@@ -160,7 +161,8 @@ def test_select(doc, questions):
     dense = job(*base)
     check(dense["visited_share"] == 0 and dense["select_s"] == 0, "dense selects nothing")
     for spec in ("exact:share=1", "exact:share=1,heads=all,rows=7,kvblock=5", "flex:min=100000",
-                 "flex:min=100000,compat", "hip1:k=16384", "hip2:k=16384", "hip:keep=16384",
+                 "flex:min=100000,compat", "hip1:k=16384,vertical=0", "hip2:k=16384",
+                 "hip:keep=16384",
                  "exact:from=16384", "flex:from=16384", "hip1:from=16384", "hip2:from=16384",
                  "hip:from=16384", "exact:keep=64,dense=0-5", "stride:16,4,8,dense=0+5+1-4"):
         got = job(*base, "--select", spec)

@@ -24,10 +24,10 @@ MORE = ["--kv f16", "--kv bf16", "--kv int8", "--kv int4", "--mask window:1023,6
         "--every 0 --kv int8", "--prompt Once --temp 1 --seed 5",
         "--select exact --page 7 --chunk 100 --batch 5", "--select exact:keep=256,heads=each",
         "--select flex:gamma=.9,tau=.1", "--select flex:gamma=.9,tau=.1,block=96 --every 0",
-        "--select flex:gamma=.9,tau=.1,compat", "--select hip2:k=512,dense=0+3",
-        "--select hip2:k=512,refresh=4,dense=0+3 --kv fp8",
-        "--select hip:keep=512,window=256,sink=64,kvblock=2,stage=64/1/2/0/1",
-        "--select hip:keep=512,dense=3 --page 64 --no-share",
+        "--select flex:gamma=.9,tau=.1,compat", "--select hip2:k=512,vertical=0,dense=0+3",
+        "--select hip2:k=512,vertical=0,refresh=4,dense=0+3 --kv fp8",
+        "--select hip:keep=512,window=256,sink=64",
+        "--select hip:keep=512,kvblock=8,dense=3 --page 64 --no-share",
         "--select stride:16,4,8,dense=0+2+4", "--select exact:dense=0-5"]
 LISTS = 1e-3  # of the kept share, between lists of one device and of the other
 passed = failed = 0
