@@ -151,7 +151,8 @@ SELECTORS = (("exact", 0), ("exact:share=.2,rows=32,kvblock=16,heads=each,recent
              ("hip2:k=256,vertical=0,sample=oracle,refresh=4", 0),
              ("hip:keep=512,sink=64,window=128", 0), ("hip1:k=256,vertical=0,dense=3", 0),
              ("hip:keep=512,sink=64,window=256,kvblock=8,dense=3", 0),
-             ("flex:gamma=.95,block=64,compat", 99), ("hip1:k=512,vertical=0,heads=group,lowdim=32", 99),
+             ("flex:gamma=.95,block=64,compat", 99),
+             ("hip1:k=512,vertical=0,heads=group,lowdim=32", 99),
              ("hip:keep=256,sink=32,window=128,kvblock=16,"
               "stage=64/4/64/0/8,stage=64/1/16/512/4", 99))
 
