@@ -5542,13 +5542,18 @@ ATTNI_DEV float attni_cu_value_at(const uint8_t *row, attn_dtype t, int i) {
     return attni_get(row, t, i);
 }
 
-// Where token j of what a sequence holds lies; NULL: its page is none.
-ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, int32_t kv_head,
-                                           int32_t j, float *scale) {
+// The page of token j of what a sequence holds.
+ATTNI_DEV int32_t attni_cu_page_of(const attni_cu_pick &a, int32_t seq, int32_t j) {
     const int32_t page = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
-    const int32_t place = j - page * a.d.kv.page_tokens;
-    int32_t id = seq;
-    if (a.d.kv.page_table) id = __ldg(a.d.kv.page_table + seq * a.d.kv.page_table_stride + page);
+    return a.d.kv.page_table ? __ldg(a.d.kv.page_table + seq * a.d.kv.page_table_stride + page)
+                             : seq;
+}
+
+// Where token j lies in its page; NULL: the page is none.
+ATTNI_DEV const uint8_t *attni_cu_token_in(const attni_cu_pick &a, int32_t id, int32_t kv_head,
+                                           int32_t j, float *scale) {
+    const int32_t place = a.page_shift >= 0 ? j & ((1 << a.page_shift) - 1)
+                                            : j % a.d.kv.page_tokens;
     if ((uint32_t)id >= (uint32_t)a.d.kv.n_pages) {
         if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
         return NULL;
@@ -5556,6 +5561,11 @@ ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, 
     *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_token_scale(&a.k, id, place, kv_head)
                                         : a.scale;
     return a.k.data + id * a.k.page_bytes + place * a.k.token_bytes + kv_head * a.k.head_bytes;
+}
+
+ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, int32_t kv_head,
+                                           int32_t j, float *scale) {
+    return attni_cu_token_in(a, attni_cu_page_of(a, seq, j), kv_head, j, scale);
 }
 
 // Where the key at position pos lies, NULL when it is not held.
@@ -5599,8 +5609,20 @@ ATTNI_DEV void attni_cu_copy_rows(const attni_cu_pick &a, const uint8_t *const *
                                   attn_dtype t, int odd, uint32_t dst) {
     const int scaled = attni_is_scaled(t), dim = a.d.head_dim;
     const int per = scaled ? a.per / 2 : a.per;
+    if (!scaled && !odd && a.per_shift >= 0) { // a thread keeps to its 16 bytes of a row
+        const int c = (int)threadIdx.x & (per - 1), step = (int)blockDim.x >> a.per_shift;
+        const uint32_t to = dst + 16 * c;
+#pragma unroll 4
+        for (int r = (int)threadIdx.x >> a.per_shift; r < n; r += step) {
+            const uint8_t *src = rows[r];
+            const int held = src && 8 * c < dim;
+            attni_cp_async16(to + (uint32_t)(r * a.row_bytes), held ? src + 16 * c : a.k.data,
+                             held ? 16 : 0);
+        }
+        return;
+    }
     for (int i = (int)threadIdx.x; i < n * per; i += (int)blockDim.x) {
-        const int r = !scaled && a.per_shift >= 0 ? i >> a.per_shift : i / per, c = i - r * per;
+        const int r = i / per, c = i - r * per;
         const uint8_t *src = rows[r];
         const uint32_t to = dst + (uint32_t)(r * a.row_bytes + c * (scaled ? 32 : 16));
         if (!scaled && !odd) {
@@ -7236,9 +7258,17 @@ static __global__ void __launch_bounds__(256)
 // the competing ones, whose values are the largest over rows of M - Z. Logarithms are of base 2.
 // A block of threads has 128 rows (queries x heads of a KV head) of a list row and a slice of the
 // blocks. Once the list is there, what it holds of the rows' mass bounds what it misses.
+//
+// On tensor cores the mass of a competing block is summed relative to Z, without a maximum of its
+// own. What that does not hold (a mass beyond 2^-100 .. 2^100 of Z, NaN, a softcap) is left to the
+// careful pass behind, which does the whole slice again.
 
-// In attni_cu_pick.at: values of blocks; Z and masses of rows.
-enum { ATTNI_CU_EXACT_KEYS, ATTNI_CU_EXACT_ROWS };
+// In attni_cu_pick.at: values of blocks; of each slice, its rows' Z and masses; is it left?
+enum { ATTNI_CU_EXACT_KEYS, ATTNI_CU_EXACT_ROWS, ATTNI_CU_EXACT_LEFT };
+
+typedef struct attni_cu_exact_mass { // of a row, relative to Z: 1
+    float z, all, held;              // what competes in the slice; what of it is listed
+} attni_cu_exact_mass;
 
 typedef struct attni_cu_exact_row {
     int32_t seq, list, kv_head, head, heads; // the last three: of a tile
@@ -7295,7 +7325,7 @@ ATTNI_DEV int32_t attni_cu_exact_block(const attni_cu_pick &a, const attni_cu_ex
 
 // Of one block, for the lane's two rows: maximum and sum of what is below it, over the quad. All
 // threads of the block call.
-ATTNI_DEV void attni_cu_exact_mass(const attni_cu_pick &a, const attni_cu_exact_row &x,
+ATTNI_DEV void attni_cu_exact_block_mass(const attni_cu_pick &a, const attni_cu_exact_row &x,
                                    const attn_plan_seq &q, int32_t r0, int32_t block,
                                    const uint8_t *const *q_row, attni_cu_keys *keys, uint8_t *smem,
                                    float m[2], float l[2]) {
@@ -7349,63 +7379,91 @@ ATTNI_DEV void attni_cu_exact_mass(const attni_cu_pick &a, const attni_cu_exact_
     }
 }
 
-// PASS 1: values of a slice of the blocks, Z and the slice's mass of every row. 2: what the list
-// holds of that, and what it misses at most.
-template <int PASS>
+typedef struct attni_cu_exact_task { // a slice of a list row's blocks for up to 128 of its rows
+    attni_cu_exact_row x;
+    attn_plan_seq q;
+    int32_t row, r0, n_rows;   // list row; the first query row, and how many
+    int32_t always, i0, i1;    // blocks always kept; of those that compete or are listed
+    uint32_t *value;           // of the competing blocks, from x.first on
+    attni_cu_exact_mass *mass; // (128)
+    int32_t *left;
+} attni_cu_exact_task;
+
+typedef struct attni_cu_exact_grid { // rows x (lists x tiles) x slices
+    int32_t tiles, tiles_kv, slices; // tiles of a list's KV heads, of one KV head
+} attni_cu_exact_grid;
+
+// Pass 0: values, Z and masses of what competes; 1: masses of what is listed. 0: nothing to do.
+ATTNI_DEV int attni_cu_exact_begin(const attni_cu_pick &a, int pass, attni_cu_exact_grid g,
+                                   attni_cu_exact_task *t) {
+    const int32_t list = (int32_t)blockIdx.y / g.tiles, tile = (int32_t)blockIdx.y % g.tiles;
+    const int32_t slice = (int32_t)blockIdx.z;
+    const int32_t row = t->row = a.x.max_rows - 1 - (int32_t)blockIdx.x; // the longest first
+    t->r0 = tile % g.tiles_kv * ATTNI_CU_PICK_ROWS;
+    if (!attni_cu_exact_find(a, row, list, tile / g.tiles_kv, &t->x)) return 0;
+    t->n_rows = attni_min32(t->x.n_q * t->x.heads - t->r0, ATTNI_CU_PICK_ROWS);
+    if (t->n_rows < 1 || attni_cu_exact_want(a, t->x) == t->x.n) return 0; // every block
+    const int64_t of = (int64_t)row * a.x.n_lists + list;
+    const int64_t part = (of * g.tiles + tile) * g.slices + slice;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    const int32_t n = pass ? (int32_t)(a.x.row_end[at] - a.x.row_start[at]) : t->x.n;
+    const int32_t per = (n + g.slices - 1) / g.slices;
+    t->q = a.seq[t->x.seq];
+    t->always = pass ? 0 : (t->x.first < t->x.always) + t->x.last - t->x.always + 1;
+    t->i0 = attni_min32(n, slice * per);
+    t->i1 = attni_min32(n, t->i0 + per);
+    t->value = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_EXACT_KEYS]) + of * a.kv_cap;
+    t->mass = (attni_cu_exact_mass *)(void *)(a.work + a.at[ATTNI_CU_EXACT_ROWS]) +
+              part * ATTNI_CU_PICK_ROWS;
+    t->left = (int32_t *)(void *)(a.work + a.at[ATTNI_CU_EXACT_LEFT]) + part;
+    return 1;
+}
+
+// Where row r of Q lies.
+ATTNI_DEV const uint8_t *attni_cu_exact_query(const attni_cu_pick &a, const attni_cu_exact_task &t,
+                                              int r) {
+    const int32_t at = t.r0 + r;
+    return r >= t.n_rows ? NULL
+                         : attni_cu_query_at(a, t.x.token + at / t.x.heads,
+                                             t.x.head + at % t.x.heads);
+}
+
+// The careful pass. all: every slice; else what is left.
 static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
-    attni_cu_exact_scan(const __grid_constant__ attni_cu_pick a, int tiles, int tiles_kv,
-                        int slices) {
+    attni_cu_exact_scan(const __grid_constant__ attni_cu_pick a, int pass, attni_cu_exact_grid g,
+                        int all) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ attni_cu_keys keys;
     __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
-    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x;
-    const int32_t list = (int32_t)blockIdx.y / tiles, tile = (int32_t)blockIdx.y % tiles;
-    const int32_t slice = (int32_t)blockIdx.z, r0 = tile % tiles_kv * ATTNI_CU_PICK_ROWS;
     const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
-    attni_cu_exact_row x;
-    if (!attni_cu_exact_find(a, row, list, tile / tiles_kv, &x) || r0 >= x.n_q * x.heads) return;
-    if (attni_cu_exact_want(a, x) == x.n) return; // every block
-    const attn_plan_seq q = a.seq[x.seq];
-    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
-    const int64_t of = ((int64_t)row * a.x.n_lists + list);
-    uint32_t *value = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_EXACT_KEYS]) + of * a.kv_cap;
-    float *state = (float *)(void *)(a.work + a.at[ATTNI_CU_EXACT_ROWS]) +
-                   ((of * tiles + tile) * slices) * 2 * ATTNI_CU_PICK_ROWS;
+    attni_cu_exact_task t;
+    if (!attni_cu_exact_begin(a, pass, g, &t) || (!all && !*t.left)) return;
+    const attni_cu_exact_row &x = t.x;
     float zm[2] = {ATTNI_NINF, ATTNI_NINF}, zl[2] = {0, 0}, z[2], sum[2] = {0, 0}, m[2], l[2];
-    if (tid < ATTNI_CU_PICK_ROWS)
-        q_row[tid] = r0 + tid >= x.n_q * x.heads
-                         ? NULL
-                         : attni_cu_query_at(a, x.token + (r0 + tid) / x.heads,
-                                             x.head + (r0 + tid) % x.heads);
+    if (tid < ATTNI_CU_PICK_ROWS) q_row[tid] = attni_cu_exact_query(a, t, tid);
     __syncthreads();
     if (a.mode)
         attni_cu_copy_rows(a, q_row, ATTNI_CU_PICK_ROWS, a.d.q.dtype, a.odd_q, attni_smem(smem));
-    if (PASS == 1) {
-        const int32_t n = (x.first < x.always) + x.last - x.always + 1;
-        for (int32_t i = 0; i < n; i++) {
-            attni_cu_exact_mass(a, x, q, r0, attni_cu_exact_block(a, x, row, 0, i), q_row, &keys,
-                                smem, m, l);
+    for (int32_t i = 0; i < t.always; i++) {
+        attni_cu_exact_block_mass(a, x, t.q, t.r0, attni_cu_exact_block(a, x, t.row, 0, i), q_row,
+                                  &keys, smem, m, l);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float most = fmaxf(zm[h], m[h]);
-                if (!(most > ATTNI_NINF) && l[h] == l[h]) continue;
-                zl[h] = zl[h] * attni_exp2(zm[h] - most) + l[h] * attni_exp2(m[h] - most);
-                zm[h] = most;
-            }
+        for (int h = 0; h < 2; h++) {
+            const float most = fmaxf(zm[h], m[h]);
+            if (!(most > ATTNI_NINF) && l[h] == l[h]) continue;
+            zl[h] = zl[h] * attni_exp2(zm[h] - most) + l[h] * attni_exp2(m[h] - most);
+            zm[h] = most;
         }
-#pragma unroll
-        for (int h = 0; h < 2; h++) z[h] = zm[h] + log2f(zl[h]); // -inf: sees none of them
-    } else {
-#pragma unroll
-        for (int h = 0; h < 2; h++) z[h] = state[2 * (row0 + 8 * h)];
     }
-    const int32_t listed = (int32_t)(a.x.row_end[at] - a.x.row_start[at]);
-    const int32_t n = PASS == 1 ? x.n : listed, per = (n + slices - 1) / slices;
-    const int32_t i0 = PASS == 1 ? slice * per : 0, i1 = PASS == 1 ? attni_min32(n, i0 + per) : n;
-    for (int32_t i = i0; i < i1; i++) {
-        const int32_t b = attni_cu_exact_block(a, x, row, PASS, i);
-        if (PASS == 2 && (b <= x.first || b >= x.always)) continue;
-        attni_cu_exact_mass(a, x, q, r0, b, q_row, &keys, smem, m, l);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        z[h] = zm[h] + log2f(zl[h]); // -inf: sees none of them
+        if (pass) z[h] = row0 + 8 * h < t.n_rows ? t.mass[row0 + 8 * h].z : 0;
+    }
+    for (int32_t i = t.i0; i < t.i1; i++) {
+        const int32_t b = attni_cu_exact_block(a, x, t.row, 1 + pass, i);
+        if (pass && (b <= x.first || b >= x.always)) continue;
+        attni_cu_exact_block_mass(a, x, t.q, t.r0, b, q_row, &keys, smem, m, l);
         float best = ATTNI_NINF;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -7416,27 +7474,239 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
             best = fmaxf(best, v);
             sum[h] += exp2f(v);
         }
-        for (int j = 4; PASS == 1 && j < 32; j *= 2)
+        for (int j = 4; !pass && j < 32; j *= 2)
             best = fmaxf(best, __shfl_xor_sync(~0u, best, j));
-        if (PASS == 1 && lane == 0 && b - x.first < a.kv_cap)
-            atomicMax(value + (b - x.first), attni_cu_order(best * ATTNI_LN2));
+        if (!pass && lane == 0 && b - x.first < a.kv_cap)
+            atomicMax(t.value + (b - x.first), attni_cu_order(best * ATTNI_LN2));
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = row0 + 8 * h;
-        if ((lane & 3) || r0 + r >= x.n_q * x.heads) continue;
-        if (PASS == 1) {
-            state[(slice * ATTNI_CU_PICK_ROWS + r) * 2] = z[h];
-            state[(slice * ATTNI_CU_PICK_ROWS + r) * 2 + 1] = sum[h];
-        } else {
-            float all = 0, missed;
-            for (int i = 0; i < slices; i++) all += state[(i * ATTNI_CU_PICK_ROWS + r) * 2 + 1];
-            missed = (all - sum[h]) / (1 + all); // and what rounding may have done
-            missed = fmaxf(missed, 0) * 1.001f + 1e-4f;
-            if (!(missed < 1)) missed = 1;
-            atomicMax((int *)(void *)(a.x.missed + at), __float_as_int(missed));
+        if ((lane & 3) || r >= t.n_rows) continue;
+        if (pass) t.mass[r].held = sum[h];
+        else t.mass[r].z = z[h], t.mass[r].all = sum[h];
+    }
+}
+
+// acc (32, 64) of a warp: rows q + 32 warp ... against the tile k, both in shared memory.
+template <int BF>
+ATTNI_DEV void attni_cu_mma_tall(const attni_cu_pick &a, float acc[2][8][4], uint32_t q,
+                                 uint32_t k) {
+    const int lane = (int)threadIdx.x & 31;
+    q += (uint32_t)(((int)threadIdx.x & ~31) * a.row_bytes);
+    q += (uint32_t)((lane & 15) * a.row_bytes + (lane >> 4) * 16);
+    k += (uint32_t)(((lane >> 4) * 8 + (lane & 7)) * a.row_bytes + (lane >> 3 & 1) * 16);
+#pragma unroll 2
+    for (int e = 0; e < 2 * a.wide; e += 32) {
+        uint32_t x[2][4];
+        attni_ldmatrix(x[0], q + e);
+        attni_ldmatrix(x[1], q + (uint32_t)(16 * a.row_bytes) + e);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t y[4];
+            attni_ldmatrix(y, k + (uint32_t)(16 * j * a.row_bytes) + e);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                attni_mma<BF>(acc[h][2 * j], x[h], y[0], y[1]);
+                attni_mma<BF>(acc[h][2 * j + 1], x[h], y[2], y[3]);
+            }
         }
     }
+}
+
+// One walk over the tiles of 64 keys of the blocks always kept and of the slice's. A warp has 32
+// rows, a lane 4 of them: lane / 4 + 8 g; so there are as many rows as threads. Shared memory: Q,
+// two tiles of keys.
+static __global__ void __launch_bounds__(128, 3)
+    attni_cu_exact_tiles(const __grid_constant__ attni_cu_pick a, int pass,
+                         attni_cu_exact_grid grid) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_keys keys;
+    __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
+    const int tid = (int)threadIdx.x, lane = tid & 31;
+    const int row0 = (tid & ~31) + (lane >> 2), idle = (tid & ~31);
+    const uint32_t q_tile = attni_smem(smem);
+    const uint32_t k_tile = q_tile + blockDim.x * (uint32_t)a.row_bytes;
+    const uint32_t k_bytes = (uint32_t)(ATTNI_CU_PICK_KEYS * a.row_bytes);
+    const int32_t b = a.f.kv_block;
+    attni_cu_exact_task t;
+    if (!attni_cu_exact_begin(a, pass, grid, &t)) return;
+    const int32_t n = t.always + t.i1 - t.i0; // blocks of the walk
+    const int32_t end = (int32_t)t.x.end;
+    const int scaled = attni_is_scaled(a.k.dtype);
+    const float f = scaled ? ATTNI_LOG2E : a.scale * ATTNI_LOG2E;
+    float z[4], l[4] = {0, 0, 0, 0}, sum[4] = {0, 0, 0, 0};
+    int left = 0;
+#pragma unroll
+    for (int g = 0; g < 4; g++) {
+        z[g] = ATTNI_NINF;
+        if (pass) z[g] = row0 + 8 * g < t.n_rows ? t.mass[row0 + 8 * g].z : 0;
+    }
+    struct place { // of a tile: block of the walk, key of the block it begins with, place in memory
+        int32_t i, at, slot;
+    } now = {0, 0, 0}, next = now, found = now;
+    const auto step = [&](place *x) {
+        x->at += ATTNI_CU_PICK_KEYS;
+        if (x->at >= b) x->at = 0, x->i++;
+        x->slot = (x->slot + 1) & 3;
+    };
+    const auto block = [&](int32_t i) {
+        return i < t.always ? attni_cu_exact_block(a, t.x, t.row, 0, i)
+                            : attni_cu_exact_block(a, t.x, t.row, 1 + pass, t.i0 + i - t.always);
+    };
+    // keys are looked up while another tile is scored: their page first, their address later
+    int32_t page[2];
+    int32_t place = 0; // of the tile, in what is held
+    int held[2];
+    const auto look = [&]() {
+        place = found.i < n ? block(found.i) * b + found.at - t.q.kv_pos0 : 0;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int c = tid + k * (int)blockDim.x;
+            held[k] = found.i < n && c < ATTNI_CU_PICK_KEYS && found.at + c < b &&
+                      place + c >= 0 && place + c < t.q.kv_len;
+            page[k] = held[k] ? attni_cu_page_of(a, t.x.seq, place + c) : 0;
+        }
+    };
+    const auto settle = [&]() {
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int c = tid + k * (int)blockDim.x;
+            float scale = 0;
+            if (c >= ATTNI_CU_PICK_KEYS) continue;
+            keys.row[found.slot][c] = !held[k] ? NULL
+                                               : attni_cu_token_in(a, page[k], t.x.kv_head,
+                                                                   place + c, &scale);
+            keys.scale[found.slot][c] = scale;
+        }
+        step(&found);
+        look();
+    };
+    const auto copy = [&]() {
+        if (next.i < n)
+            attni_cu_copy_rows(a, keys.row[next.slot], ATTNI_CU_PICK_KEYS, a.k.dtype, a.odd_k,
+                               k_tile + (uint32_t)(next.slot & 1) * k_bytes);
+        attni_cp_commit();
+        step(&next);
+    };
+    q_row[tid] = attni_cu_exact_query(a, t, tid);
+    look();
+    settle();
+    settle();
+    __syncthreads();
+    attni_cu_copy_rows(a, q_row, (int)blockDim.x, a.d.q.dtype, a.odd_q, q_tile);
+    copy();
+    for (; now.i < n; step(&now)) {
+        const int32_t id = block(now.i), at = now.at;
+        const int first = now.i < t.always, slot = now.slot;
+        const int32_t k0 = id * b + at; // the tile's first key; what it holds of the block
+        const int cols = pass && (id <= t.x.first || id >= t.x.always)
+                             ? 0 : attni_max32(0, attni_min32(attni_min32(b - at, end - k0),
+                                                              ATTNI_CU_PICK_KEYS));
+        float acc[2][8][4];
+        attni_cp_wait<0>();
+        __syncthreads();
+        copy();
+        settle();
+        if (cols && idle < t.n_rows) {
+#pragma unroll
+            for (int j = 0; j < 64; j++) acc[j >> 5][j >> 2 & 7][j & 3] = 0;
+            const uint32_t k = k_tile + (uint32_t)(slot & 1) * k_bytes;
+            if (a.mode == 1) attni_cu_mma_tall<1>(a, acc, q_tile, k);
+            else attni_cu_mma_tall<0>(a, acc, q_tile, k);
+            if (first) {
+#pragma unroll
+                for (int g = 0; g < 4; g++) { // rows, each with a maximum of its own
+                    const int32_t r = t.r0 + row0 + 8 * g;
+                    const int32_t last = t.x.pos + r / t.x.heads - k0;
+                    float most = z[g];
+#pragma unroll
+                    for (int j = 0; j < 16; j++) {
+                        const int c = 8 * (j >> 1) + 2 * (lane & 3) + (j & 1);
+                        float *s = &acc[g >> 1][j >> 1][(g & 1) * 2 + (j & 1)];
+                        *s = c < cols && c <= last && keys.row[slot][c]
+                                 ? *s * keys.scale[slot][c] * ATTNI_LOG2E : ATTNI_NINF;
+                        most = fmaxf(most, *s);
+                    }
+                    if (most > ATTNI_NINF) l[g] *= attni_exp2(z[g] - most);
+                    z[g] = most;
+#pragma unroll
+                    for (int j = 0; j < 16; j++) {
+                        const float s = acc[g >> 1][j >> 1][(g & 1) * 2 + (j & 1)];
+                        if (!(s == ATTNI_NINF)) l[g] += attni_exp2(s - most);
+                    }
+                }
+            } else {
+                if (scaled)
+#pragma unroll
+                    for (int j = 0; j < 64; j++)
+                        acc[j >> 5][j >> 2 & 7][j & 3] *=
+                            keys.scale[slot][8 * (j >> 2 & 7) + 2 * (lane & 3) + (j & 1)];
+                if (cols < ATTNI_CU_PICK_KEYS)
+#pragma unroll
+                    for (int j = 0; j < 64; j++)
+                        if (8 * (j >> 2 & 7) + 2 * (lane & 3) + (j & 1) >= cols)
+                            acc[j >> 5][j >> 2 & 7][j & 3] = f < 0 ? -ATTNI_NINF : ATTNI_NINF;
+#pragma unroll
+                for (int j = 0; j < 64; j++) {
+                    const int g = (j & 1) + 2 * (j >> 5);
+                    l[g] += attni_exp2(
+                        __fmaf_rn(acc[g >> 1][j >> 2 & 7][(j & 1) * 2 + (j >> 1 & 1)], f, -z[g]));
+                }
+            }
+        }
+        if (at + ATTNI_CU_PICK_KEYS >= b && idle < t.n_rows) { // the block is done
+            float best = 0;
+            int odd = 0;
+#pragma unroll
+            for (int g = 0; g < 4 && !first; g++) {
+                const float mass = attni_quad_sum(l[g]);
+                if (row0 + 8 * g < t.n_rows) best = fmaxf(best, mass), odd |= mass != mass;
+                sum[g] += mass;
+                l[g] = 0;
+            }
+            for (int j = 4; j < 32; j *= 2) best = fmaxf(best, __shfl_xor_sync(~0u, best, j));
+            if (!first && cols) {
+                left |= odd || !(best > 7.9e-31f && best < 1.2e30f);
+                if (!pass && lane == 0 && id - t.x.first < a.kv_cap && !left)
+                    atomicMax(t.value + (id - t.x.first), attni_cu_order(log2f(best) * ATTNI_LN2));
+            }
+#pragma unroll
+            for (int g = 0; g < 4 && first && now.i + 1 == t.always; g++) { // Z
+                const float most = attni_quad_max(z[g]);
+                const float mass = attni_quad_sum(z[g] > ATTNI_NINF || l[g] != l[g]
+                                                      ? l[g] * attni_exp2(z[g] - most) : 0);
+                z[g] = most + log2f(mass);
+                l[g] = 0;
+            }
+        }
+    }
+    attni_cp_wait<0>();
+    left = __syncthreads_or(left);
+    if (tid == 0) *t.left = left;
+#pragma unroll
+    for (int g = 0; g < 4; g++) {
+        const int r = row0 + 8 * g;
+        if ((lane & 3) || r >= t.n_rows) continue;
+        if (pass) t.mass[r].held = sum[g];
+        else t.mass[r].z = z[g], t.mass[r].all = sum[g];
+    }
+}
+
+// What the lists miss of a tile's rows at most.
+static __global__ void __launch_bounds__(ATTNI_CU_PICK_ROWS)
+    attni_cu_exact_missed(const __grid_constant__ attni_cu_pick a, attni_cu_exact_grid g) {
+    const int list = (int)blockIdx.y / g.tiles, r = (int)threadIdx.x;
+    attni_cu_exact_task t;
+    float all = 0, held = 0, missed;
+    if (!attni_cu_exact_begin(a, 0, g, &t) || r >= t.n_rows) return;
+    for (int i = r; i < g.slices * ATTNI_CU_PICK_ROWS; i += ATTNI_CU_PICK_ROWS)
+        all += t.mass[i].all, held += t.mass[i].held;
+    missed = (all - held) / (1 + all);
+    missed = (missed < 0 ? 0 : missed) * 1.001f + 1e-4f; // and what rounding may have done
+    if (!(missed < 1)) missed = 1;
+    atomicMax((int *)(void *)(a.x.missed + list * ((int64_t)a.x.max_rows + 1) + t.row),
+              __float_as_int(missed));
 }
 
 // A list row. Shared memory: bits.
@@ -7557,27 +7827,33 @@ static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, 
 }
 
 // EXACT: tiles of 128 query rows of a list row, those of one KV head, and slices of its blocks.
-static void attni_cu_exact_tiles(const attn_cuda *c, const attn_desc *d, const attn_select *f,
-                                 int64_t rows, int n[3]) {
+static attni_cu_exact_grid attni_cu_exact_cut(const attn_cuda *c, const attn_desc *d,
+                                              const attn_select *f, int64_t rows) {
     const int32_t heads = f->heads == ATTN_SELECT_EACH ? 1 : d->n_heads / d->n_kv_heads;
-    n[1] = (int)attni_n_blocks((int64_t)f->row_block * heads, ATTNI_CU_PICK_ROWS);
-    n[0] = n[1] * (f->heads == ATTN_SELECT_ALL ? d->n_kv_heads : 1);
-    for (n[2] = 1; n[2] < 32 && rows * n[0] * n[2] < 2 * (int64_t)c->n_sm;) n[2] *= 2;
+    attni_cu_exact_grid g;
+    g.tiles_kv = (int32_t)attni_n_blocks((int64_t)f->row_block * heads, ATTNI_CU_PICK_ROWS);
+    g.tiles = g.tiles_kv * (f->heads == ATTN_SELECT_ALL ? d->n_kv_heads : 1);
+    for (g.slices = 1; g.slices < 128 && rows * g.tiles * g.slices < 8 * (int64_t)c->n_sm;)
+        g.slices *= 2;
+    return g;
 }
 
 // As attni_cu_hip_layout. rows: list rows of all lists.
 static int64_t attni_cu_exact_layout(const attn_cuda *c, const attn_desc *d, int64_t tokens,
                                      int64_t rows, int64_t bytes, attni_cu_pick *a) {
-    int64_t most = tokens / a->f.kv_block + 2, state;
-    int n[3];
+    int64_t most = tokens / a->f.kv_block + 2, state, parts;
+    attni_cu_exact_grid g;
     if (a->f.kind != ATTN_SELECT_EXACT) return 0;
-    attni_cu_exact_tiles(c, d, &a->f, rows, n);
-    state = attni_cu_up256(rows * n[0] * n[2] * ATTNI_CU_PICK_ROWS * 8);
+    g = attni_cu_exact_cut(c, d, &a->f, rows);
+    parts = rows * g.tiles * g.slices;
+    state = attni_cu_up256(parts * ATTNI_CU_PICK_ROWS * (int64_t)sizeof(attni_cu_exact_mass)) +
+            attni_cu_up256(4 * parts);
     if (bytes >= 0)
         most = attni_min64(most, attni_max64((bytes - state) & ~(int64_t)255, 0) / (4 * rows));
     a->kv_cap = most;
     a->at[ATTNI_CU_EXACT_KEYS] = 0;
     a->at[ATTNI_CU_EXACT_ROWS] = attni_cu_up256(4 * rows * most);
+    a->at[ATTNI_CU_EXACT_LEFT] = a->at[ATTNI_CU_EXACT_ROWS] + state - attni_cu_up256(4 * parts);
     return most ? a->at[ATTNI_CU_EXACT_ROWS] + state : 0;
 }
 
@@ -7755,26 +8031,36 @@ static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
     return r;
 }
 
-static attn_result attni_cu_exact_launch(const attn_cuda *c, attni_cu_pick *a,
-                                         attn_cuda_stream stream) {
+static attn_result attni_cu_exact_launch(const attn_cuda *c, const attn_cuda_plan *p,
+                                         attni_cu_pick *a, attn_cuda_stream stream) {
     const unsigned rows = (unsigned)a->x.max_rows, lists = (unsigned)a->x.n_lists;
     const int64_t words = attni_n_blocks(a->kv_cap, 32);
-    attn_result r;
-    int n[3];
-    attni_cu_exact_tiles(c, &a->d, &a->f, (int64_t)rows * lists, n);
+    const attni_cu_exact_grid g = attni_cu_exact_cut(c, &a->d, &a->f, (int64_t)rows * lists);
+    const dim3 grid(rows, lists * (unsigned)g.tiles, (unsigned)g.slices);
+    attn_result r = ATTN_OK;
     attni_cu_pick_mode(c, &a->d, 0, a);
-    const dim3 grid(rows, lists * (unsigned)n[0], (unsigned)n[2]);
+    const int all = !a->mode || a->d.logits.softcap > 0; // nothing for tensor cores
+    const int64_t q = p->max_q_len ? p->max_q_len : p->cap[1];
+    const int few = q * (a->f.heads == ATTN_SELECT_EACH ? 1 : a->group) <= 32;
+    const int threads = few ? 32 : ATTNI_CU_PICK_ROWS; // and query rows
+    const int smem = (threads + 2 * ATTNI_CU_PICK_KEYS) * a->row_bytes;
     if (grid.y > 65535) return ATTN_ERR_UNSUPPORTED;
     if (cudaMemsetAsync(a->work, 0, (size_t)a->at[ATTNI_CU_EXACT_ROWS], stream) != cudaSuccess)
         return ATTN_ERR_DEVICE;
-    r = attni_cu_pick_launch(attni_cu_exact_scan<1>, grid, ATTNI_CU_PICK, a->tile_bytes, stream, *a,
-                             n[0], n[1], n[2]);
+    for (int pass = 0; pass < 2 && r == ATTN_OK; pass++) {
+        if (!all)
+            r = attni_cu_pick_launch(attni_cu_exact_tiles, grid, threads, smem, stream, *a, pass,
+                                     g);
+        if (r == ATTN_OK)
+            r = attni_cu_pick_launch(attni_cu_exact_scan, grid, ATTNI_CU_PICK, a->tile_bytes,
+                                     stream, *a, pass, g, all);
+        if (r == ATTN_OK && !pass)
+            r = attni_cu_pick_launch(attni_cu_exact_pick, dim3(rows, lists), 256, 4 * words, stream,
+                                     *a);
+    }
     if (r == ATTN_OK)
-        r = attni_cu_pick_launch(attni_cu_exact_pick, dim3(rows, lists), 256, 4 * words, stream,
-                                 *a);
-    if (r == ATTN_OK)
-        r = attni_cu_pick_launch(attni_cu_exact_scan<2>, dim3(grid.x, grid.y), ATTNI_CU_PICK,
-                                 a->tile_bytes, stream, *a, n[0], n[1], n[2]);
+        r = attni_cu_pick_launch(attni_cu_exact_missed, dim3(grid.x, grid.y), ATTNI_CU_PICK_ROWS, 0,
+                                 stream, *a, g);
     return r;
 }
 
@@ -7852,7 +8138,7 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
     if (r != ATTN_OK) return r;
     return a.f.kind == ATTN_SELECT_FLEX    ? attni_cu_flex_launch(c, g, &a, stream)
-           : a.f.kind == ATTN_SELECT_EXACT ? attni_cu_exact_launch(c, &a, stream)
+           : a.f.kind == ATTN_SELECT_EXACT ? attni_cu_exact_launch(c, g, &a, stream)
                                            : attni_cu_hip_launch(c, &a, stream);
 }
 
