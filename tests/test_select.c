@@ -866,6 +866,41 @@ static void call_errors(attn_select_kind kind) {
     problem_free(&p);
 }
 
+// ---- what dense_below counts, where the front of a sequence was evicted
+
+static void dense_border(int kind) {
+    problem_opts o;
+    problem p;
+    test_rng r = {5};
+    int32_t i;
+    memset(&o, 0, sizeof o);
+    o.phase = PREFILL;
+    o.page_tokens = 16, o.n_seq = 1, o.max_kv = 300, o.n_heads = 2, o.n_kv_heads = 1;
+    o.head_dim = o.v_head_dim = 16, o.k = o.v = o.q = o.o = ATTN_F32, o.sharp = o.evicted = 1;
+    do problem_make(&p, &o, &r);
+    while ((p.d.kv.kv_len[0] < 150 || p.d.kv.kv_pos0[0] < 100) && (problem_free(&p), 1));
+    fill_keys(&p, &r, F_NORMAL);
+    for (i = 0; i < 4; i++) {
+        attn_select s;
+        memory m;
+        oracle *want;
+        memset(&s, 0, sizeof s);
+        s.kind = (attn_select_kind)kind;
+        s.kv_block = s.row_block = 8, s.flex.gamma = 0.5f, s.exact.keep = s.hip.keep = 16;
+        s.hip.sink = -1, s.hip.window = 16;
+        if (kind == ATTN_SELECT_HIP3) s.hip.n_stages = 1, s.hip.stage[0].chunk = 8;
+        if (kind == ATTN_SELECT_HIP3) s.hip.stage[0].q_block = 8, s.hip.stage[0].keep = 8;
+        s.dense_below = p.d.kv.kv_len[0] - i % 2 + (i > 1 ? p.d.kv.kv_pos0[0] : 0);
+        want = oracle_select(&p.d, &s, NULL, NULL);
+        memory_open(&m, &p.d, &s);
+        CHECK_EQ(run(&p.d, &s, NULL, &m.x, 0), ATTN_OK);
+        compare(want, &m.x, F_NORMAL);
+        memory_close(&m);
+        oracle_free(want);
+    }
+    problem_free(&p);
+}
+
 // ---- all
 
 static void report(int kind) {
@@ -895,6 +930,7 @@ int main(int argc, char **argv) {
     for (kind = ATTN_SELECT_FLEX; kind <= ATTN_SELECT_EXACT; kind++) {
         if (only && strcmp(only, kinds[kind]) != 0) continue;
         call_errors((attn_select_kind)kind);
+        dense_border(kind);
         for (i = 0; i < count; i++)
             for (f = 0; f < N_FAMILIES; f++) one(seed + i, kind, f);
         for (i = 0; i < count; i++)
