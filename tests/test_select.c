@@ -574,8 +574,29 @@ static void step_make(step *t, const problem *p, const int32_t *ahead) {
     t->d.kv.kv_len = t->kv_len;
 }
 
-// A chunk of every prompt, then steps of one token, now and then of none or of several, with slots
-// in an order of their own and a slot forgotten now and then.
+// Step n of p's sequences: a chunk of every prompt, then one token, now and then none or several.
+// 0: no queries.
+static int step_next(step *t, const problem *p, test_rng *r, int32_t n, int32_t *ahead) {
+    int32_t i;
+    for (i = 0; i < p->d.n_seq; i++) {
+        int32_t left = p->d.kv.kv_len[i] - t->kv_len[i];
+        ahead[i] = n == 0 ? oracle_most(1, left - 16) : test_below(r, 12) ? 1 : test_below(r, 3);
+        ahead[i] = oracle_least(ahead[i], left);
+    }
+    step_make(t, p, ahead);
+    return t->q_start[p->d.n_seq] > 0;
+}
+
+// A slot that is forgotten now and then, by the oracle already; -1: none.
+static int32_t step_forgets(test_rng *r, oracle_slot *slots, int32_t n_slots, int32_t lists) {
+    int32_t f, i;
+    if (test_below(r, 8)) return -1;
+    f = test_below(r, n_slots);
+    for (i = 0; i < lists; i++) slots[f * lists + i].next = -1;
+    return f;
+}
+
+// Steps with slots in an order of their own.
 static void decode(uint64_t seed, int kind, int family) {
     test_rng r;
     problem p;
@@ -601,20 +622,9 @@ static void decode(uint64_t seed, int kind, int family) {
     memset(&t, 0, sizeof t);
     for (n = 0; n < 14; n++) {
         oracle *o;
-        for (i = 0; i < p.d.n_seq; i++) {
-            int32_t left = p.d.kv.kv_len[i] - t.kv_len[i];
-            ahead[i] = n == 0               ? oracle_most(1, left - 16)
-                       : test_below(&r, 12) ? 1
-                                            : test_below(&r, 3);
-            ahead[i] = oracle_least(ahead[i], left);
-        }
-        step_make(&t, &p, ahead);
-        if (t.q_start[p.d.n_seq] > 0) {
-            if (test_below(&r, 8) == 0) {
-                int32_t f = test_below(&r, s.n_slots);
-                attn_cpu_select_forget(&m.x, f);
-                for (i = 0; i < lists; i++) slots[f * lists + i].next = -1;
-            }
+        if (step_next(&t, &p, &r, n, ahead)) {
+            int32_t f = step_forgets(&r, slots, s.n_slots, lists);
+            if (f >= 0) CHECK_EQ(attn_cpu_select_forget(&m.x, f), ATTN_OK);
             CHECK_EQ(attn_selection_follow(&t.d, &s, slot, &m.x), ATTN_OK);
             CHECK_EQ(run(&t.d, &s, NULL, &m.x, n % 2), ATTN_OK);
             o = oracle_select(&t.d, &s, slot, slots);

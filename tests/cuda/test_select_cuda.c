@@ -172,20 +172,9 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
         int step_mark = dev_n;
         attn_desc d;
         oracle *o;
-        for (i = 0; i < p.d.n_seq; i++) {
-            int32_t left = p.d.kv.kv_len[i] - t.kv_len[i];
-            ahead[i] = n == 0               ? oracle_most(1, left - 12)
-                       : test_below(&r, 12) ? 1
-                                            : test_below(&r, 3);
-            ahead[i] = oracle_least(ahead[i], left);
-        }
-        step_make(&t, &p, ahead);
-        if (t.q_start[p.d.n_seq] > 0) {
-            if (test_below(&r, 8) == 0) {
-                int32_t f = test_below(&r, s.n_slots);
-                CHECK_EQ(attn_cuda_select_forget(&cu, &m.x, f, dev_stream), ATTN_OK);
-                for (i = 0; i < lists; i++) slots[f * lists + i].next = -1;
-            }
+        if (step_next(&t, &p, &r, n, ahead)) {
+            int32_t f = step_forgets(&r, slots, s.n_slots, lists);
+            if (f >= 0) CHECK_EQ(attn_cuda_select_forget(&cu, &m.x, f, dev_stream), ATTN_OK);
             d = w.d;
             d.q_start = t.d.q_start, d.q_pos0 = t.d.q_pos0, d.kv.kv_len = t.d.kv.kv_len;
             d.q.data = dev_alloc((size_t)t.q_start[p.d.n_seq] * (size_t)d.n_heads *
