@@ -5705,10 +5705,12 @@ ATTNI_DEV void attni_cu_products(const attni_cu_pick &a, float (*acc)[8][4], uin
     }
 }
 
+ATTNI_DEV_FAR float attni_cu_capped(float s, float cap) { return cap * tanhf(s / cap); }
+
 // The score of a product. scale: with the key's own.
 ATTNI_DEV float attni_cu_score(const attni_cu_pick &a, float product, float scale) {
     const float s = product * scale, cap = a.d.logits.softcap;
-    return cap > 0 ? cap * tanhf(s / cap) : s;
+    return cap > 0 ? attni_cu_capped(s, cap) : s;
 }
 
 // Whose each list row is, and which sequences FLEX looks into. One block.
@@ -5777,17 +5779,16 @@ static __global__ void __launch_bounds__(1024)
 
 // ==== >>impl-select-cut  Selectors: the largest of many, by count and by sum =====================
 //
-// Sums are of integers: floats in units of the largest one's last places, so that they do not
-// depend on the order of adding. What works for a warp or a block takes s: NULL for a warp; all of
-// its threads call.
+// What works for a warp or a block takes s: NULL for a warp; all of its threads call. Sums are f32,
+// of four runs per thread, added up in a fixed order: more values never sum up to less.
 
 typedef struct attni_cu_sums {
-    unsigned long long sum[32];
+    float sum[32];
     uint32_t count[32];
 } attni_cu_sums;
 
 typedef struct attni_cu_cut { // what is above key, and the first `ties` of what equals it
-    uint32_t key;
+    float key;
     int32_t above, ties;
     int32_t held;             // 1: that holds the part
 } attni_cu_cut;
@@ -5799,13 +5800,8 @@ ATTNI_DEV uint32_t attni_cu_order(float x) {
     const uint32_t u = __float_as_uint(x + 0.0f);
     return u >> 31 ? ~u : u | 0x80000000u;
 }
-
-// m units for m 2^(e - 150), e = 1 ... 254; the largest e is `top`, which takes `up` more places.
-ATTNI_DEV unsigned long long attni_cu_units(float x, int top, int up) {
-    const uint32_t u = __float_as_uint(x) & 0x7fffffffu;
-    const int e = (int)(u >> 23), by = attni_min32(attni_max32(e, 1), top) - top + up;
-    const unsigned long long m = (u & 0x7fffffu) | (e ? 0x800000u : 0);
-    return by >= 0 ? m << by : by > -24 ? m >> -by : 0;
+ATTNI_DEV float attni_cu_ordered(uint32_t key) {
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
 ATTNI_DEV uint32_t attni_cu_warp_count(uint32_t x) {
@@ -5815,14 +5811,6 @@ ATTNI_DEV uint32_t attni_cu_warp_count(uint32_t x) {
     for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
     return x;
 #endif
-}
-
-ATTNI_DEV unsigned long long attni_cu_warp_units(unsigned long long x) {
-    const uint32_t low = (1u << 26) - 1;
-    const unsigned long long a = attni_cu_warp_count((uint32_t)x & low),
-                             b = attni_cu_warp_count((uint32_t)(x >> 26) & low),
-                             c = attni_cu_warp_count((uint32_t)(x >> 52));
-    return a + (b << 26) + (c << 52);
 }
 
 ATTNI_DEV float attni_cu_warp_max(float x) {
@@ -5840,37 +5828,34 @@ ATTNI_DEV double attni_cu_warp_double(double x) {
     return x;
 }
 
-ATTNI_DEV void attni_cu_total(attni_cu_sums *s, uint32_t *count, unsigned long long *sum) {
-    const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x >> 5;
-    *count = attni_cu_warp_count(*count);
-    *sum = attni_cu_warp_units(*sum);
-    if (!s) return;
+// How many of v's n values are at least `least` (over: more than that), and what their w sum up to.
+ATTNI_DEV float attni_cu_sum_from(const float *v, const float *w, int64_t n, float least, int over,
+                                  uint32_t *count, attni_cu_sums *s) {
+    const int step = s ? (int)blockDim.x : 32, lane = (int)threadIdx.x & 31;
+    float sum[4] = {0, 0, 0, 0}, all;
+    uint32_t c[4] = {0, 0, 0, 0};
+    for (int64_t i0 = s ? (int)threadIdx.x : lane; i0 < n; i0 += 4 * step)
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            const int64_t i = i0 + u * step;
+            const float x = i < n ? v[i] : -1, y = w == v ? x : w && i < n ? w[i] : 0;
+            const int in = i < n && (over ? x > least : x >= least);
+            c[u] += in;
+            sum[u] += in ? y : 0;
+        }
+    *count = attni_cu_warp_count(c[0] + c[1] + c[2] + c[3]);
+    all = attni_cu_warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    if (!s) return all;
     __syncthreads();
-    if (lane == 0) s->count[threadIdx.x >> 5] = *count, s->sum[threadIdx.x >> 5] = *sum;
+    if (lane == 0) s->count[threadIdx.x >> 5] = *count, s->sum[threadIdx.x >> 5] = all;
     __syncthreads();
-    *count = attni_cu_warp_count(lane < warps ? s->count[lane] : 0);
-    *sum = attni_cu_warp_units(lane < warps ? s->sum[lane] : 0);
+    const int used = lane < (int)blockDim.x >> 5;
+    *count = attni_cu_warp_count(used ? s->count[lane] : 0);
+    return attni_cu_warp_sum(used ? s->sum[lane] : 0);
 }
 
-ATTNI_DEV int attni_cu_holds(unsigned long long sum, double part, int rule) {
-    return rule & ATTNI_CU_STRICT ? (double)sum > part : (double)sum >= part;
-}
-
-// The largest exponent of w.
-ATTNI_DEV int attni_cu_top(const float *w, int64_t n, attni_cu_sums *s) {
-    const int step = s ? (int)blockDim.x : 32;
-    float most = 0;
-    for (int64_t i = s ? threadIdx.x : threadIdx.x & 31; i < n; i += step)
-        most = fmaxf(most, w[i]);
-    most = attni_cu_warp_max(most);
-    if (s) {
-        __syncthreads();
-        if ((threadIdx.x & 31) == 0) s->count[threadIdx.x >> 5] = __float_as_uint(most);
-        __syncthreads();
-        for (int i = 0; i < (int)blockDim.x / 32; i++)
-            most = fmaxf(most, __uint_as_float(s->count[i]));
-    }
-    return attni_max32(1, (int)(__float_as_uint(most) >> 23));
+ATTNI_DEV int attni_cu_holds(double sum, double part, int rule) {
+    return rule & ATTNI_CU_STRICT ? sum > part : sum >= part;
 }
 
 // The fewest of v's n values, largest first, the lower index of equals first, such that they are
@@ -5878,57 +5863,42 @@ ATTNI_DEV int attni_cu_top(const float *w, int64_t n, attni_cu_sums *s) {
 // n; w: v or other weights >= 0, NULL: hi decides.
 ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int64_t n, int32_t lo,
                                              int32_t hi, double part, int rule, attni_cu_sums *s) {
-    const int step = s ? (int)blockDim.x : 32;
-    const int first = s ? (int)threadIdx.x : (int)threadIdx.x & 31;
-    const int top = w ? attni_cu_top(w, n, s) : 1, up = 38 - (64 - __clzll(n));
     attni_cu_cut c = {0, 0, 0, 0};
-    uint32_t reached = (uint32_t)n, count;
-    unsigned long long sum, need = 0;
-    if (w && !(rule & ATTNI_CU_SHARE)) part = scalbn(part, 150 - top + up);
-    for (int bit = w && rule & ATTNI_CU_SHARE ? 33 : 32; bit >= 0; bit--) {
-        // at first all, at last what is above the key
-        const uint32_t key =
-            bit == 33 ? 0 : bit ? c.key | (uint32_t)1 << (bit - 1) : c.key + 1;
-        count = 0, sum = 0;
-#pragma unroll 4
-        for (int64_t i = first; i < n; i += step)
-            if (attni_cu_order(v[i]) >= key) {
-                count++;
-                if (w) sum += attni_cu_units(w[i], top, up);
-            }
-        attni_cu_total(s, &count, &sum);
-        if (!bit) break;
-        if (bit == 33) {
-            part *= (double)sum;
-            if (sum || lo) continue;
-            c.key = ~0u, c.held = 1; // nothing holds that
+    uint32_t key = 0, reached = (uint32_t)n, count;
+    double sum;
+    if (w && rule & ATTNI_CU_SHARE) {
+        sum = (double)attni_cu_sum_from(v, w, n, ATTNI_NINF, 0, &count, s);
+        part *= sum;
+        if (!(sum > 0) && !lo) { // nothing holds that
+            c.key = __int_as_float(0x7f800000), c.held = 1;
             return c;
         }
-        if ((count >= (uint32_t)lo && w && attni_cu_holds(sum, part, rule)) ||
-                 count >= (uint32_t)hi)
-            c.key = key, reached = count;
     }
+    for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+        sum = (double)attni_cu_sum_from(v, w, n, attni_cu_ordered(key | bit), 0, &count, s);
+        if ((count >= (uint32_t)lo && w && attni_cu_holds(sum, part, rule)) ||
+            count >= (uint32_t)hi)
+            key |= bit, reached = count;
+    }
+    c.key = attni_cu_ordered(key);
+    sum = (double)attni_cu_sum_from(v, w, n, c.key, 1, &count, s);
     c.above = (int32_t)count;
     const int32_t most = (int32_t)attni_min64(reached, hi) - c.above;
     c.ties = most;
     if (!w) return c;
     if (v == w) {
-        const unsigned long long each = attni_cu_units(
-            __uint_as_float(c.key >> 31 ? c.key & 0x7fffffffu : ~c.key), top, up);
-        const double left = part - (double)sum;
-        if (each && left > 0) need = (unsigned long long)fmin(left / (double)each, 2e9);
+        const double each = (double)c.key;
+        double need = each > 0 ? floor((part - sum) / each) : 0;
         need = need > 0 ? need - 1 : 0; // as the division rounds
-        while (need < (unsigned long long)attni_max32(most, 0) &&
-               !attni_cu_holds(sum + need * each, part, rule))
-            need++;
+        while (need < most && !attni_cu_holds(sum + need * each, part, rule)) need += 1;
         c.ties = attni_min32(most, attni_max32((int32_t)need, lo - c.above));
-        sum += (unsigned long long)attni_max32(c.ties, 0) * each;
+        sum += c.ties * each;
     } else if (most > 0) { // equals of other weights, in their order
         int32_t m = 0;
         for (int64_t i = 0; i < n && m < most; i++) {
-            if (attni_cu_order(v[i]) != c.key) continue;
+            if (!(v[i] == c.key)) continue;
             if (c.above + m >= lo && attni_cu_holds(sum, part, rule)) break;
-            sum += attni_cu_units(w[i], top, up);
+            sum += (double)w[i];
             m++;
         }
         c.ties = m;
@@ -5944,11 +5914,11 @@ ATTNI_DEV_FAR void attni_cu_keep_cut(const float *v, int32_t n, const attni_cu_c
     int32_t seen = 0;
     for (int32_t i0 = 0; i0 < n; i0 += 32) {
         const int32_t i = i0 + lane;
-        const uint32_t key = i < n ? attni_cu_order(v[i]) : 0;
-        const uint32_t ties = __ballot_sync(~0u, i < n && key == c.key);
+        const float x = i < n ? v[i] : -1;
+        const uint32_t ties = __ballot_sync(~0u, i < n && x == c.key);
         const int32_t rank = seen + __popc(ties & ((1u << lane) - 1));
         const int tie = (ties >> lane & 1) && rank < c.ties;
-        uint32_t word = __ballot_sync(~0u, i < n && (key > c.key || tie));
+        uint32_t word = __ballot_sync(~0u, i < n && (x > c.key || tie));
         seen += __popc(ties);
         if (lane || !word) continue;
         if (last < 0) {
@@ -6077,8 +6047,7 @@ ATTNI_DEV void attni_cu_flex_find(const attni_cu_pick &a, const attni_cu_tiling 
 // Scores of a row, of base 2, join its cell: x is the maximum and the sums. u: the query's place in
 // its block less that of the first score's key.
 template <int G>
-ATTNI_DEV void attni_cu_flex_fold(const float (*c)[4], int h, int full, float u, float b,
-                                  float4 &x) {
+ATTNI_DEV void attni_cu_flex_fold(const float (*c)[4], int h, float u, float b, float4 &x) {
     float most = x.x;
 #pragma unroll
     for (int j = 0; j < G; j++) most = fmaxf(most, fmaxf(c[j][2 * h], c[j][2 * h + 1]));
@@ -6086,10 +6055,11 @@ ATTNI_DEV void attni_cu_flex_fold(const float (*c)[4], int h, int full, float u,
         const float f = attni_exp2(x.x - most);
         x = make_float4(most, x.y * f, x.z * f, x.w * f);
     }
+    most = most > ATTNI_NINF ? most : 0;
 #pragma unroll
     for (int i = 0; i < 2 * G; i++) {
-        const float s = c[i >> 1][2 * h + (i & 1)], d = u - (float)(8 * (i >> 1) + (i & 1));
-        const float p = full || s > ATTNI_NINF ? attni_exp2(s - x.x) : 0;
+        const float d = u - (float)(8 * (i >> 1) + (i & 1));
+        const float p = attni_exp2(c[i >> 1][2 * h + (i & 1)] - most);
         x.y = __fmaf_rn(p, b - fabsf(d), x.y);
         x.z = __fmaf_rn(p, fmaxf(d, 0), x.z);
         x.w = __fmaf_rn(p, fmaxf(-d, 0), x.w);
@@ -6168,24 +6138,34 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
         attni_cu_products<2>(a, acc, smem, rows, attni_smem(k_tile + (t & 1) * tile), q_row,
                              keys.row[t & 3]);
         const int full = full_of[t & 3][0] && full_of[t & 3][1];
+        const float base2 = a.d.logits.softcap > 0 ? 1 : ATTNI_LOG2E;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const int c = 8 * j + 2 * (lane & 3);
-            const float2 scale = *(const float2 *)(const void *)(keys.scale[t & 3] + c);
-            const int2 at = *(const int2 *)(const void *)(place[t & 3] + c);
+            float2 scale = *(const float2 *)(const void *)(keys.scale[t & 3] + c);
+            scale.x *= base2, scale.y *= base2;
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                float &s = acc[i >> 2][j][i & 3];
-                s = attni_cu_score(a, s, i & 1 ? scale.y : scale.x) * ATTNI_LOG2E;
-                if (!full && (i & 1 ? at.y : at.x) > limit[i >> 1]) s = ATTNI_NINF;
-            }
+            for (int i = 0; i < 8; i++) acc[i >> 2][j][i & 3] *= i & 1 ? scale.y : scale.x;
         }
+        if (a.d.logits.softcap > 0)
+#pragma unroll
+            for (int i = 0; i < 64; i++)
+                acc[i >> 5][i >> 2 & 7][i & 3] = attni_cu_capped(acc[i >> 5][i >> 2 & 7][i & 3],
+                                                                 a.d.logits.softcap) * ATTNI_LOG2E;
+        if (!full)
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int2 at = *(const int2 *)(const void *)(place[t & 3] + 8 * j +
+                                                              2 * (lane & 3));
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    if ((i & 1 ? at.y : at.x) > limit[i >> 1]) acc[i >> 2][j][i & 3] = ATTNI_NINF;
+            }
         if (g.fit == 1) {
             const int part = t % g.parts;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                attni_cu_flex_fold<8>(acc[i >> 1], i & 1, full, u[i] - (float)(64 * part), (float)b,
-                                      x[i]);
+                attni_cu_flex_fold<8>(acc[i >> 1], i & 1, u[i] - (float)(64 * part), (float)b, x[i]);
                 if (part < g.parts - 1) continue;
                 float4 *to = cell[row0 + 8 * (i & 1) + (i > 1 && rows > 128 ? 128 : 0)];
                 to = i > 1 && rows == 128 ? NULL : to;
@@ -6200,7 +6180,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
             const int own = j / eights, block = g.j0 + t * g.fit + own;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                attni_cu_flex_fold<1>(acc[i >> 1] + j, i & 1, full,
+                attni_cu_flex_fold<1>(acc[i >> 1] + j, i & 1,
                                       u[i] - (float)(8 * (j - own * eights)), (float)b, x[i]);
                 if ((j + 1) % eights) continue;
                 float4 *to = cell[row0 + 8 * (i & 1) + (i > 1 && rows > 128 ? 128 : 0)];
@@ -6428,14 +6408,8 @@ typedef struct attni_cu_run {
     int64_t first;
 } attni_cu_run;
 
-// Adds elements [c, c + 8) (one, not wide) of a row.
-ATTNI_DEV void attni_cu_mean_add(const uint8_t *row, attn_dtype t, int wide, int c, float scale,
-                                 float x[8]) {
-    if (!wide) {
-        x[0] += attni_cu_value_at(row, t, c) * scale;
-        return;
-    }
-    const uint4 y = *(const uint4 *)(const void *)(row + 2 * c);
+// Adds 16 bytes, 8 elements.
+ATTNI_DEV void attni_cu_mean_add(uint4 y, attn_dtype t, float scale, float x[8]) {
     const uint32_t u[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
     for (int e = 0; e < 8; e++) {
@@ -6451,6 +6425,7 @@ ATTNI_DEV_FAR void attni_cu_mean(const attni_cu_pick &a, const attni_cu_run &w, 
     const int unit = wide ? 8 : 1, per = a.d.head_dim / unit; // lanes that a row takes
     const int turns = per < 32 ? 32 / per : 1, lane = (int)threadIdx.x & 31;
     const int own = per < 32 ? lane / per : 0;
+    const uint8_t *any = (const uint8_t *)(w.q ? (const void *)a.k.data : a.d.q.data);
     for (int c0 = 0; c0 < per; c0 += 32) {
         const int c = per < 32 ? lane % per : c0 + lane, works = own < turns && c < per;
         float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -6461,13 +6436,20 @@ ATTNI_DEV_FAR void attni_cu_mean(const attni_cu_pick &a, const attni_cu_run &w, 
             if (lane < n)
                 row = w.q ? attni_cu_key_at(a, *w.q, w.seq, w.head, w.first + i0 + lane, &scale)
                           : attni_cu_query_at(a, w.first + i0 + lane, w.head);
-#pragma unroll 4
+#pragma unroll 8
             for (int i = 0; i < n; i += turns) {
                 const uint8_t *from = (const uint8_t *)(uintptr_t)__shfl_sync(
                     ~0u, (unsigned long long)(uintptr_t)row, (i + own) & 31);
                 const float f = __shfl_sync(~0u, scale, (i + own) & 31);
-                if (works && i + own < n && from)
-                    attni_cu_mean_add(from, t, wide, c * unit, f, x);
+                const int held = works && i + own < n && from;
+                if (wide) { // the loads of several rows are on their way at once
+                    uint4 y = *(const uint4 *)(const void *)((held ? from : any) +
+                                                             (held ? 2 * c * unit : 0));
+                    if (!held) y = make_uint4(0, 0, 0, 0);
+                    attni_cu_mean_add(y, t, f, x);
+                } else if (held) {
+                    x[0] += attni_cu_value_at(from, t, c) * f;
+                }
             }
         }
         for (int s = 0; s < turns; s++) { // in order: the sum does not depend on timing
@@ -6517,7 +6499,7 @@ ATTNI_DEV_FAR void attni_cu_flex_scores(const attni_cu_pick &a, int32_t est,
         float x[ATTNI_CU_FLEX_ROWS];
 #pragma unroll
         for (int r = 0; r < ATTNI_CU_FLEX_ROWS; r++) x[r] = 0;
-#pragma unroll 2
+#pragma unroll 4
         for (int i = 0; i < dim / 4 && held; i++) {
             const float4 y = keys[(int64_t)i * a.n_blocks + j];
 #pragma unroll
@@ -6611,13 +6593,12 @@ ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, const float *own, c
                                      int32_t n, int32_t *need) {
     const attni_cu_cut c = attni_cu_find_cut(own, mass, n, 0, n, (double)a.f.flex.gamma,
                                              ATTNI_CU_SHARE, NULL);
-    const uint32_t u = c.key >> 31 ? c.key & 0x7fffffffu : 0;
-    double sum = 0;
-    for (int32_t j = (int32_t)threadIdx.x & 31; j < n; j += 32)
-        if (attni_cu_order(own[j]) > c.key) sum += (double)own[j];
+    uint32_t count;
+    const double all = (double)attni_cu_sum_from(own, own, n, ATTNI_NINF, 0, &count, NULL);
+    double sum = (double)attni_cu_sum_from(own, own, n, c.key, 1, &count, NULL);
     *need = c.above + c.ties;
-    sum = attni_cu_warp_double(sum);
-    return c.ties ? sum + c.ties * (double)__uint_as_float(u) : sum;
+    if (c.ties > 0) sum += c.ties * (double)c.key;
+    return all > 0 ? sum / all : 0;
 }
 
 // What one head keeps: bits of columns and of diagonals, whether it is query-aware.
@@ -6763,7 +6744,7 @@ ATTNI_DEV void attni_cu_flex_mapped(const float *map, int32_t nb, int32_t r,
     for (int64_t i0 = 0; i0 < (int64_t)r * nb && mine.ties > 0; i0 += 32) { // equals, in their order
         const int64_t i = i0 + lane;
         mine.ties -= __popc(__ballot_sync(
-            ~0u, i < (int64_t)r * nb && attni_cu_order(map[i]) == c.key));
+            ~0u, i < (int64_t)r * nb && map[i] == c.key));
     }
     attni_cu_keep_cut(own, r + 1, mine, -1, bits);
 }
@@ -6800,7 +6781,7 @@ ATTNI_DEV int32_t attni_cu_flex_keep(const attni_cu_pick &a, const attni_cu_row_
         int32_t least = (a.f.flex.min_budget - 1) / b + 1;
         if (w.block >= e.p0 / b) least = attni_max32(least, c->need[w.block > e.p0 / b]);
         const attni_cu_cut k = attni_cu_find_cut(own, own, n, least, most,
-                                                 c->gamma * (1 - 1e-11), 0, NULL);
+                                                 c->gamma, ATTNI_CU_SHARE, NULL);
         attni_cu_keep_cut(own, n, k, -1, bits);
     }
     return w.block + 1 - q.kv_pos0 / b;
