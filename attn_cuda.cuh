@@ -5834,6 +5834,7 @@ ATTNI_DEV float attni_cu_sum_from(const float *v, const float *w, int64_t n, flo
     const int step = s ? (int)blockDim.x : 32, lane = (int)threadIdx.x & 31;
     float sum[4] = {0, 0, 0, 0}, all;
     uint32_t c[4] = {0, 0, 0, 0};
+#pragma unroll 2
     for (int64_t i0 = s ? (int)threadIdx.x : lane; i0 < n; i0 += 4 * step)
 #pragma unroll
         for (int u = 0; u < 4; u++) {
@@ -6453,8 +6454,9 @@ ATTNI_DEV_FAR void attni_cu_mean(const attni_cu_pick &a, const attni_cu_run &w, 
             }
         }
         for (int s = 0; s < turns; s++) { // in order: the sum does not depend on timing
-            if (own == s && works)
-                for (int e = 0; e < unit; e++)
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                if (own == s && works && e < unit)
                     mean[c * unit + e] = s ? mean[c * unit + e] + x[e] : x[e];
             __syncwarp();
         }
@@ -6529,7 +6531,8 @@ ATTNI_DEV_FAR void attni_cu_flex_softmax(float *e, int32_t n) {
         sum += (double)e[j];
     }
     sum = attni_cu_warp_double(sum);
-    for (int32_t j = lane; j < n; j += 32) e[j] = (float)((double)e[j] / sum);
+    const float one = (float)(1 / sum);
+    for (int32_t j = lane; j < n; j += 32) e[j] *= one;
     __syncwarp();
 }
 
@@ -6649,7 +6652,7 @@ static __global__ void __launch_bounds__(1024)
                   : attni_cu_find_cut(x, x, e.nb, least, most, (double)a.f.flex.gamma,
                                       ATTNI_CU_SHARE, NULL);
         attni_cu_keep_cut(x, e.nb, c, coded && warp ? e.nb - 1 : -1, bits + warp * words);
-    } else if (warp == 1 || warp == 2) {
+    } else if (aware && !coded && (warp == 1 || warp == 2)) {
         const double g = attni_cu_flex_gamma(a, own + warp * n, f + (ATTNI_CU_MASS + warp - 1) * n,
                                              row + 1, n_of);
         if ((threadIdx.x & 31) == 0) gamma[warp - 1] = g, to->need[warp - 1] = n_of[0];
@@ -7700,8 +7703,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
             float all = 0, missed;
             for (int i = 0; i < slices; i++) all += state[(i * ATTNI_CU_PICK_ROWS + r) * 2 + 1];
             missed = (all - sum[h]) / (1 + all); // and what rounding may have done
-            missed = fmaxf(missed, 0) * 1.001f + 1e-4f;
-            if (!(missed < 1)) missed = 1;
+            missed = missed < 0 ? 1e-4f : missed * 1.001f + 1e-4f;
+            if (!(missed < 1)) missed = 1; // no number: rows far above their Z
             atomicMax((int *)(void *)(a.x.missed + at), __float_as_int(missed));
         }
     }
@@ -7960,7 +7963,8 @@ static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan
         a->scale = attni_scale(&plain);
         a->d.logits.softcap = 0;
     }
-    if (!g->max_q_len || g->max_q_len > 2 * b) {
+    if ((!g->max_q_len || g->max_q_len > 2 * b) &&
+        (int64_t)a->x.row_capacity * b > a->f.dense_below) { // else every list is full
         r = attni_cu_flex_scan(c, a, extra, stream);
         if (r == ATTN_OK)
             r = attni_cu_pick_launch(attni_cu_flex_choose, dim3(1, heads, est), coded ? 1024 : 256,

@@ -261,6 +261,7 @@ static shape flex(const char *name, int in, int32_t n, int compatible, float gam
     w.name = name, w.n = w.q = n, w.in = in;
     w.s.kind = ATTN_SELECT_FLEX;
     w.s.flex.compatible = compatible, w.s.flex.gamma = gamma, w.s.flex.tau = tau;
+    if (tau < 0) w.s.flex.tau = 0, w.s.dense_below = n; // every block
     w.s.flex.min_budget = least;
     return w;
 }
@@ -294,6 +295,9 @@ int main(int argc, char **argv) {
         flex("flex mixed 32k", MIXED, 32 * k, 0, .9f, .1f, 0),
         flex("flex mixed 64k", MIXED, 64 * k, 0, .9f, .1f, 0),
         flex("flex mixed 128k", MIXED, 128 * k, 0, .9f, .1f, 0),
+        flex("flex full 1k", MIXED, k, 0, .9f, -1, 0),
+        flex("flex full 2k", MIXED, 2 * k, 0, .9f, -1, 0),
+        flex("flex full 4k", MIXED, 4 * k, 0, .9f, -1, 0),
         flex("flex compatible 64k", MIXED, 64 * k, 1, .9f, .1f, 0),
         flex("flex local 1k", LOCAL, k, 0, .9f, 0, 256),
         flex("flex local 2k", LOCAL, 2 * k, 0, .9f, 0, 256),
