@@ -5492,7 +5492,7 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
 // mma.m16n8k16 leaves them, whatever made them.
 
 enum { ATTNI_CU_PICK = 256, ATTNI_CU_PICK_ROWS = 128, ATTNI_CU_PICK_KEYS = 64 };
-enum { ATTNI_CU_CHUNK = 1024 }; // keys that one block looks at for FLEX
+enum { ATTNI_CU_CHUNK = 1024 }; // keys that one block looks at for FLEX as coded
 
 typedef struct attni_cu_est { // a sequence that FLEX estimates
     int32_t seq;              // -1: none
@@ -5502,7 +5502,7 @@ typedef struct attni_cu_est { // a sequence that FLEX estimates
 typedef struct attni_cu_row_of { // whose a list row is
     int32_t seq, block;          // -1: nobody's; row block of absolute positions
     int32_t est;                 // FLEX: in est[]; -1: keeps every block
-    int32_t pad;
+    int32_t wanted;              // used by kernels
 } attni_cu_row_of;
 
 typedef struct attni_cu_pick {
@@ -5648,46 +5648,52 @@ ATTNI_DEV void attni_cu_copy_rows(const attni_cu_pick &a, const uint8_t *const *
     }
 }
 
-// acc (16, 64) of a warp: rows q + 16 warp ... against the tile k, both in shared memory.
-template <int BF>
-ATTNI_DEV void attni_cu_mma_tile(const attni_cu_pick &a, float acc[8][4], uint32_t q, uint32_t k) {
+// acc (SETS, 16, 64) of a warp: rows from q on, those of the next set `apart` bytes behind, against
+// the tile k, all in shared memory.
+template <int BF, int SETS>
+ATTNI_DEV void attni_cu_mma_tile(const attni_cu_pick &a, float (*acc)[8][4], uint32_t q,
+                                 uint32_t apart, uint32_t k) {
     const int lane = (int)threadIdx.x & 31;
     q += (uint32_t)((lane & 15) * a.row_bytes + (lane >> 4) * 16);
     k += (uint32_t)(((lane >> 4) * 8 + (lane & 7)) * a.row_bytes + (lane >> 3 & 1) * 16);
     for (int e = 0; e < 2 * a.wide; e += 32) {
-        uint32_t x[4];
-        attni_ldmatrix(x, q + e);
+        uint32_t x[SETS][4];
+#pragma unroll
+        for (int s = 0; s < SETS; s++) attni_ldmatrix(x[s], q + s * apart + e);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t y[4];
             attni_ldmatrix(y, k + (uint32_t)(16 * j * a.row_bytes) + e);
-            attni_mma<BF>(acc[2 * j], x, y[0], y[1]);
-            attni_mma<BF>(acc[2 * j + 1], x, y[2], y[3]);
+#pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                attni_mma<BF>(acc[s][2 * j], x[s], y[0], y[1]);
+                attni_mma<BF>(acc[s][2 * j + 1], x[s], y[2], y[3]);
+            }
         }
     }
 }
 
-// The same in f32, from where the rows lie. All threads of the block call. buf: (192, 17).
+// The same of one set in f32, from where its 128 rows lie. All threads of the block call. buf: (192,
+// 17).
 ATTNI_DEV_FAR void attni_cu_f32_tile(const attni_cu_pick &a, float acc[8][4],
-                                     const uint8_t *const *q, int n_q, const uint8_t *const *k,
-                                     float *buf) {
+                                     const uint8_t *const *q, const uint8_t *const *k, float *buf) {
     const int lane = (int)threadIdx.x & 31, row = ((int)threadIdx.x >> 5) * 16 + (lane >> 2);
+    const int n = ATTNI_CU_PICK_ROWS;
     for (int c = 0; c < a.d.head_dim; c += 16) {
         __syncthreads();
-        for (int i = (int)threadIdx.x; i < (n_q + ATTNI_CU_PICK_KEYS) * 16; i += (int)blockDim.x) {
-            const int r = i >> 4, e = c + (i & 15), key = r >= n_q;
-            const uint8_t *src = key ? k[r - n_q] : q[r];
+        for (int i = (int)threadIdx.x; i < (n + ATTNI_CU_PICK_KEYS) * 16; i += (int)blockDim.x) {
+            const int r = i >> 4, e = c + (i & 15), key = r >= n;
+            const uint8_t *src = key ? k[r - n] : q[r];
             buf[r * 17 + (i & 15)] = !src || e >= a.d.head_dim ? 0.0f :
                 attni_cu_value_at(src, key ? a.k.dtype : a.d.q.dtype, e);
         }
         __syncthreads();
-        if (row >= n_q) continue;
 #pragma unroll 4
         for (int e = 0; e < 16; e++) {
             const float q0 = buf[row * 17 + e], q1 = buf[(row + 8) * 17 + e];
 #pragma unroll
             for (int j = 0; j < 16; j++) {
-                const float y = buf[(n_q + 8 * (j >> 1) + 2 * (lane & 3) + (j & 1)) * 17 + e];
+                const float y = buf[(n + 8 * (j >> 1) + 2 * (lane & 3) + (j & 1)) * 17 + e];
                 acc[j >> 1][j & 1] = __fmaf_rn(q0, y, acc[j >> 1][j & 1]);
                 acc[j >> 1][2 + (j & 1)] = __fmaf_rn(q1, y, acc[j >> 1][2 + (j & 1)]);
             }
@@ -5696,43 +5702,37 @@ ATTNI_DEV_FAR void attni_cu_f32_tile(const attni_cu_pick &a, float acc[8][4],
     __syncthreads();
 }
 
-// What a tile of keys comes to, before scales. q_tile: 16-bit rows in shared memory, or scratch for
-// f32; q: where the n_q rows lie.
-ATTNI_DEV void attni_cu_products(const attni_cu_pick &a, float acc[8][4], uint8_t *q_tile,
-                                 uint32_t k_tile, const uint8_t *const *q, int n_q,
+// What a tile of keys comes to, before scales, for SETS of 128 rows. q_tile: 16-bit rows in shared
+// memory, or scratch for f32; q: where rows lie. Only `rows` are there: what else is the first set.
+template <int SETS>
+ATTNI_DEV void attni_cu_products(const attni_cu_pick &a, float (*acc)[8][4], uint8_t *q_tile,
+                                 int rows, uint32_t k_tile, const uint8_t *const *q,
                                  const uint8_t *const *k) {
-    const int w = (int)threadIdx.x >> 5;
+    const uint32_t at = attni_smem(q_tile) + (threadIdx.x >> 5) * 16 * (uint32_t)a.row_bytes;
+    const uint32_t apart = (uint32_t)(rows - ATTNI_CU_PICK_ROWS) * (uint32_t)a.row_bytes;
 #pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) acc[j][i] = 0;
-    if (a.mode && 16 * w >= n_q) return;
-    const uint32_t at = attni_smem(q_tile) + (uint32_t)(16 * w * a.row_bytes);
-    if (a.mode == 1) attni_cu_mma_tile<1>(a, acc, at, k_tile);
-    else if (a.mode == 2) attni_cu_mma_tile<0>(a, acc, at, k_tile);
+    for (int j = 0; j < 32 * SETS; j++) acc[j >> 5][j >> 2 & 7][j & 3] = 0;
+    if (a.mode == 1) attni_cu_mma_tile<1, SETS>(a, acc, at, apart, k_tile);
+    else if (a.mode == 2) attni_cu_mma_tile<0, SETS>(a, acc, at, apart, k_tile);
     else {
         float x[8][4]; // in memory, so that acc need not be
 #pragma unroll
-        for (int j = 0; j < 32; j++) x[j >> 2][j & 3] = 0;
-        attni_cu_f32_tile(a, x, q, n_q, k, (float *)(void *)q_tile);
+        for (int s = 0; s < SETS; s++) {
 #pragma unroll
-        for (int j = 0; j < 32; j++) acc[j >> 2][j & 3] = x[j >> 2][j & 3];
+            for (int j = 0; j < 32; j++) x[j >> 2][j & 3] = 0;
+            attni_cu_f32_tile(a, x, q + s * ATTNI_CU_PICK_ROWS, k, (float *)(void *)q_tile);
+#pragma unroll
+            for (int j = 0; j < 32; j++) acc[s][j >> 2][j & 3] = x[j >> 2][j & 3];
+        }
     }
 }
+
+ATTNI_DEV_FAR float attni_cu_capped(float s, float cap) { return cap * tanhf(s / cap); }
 
 // The score of a product. scale: with the key's own.
 ATTNI_DEV float attni_cu_score(const attni_cu_pick &a, float product, float scale) {
     const float s = product * scale, cap = a.d.logits.softcap;
-    return cap > 0 ? cap * tanhf(s / cap) : s;
-}
-
-// Mean of element e over n rows that lie in `rows`.
-ATTNI_DEV float attni_cu_mean_rows(const uint8_t *const *rows, const float *scale, int n,
-                                   attn_dtype t, int e) {
-    float sum = 0;
-    for (int i = 0; i < n; i++)
-        if (rows[i]) sum += attni_cu_value_at(rows[i], t, e) * (scale ? scale[i] : 1.0f);
-    return sum;
+    return cap > 0 ? attni_cu_capped(s, cap) : s;
 }
 
 // Whose each list row is, and which sequences FLEX looks into. One block.
@@ -5743,8 +5743,10 @@ static __global__ void __launch_bounds__(1024)
     __shared__ int32_t row_at[1024], n_of[1024];
     const int tid = (int)threadIdx.x, lane = tid & 31;
     const int32_t n_seq = a.header->n_seq, b = a.f.kv_block;
-    for (int i = tid; i < a.x.max_rows; i += 1024) a.row_of[i].seq = -1;
-    for (int i = tid; i < a.n_est; i += 1024) a.est[i].seq = -1;
+    const attni_cu_row_of nobody = {-1, 0, -1, 0};
+    const attni_cu_est none = {-1, 0, 0, 0};
+    for (int i = tid; i < a.x.max_rows; i += 1024) a.row_of[i] = nobody;
+    for (int i = tid; i < a.n_est; i += 1024) a.est[i] = none;
     if (tid == 0) at_row = a.f.n_slots, at_est = 0;
     for (int32_t s0 = 0; s0 < n_seq; s0 += 1024) {
         const int32_t s = s0 + tid;
@@ -5798,170 +5800,223 @@ static __global__ void __launch_bounds__(1024)
 }
 
 // ==== >>impl-select-cut  Selectors: the largest of many, by count and by sum =====================
+//
+// What works for a warp or a block takes s: NULL for a warp; all of its threads call. Sums are f32,
+// of four runs per thread, added up in a fixed order: more values never sum up to less.
 
 typedef struct attni_cu_sums {
-    double sum[32];
-    int32_t count[32];
+    float sum[32];
+    uint32_t count[32];
 } attni_cu_sums;
 
 typedef struct attni_cu_cut { // what is above key, and the first `ties` of what equals it
-    uint32_t key;
+    float key;
     int32_t above, ties;
-    double sum;               // of what is above
+    int32_t held;             // 1: that holds the part
 } attni_cu_cut;
+
+enum { ATTNI_CU_STRICT = 1, ATTNI_CU_SHARE = 2 }; // more than part; part is a share of the sum
 
 // Order of floats as integers; -0 as 0.
 ATTNI_DEV uint32_t attni_cu_order(float x) {
     const uint32_t u = __float_as_uint(x + 0.0f);
     return u >> 31 ? ~u : u | 0x80000000u;
 }
+ATTNI_DEV float attni_cu_ordered(uint32_t key) {
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
 
-// Sums over the block, the same for all its threads, which all call.
-ATTNI_DEV void attni_cu_total(attni_cu_sums *s, int32_t *count, double *sum) {
-    const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x >> 5;
-    for (int i = 16; i; i >>= 1) {
-        *count += __shfl_xor_sync(~0u, *count, i);
-        *sum += __shfl_xor_sync(~0u, *sum, i);
-    }
+ATTNI_DEV uint32_t attni_cu_warp_count(uint32_t x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(~0u, x);
+#else
+    for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+#endif
+}
+
+ATTNI_DEV float attni_cu_warp_max(float x) {
+    for (int i = 16; i; i >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+    return x;
+}
+
+ATTNI_DEV float attni_cu_warp_sum(float x) {
+    for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+ATTNI_DEV double attni_cu_warp_double(double x) {
+    for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+
+// How many of v's n values are at least `least` (over: more than that), and what their w sum up to.
+ATTNI_DEV float attni_cu_sum_from(const float *v, const float *w, int64_t n, float least, int over,
+                                  uint32_t *count, attni_cu_sums *s) {
+    const int step = s ? (int)blockDim.x : 32, lane = (int)threadIdx.x & 31;
+    float sum[4] = {0, 0, 0, 0}, all;
+    uint32_t c[4] = {0, 0, 0, 0};
+#pragma unroll 2
+    for (int64_t i0 = s ? (int)threadIdx.x : lane; i0 < n; i0 += 4 * step)
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+            const int64_t i = i0 + u * step;
+            const float x = i < n ? v[i] : -1, y = w == v ? x : w && i < n ? w[i] : 0;
+            const int in = i < n && (over ? x > least : x >= least);
+            c[u] += in;
+            sum[u] += in ? y : 0;
+        }
+    *count = attni_cu_warp_count(c[0] + c[1] + c[2] + c[3]);
+    all = attni_cu_warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    if (!s) return all;
     __syncthreads();
-    if (lane == 0) s->count[threadIdx.x >> 5] = *count, s->sum[threadIdx.x >> 5] = *sum;
+    if (lane == 0) s->count[threadIdx.x >> 5] = *count, s->sum[threadIdx.x >> 5] = all;
     __syncthreads();
-    *count = lane < warps ? s->count[lane] : 0;
-    *sum = lane < warps ? s->sum[lane] : 0;
-    for (int i = 16; i; i >>= 1) {
-        *count += __shfl_xor_sync(~0u, *count, i);
-        *sum += __shfl_xor_sync(~0u, *sum, i);
-    }
+    const int used = lane < (int)blockDim.x >> 5;
+    *count = attni_cu_warp_count(used ? s->count[lane] : 0);
+    return attni_cu_warp_sum(used ? s->sum[lane] : 0);
+}
+
+ATTNI_DEV int attni_cu_holds(double sum, double part, int rule) {
+    return rule & ATTNI_CU_STRICT ? sum > part : sum >= part;
 }
 
 // The fewest of v's n values, largest first, the lower index of equals first, such that they are
-// at least lo and their w sum up to `part` (strict: to more), or that they are hi. The key is found
-// bit by bit. All threads call; 1 <= hi <= n; w: v or other weights >= 0, NULL: hi decides.
+// at least lo and their w hold `part`, or that they are hi. The key is found bit by bit. 1 <= hi <=
+// n; w: v or other weights >= 0, NULL: hi decides.
 ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int64_t n, int32_t lo,
-                                             int32_t hi, double part, int strict,
-                                             attni_cu_sums *s) {
+                                             int32_t hi, double part, int rule, attni_cu_sums *s) {
     attni_cu_cut c = {0, 0, 0, 0};
-    int32_t reached = (int32_t)n, count;
+    uint32_t key = 0, reached = (uint32_t)n, count;
     double sum;
-    for (int bit = 32; bit >= 0; bit--) { // at last what is above the key
-        const uint32_t key = bit ? c.key | (uint32_t)1 << (bit - 1) : c.key + 1;
-        count = 0, sum = 0;
-        for (int64_t i = threadIdx.x; i < n; i += blockDim.x)
-            if (attni_cu_order(v[i]) >= key) {
-                count++;
-                if (w) sum += (double)w[i];
-            }
-        attni_cu_total(s, &count, &sum);
-        const int held = w && (strict ? sum > part : sum >= part);
-        if (!bit) break;
-        if ((count >= lo && held) || count >= hi) c.key = key, reached = count;
+    if (w && rule & ATTNI_CU_SHARE) {
+        sum = (double)attni_cu_sum_from(v, w, n, ATTNI_NINF, 0, &count, s);
+        part *= sum;
+        if (!(sum > 0) && !lo) { // nothing holds that
+            c.key = __int_as_float(0x7f800000), c.held = 1;
+            return c;
+        }
     }
-    c.above = count, c.sum = sum;
-    const int32_t most = attni_min32(reached, hi) - c.above;
+    for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+        sum = (double)attni_cu_sum_from(v, w, n, attni_cu_ordered(key | bit), 0, &count, s);
+        if ((count >= (uint32_t)lo && w && attni_cu_holds(sum, part, rule)) ||
+            count >= (uint32_t)hi)
+            key |= bit, reached = count;
+    }
+    c.key = attni_cu_ordered(key);
+    sum = (double)attni_cu_sum_from(v, w, n, c.key, 1, &count, s);
+    c.above = (int32_t)count;
+    const int32_t most = (int32_t)attni_min64(reached, hi) - c.above;
     c.ties = most;
     if (!w) return c;
-    const uint32_t u = c.key >> 31 ? c.key & 0x7fffffffu : ~c.key;
-    const double each = (double)__uint_as_float(u);
     if (v == w) {
+        const double each = (double)c.key;
         double need = each > 0 ? floor((part - sum) / each) : 0;
-        need = need > 0 ? need - 1 : 0;
-        while (need < most && !(strict ? sum + need * each > part : sum + need * each >= part))
-            need += 1;
+        need = need > 0 ? need - 1 : 0; // as the division rounds
+        while (need < most && !attni_cu_holds(sum + need * each, part, rule)) need += 1;
         c.ties = attni_min32(most, attni_max32((int32_t)need, lo - c.above));
-    } else if (most > 1) { // equals of other weights, in their order
+        sum += c.ties * each;
+    } else if (most > 0) { // equals of other weights, in their order
         int32_t m = 0;
         for (int64_t i = 0; i < n && m < most; i++) {
-            if (attni_cu_order(v[i]) != c.key) continue;
-            if (c.above + m >= lo && (strict ? sum > part : sum >= part)) break;
+            if (!(v[i] == c.key)) continue;
+            if (c.above + m >= lo && attni_cu_holds(sum, part, rule)) break;
             sum += (double)w[i];
             m++;
         }
         c.ties = m;
     }
+    c.held = attni_cu_holds(sum, part, rule);
     return c;
 }
 
-// Sets bits (bit i, or last - i where last >= 0) of what the cut keeps. All threads call.
-ATTNI_DEV_FAR void attni_cu_keep_cut(const float *v, int64_t n, const attni_cu_cut &c, int64_t last,
-                                     uint32_t *bits, attni_cu_sums *s) {
-    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+// Sets bits (bit i, or last - i where last >= 0) of what the cut keeps. A warp.
+ATTNI_DEV_FAR void attni_cu_keep_cut(const float *v, int32_t n, const attni_cu_cut &c, int32_t last,
+                                     uint32_t *bits) {
+    const int lane = (int)threadIdx.x & 31;
     int32_t seen = 0;
-    for (int64_t i0 = 0; i0 < n; i0 += blockDim.x) {
-        const int64_t i = i0 + threadIdx.x;
-        const uint32_t key = i < n ? attni_cu_order(v[i]) : 0;
-        const int tie = i < n && key == c.key;
-        const uint32_t ties = __ballot_sync(~0u, tie);
-        __syncthreads();
-        if (lane == 0) s->count[warp] = __popc(ties);
-        __syncthreads();
-        int32_t rank = seen + __popc(ties & ((1u << lane) - 1));
-        for (int j = 0; j < (int)blockDim.x / 32; j++) {
-            if (j < warp) rank += s->count[j];
-            seen += s->count[j];
+    for (int32_t i0 = 0; i0 < n; i0 += 32) {
+        const int32_t i = i0 + lane;
+        const float x = i < n ? v[i] : -1;
+        const uint32_t ties = __ballot_sync(~0u, i < n && x == c.key);
+        const int32_t rank = seen + __popc(ties & ((1u << lane) - 1));
+        const int tie = (ties >> lane & 1) && rank < c.ties;
+        uint32_t word = __ballot_sync(~0u, i < n && (x > c.key || tie));
+        seen += __popc(ties);
+        if (lane || !word) continue;
+        if (last < 0) {
+            bits[i0 >> 5] |= word;
+            continue;
         }
-        if (i < n && (key > c.key || (tie && rank < c.ties))) {
-            const int64_t at = last >= 0 ? last - i : i;
-            atomicOr(bits + (at >> 5), 1u << (at & 31));
-        }
+        int32_t at = last - i0 - 31; // of what was the last bit
+        word = __brev(word);
+        if (at < 0) word >>= -at, at = 0;
+        bits[at >> 5] |= word << (at & 31);
+        if ((at & 31) && word >> (32 - (at & 31))) bits[(at >> 5) + 1] |= word >> (32 - (at & 31));
     }
-    __syncthreads();
+    __syncwarp();
 }
 
-// Writes the bits below n_bits as the entries of a row, ascending, bit 0 as `first`. All threads
-// call.
+// Writes the bits below n_bits as the entries of a row, ascending, bit 0 as `first`. A warp.
 ATTNI_DEV_FAR void attni_cu_emit(const attni_cu_pick &a, int32_t list, int32_t row,
                                  const uint32_t *bits, int32_t first, int32_t n_bits,
-                                 int32_t visited, attni_cu_sums *s) {
-    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+                                 int32_t visited) {
+    const int lane = (int)threadIdx.x & 31;
     const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
     const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
     int32_t done = 0;
-    for (int32_t w0 = 0; 32 * (int64_t)w0 < n_bits; w0 += (int32_t)blockDim.x) {
-        const int32_t w = w0 + (int)threadIdx.x;
-        uint32_t x = 32 * (int64_t)w < n_bits ? bits[w] : 0;
-        if (32 * (int64_t)w + 32 > n_bits && x) x &= (1u << (n_bits - 32 * w)) - 1;
-        int32_t n = __popc(x);
+    for (int32_t w0 = 0; 32 * (int64_t)w0 < n_bits; w0 += 32) {
+        const int64_t left = n_bits - 32 * ((int64_t)w0 + lane);
+        uint32_t x = left > 0 ? bits[w0 + lane] : 0;
+        if (left < 32 && x) x &= (1u << left) - 1;
+        int32_t upto = __popc(x);
         for (int i = 1; i < 32; i *= 2) {
-            const int32_t y = __shfl_up_sync(~0u, n, i);
-            if (lane >= i) n += y;
+            const int32_t y = __shfl_up_sync(~0u, upto, i);
+            if (lane >= i) upto += y;
         }
-        __syncthreads();
-        if (lane == 31) s->count[warp] = n;
-        __syncthreads();
-        int32_t to = done + n - __popc(x);
-        for (int j = 0; j < (int)blockDim.x / 32; j++) {
-            if (j < warp) to += s->count[j];
-            done += s->count[j];
+        for (uint32_t some = __ballot_sync(~0u, x != 0); some; some &= some - 1) { // word by word
+            const int src = __ffs((int)some) - 1;
+            const uint32_t y = __shfl_sync(~0u, x, src);
+            const int32_t to = done + __shfl_sync(~0u, upto, src) - __popc(y >> lane);
+            if ((y >> lane & 1) && to < a.x.row_capacity)
+                a.x.block[base + to] = first + 32 * (w0 + src) + lane;
         }
-        for (; x; x &= x - 1, to++)
-            if (to < a.x.row_capacity) a.x.block[base + to] = first + 32 * w + __ffs((int)x) - 1;
+        done += __shfl_sync(~0u, upto, 31);
     }
-    if (threadIdx.x == 0) {
-        a.x.row_start[at] = base;
-        a.x.row_end[at] = base + attni_min32(done, a.x.row_capacity);
-        a.x.visited[at] = visited;
-        if (done > a.x.row_capacity && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
-    }
+    if (lane) return;
+    a.x.row_start[at] = base;
+    a.x.row_end[at] = base + attni_min32(done, a.x.row_capacity);
+    a.x.visited[at] = visited;
+    if (done > a.x.row_capacity && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
 }
 
 // ==== >>impl-select-flex  FlexPrefill ============================================================
 //
-// The last queries see every key twice: pass 1 leaves each row's maximum and sum per chunk of keys,
-// pass 2 the weights summed over rows (v, for each of the two row blocks these queries may lie in)
-// and over diagonals (a piece per chunk). One block per head then chooses, one per list row writes.
+// The last queries see every key once: a cell of a query and a block of keys has the maximum and
+// the sums of weights below it, by how they count for the block's diagonal and the two beside it.
+// Cells add up to masses; a block of threads per head chooses, one per few list rows writes. As
+// coded, single tokens count: the keys are seen once more, when the rows' sums are known, for v by
+// tokens and for diagonals, a piece per chunk of keys.
 
 enum { // in attni_cu_pick.at: sections of a head's workspace; MEAN: of a sequence's
-    ATTNI_CU_FLEX_PART, ATTNI_CU_FLEX_NORM, ATTNI_CU_FLEX_V, ATTNI_CU_FLEX_DIAG,
-    ATTNI_CU_FLEX_TOKENS, ATTNI_CU_FLEX_BLOCKS, ATTNI_CU_FLEX_BITS, ATTNI_CU_FLEX_CHOICE,
+    ATTNI_CU_FLEX_CELLS, ATTNI_CU_FLEX_NORM, ATTNI_CU_FLEX_BLOCKS, ATTNI_CU_FLEX_BITS,
+    ATTNI_CU_FLEX_CHOICE, ATTNI_CU_FLEX_V, ATTNI_CU_FLEX_DIAG, ATTNI_CU_FLEX_TOKENS,
     ATTNI_CU_FLEX_MAP, ATTNI_CU_FLEX_MEAN
 };
 
+// Arrays of n_blocks floats each of a head. SUMS: of the cells of the first and of the second row
+// block, what counts for the own diagonal, the one further and the one nearer.
+enum { ATTNI_CU_SUMS, ATTNI_CU_ALL = 6, ATTNI_CU_COLS, ATTNI_CU_SLASH, ATTNI_CU_MASS,
+       ATTNI_CU_E = ATTNI_CU_MASS + 2, ATTNI_CU_ARRAYS = ATTNI_CU_E + 3 };
+
 typedef struct attni_cu_flex_choice {
-    double gamma;          // gamma' of a query-aware head; as coded: of the map
+    double gamma;          // gamma' of a query-aware head,
+    int32_t need[2];       // ... and how many blocks the scored rows keep: e_r may underflow
     attni_cu_cut map;      // as coded: what is kept of the map
-    int32_t aware, pad;
+    int32_t aware;
 } attni_cu_flex_choice;
 
+enum { ATTNI_CU_FLEX_ROWS = 8 }; // list rows of a block of threads, a warp each
 #define ATTNI_CU_P 65 /* row of weights in shared memory */
 
 ATTNI_DEV uint8_t *attni_cu_flex_at(const attni_cu_pick &a, int32_t est, int32_t head,
@@ -5972,67 +6027,298 @@ ATTNI_DEV float *attni_cu_flex_floats(const attni_cu_pick &a, int32_t est, int32
                                       int section) {
     return (float *)(void *)attni_cu_flex_at(a, est, head, section);
 }
+ATTNI_DEV attni_cu_flex_choice *attni_cu_flex_chosen(const attni_cu_pick &a, int32_t est,
+                                                     int32_t head) {
+    return (attni_cu_flex_choice *)(void *)attni_cu_flex_at(a, est, head, ATTNI_CU_FLEX_CHOICE);
+}
 
 // First position of chunk 0.
 ATTNI_DEV int64_t attni_cu_flex_base(const attn_plan_seq &q) {
     return q.kv_pos0 / ATTNI_CU_CHUNK * (int64_t)ATTNI_CU_CHUNK;
 }
 
-// The weights of 128 rows against a tile, in shared memory, to sums of columns and of diagonals.
-// Those of cells that are kept anyway are negative. rows: so many are there; those from cut on are
-// in the second row block. diag: of row - key.
-ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t rows, int32_t cut, float *diag,
-                                  float *part, float *v, int64_t v_stride) {
-    const int tid = (int)threadIdx.x, c = tid & 63, quarter = tid >> 6;
-    float low = 0, high = 0, sum = 0;
-    for (int i = 32 * quarter; i < 32 * quarter + 32; i++) {
-        const float x = fabsf(w[i * ATTNI_CU_P + c]);
-        if (i < cut) low += x;
-        else high += x;
+// Behind the last key that counts.
+ATTNI_DEV int64_t attni_cu_flex_end(const attni_cu_est &e, const attn_plan_seq &q) {
+    return attni_min64((int64_t)q.kv_pos0 + q.kv_len, (int64_t)e.p0 + e.n);
+}
+
+// ---- cells
+
+typedef struct attni_cu_tiling { // keys of a tile: part of a block, or whole ones
+    int32_t wide;  // columns of a block: whole eights
+    int32_t parts; // tiles of a block, or 1,
+    int32_t fit;   // ... and blocks of a tile
+    int32_t j0, j1, n;
+} attni_cu_tiling;
+
+ATTNI_DEV void attni_cu_flex_find(const attni_cu_pick &a, const attni_cu_tiling &g,
+                                  const attni_cu_est &e, const attn_plan_seq &q, int32_t kv_head,
+                                  int32_t t, attni_cu_keys *s, int32_t (*place)[ATTNI_CU_PICK_KEYS],
+                                  int (*full)[2]) {
+    const int c = (int)threadIdx.x, slot = t & 3, b = a.f.kv_block;
+    const int32_t block = g.parts > 1 ? g.j0 + t / g.parts : g.j0 + t * g.fit + c / g.wide;
+    const int32_t off = g.parts > 1 ? t % g.parts * ATTNI_CU_PICK_KEYS + c : c % g.wide;
+    const int64_t pos = (int64_t)block * b + off;
+    const int held = off < b && block < g.j1 && (g.parts > 1 || c / g.wide < g.fit) &&
+                     pos < attni_cu_flex_end(e, q);
+    attni_cu_find_key(a, q, e.seq, kv_head, held ? pos : -1, s, slot, c);
+    place[slot][c] = s->row[slot][c] ? (int32_t)pos : INT32_MAX;
+    const int all = __all_sync(~0u, s->row[slot][c] && pos <= e.p0);
+    if (c % 32 == 0) full[slot][c / 32] = all; // every row sees every key
+}
+
+// Scores of a row, of base 2, join its cell: x is the maximum and the sums. u: the query's place in
+// its block less that of the first score's key.
+template <int G>
+ATTNI_DEV void attni_cu_flex_fold(const float (*c)[4], int h, float u, float b, float4 &x) {
+    float most = x.x;
+#pragma unroll
+    for (int j = 0; j < G; j++) most = fmaxf(most, fmaxf(c[j][2 * h], c[j][2 * h + 1]));
+    if (most > x.x) {
+        const float f = attni_exp2(x.x - most);
+        x = make_float4(most, x.y * f, x.z * f, x.w * f);
     }
-    part[quarter * 128 + c] = low, part[quarter * 128 + 64 + c] = high;
+    most = most > ATTNI_NINF ? most : 0;
+#pragma unroll
+    for (int i = 0; i < 2 * G; i++) {
+        const float d = u - (float)(8 * (i >> 1) + (i & 1));
+        const float p = attni_exp2(c[i >> 1][2 * h + (i & 1)] - most);
+        x.y = __fmaf_rn(p, b - fabsf(d), x.y);
+        x.z = __fmaf_rn(p, fmaxf(d, 0), x.z);
+        x.w = __fmaf_rn(p, fmaxf(-d, 0), x.w);
+    }
+}
+
+// The quad's parts of a cell, which starts anew. to: NULL: nobody's.
+ATTNI_DEV_FAR void attni_cu_flex_flush(float4 x, float4 *to) {
+    const float most = attni_quad_max(x.x);
+    const float f = x.x > ATTNI_NINF ? attni_exp2(x.x - most) : 0;
+    x.y = attni_quad_sum(x.y * f), x.z = attni_quad_sum(x.z * f), x.w = attni_quad_sum(x.w * f);
+    if (to && (threadIdx.x & 3) == 0) *to = make_float4(most, x.y, x.z, x.w);
+}
+
+// Rows are (head of the KV head, query); `rows` of them, 128 or 256, against `per` blocks of keys.
+static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
+    attni_cu_flex_cells(const __grid_constant__ attni_cu_pick a, int rows, int per) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_keys keys;
+    __shared__ int32_t place[4][ATTNI_CU_PICK_KEYS];
+    __shared__ int full_of[4][2];
+    __shared__ const uint8_t *q_row[2 * ATTNI_CU_PICK_ROWS];
+    __shared__ float4 *cell[2 * ATTNI_CU_PICK_ROWS];
+    const attni_cu_est e = a.est[blockIdx.z];
+    if (e.seq < 0) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    const int tiles = (int)gridDim.y / a.d.n_kv_heads, kv_head = (int)blockIdx.y / tiles;
+    const int r0 = (int)blockIdx.y % tiles * rows, all = a.group * e.n, b = a.f.kv_block;
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    attni_cu_tiling g;
+    g.wide = (b + 7) / 8 * 8, g.parts = (b + 63) / 64, g.fit = g.parts > 1 ? 1 : 64 / g.wide;
+    g.j0 = q.kv_pos0 / b + (int32_t)blockIdx.x * per, g.j1 = attni_min32(g.j0 + per, e.nb);
+    g.n = g.parts > 1 ? (g.j1 - g.j0) * g.parts : (g.j1 - g.j0 + g.fit - 1) / g.fit;
+    if (g.j0 >= g.j1 || r0 >= all) return;
+    uint8_t *k_tile = smem + rows * a.row_bytes;
+    const int tile = ATTNI_CU_PICK_KEYS * a.row_bytes;
+    if (tid < rows) {
+        const int i = r0 + tid, h = kv_head * a.group + i / e.n, r = i % e.n;
+        q_row[tid] = NULL, cell[tid] = NULL;
+        if (i < all) {
+            q_row[tid] = attni_cu_query_at(a, (int64_t)q.q_begin + e.p0 - q.q_pos0 + r, h);
+            cell[tid] = (float4 *)(void *)attni_cu_flex_at(a, blockIdx.z, h, ATTNI_CU_FLEX_CELLS) +
+                        r;
+        }
+    }
+    for (int t = 0; t < 2 && tid < 64; t++)
+        attni_cu_flex_find(a, g, e, q, kv_head, t, &keys, place, full_of);
+    __syncthreads();
+    if (a.mode) {
+        attni_cu_copy_rows(a, q_row, rows, a.d.q.dtype, a.odd_q, attni_smem(smem));
+        attni_cu_copy_rows(a, keys.row[0], 64, a.k.dtype, a.odd_k, attni_smem(k_tile));
+        attni_cp_commit();
+    }
+    // of the lane's rows: the last position they see, their place in their own block
+    int limit[4];
+    float u[4];
+    float4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int r = r0 + row0 + 8 * (i & 1) + 128 * (i >> 1), p = e.p0 + r % e.n;
+        limit[i] = r < all ? p : -1;
+        u[i] = (float)(p % b - 2 * (lane & 3));
+        x[i] = make_float4(ATTNI_NINF, 0, 0, 0);
+    }
+    for (int t = 0; t < g.n; t++) {
+        float acc[2][8][4];
+        attni_cp_wait<0>();
+        __syncthreads();
+        if (t + 1 < g.n && a.mode) {
+            attni_cu_copy_rows(a, keys.row[(t + 1) & 3], 64, a.k.dtype, a.odd_k,
+                               attni_smem(k_tile + ((t + 1) & 1) * tile));
+            attni_cp_commit();
+        }
+        if (t + 2 < g.n && tid < 64)
+            attni_cu_flex_find(a, g, e, q, kv_head, t + 2, &keys, place, full_of);
+        attni_cu_products<2>(a, acc, smem, rows, attni_smem(k_tile + (t & 1) * tile), q_row,
+                             keys.row[t & 3]);
+        const int full = full_of[t & 3][0] && full_of[t & 3][1];
+        const float base2 = a.d.logits.softcap > 0 ? 1 : ATTNI_LOG2E;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const int c = 8 * j + 2 * (lane & 3);
+            float2 scale = *(const float2 *)(const void *)(keys.scale[t & 3] + c);
+            scale.x *= base2, scale.y *= base2;
+#pragma unroll
+            for (int i = 0; i < 8; i++) acc[i >> 2][j][i & 3] *= i & 1 ? scale.y : scale.x;
+        }
+        if (a.d.logits.softcap > 0)
+#pragma unroll
+            for (int i = 0; i < 64; i++)
+                acc[i >> 5][i >> 2 & 7][i & 3] = attni_cu_capped(acc[i >> 5][i >> 2 & 7][i & 3],
+                                                                 a.d.logits.softcap) * ATTNI_LOG2E;
+        if (!full)
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int2 at = *(const int2 *)(const void *)(place[t & 3] + 8 * j +
+                                                              2 * (lane & 3));
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    if ((i & 1 ? at.y : at.x) > limit[i >> 1]) acc[i >> 2][j][i & 3] = ATTNI_NINF;
+            }
+        if (g.fit == 1) {
+            const int part = t % g.parts;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                attni_cu_flex_fold<8>(acc[i >> 1], i & 1, u[i] - (float)(64 * part), (float)b, x[i]);
+                if (part < g.parts - 1) continue;
+                float4 *to = cell[row0 + 8 * (i & 1) + (i > 1 && rows > 128 ? 128 : 0)];
+                to = i > 1 && rows == 128 ? NULL : to;
+                attni_cu_flex_flush(x[i], to ? to + (g.j0 + t / g.parts) * (int64_t)b : NULL);
+                x[i] = make_float4(ATTNI_NINF, 0, 0, 0);
+            }
+            continue;
+        }
+        const int eights = g.wide / 8;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const int own = j / eights, block = g.j0 + t * g.fit + own;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                attni_cu_flex_fold<1>(acc[i >> 1] + j, i & 1,
+                                      u[i] - (float)(8 * (j - own * eights)), (float)b, x[i]);
+                if ((j + 1) % eights) continue;
+                float4 *to = cell[row0 + 8 * (i & 1) + (i > 1 && rows > 128 ? 128 : 0)];
+                to = (i > 1 && rows == 128) || own >= g.fit || block >= g.j1 ? NULL : to;
+                attni_cu_flex_flush(x[i], to ? to + block * (int64_t)b : NULL);
+                x[i] = make_float4(ATTNI_NINF, 0, 0, 0);
+            }
+        }
+    }
+}
+
+// Each row's maximum and n_blocks / (sum n) over its cells, whose weights count kv_block times.
+static __global__ void __launch_bounds__(1024)
+    attni_cu_flex_norm(const __grid_constant__ attni_cu_pick a) {
+    __shared__ float2 part[32][33];
+    const attni_cu_est e = a.est[blockIdx.z];
+    const int32_t r = (int32_t)(blockIdx.x * 32 + (threadIdx.x & 31)), head = (int32_t)blockIdx.y;
+    const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5, b = a.f.kv_block;
+    if (e.seq < 0 || (int32_t)blockIdx.x * 32 >= e.n) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    const float4 *cell = (const float4 *)(const void *)attni_cu_flex_at(a, blockIdx.z, head,
+                                                                        ATTNI_CU_FLEX_CELLS);
+    float m = ATTNI_NINF, l = 0;
+#pragma unroll 4
+    for (int32_t j = q.kv_pos0 / b + warp; j < e.nb && r < e.n; j += 32) {
+        const float4 x = cell[(int64_t)j * b + r];
+        const float top = fmaxf(m, x.x);
+        if (!(x.x > ATTNI_NINF)) continue;
+        l = l * attni_exp2(m - top) + (x.y + x.z + x.w) * attni_exp2(x.x - top);
+        m = top;
+    }
+    part[warp][lane] = make_float2(m, l);
+    __syncthreads();
+    if (warp || r >= e.n) return;
+    for (int i = 1; i < 32; i++) m = fmaxf(m, part[i][lane].x);
+    l = 0;
+    for (int i = 0; i < 32; i++)
+        if (part[i][lane].x > ATTNI_NINF) l += part[i][lane].y * attni_exp2(part[i][lane].x - m);
+    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_NORM) + 2 * r;
+    to[0] = m, to[1] = l > 0 ? (float)b / (l * (float)e.n) : 0;
+}
+
+// Cells of a block of keys, added up by row blocks. A warp a block.
+static __global__ void __launch_bounds__(256)
+    attni_cu_flex_masses(const __grid_constant__ attni_cu_pick a) {
+    const attni_cu_est e = a.est[blockIdx.z];
+    const int32_t j = (int32_t)(blockIdx.x * 8 + (threadIdx.x >> 5)), head = (int32_t)blockIdx.y;
+    const int32_t b = a.f.kv_block, cut = b - e.p0 % b; // rows from there on: the second row block
+    const int lane = (int)threadIdx.x & 31;
+    if (e.seq < 0 || j >= e.nb) return;
+    const float4 *cell = (const float4 *)(const void *)attni_cu_flex_at(a, blockIdx.z, head,
+                                                                        ATTNI_CU_FLEX_CELLS);
+    const float *norm = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_NORM);
+    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_BLOCKS) + j;
+    const int held = j >= a.seq[e.seq].kv_pos0 / b;
+    for (int side = 0; side < 2; side++) {
+        const int end = side ? e.n : attni_min32(cut, e.n);
+        float sum[3] = {0, 0, 0};
+        for (int r = side ? cut + lane : lane; r < end && held; r += 32) {
+            const float4 x = cell[(int64_t)j * b + r];
+            // exp2f: what is tiny counts where nothing else is there
+            const float f = x.x > ATTNI_NINF
+                                ? exp2f(x.x - norm[2 * r]) * norm[2 * r + 1] / (float)b : 0;
+            sum[0] += x.y * f, sum[1] += x.z * f, sum[2] += x.w * f;
+        }
+        for (int i = 0; i < 3; i++) {
+            const float y = attni_cu_warp_sum(sum[i]);
+            if (lane == 0) to[(int64_t)(ATTNI_CU_SUMS + 3 * side + i) * a.n_blocks] = y;
+        }
+    }
+}
+
+// ---- as coded: single tokens
+
+// The weights of 128 rows against a tile, in shared memory, to sums of columns and of diagonals.
+// rows: so many are there. diag: of row - key.
+ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t rows, float *diag, float *part, float *v) {
+    const int tid = (int)threadIdx.x, c = tid & 63, quarter = tid >> 6;
+    float column = 0, sum = 0;
+    for (int i = 32 * quarter; i < 32 * quarter + 32; i++) column += w[i * ATTNI_CU_P + c];
+    part[tid] = column;
     if (tid < 191)
         for (int j = 0; j < 64; j++) {
             const int i = j + tid - 63;
-            if ((unsigned)i < 128) sum += fmaxf(w[i * ATTNI_CU_P + j], 0.0f);
+            if ((unsigned)i < 128) sum += w[i * ATTNI_CU_P + j];
         }
     if (tid < 191 && tid - 63 < rows) diag[tid - 63] += sum;
     __syncthreads();
-    if (tid < 128)
-        v[quarter * v_stride + c] +=
-            part[tid] + part[128 + tid] + part[256 + tid] + part[384 + tid];
+    if (tid < 64) v[c] += part[tid] + part[64 + tid] + part[128 + tid] + part[192 + tid];
 }
 
-template <int PASS>
 static __global__ void __launch_bounds__(ATTNI_CU_PICK)
-    attni_cu_flex_last(const __grid_constant__ attni_cu_pick a) {
+    attni_cu_flex_tokens(const __grid_constant__ attni_cu_pick a) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ attni_cu_keys keys;
     __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
-    __shared__ float part[512];
+    __shared__ float part[ATTNI_CU_PICK];
     const attni_cu_est e = a.est[blockIdx.z];
     if (e.seq < 0) return;
     const attn_plan_seq q = a.seq[e.seq];
     const int32_t head = (int32_t)blockIdx.y, chunk = (int32_t)blockIdx.x, kv_head = head / a.group;
     const int64_t base = attni_cu_flex_base(q), k0 = base + (int64_t)chunk * ATTNI_CU_CHUNK;
-    const int64_t end = attni_min64((int64_t)q.kv_pos0 + q.kv_len, (int64_t)e.p0 + e.n);
+    const int64_t end = attni_cu_flex_end(e, q);
     if (k0 >= end) return;
     const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
-    const int32_t b = a.f.kv_block, cut = b - e.p0 % b; // rows from there on: the second row block
-    const int tile = ATTNI_CU_PICK_KEYS * a.row_bytes, exact = a.f.flex.compatible;
+    const int tile = ATTNI_CU_PICK_KEYS * a.row_bytes;
     uint8_t *k_tile = smem + ATTNI_CU_PICK_ROWS * a.row_bytes;
     float *w = (float *)(void *)(smem + a.tile_bytes), *diag = w + 128 * ATTNI_CU_P;
     float *v = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_V) + k0 - base;
-    float *norm = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_NORM);
-    if (PASS == 2) {
-        for (int i = tid; i < e.n + 1023; i += ATTNI_CU_PICK) diag[i] = 0;
-        for (int i = tid; i < 2 * ATTNI_CU_CHUNK; i += ATTNI_CU_PICK)
-            v[i / ATTNI_CU_CHUNK * a.kv_cap + i % ATTNI_CU_CHUNK] = 0;
-    }
+    const float *norm = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_NORM);
+    for (int i = tid; i < e.n + 1023; i += ATTNI_CU_PICK) diag[i] = 0;
+    for (int i = tid; i < ATTNI_CU_CHUNK; i += ATTNI_CU_PICK) v[i] = 0;
     for (int32_t r0 = 0; r0 < e.n; r0 += ATTNI_CU_PICK_ROWS) {
         const int64_t reach = attni_min64(end, (int64_t)e.p0 + r0 + ATTNI_CU_PICK_ROWS);
         const int n = (int)attni_min64(ATTNI_CU_CHUNK / 64, (reach - k0 + 63) / 64);
-        float m[2] = {ATTNI_NINF, ATTNI_NINF}, l[2] = {0, 0};
         __syncthreads();
         if (tid < ATTNI_CU_PICK_ROWS)
             q_row[tid] = r0 + tid >= e.n ? NULL
@@ -6047,20 +6333,18 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK)
             attni_cu_copy_rows(a, keys.row[0], 64, a.k.dtype, a.odd_k, attni_smem(k_tile));
             attni_cp_commit();
         }
-        // of the lane's rows: the last key of the chunk they see, the first one of their own block
-        int limit[2], own[2];
-        const int low = (int)attni_max64(q.kv_pos0 - k0, 0), see = (int)attni_min64(
-                                                                 e.p0 + r0, end - 1) - (int)k0;
-        const int second = (int)attni_max64(b - k0, 0);
+        // of the lane's rows: the last key of the chunk they see, maximum, factor
+        int limit[2];
+        float m[2], f[2];
+        const int low = (int)attni_max64(q.kv_pos0 - k0, 0);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            const int32_t r = r0 + row0 + 8 * h, p = e.p0 + r;
-            limit[h] = r < e.n ? (int)(attni_min64(p, end - 1) - k0) : -1;
-            own[h] = (int)(p / b * b - k0);
-            if (PASS == 2) m[h] = r < e.n ? norm[2 * r] : 0, l[h] = r < e.n ? norm[2 * r + 1] : 0;
+            const int32_t r = r0 + row0 + 8 * h;
+            limit[h] = r < e.n ? (int)(attni_min64(e.p0 + r, end - 1) - k0) : -1;
+            m[h] = r < e.n ? norm[2 * r] : 0, f[h] = r < e.n ? norm[2 * r + 1] : 0;
         }
         for (int t = 0; t < n; t++) {
-            float acc[8][4];
+            float acc[1][8][4];
             attni_cp_wait<0>();
             __syncthreads();
             if (t + 1 < n && a.mode) {
@@ -6071,202 +6355,26 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK)
             if (t + 2 < n && tid < 64)
                 attni_cu_find_key(a, q, e.seq, kv_head, k0 + 64 * (t + 2) + tid, &keys, (t + 2) & 3,
                                   tid);
-            attni_cu_products(a, acc, smem, attni_smem(k_tile + (t & 1) * tile), q_row,
-                              ATTNI_CU_PICK_ROWS, keys.row[t & 3]);
-            float most[2] = {ATTNI_NINF, ATTNI_NINF};
-            const float *scale = keys.scale[t & 3];
-            const int c0 = 64 * t + 2 * (lane & 3);
-            // every row of the block sees every key of the tile
-            const int full = 64 * t >= low && 64 * t + 63 <= see && r0 + 128 <= e.n;
+            attni_cu_products<1>(a, acc, smem, ATTNI_CU_PICK_ROWS,
+                                 attni_smem(k_tile + (t & 1) * tile), q_row, keys.row[t & 3]);
 #pragma unroll
             for (int j = 0; j < 8; j++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const int c = c0 + 8 * j + (i & 1), h = i >> 1; // in the chunk
-                    float s = attni_cu_score(a, acc[j][i], scale[c - 64 * t]) * ATTNI_LOG2E;
-                    if (!full && (c > limit[h] || c < low)) s = ATTNI_NINF;
-                    if (PASS == 1) {
-                        acc[j][i] = s;
-                        most[h] = fmaxf(most[h], s);
-                    } else { // exp2f: what is tiny counts where nothing else is there
-                        const float x = s > ATTNI_NINF ? exp2f(s - m[h]) * l[h] : 0.0f;
-                        w[(row0 + 8 * h) * ATTNI_CU_P + c - 64 * t] =
-                            !exact && (c < second || c >= own[h]) ? -x : x;
-                    }
+                    const int c = 8 * j + 2 * (lane & 3) + (i & 1), h = i >> 1;
+                    const float s =
+                        attni_cu_score(a, acc[0][j][i], keys.scale[t & 3][c]) * ATTNI_LOG2E;
+                    const int seen = 64 * t + c <= limit[h] && 64 * t + c >= low && s > ATTNI_NINF;
+                    w[(row0 + 8 * h) * ATTNI_CU_P + c] = seen ? exp2f(s - m[h]) * f[h] : 0;
                 }
-            if (PASS == 1) {
-#pragma unroll
-                for (int h = 0; h < 2; h++)
-                    if (most[h] > m[h]) l[h] *= attni_exp2(m[h] - most[h]), m[h] = most[h];
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        if (full || acc[j][i] > ATTNI_NINF)
-                            l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
-            } else {
-                __syncthreads();
-                attni_cu_flex_sums(w, e.n - r0, cut - r0, diag + r0 - 64 * t + 1023, part,
-                                   v + 64 * t, a.kv_cap);
-            }
-        }
-        for (int h = 0; PASS == 1 && h < 2; h++) {
-            const float most = attni_quad_max(m[h]);
-            const float mine = m[h] > ATTNI_NINF ? l[h] * attni_exp2(m[h] - most) : 0;
-            const float sum = attni_quad_sum(mine);
-            const int32_t r = r0 + row0 + 8 * h;
-            float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_PART) +
-                        2 * ((int64_t)r * a.n_chunks + chunk);
-            if ((lane & 3) == 0 && r < e.n) to[0] = most, to[1] = sum;
-        }
-    }
-    if (PASS == 2) {
-        float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_DIAG) +
-                    chunk * ((int64_t)b + 1023);
-        __syncthreads();
-        for (int i = tid; i < e.n + 1023; i += ATTNI_CU_PICK) to[i] = diag[i];
-    }
-}
-
-// Each row's maximum and 1 / (sum n) over its chunks. A warp a row.
-static __global__ void __launch_bounds__(128)
-    attni_cu_flex_norm(const __grid_constant__ attni_cu_pick a) {
-    const attni_cu_est e = a.est[blockIdx.z];
-    const int32_t r = (int32_t)(blockIdx.x * 4 + (threadIdx.x >> 5)), head = (int32_t)blockIdx.y;
-    const int lane = (int)threadIdx.x & 31;
-    if (e.seq < 0 || r >= e.n) return;
-    const attn_plan_seq q = a.seq[e.seq];
-    const float *from = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_PART) +
-                        2 * (int64_t)r * a.n_chunks;
-    const int64_t end = attni_min64((int64_t)q.kv_pos0 + q.kv_len, (int64_t)e.p0 + e.n);
-    const int n = (int)((end - attni_cu_flex_base(q) + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK);
-    float m = ATTNI_NINF, l = 0;
-    for (int i = lane; i < n; i += 32) m = fmaxf(m, from[2 * i]);
-    for (int i = 16; i; i >>= 1) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
-    for (int i = lane; i < n; i += 32)
-        if (from[2 * i] > ATTNI_NINF) l += from[2 * i + 1] * attni_exp2(from[2 * i] - m);
-    for (int i = 16; i; i >>= 1) l += __shfl_xor_sync(~0u, l, i);
-    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_NORM) + 2 * r;
-    if (lane == 0) to[0] = m, to[1] = l > 0 ? 1 / (l * (float)e.n) : 0;
-}
-
-// Mean keys of every block, with the scale of scores: (n_kv_heads, n_blocks, head_dim).
-static __global__ void __launch_bounds__(128)
-    attni_cu_flex_means(const __grid_constant__ attni_cu_pick a) {
-    __shared__ const uint8_t *row[64];
-    __shared__ float scale[64];
-    const attni_cu_est e = a.est[blockIdx.z];
-    const int32_t j = (int32_t)blockIdx.x, kv_head = (int32_t)blockIdx.y, b = a.f.kv_block;
-    const int tid = (int)threadIdx.x;
-    if (e.seq < 0 || j >= e.nb) return;
-    const attn_plan_seq q = a.seq[e.seq];
-    const int64_t lo = attni_max64((int64_t)j * b, q.kv_pos0);
-    const int64_t hi = attni_min64(attni_min64(((int64_t)j + 1) * b, (int64_t)e.p0 + e.n),
-                                   (int64_t)q.kv_pos0 + q.kv_len);
-    float *to = (float *)(void *)(a.work + blockIdx.z * a.est_bytes + a.at[ATTNI_CU_FLEX_MEAN]);
-    const int64_t at = (int64_t)kv_head * a.n_blocks + j;
-    float sum[(ATTN_MAX_HEAD_DIM + 127) / 128];
-#pragma unroll
-    for (int i = 0; i < (ATTN_MAX_HEAD_DIM + 127) / 128; i++) sum[i] = 0;
-    for (int64_t k = lo; k < hi; k += 64) {
-        const int n = (int)attni_min64(64, hi - k);
-        __syncthreads();
-        if (tid < n) row[tid] = attni_cu_key_at(a, q, e.seq, kv_head, k + tid, &scale[tid]);
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < (ATTN_MAX_HEAD_DIM + 127) / 128; i++)
-            if (128 * i + tid < a.d.head_dim)
-                sum[i] += attni_cu_mean_rows(row, scale, n, a.k.dtype, 128 * i + tid);
-    }
-#pragma unroll
-    for (int i = 0; i < (ATTN_MAX_HEAD_DIM + 127) / 128; i++)
-        if (128 * i + tid < a.d.head_dim)
-            to[at * a.d.head_dim + 128 * i + tid] = hi > lo ? sum[i] / (float)(hi - lo) : 0;
-}
-
-// Mean of n queries from token on. All threads call; mean is complete for all of them.
-ATTNI_DEV void attni_cu_flex_mean_query(const attni_cu_pick &a, int32_t head, int64_t token,
-                                        int32_t n, float *mean) {
-    const int dim = a.d.head_dim, tid = (int)threadIdx.x;
-    __syncthreads();
-    for (int i = tid; i < dim; i += (int)blockDim.x) mean[i] = 0;
-    __syncthreads();
-    if (a.d.q.dtype == ATTN_F32 || a.odd_q) {
-        for (int i = tid; i < dim; i += (int)blockDim.x) {
-            float x = 0;
-            for (int t = 0; t < n; t++)
-                x += attni_cu_value_at(attni_cu_query_at(a, token + t, head), a.d.q.dtype, i);
-            mean[i] = x / (float)n;
-        }
-    } else { // a thread has 8 dimensions of every so-manieth query
-        const int per = dim / 8, turns = (int)blockDim.x / per, c = tid % per, t0 = tid / per;
-        float x[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++) x[e] = 0;
-#pragma unroll 4
-        for (int t = t0; t < n && t0 < turns; t += turns) {
-            const uint4 y = *(const uint4 *)(const void *)(
-                attni_cu_query_at(a, token + t, head) + 16 * c);
-            const uint32_t u[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const uint16_t v = (uint16_t)(u[e >> 1] >> 16 * (e & 1));
-                x[e] += a.d.q.dtype == ATTN_BF16 ? __uint_as_float((uint32_t)v << 16)
-                                                 : attni_half(v);
-            }
-        }
-        for (int s = 0; s < turns; s++) { // in order: the sum does not depend on timing
-            if (t0 == s)
-#pragma unroll
-                for (int e = 0; e < 8; e++) mean[8 * c + e] += x[e];
             __syncthreads();
+            attni_cu_flex_sums(w, e.n - r0, diag + r0 - 64 * t + 1023, part, v + 64 * t);
         }
-        for (int i = tid; i < dim; i += (int)blockDim.x) mean[i] /= (float)n;
     }
+    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_DIAG) +
+                chunk * ((int64_t)a.f.kv_block + 1023);
     __syncthreads();
-}
-
-// e = softmax over blocks [0, n) of the mean of n_q queries from token on against mean keys (which
-// carry the scale). mean: (head_dim) in shared memory. All threads call.
-ATTNI_DEV_FAR void attni_cu_flex_softmax(const attni_cu_pick &a, int32_t est,
-                                         const attn_plan_seq &q, int32_t head, int64_t token,
-                                         int32_t n_q, int32_t n, float *mean, float *e,
-                                         attni_cu_sums *s) {
-    const int dim = a.d.head_dim, b = a.f.kv_block;
-    const float *keys = (const float *)(const void *)(a.work + est * a.est_bytes +
-                                                      a.at[ATTNI_CU_FLEX_MEAN]) +
-                        (int64_t)(head / a.group) * a.n_blocks * dim;
-    double most = -1e300, sum = 0;
-    int32_t none = 0;
-    attni_cu_flex_mean_query(a, head, token, n_q, mean);
-    for (int j = (int)threadIdx.x; j < n; j += (int)blockDim.x) {
-        const float *k = keys + (int64_t)j * dim;
-        float x = 0;
-        if (((int64_t)j + 1) * b <= q.kv_pos0 || (int64_t)j * b >= (int64_t)q.kv_pos0 + q.kv_len) {
-            e[j] = ATTNI_NINF; // no keys
-            continue;
-        }
-#pragma unroll 8
-        for (int i = 0; i < dim; i += 4) {
-            const float4 y = *(const float4 *)(const void *)(k + i);
-            x = __fmaf_rn(mean[i], y.x, x), x = __fmaf_rn(mean[i + 1], y.y, x);
-            x = __fmaf_rn(mean[i + 2], y.z, x), x = __fmaf_rn(mean[i + 3], y.w, x);
-        }
-        e[j] = attni_cu_score(a, x, 1);
-        most = fmax(most, (double)e[j]);
-    }
-    for (int i = 16; i; i >>= 1) most = fmax(most, __shfl_xor_sync(~0u, most, i));
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) s->sum[threadIdx.x >> 5] = most;
-    __syncthreads();
-    for (int i = 0; i < (int)blockDim.x / 32; i++) most = fmax(most, s->sum[i]);
-    for (int j = (int)threadIdx.x; j < n; j += (int)blockDim.x) {
-        e[j] = e[j] > ATTNI_NINF ? expf((float)((double)e[j] - most)) : 0;
-        sum += (double)e[j];
-    }
-    attni_cu_total(s, &none, &sum);
-    for (int j = (int)threadIdx.x; j < n; j += (int)blockDim.x) e[j] = (float)((double)e[j] / sum);
-    __syncthreads();
+    for (int i = tid; i < e.n + 1023; i += ATTNI_CU_PICK) to[i] = diag[i];
 }
 
 // Weight of the pairs t apart, over all chunks.
@@ -6281,203 +6389,357 @@ ATTNI_DEV float attni_cu_flex_distance(const attni_cu_pick &a, const attni_cu_es
     return sum;
 }
 
-ATTNI_DEV float attni_cu_warp_sum(float x) {
-    for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
-    return x;
-}
-
-// Arrays of n_blocks floats each of a head.
-enum { ATTNI_CU_ALL, ATTNI_CU_COLS, ATTNI_CU_SLASH, ATTNI_CU_MASS0, ATTNI_CU_MASS1,
-       ATTNI_CU_E, ATTNI_CU_ARRAYS };
-
-// Masses of blocks and of block diagonals, corrected: what is always kept left out, weights of a
-// distance shared between two diagonals.
-ATTNI_DEV void attni_cu_flex_pool(const attni_cu_pick &a, const attni_cu_est &e,
-                                  const attn_plan_seq &q, const float *v, const float *diag,
-                                  float *f) {
+// How many blocks hold gamma of v and of s by tokens, and s by runs of kv_block tokens from the
+// furthest on. All threads call.
+ATTNI_DEV void attni_cu_flex_counts(const attni_cu_pick &a, const attni_cu_est &e,
+                                    const attn_plan_seq &q, int32_t head, float *slash,
+                                    int32_t n_of[2], attni_cu_sums *s) {
     const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x >> 5;
-    const int64_t b = a.f.kv_block, base = attni_cu_flex_base(q), n = a.n_blocks;
-    const int64_t end = attni_min64((int64_t)q.kv_pos0 + q.kv_len, (int64_t)e.p0 + e.n);
-    const int64_t n_chunks = (end - base + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK;
-    const int32_t row0 = (int32_t)(e.p0 / b), row1 = e.nb - 1;
-    for (int32_t j = (int32_t)threadIdx.x >> 5; j < e.nb; j += warps) {
-        float m0 = 0, m1 = 0, x = 0;
-        const int64_t hi = attni_min64((j + 1) * b, end);
-        for (int64_t k = attni_max64(j * b, q.kv_pos0) + lane; k < hi; k += 32)
-            m0 += v[k - base], m1 += v[a.kv_cap + k - base];
-        for (int64_t t = attni_max64(0, (j - 1) * b) + lane; t < (j + 1) * b; t += 32) {
-            const float share = (float)(t % b) / (float)b;
-            x += (t / b == j ? 1 - share : share) *
-                 attni_cu_flex_distance(a, e, diag, base, n_chunks, t);
-        }
-        m0 = attni_cu_warp_sum(m0), m1 = attni_cu_warp_sum(m1), x = attni_cu_warp_sum(x);
-        if (lane) continue;
-        f[ATTNI_CU_ALL * n + j] = m0 + m1;
-        if (row0 == row1) m0 += m1, m1 = 0;
-        const int own0 = j == 0 || j == row0, own1 = j == 0 || j == row1;
-        f[ATTNI_CU_MASS0 * n + j] = m0 = own0 ? 0 : m0;
-        f[ATTNI_CU_MASS1 * n + j] = m1 = own1 ? 0 : m1;
-        f[ATTNI_CU_COLS * n + j] = m0 + m1;
-        f[ATTNI_CU_SLASH * n + j] = x;
-    }
-    __syncthreads();
-}
-
-// As coded: tokens' v and s (by N - 1 - distance), counts of blocks that hold gamma of them, masses
-// of blocks and of runs of s.
-ATTNI_DEV void attni_cu_flex_pool_coded(const attni_cu_pick &a, const attni_cu_est &e,
-                                        const attn_plan_seq &q, float *v, const float *diag,
-                                        float *tokens, float *f, int32_t n_of[2],
-                                        attni_cu_sums *s) {
-    const int lane = (int)threadIdx.x & 31, warps = (int)blockDim.x >> 5;
-    const int64_t b = a.f.kv_block, n = a.n_blocks, base = attni_cu_flex_base(q);
-    const int32_t len = e.p0 + e.n;
-    const int64_t n_chunks = (len - base + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK;
-    for (int i = (int)threadIdx.x; i < len; i += (int)blockDim.x) {
-        if (i >= base) v[i - base] += v[a.kv_cap + i - base];
+    const float *v = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_V);
+    const float *diag = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_DIAG);
+    float *tokens = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_TOKENS);
+    const int64_t b = a.f.kv_block, base = attni_cu_flex_base(q);
+    const int32_t len = e.p0 + e.n, held = (int32_t)(attni_cu_flex_end(e, q) - base);
+    const int64_t n_chunks = (held + ATTNI_CU_CHUNK - 1) / ATTNI_CU_CHUNK;
+    for (int i = (int)threadIdx.x; i < len; i += (int)blockDim.x)
         tokens[len - 1 - i] = attni_cu_flex_distance(a, e, diag, base, n_chunks, i);
-    }
     __syncthreads();
     for (int h = 0; h < 2; h++) {
         const float *x = h ? tokens : v;
-        const int32_t all = h ? len : (int32_t)(len - base);
-        const attni_cu_cut c = attni_cu_find_cut(x, x, all, 0, all, (double)a.f.flex.gamma, 1, s);
+        const int32_t all = h ? len : held;
+        const attni_cu_cut c = attni_cu_find_cut(x, x, all, 0, all, (double)a.f.flex.gamma,
+                                                 ATTNI_CU_STRICT, s);
         const int32_t least = (a.f.flex.min_budget - 1) / (int32_t)b + 1;
         const int32_t most = (a.f.flex.max_budget - 1) / (int32_t)b + 1;
         n_of[h] = attni_max32((c.above + c.ties) / 128 + 1, least);
         n_of[h] = attni_min32(n_of[h], attni_min32(most, e.nb));
     }
     for (int32_t j = (int32_t)threadIdx.x >> 5; j < e.nb; j += warps) {
-        float m = 0, x = 0;
-        for (int64_t k = j * b + lane; k < attni_min64((j + 1) * b, len); k += 32)
-            m += k >= base ? v[k - base] : 0, x += tokens[k];
-        m = attni_cu_warp_sum(m), x = attni_cu_warp_sum(x);
-        if (lane) continue;
-        f[ATTNI_CU_ALL * n + j] = m;
-        f[ATTNI_CU_COLS * n + j] = j == 0 ? __int_as_float(0x7f800000) : m;
-        f[ATTNI_CU_SLASH * n + j] = j == e.nb - 1 ? __int_as_float(0x7f800000) : x;
+        float x = 0;
+        for (int64_t k = j * b + lane; k < attni_min64((j + 1) * b, len); k += 32) x += tokens[k];
+        x = attni_cu_warp_sum(x);
+        if (lane == 0) slash[j] = j == e.nb - 1 ? __int_as_float(0x7f800000) : x;
+    }
+}
+
+// ---- means
+
+// Rows to be averaged: of Q (q NULL) from token `first` on, or of K from that position on.
+typedef struct attni_cu_run {
+    const attn_plan_seq *q;
+    int32_t seq, head, n;
+    int64_t first;
+} attni_cu_run;
+
+// Adds 16 bytes, 8 elements.
+ATTNI_DEV void attni_cu_mean_add(uint4 y, attn_dtype t, float scale, float x[8]) {
+    const uint32_t u[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const uint16_t v = (uint16_t)(u[e >> 1] >> 16 * (e & 1));
+        x[e] += (t == ATTN_BF16 ? __uint_as_float((uint32_t)v << 16) : attni_half(v)) * scale;
+    }
+}
+
+// mean: (head_dim) in shared memory, of K with the scale of scores. A warp.
+ATTNI_DEV_FAR void attni_cu_mean(const attni_cu_pick &a, const attni_cu_run &w, float *mean) {
+    const attn_dtype t = w.q ? a.k.dtype : a.d.q.dtype;
+    const int wide = !(w.q ? a.odd_k : a.odd_q) && t != ATTN_F32 && !attni_is_scaled(t);
+    const int unit = wide ? 8 : 1, per = a.d.head_dim / unit; // lanes that a row takes
+    const int turns = per < 32 ? 32 / per : 1, lane = (int)threadIdx.x & 31;
+    const int own = per < 32 ? lane / per : 0;
+    const uint8_t *any = (const uint8_t *)(w.q ? (const void *)a.k.data : a.d.q.data);
+    for (int c0 = 0; c0 < per; c0 += 32) {
+        const int c = per < 32 ? lane % per : c0 + lane, works = own < turns && c < per;
+        float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        for (int i0 = 0; i0 < w.n; i0 += 32) {
+            const int n = attni_min32(w.n - i0, 32);
+            const uint8_t *row = NULL;
+            float scale = 1;
+            if (lane < n)
+                row = w.q ? attni_cu_key_at(a, *w.q, w.seq, w.head, w.first + i0 + lane, &scale)
+                          : attni_cu_query_at(a, w.first + i0 + lane, w.head);
+#pragma unroll 8
+            for (int i = 0; i < n; i += turns) {
+                const uint8_t *from = (const uint8_t *)(uintptr_t)__shfl_sync(
+                    ~0u, (unsigned long long)(uintptr_t)row, (i + own) & 31);
+                const float f = __shfl_sync(~0u, scale, (i + own) & 31);
+                const int held = works && i + own < n && from;
+                if (wide) { // the loads of several rows are on their way at once
+                    uint4 y = *(const uint4 *)(const void *)((held ? from : any) +
+                                                             (held ? 2 * c * unit : 0));
+                    if (!held) y = make_uint4(0, 0, 0, 0);
+                    attni_cu_mean_add(y, t, f, x);
+                } else if (held) {
+                    x[0] += attni_cu_value_at(from, t, c) * f;
+                }
+            }
+        }
+        for (int s = 0; s < turns; s++) { // in order: the sum does not depend on timing
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                if (own == s && works && e < unit)
+                    mean[c * unit + e] = s ? mean[c * unit + e] + x[e] : x[e];
+            __syncwarp();
+        }
+    }
+    for (int i = lane; i < a.d.head_dim; i += 32) mean[i] /= (float)w.n;
+    __syncwarp();
+}
+
+// Mean keys of every block, with the scale of scores: (n_kv_heads, head_dim / 4, n_blocks, 4).
+static __global__ void __launch_bounds__(128)
+    attni_cu_flex_means(const __grid_constant__ attni_cu_pick a) {
+    __shared__ __align__(16) float mean[4][ATTN_MAX_HEAD_DIM];
+    const attni_cu_est e = a.est[blockIdx.z];
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    const int32_t j = (int32_t)blockIdx.x * 4 + warp, kv_head = (int32_t)blockIdx.y;
+    const int32_t b = a.f.kv_block;
+    if (e.seq < 0 || j >= e.nb) return;
+    const attn_plan_seq q = a.seq[e.seq];
+    const int64_t lo = attni_max64((int64_t)j * b, q.kv_pos0);
+    const int64_t hi = attni_min64(((int64_t)j + 1) * b, attni_cu_flex_end(e, q));
+    const attni_cu_run w = {&q, e.seq, kv_head, (int32_t)(hi - lo), lo};
+    float4 *to = (float4 *)(void *)(a.work + blockIdx.z * a.est_bytes + a.at[ATTNI_CU_FLEX_MEAN]) +
+                 (int64_t)kv_head * (a.d.head_dim / 4) * a.n_blocks + j;
+    if (hi <= lo) return; // attni_cu_flex_scores does not look
+    attni_cu_mean(a, w, mean[warp]);
+    for (int i = lane; i < a.d.head_dim / 4; i += 32)
+        to[(int64_t)i * a.n_blocks] = *(const float4 *)(const void *)(mean[warp] + 4 * i);
+}
+
+// Scores of up to FLEX_ROWS mean queries, (rows, head_dim) in shared memory, against the mean keys
+// of blocks [0, n): e (rows, ld), row r where use has bit r. All threads call.
+ATTNI_DEV_FAR void attni_cu_flex_scores(const attni_cu_pick &a, int32_t est,
+                                        const attn_plan_seq &q, int64_t end, int32_t kv_head,
+                                        const float *mean, uint32_t use, int32_t n, float *e,
+                                        int64_t ld) {
+    const int32_t dim = a.d.head_dim, b = a.f.kv_block;
+    const float4 *keys = (const float4 *)(const void *)(a.work + est * a.est_bytes +
+                                                        a.at[ATTNI_CU_FLEX_MEAN]) +
+                         (int64_t)kv_head * (dim / 4) * a.n_blocks;
+    for (int32_t j = (int32_t)threadIdx.x; j < n; j += (int32_t)blockDim.x) {
+        const int held = ((int64_t)j + 1) * b > q.kv_pos0 && (int64_t)j * b < end;
+        float x[ATTNI_CU_FLEX_ROWS];
+#pragma unroll
+        for (int r = 0; r < ATTNI_CU_FLEX_ROWS; r++) x[r] = 0;
+#pragma unroll 4
+        for (int i = 0; i < dim / 4 && held; i++) {
+            const float4 y = keys[(int64_t)i * a.n_blocks + j];
+#pragma unroll
+            for (int r = 0; r < ATTNI_CU_FLEX_ROWS; r++)
+                if (use >> r & 1) {
+                    const float4 z = *(const float4 *)(const void *)(mean + r * dim + 4 * i);
+                    x[r] = __fmaf_rn(z.x, y.x, x[r]), x[r] = __fmaf_rn(z.y, y.y, x[r]);
+                    x[r] = __fmaf_rn(z.z, y.z, x[r]), x[r] = __fmaf_rn(z.w, y.w, x[r]);
+                }
+        }
+#pragma unroll
+        for (int r = 0; r < ATTNI_CU_FLEX_ROWS; r++)
+            if (use >> r & 1) e[r * ld + j] = held ? attni_cu_score(a, x[r], 1) : ATTNI_NINF;
     }
     __syncthreads();
 }
 
-// (Jensen-Shannon distance) ^ 2 of e and p below tau ^ 2? As coded 0 ln 0 is no number.
-ATTNI_DEV int attni_cu_flex_aware(const attni_cu_pick &a, const float *e, const float *p, int32_t n,
-                                  attni_cu_sums *s) {
+// e: softmax over [0, n) of scores. A warp.
+ATTNI_DEV_FAR void attni_cu_flex_softmax(float *e, int32_t n) {
+    const int lane = (int)threadIdx.x & 31;
+    float most = ATTNI_NINF;
     double sum = 0;
-    int32_t zeros = 0;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+    for (int32_t j = lane; j < n; j += 32) most = fmaxf(most, e[j]);
+    most = attni_cu_warp_max(most);
+    for (int32_t j = lane; j < n; j += 32) {
+        e[j] = e[j] > ATTNI_NINF ? expf(e[j] - most) : 0;
+        sum += (double)e[j];
+    }
+    sum = attni_cu_warp_double(sum);
+    const float one = (float)(1 / sum);
+    for (int32_t j = lane; j < n; j += 32) e[j] *= one;
+    __syncwarp();
+}
+
+// The queries of row block r.
+ATTNI_DEV attni_cu_run attni_cu_flex_queries(const attni_cu_pick &a, const attn_plan_seq &q,
+                                             int32_t head, int32_t r) {
+    const int32_t b = a.f.kv_block;
+    const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
+    const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
+    const attni_cu_run w = {NULL, 0, head, (int32_t)attni_max64(hi - lo, 0),
+                            q.q_begin + lo - q.q_pos0};
+    return w;
+}
+
+// ---- choosing
+
+// Corrected: masses of columns and diagonals from SUMS, without what is always kept.
+ATTNI_DEV void attni_cu_flex_pool(const attni_cu_pick &a, const attni_cu_est &e,
+                                  const attn_plan_seq &q, float *f) {
+    const int64_t n = a.n_blocks;
+    const int32_t b = a.f.kv_block, low = attni_max32(1, q.kv_pos0 / b);
+    for (int32_t j = (int32_t)threadIdx.x; j < e.nb; j += (int32_t)blockDim.x) {
+        float slash = 0, all = 0, column = 0;
+        for (int side = 0; side < 2; side++) {
+            const int32_t row = side ? e.nb - 1 : e.p0 / b, c = row - j; // this diagonal's block
+            const float *x = f + (int64_t)(ATTNI_CU_SUMS + 3 * side) * n;
+            const float mass = x[j] + x[n + j] + x[2 * n + j];
+            const float own = j == 0 || j == row ? 0 : mass;
+            all += mass, column += own;
+            f[(ATTNI_CU_MASS + side) * n + j] = own;
+            if (c >= low && c < row) slash += x[c];
+            if (c + 1 >= low && c + 1 < row) slash += x[n + c + 1];
+            if (c - 1 >= low && c - 1 < row) slash += x[2 * n + c - 1];
+        }
+        f[ATTNI_CU_ALL * n + j] = all;
+        f[ATTNI_CU_COLS * n + j] = column;
+        f[ATTNI_CU_SLASH * n + j] = slash;
+    }
+}
+
+// (Jensen-Shannon distance) ^ 2 of e and p below tau ^ 2? As coded 0 ln 0 is no number. A warp.
+ATTNI_DEV int attni_cu_flex_aware(const attni_cu_pick &a, const float *e, const float *p,
+                                  int32_t n) {
+    double sum = 0;
+    int zeros = 0;
+    for (int32_t i = (int32_t)threadIdx.x & 31; i < n; i += 32) {
         const double x = (double)e[i], y = (double)p[i], m = (x + y) / 2;
         if (x > 0) sum += x * log(x / m) / 2;
         if (y > 0) sum += y * log(y / m) / 2;
-        zeros += x <= 0 || y <= 0;
+        zeros |= x <= 0 || y <= 0;
     }
-    attni_cu_total(s, &zeros, &sum);
+    sum = attni_cu_warp_double(sum);
+    zeros = __any_sync(~0u, zeros);
     return sum < (double)a.f.flex.tau * (double)a.f.flex.tau &&
            !(a.f.flex.compatible && zeros);
 }
 
-// gamma': what of e_r the rows of the last queries need to hold gamma of their own masses.
-ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, int32_t est, const attni_cu_est &e,
-                                     const attn_plan_seq &q, int32_t head, float *mean, float *f,
-                                     attni_cu_sums *s) {
-    const int32_t b = a.f.kv_block, row0 = e.p0 / b, row1 = e.nb - 1;
-    const int64_t n = a.n_blocks;
-    double gamma = (double)a.f.flex.gamma;
-    for (int32_t r = row0; r <= row1; r++) {
-        const float *mass = f + (r == row0 ? ATTNI_CU_MASS0 : ATTNI_CU_MASS1) * n;
-        float *own = f + ATTNI_CU_E * n;
-        const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
-        const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
-        attni_cu_flex_softmax(a, est, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo), r + 1,
-                              mean, own, s);
-        double all = 0, sum = 0; // of masses without the cells always kept
-        int32_t count = 0;
-        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x) all += (double)mass[j];
-        attni_cu_total(s, &count, &all);
-        if (!(all > 0)) continue;
-        const attni_cu_cut c = attni_cu_find_cut(own, mass, r + 1, 0, r + 1, // by e, until mass
-                                                 (double)a.f.flex.gamma * all, 0, s);
-        for (int j = (int)threadIdx.x; j <= r; j += (int)blockDim.x)
-            if (attni_cu_order(own[j]) > c.key) sum += (double)own[j];
-        attni_cu_total(s, &count, &sum);
-        const uint32_t u = c.key >> 31 ? c.key & 0x7fffffffu : 0;
-        gamma = fmax(gamma, sum + c.ties * (double)__uint_as_float(u));
-    }
-    return gamma;
+// What of e_r, own, a row of the last queries needs to hold gamma of its own mass, and in how many
+// blocks. A warp.
+ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, const float *own, const float *mass,
+                                     int32_t n, int32_t *need) {
+    const attni_cu_cut c = attni_cu_find_cut(own, mass, n, 0, n, (double)a.f.flex.gamma,
+                                             ATTNI_CU_SHARE, NULL);
+    uint32_t count;
+    const double all = (double)attni_cu_sum_from(own, own, n, ATTNI_NINF, 0, &count, NULL);
+    double sum = (double)attni_cu_sum_from(own, own, n, c.key, 1, &count, NULL);
+    *need = c.above + c.ties;
+    if (c.ties > 0) sum += c.ties * (double)c.key;
+    return all > 0 ? sum / all : 0;
 }
 
 // What one head keeps: bits of columns and of diagonals, whether it is query-aware.
 static __global__ void __launch_bounds__(1024)
     attni_cu_flex_choose(const __grid_constant__ attni_cu_pick a) {
     __shared__ attni_cu_sums s;
-    __shared__ float mean[ATTN_MAX_HEAD_DIM];
+    __shared__ __align__(16) float mean[3 * ATTN_MAX_HEAD_DIM];
+    __shared__ double gamma[2];
     const attni_cu_est e = a.est[blockIdx.z];
     const int32_t head = (int32_t)blockIdx.y, b = a.f.kv_block, coded = a.f.flex.compatible;
     if (e.seq < 0) return;
     const attn_plan_seq q = a.seq[e.seq];
+    const int warp = (int)threadIdx.x >> 5;
+    const int64_t n = a.n_blocks;
     float *f = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_BLOCKS);
-    float *v = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_V);
-    const float *diag = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_DIAG);
+    float *own = f + ATTNI_CU_E * n;
     uint32_t *bits = (uint32_t *)(void *)attni_cu_flex_at(a, blockIdx.z, head, ATTNI_CU_FLEX_BITS);
-    attni_cu_flex_choice *to =
-        (attni_cu_flex_choice *)(void *)attni_cu_flex_at(a, blockIdx.z, head, ATTNI_CU_FLEX_CHOICE);
+    attni_cu_flex_choice *to = attni_cu_flex_chosen(a, blockIdx.z, head);
     const int32_t words = (a.n_blocks + 31) / 32, least = (a.f.flex.min_budget - 1) / b + 1;
     const int32_t most = attni_min32((a.f.flex.max_budget - 1) / b + 1, e.nb);
+    const int32_t row0 = e.p0 / b, row = attni_min32(row0 + attni_max32(warp - 1, 0), e.nb - 1);
     int32_t n_of[2] = {0, 0};
     int aware = 0;
     for (int i = (int)threadIdx.x; i < 2 * words; i += (int)blockDim.x) bits[i] = 0;
-    if (coded)
-        attni_cu_flex_pool_coded(a, e, q, v, diag,
-                                 attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_TOKENS), f,
-                                 n_of, &s);
-    else attni_cu_flex_pool(a, e, q, v, diag, f);
-    if (a.f.flex.tau > 0) {
-        float *own = f + ATTNI_CU_E * (int64_t)a.n_blocks;
-        attni_cu_flex_softmax(a, blockIdx.z, q, head, (int64_t)q.q_begin + e.p0 - q.q_pos0, e.n,
-                              e.nb, mean, own, &s);
-        aware = attni_cu_flex_aware(a, own, f + ATTNI_CU_ALL * (int64_t)a.n_blocks, e.nb, &s);
+    attni_cu_flex_pool(a, e, q, f);
+    if (coded) attni_cu_flex_counts(a, e, q, head, f + ATTNI_CU_SLASH * n, n_of, &s);
+    __syncthreads();
+    if (coded && threadIdx.x == 0) f[ATTNI_CU_COLS * n] = __int_as_float(0x7f800000);
+    if (coded) // it knows of nothing that is always kept
+        for (int j = 1 + (int)threadIdx.x; j < e.nb; j += (int)blockDim.x)
+            f[ATTNI_CU_COLS * n + j] = f[ATTNI_CU_ALL * n + j];
+    if (a.f.flex.tau > 0) { // warps 0, 1, 2: all last queries, their row blocks
+        attni_cu_run w = attni_cu_flex_queries(a, q, head, row);
+        if (warp == 0) w.first = (int64_t)q.q_begin + e.p0 - q.q_pos0, w.n = e.n;
+        if (warp < 3) attni_cu_mean(a, w, mean + warp * a.d.head_dim);
+        __syncthreads();
+        attni_cu_flex_scores(a, blockIdx.z, q, attni_cu_flex_end(e, q), head / a.group, mean, 7,
+                             e.nb, own, n);
+        if (warp < 3) attni_cu_flex_softmax(own + warp * n, warp ? row + 1 : e.nb);
     }
-    if (aware && coded) n_of[0] = n_of[1] = attni_min32(least, e.nb);
-    for (int h = 0; h < 2 && (coded || !aware); h++) {
-        const float *x = f + (h ? ATTNI_CU_SLASH : ATTNI_CU_COLS) * (int64_t)a.n_blocks;
-        attni_cu_cut c;
-        if (coded) {
-            c = attni_cu_find_cut(x, NULL, e.nb, n_of[h], n_of[h], 0, 0, &s);
-        } else {
-            double sum = 0;
-            int32_t none = 0;
-            for (int j = (int)threadIdx.x; j < e.nb; j += (int)blockDim.x) sum += (double)x[j];
-            attni_cu_total(&s, &none, &sum);
-            c = attni_cu_find_cut(x, x, e.nb, least, most, (double)a.f.flex.gamma * sum, 0, &s);
-        }
-        attni_cu_keep_cut(x, e.nb, c, coded && h ? e.nb - 1 : -1, bits + h * words, &s);
+    __syncthreads();
+    if (a.f.flex.tau > 0) aware = attni_cu_flex_aware(a, own, f + ATTNI_CU_ALL * n, e.nb);
+    if (warp < 2 && (coded || !aware)) {
+        const float *x = f + (warp ? ATTNI_CU_SLASH : ATTNI_CU_COLS) * n;
+        const int32_t want = aware ? attni_min32(least, e.nb) : n_of[warp];
+        const attni_cu_cut c =
+            coded ? attni_cu_find_cut(x, NULL, e.nb, want, want, 0, 0, NULL)
+                  : attni_cu_find_cut(x, x, e.nb, least, most, (double)a.f.flex.gamma,
+                                      ATTNI_CU_SHARE, NULL);
+        attni_cu_keep_cut(x, e.nb, c, coded && warp ? e.nb - 1 : -1, bits + warp * words);
+    } else if (aware && !coded && (warp == 1 || warp == 2)) {
+        const double g = attni_cu_flex_gamma(a, own + warp * n, f + (ATTNI_CU_MASS + warp - 1) * n,
+                                             row + 1, n_of);
+        if ((threadIdx.x & 31) == 0) gamma[warp - 1] = g, to->need[warp - 1] = n_of[0];
     }
-    double gamma = (double)a.f.flex.gamma;
-    if (aware && !coded) gamma = attni_cu_flex_gamma(a, blockIdx.z, e, q, head, mean, f, &s);
-    if (threadIdx.x == 0) to->aware = aware, to->gamma = gamma;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        to->aware = aware;
+        if (aware && !coded) to->gamma = fmax((double)a.f.flex.gamma, fmax(gamma[0], gamma[1]));
+    }
+}
+
+// ---- lists
+
+// e_r of the rows in use, a warp's own each, (rows, ld) in shared memory like mean (rows,
+// head_dim). use: of the warp's own. All threads call.
+ATTNI_DEV void attni_cu_flex_rows(const attni_cu_pick &a, attni_cu_row_of *row, int rows,
+                                  int32_t head, int use, float *mean, float *e, int64_t ld) {
+    const int warp = (int)threadIdx.x >> 5;
+    uint32_t left = 0;
+    __syncthreads();
+    if (warp < rows && (threadIdx.x & 31) == 0) row[warp].wanted = use;
+    if (use) {
+        const attn_plan_seq q = a.seq[row[warp].seq];
+        attni_cu_mean(a, attni_cu_flex_queries(a, q, head, row[warp].block),
+                      mean + warp * a.d.head_dim);
+    }
+    __syncthreads();
+    for (int i = 0; i < rows; i++) left |= (uint32_t)(row[i].wanted != 0) << i;
+    while (left) { // those of one sequence together
+        const int32_t est = row[__ffs((int)left) - 1].est;
+        uint32_t some = 0;
+        int32_t n = 0;
+        for (int i = 0; i < rows; i++)
+            if ((left >> i & 1) && row[i].est == est)
+                some |= 1u << i, n = attni_max32(n, row[i].block + 1);
+        const attn_plan_seq q = a.seq[a.est[est].seq];
+        attni_cu_flex_scores(a, est, q, attni_cu_flex_end(a.est[est], q), head / a.group, mean,
+                             some, n, e, ld);
+        left &= ~some;
+    }
+    if (use) attni_cu_flex_softmax(e + warp * ld, row[warp].block + 1);
 }
 
 // As coded, query-aware heads: e_r of every row block, (n_blocks, n_blocks); -1 beyond the
-// diagonal.
-static __global__ void __launch_bounds__(128)
-    attni_cu_flex_map(const __grid_constant__ attni_cu_pick a) {
-    __shared__ attni_cu_sums s;
-    __shared__ float mean[ATTN_MAX_HEAD_DIM];
+// diagonal. Shared memory as attni_cu_flex_write's.
+static __global__ void __launch_bounds__(256)
+    attni_cu_flex_map(const __grid_constant__ attni_cu_pick a, int rows) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_row_of row[ATTNI_CU_FLEX_ROWS];
     const attni_cu_est e = a.est[blockIdx.z];
-    const int32_t head = (int32_t)blockIdx.y, r = (int32_t)blockIdx.x, b = a.f.kv_block;
-    if (e.seq < 0 || r >= e.nb) return;
+    const int32_t head = (int32_t)blockIdx.y, r0 = (int32_t)blockIdx.x * rows;
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    if (e.seq < 0 || r0 >= e.nb || !attni_cu_flex_chosen(a, blockIdx.z, head)->aware) return;
     const attn_plan_seq q = a.seq[e.seq];
-    const attni_cu_flex_choice *c = (const attni_cu_flex_choice *)(const void *)attni_cu_flex_at(
-        a, blockIdx.z, head, ATTNI_CU_FLEX_CHOICE);
-    if (!c->aware) return;
-    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_MAP) + (int64_t)r * e.nb;
-    const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
-    const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
-    for (int j = (hi > lo ? r + 1 : 0) + (int)threadIdx.x; j < e.nb; j += (int)blockDim.x)
-        to[j] = -1;
-    if (hi > lo)
-        attni_cu_flex_softmax(a, blockIdx.z, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo),
-                              r + 1, mean, to, &s);
+    float *mean = (float *)(void *)smem, *own = mean + rows * a.d.head_dim;
+    float *to = attni_cu_flex_floats(a, blockIdx.z, head, ATTNI_CU_FLEX_MAP);
+    if (threadIdx.x < (unsigned)rows) {
+        const attni_cu_row_of x = {e.seq, r0 + (int32_t)threadIdx.x, (int32_t)blockIdx.z, 0};
+        row[threadIdx.x] = x;
+    }
+    const int32_t r = r0 + warp;
+    const int use = warp < rows && r < e.nb && attni_cu_flex_queries(a, q, head, r).n > 0;
+    attni_cu_flex_rows(a, row, rows, head, use, mean, own, a.n_blocks);
+    for (int32_t j = lane; j < e.nb && warp < rows && r < e.nb; j += 32)
+        to[(int64_t)r * e.nb + j] = use && j <= r ? own[(int64_t)warp * a.n_blocks + j] : -1;
 }
 
 // The cut through a head's map.
@@ -6486,106 +6748,114 @@ static __global__ void __launch_bounds__(1024)
     __shared__ attni_cu_sums s;
     const attni_cu_est e = a.est[blockIdx.z];
     if (e.seq < 0) return;
-    attni_cu_flex_choice *to = (attni_cu_flex_choice *)(void *)attni_cu_flex_at(
-        a, blockIdx.z, (int32_t)blockIdx.y, ATTNI_CU_FLEX_CHOICE);
+    attni_cu_flex_choice *to = attni_cu_flex_chosen(a, blockIdx.z, (int32_t)blockIdx.y);
     if (!to->aware) return;
     const float *x = attni_cu_flex_floats(a, blockIdx.z, (int32_t)blockIdx.y, ATTNI_CU_FLEX_MAP);
-    const int64_t n = (int64_t)e.nb * e.nb;
-    const int64_t row0 = a.seq[e.seq].q_pos0 / a.f.kv_block;
+    const int64_t n = (int64_t)e.nb * e.nb, row0 = a.seq[e.seq].q_pos0 / a.f.kv_block;
     const int32_t visible = (int32_t)(((int64_t)e.nb * (e.nb + 1) - row0 * (row0 + 1)) / 2);
     const double part = (double)a.f.flex.gamma * (double)(e.nb - row0);
-    attni_cu_cut c = attni_cu_find_cut(x, x, n, 0, visible, part, 1, &s);
-    const uint32_t u = c.key >> 31 ? c.key & 0x7fffffffu : 0;
-    // the entry that crosses stays out
-    if (c.ties > 0 && c.sum + c.ties * (double)__uint_as_float(u) > part) c.ties--;
+    // the entry that crosses stays out: the fewest that hold more than part, less one
+    attni_cu_cut c = attni_cu_find_cut(x, x, n, 0, visible, part, ATTNI_CU_STRICT, &s);
+    if (c.ties > 0 && c.held) c.ties--;
     if (threadIdx.x == 0) to->map = c;
 }
 
-// Bits of the blocks that one head keeps of row r are added. e: (n_blocks). All threads call.
-ATTNI_DEV void attni_cu_flex_row(const attni_cu_pick &a, int32_t est, const attni_cu_est &e,
-                                 const attn_plan_seq &q, int32_t head, int32_t r, uint32_t *bits,
-                                 float *mean, float *own, attni_cu_sums *s) {
-    const int32_t b = a.f.kv_block, words = (a.n_blocks + 31) / 32, coded = a.f.flex.compatible;
-    const attni_cu_flex_choice *c = (const attni_cu_flex_choice *)(const void *)attni_cu_flex_at(
-        a, est, head, ATTNI_CU_FLEX_CHOICE);
-    const uint32_t *col =
-        (const uint32_t *)(const void *)attni_cu_flex_at(a, est, head, ATTNI_CU_FLEX_BITS);
-    const uint32_t *diag = col + words;
-    const float *map = attni_cu_flex_floats(a, est, head, ATTNI_CU_FLEX_MAP);
-    const int n = r + 1;
-    if (!c->aware || coded)
-        for (int j = (int)threadIdx.x; j < ((n + 31) & ~31); j += (int)blockDim.x) {
-            const int x = r - j;
-            int keep = j < n && ((col[j >> 5] >> (j & 31) & 1) || (diag[x >> 5] >> (x & 31) & 1));
-            if (j < n && coded && c->aware)
-                keep |= attni_cu_order(map[(int64_t)r * e.nb + j]) > c->map.key;
-            const uint32_t w = __ballot_sync(~0u, keep);
-            if ((threadIdx.x & 31) == 0 && w) bits[j >> 5] |= w;
-        }
-    __syncthreads();
-    if (coded && c->aware && c->map.ties && threadIdx.x == 0) { // equals of the cut, in their order
-        int32_t left = c->map.ties;
-        const int64_t at = (int64_t)r * e.nb;
-        for (int64_t i = 0; i < at + n && left > 0; i++)
-            if (attni_cu_order(map[i]) == c->map.key) {
-                if (i >= at) bits[(i - at) >> 5] |= 1u << ((i - at) & 31);
-                left--;
-            }
+// As coded: bits of row r of the map. A warp.
+ATTNI_DEV void attni_cu_flex_mapped(const float *map, int32_t nb, int32_t r,
+                                    const attni_cu_cut &c, uint32_t *bits) {
+    const float *own = map + (int64_t)r * nb;
+    const int lane = (int)threadIdx.x & 31;
+    attni_cu_cut mine = c;
+    for (int64_t i0 = 0; i0 < (int64_t)r * nb && mine.ties > 0; i0 += 32) { // equals, in their order
+        const int64_t i = i0 + lane;
+        mine.ties -= __popc(__ballot_sync(
+            ~0u, i < (int64_t)r * nb && map[i] == c.key));
     }
-    __syncthreads();
-    if (coded || !c->aware) return;
-    const int64_t lo = attni_max64((int64_t)r * b, q.q_pos0);
-    const int64_t hi = attni_min64(((int64_t)r + 1) * b, (int64_t)q.q_pos0 + q.q_len);
-    attni_cu_flex_softmax(a, est, q, head, q.q_begin + lo - q.q_pos0, (int32_t)(hi - lo), n, mean,
-                          own, s);
-    const attni_cu_cut k =
-        attni_cu_find_cut(own, own, n, (a.f.flex.min_budget - 1) / b + 1,
-                          attni_min32((a.f.flex.max_budget - 1) / b + 1, n),
-                          c->gamma * (1 - 1e-13), 0, s);
-    attni_cu_keep_cut(own, n, k, -1, bits, s);
+    attni_cu_keep_cut(own, r + 1, mine, -1, bits);
 }
 
-// A list row. Shared memory: bits, then e.
-static __global__ void __launch_bounds__(128)
-    attni_cu_flex_write(const __grid_constant__ attni_cu_pick a) {
+// Bits of the columns and diagonals that row r keeps. A warp.
+ATTNI_DEV void attni_cu_flex_lines(const uint32_t *col, int32_t words, int32_t r, uint32_t *bits) {
+    const uint32_t *diag = col + words;
+    for (int32_t i = (int32_t)threadIdx.x & 31; i <= r >> 5; i += 32) {
+        const int32_t at = r - 32 * i - 31; // of the diagonal of bit 31
+        uint32_t x = at >= 0 ? diag[at >> 5] >> (at & 31) : diag[0] << -at;
+        if (at >= 0 && (at & 31)) x |= diag[(at >> 5) + 1] << (32 - (at & 31));
+        bits[i] |= col[i] | __brev(x);
+    }
+    __syncwarp();
+}
+
+// Bits of a row that one head keeps, e_r if it is wanted. How many mean keys that took. A warp.
+ATTNI_DEV int32_t attni_cu_flex_keep(const attni_cu_pick &a, const attni_cu_row_of &w, int32_t head,
+                                     const float *own, uint32_t *bits) {
+    const attni_cu_est e = a.est[w.est];
+    const attn_plan_seq q = a.seq[w.seq];
+    const attni_cu_flex_choice *c = attni_cu_flex_chosen(a, w.est, head);
+    const int32_t b = a.f.kv_block, words = (a.n_blocks + 31) / 32, coded = a.f.flex.compatible;
+    if (!c->aware || coded)
+        attni_cu_flex_lines((const uint32_t *)(const void *)attni_cu_flex_at(a, w.est, head,
+                                                                             ATTNI_CU_FLEX_BITS),
+                            words, w.block, bits);
+    if (!c->aware) return 0;
+    if (coded) {
+        attni_cu_flex_mapped(attni_cu_flex_floats(a, w.est, head, ATTNI_CU_FLEX_MAP), e.nb, w.block,
+                             c->map, bits);
+    } else {
+        const int32_t n = w.block + 1, most = attni_min32((a.f.flex.max_budget - 1) / b + 1, n);
+        int32_t least = (a.f.flex.min_budget - 1) / b + 1;
+        if (w.block >= e.p0 / b) least = attni_max32(least, c->need[w.block > e.p0 / b]);
+        const attni_cu_cut k = attni_cu_find_cut(own, own, n, least, most,
+                                                 c->gamma, ATTNI_CU_SHARE, NULL);
+        attni_cu_keep_cut(own, n, k, -1, bits);
+    }
+    return w.block + 1 - q.kv_pos0 / b;
+}
+
+// `rows` list rows, the longest first. Shared memory: mean queries (rows, head_dim), e (rows,
+// n_blocks) where heads may be query-aware; bits (rows, words).
+static __global__ void __launch_bounds__(256)
+    attni_cu_flex_write(const __grid_constant__ attni_cu_pick a, int rows, int words) {
     extern __shared__ __align__(256) uint8_t smem[];
-    __shared__ attni_cu_sums s;
-    __shared__ float mean[ATTN_MAX_HEAD_DIM];
-    const attni_cu_row_of w = a.row_of[blockIdx.x];
-    const int32_t list = (int32_t)blockIdx.y, n = w.block + 1, words = (a.n_blocks + 31) / 32;
-    uint32_t *bits = (uint32_t *)(void *)smem;
+    __shared__ attni_cu_row_of row[ATTNI_CU_FLEX_ROWS];
+    const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
+    const int32_t first = ((int32_t)gridDim.x - 1 - (int32_t)blockIdx.x) * rows;
+    const int32_t list = (int32_t)blockIdx.y;
+    float *mean = (float *)(void *)smem;
+    float *own = mean + (a.f.flex.tau > 0 ? rows * a.d.head_dim : 0);
+    uint32_t *bits = (uint32_t *)(void *)(own + (a.f.flex.tau > 0 ? rows * a.n_blocks : 0)) +
+                     attni_min32(warp, rows - 1) * words;
+    attni_cu_row_of w = {-1, 0, -1, 0};
     int32_t visited = 0;
-    if (w.seq < 0) return;
-    const int32_t first = a.seq[w.seq].kv_pos0 / a.f.kv_block;
-    for (int i = (int)threadIdx.x; i < (n + 31) / 32; i += (int)blockDim.x)
-        bits[i] = w.est < 0 ? ~0u : 0;
+    if (warp < rows && first + warp < a.x.max_rows) w = a.row_of[first + warp];
+    if (warp < rows && lane == 0) row[warp] = w;
+    for (int i = lane; i < words && warp < rows; i += 32) bits[i] = w.est < 0 ? ~0u : 0;
     __syncthreads();
+    for (int h = list * a.per_list; h < (list + 1) * a.per_list; h++) {
+        const int use = w.est >= 0 && !a.f.flex.compatible &&
+                        attni_cu_flex_chosen(a, w.est, h)->aware;
+        if (a.f.flex.tau > 0 && __syncthreads_or(use))
+            attni_cu_flex_rows(a, row, rows, h, use, mean, own, a.n_blocks);
+        if (w.est >= 0)
+            visited = attni_max32(visited, attni_cu_flex_keep(a, w, h, own + warp * a.n_blocks,
+                                                              bits));
+    }
+    if (w.seq < 0) return;
+    const attn_plan_seq q = a.seq[w.seq];
+    const int32_t none = q.kv_pos0 / a.f.kv_block, n = w.block + 1;
     if (w.est >= 0) {
         const attni_cu_est e = a.est[w.est];
-        const attn_plan_seq q = a.seq[w.seq];
-        for (int h = 0; h < a.per_list; h++)
-            attni_cu_flex_row(a, w.est, e, q, list * a.per_list + h, w.block, bits, mean,
-                              (float *)(void *)(bits + words), &s);
-        __syncthreads();
-        if (threadIdx.x == 0 && !a.f.flex.compatible) {
-            bits[0] |= 1;
-            bits[w.block >> 5] |= 1u << (w.block & 31);
-        }
-        for (int h = 0; h < a.per_list; h++) {
-            const attni_cu_flex_choice *c =
-                (const attni_cu_flex_choice *)(const void *)attni_cu_flex_at(
-                    a, w.est, list * a.per_list + h, ATTNI_CU_FLEX_CHOICE);
-            if (c->aware) visited = n - first;
-        }
+        if (lane == 0 && !a.f.flex.compatible)
+            bits[0] |= 1, bits[w.block >> 5] |= 1u << (w.block & 31);
         if (w.block >= e.p0 / a.f.kv_block)
             visited += (int32_t)attni_min64((int64_t)e.p0 + e.n, (int64_t)n * a.f.kv_block) -
                        q.kv_pos0;
     }
-    __syncthreads();
-    for (int i = (int)threadIdx.x; 32 * i < first; i += (int)blockDim.x) // evicted
-        bits[i] &= first - 32 * i >= 32 ? 0 : ~0u << (first - 32 * i);
-    __syncthreads();
-    attni_cu_emit(a, list, (int32_t)blockIdx.x, bits, 0, n, visited, &s);
+    __syncwarp();
+    for (int i = lane; 32 * i < none; i += 32) // evicted
+        bits[i] &= none - 32 * i >= 32 ? 0 : ~0u << (none - 32 * i);
+    __syncwarp();
+    attni_cu_emit(a, list, first + warp, bits, 0, n, visited);
 }
 
 // ==== >>impl-select-hip  HiP, second and third generation ========================================
@@ -7334,7 +7604,7 @@ ATTNI_DEV void attni_cu_exact_block_mass(const attni_cu_pick &a, const attni_cu_
     uint8_t *k_tile = smem + ATTNI_CU_PICK_ROWS * a.row_bytes;
     m[0] = m[1] = ATTNI_NINF, l[0] = l[1] = 0;
     for (int64_t at = 0; at < b && k0 + at < x.end; at += ATTNI_CU_PICK_KEYS) {
-        float acc[8][4], most[2] = {ATTNI_NINF, ATTNI_NINF};
+        float acc[1][8][4], most[2] = {ATTNI_NINF, ATTNI_NINF};
         __syncthreads();
         if (tid < ATTNI_CU_PICK_KEYS)
             attni_cu_find_key(a, q, x.seq, x.kv_head, at + tid < b ? k0 + at + tid : -1, keys, 0,
@@ -7347,8 +7617,8 @@ ATTNI_DEV void attni_cu_exact_block_mass(const attni_cu_pick &a, const attni_cu_
             attni_cp_wait<0>();
             __syncthreads();
         }
-        attni_cu_products(a, acc, smem, attni_smem(k_tile), q_row, ATTNI_CU_PICK_ROWS,
-                          keys->row[0]);
+        attni_cu_products<1>(a, acc, smem, ATTNI_CU_PICK_ROWS, attni_smem(k_tile), q_row,
+                             keys->row[0]);
 #pragma unroll
         for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -7357,9 +7627,9 @@ ATTNI_DEV void attni_cu_exact_block_mass(const attni_cu_pick &a, const attni_cu_
                 const int32_t r = r0 + row0 + 8 * (i >> 1);
                 const int seen = r < x.n_q * x.heads && keys->row[0][c] &&
                                  k0 + at + c <= (int64_t)x.pos + r / x.heads;
-                const float s = attni_cu_score(a, acc[j][i], keys->scale[0][c]) * ATTNI_LOG2E;
-                acc[j][i] = seen ? s : ATTNI_NINF;
-                most[i >> 1] = fmaxf(most[i >> 1], acc[j][i]);
+                const float s = attni_cu_score(a, acc[0][j][i], keys->scale[0][c]) * ATTNI_LOG2E;
+                acc[0][j][i] = seen ? s : ATTNI_NINF;
+                most[i >> 1] = fmaxf(most[i >> 1], acc[0][j][i]);
             }
 #pragma unroll
         for (int h = 0; h < 2; h++)
@@ -7368,7 +7638,7 @@ ATTNI_DEV void attni_cu_exact_block_mass(const attni_cu_pick &a, const attni_cu_
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (!(acc[j][i] == ATTNI_NINF)) l[i >> 1] += attni_exp2(acc[j][i] - m[i >> 1]);
+                if (!(acc[0][j][i] == ATTNI_NINF)) l[i >> 1] += attni_exp2(acc[0][j][i] - m[i >> 1]);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -7488,32 +7758,6 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
     }
 }
 
-// acc (32, 64) of a warp: rows q + 32 warp ... against the tile k, both in shared memory.
-template <int BF>
-ATTNI_DEV void attni_cu_mma_tall(const attni_cu_pick &a, float acc[2][8][4], uint32_t q,
-                                 uint32_t k) {
-    const int lane = (int)threadIdx.x & 31;
-    q += (uint32_t)(((int)threadIdx.x & ~31) * a.row_bytes);
-    q += (uint32_t)((lane & 15) * a.row_bytes + (lane >> 4) * 16);
-    k += (uint32_t)(((lane >> 4) * 8 + (lane & 7)) * a.row_bytes + (lane >> 3 & 1) * 16);
-#pragma unroll 2
-    for (int e = 0; e < 2 * a.wide; e += 32) {
-        uint32_t x[2][4];
-        attni_ldmatrix(x[0], q + e);
-        attni_ldmatrix(x[1], q + (uint32_t)(16 * a.row_bytes) + e);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t y[4];
-            attni_ldmatrix(y, k + (uint32_t)(16 * j * a.row_bytes) + e);
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                attni_mma<BF>(acc[h][2 * j], x[h], y[0], y[1]);
-                attni_mma<BF>(acc[h][2 * j + 1], x[h], y[2], y[3]);
-            }
-        }
-    }
-}
-
 // One walk over the tiles of 64 keys of the blocks always kept and of the slice's. A warp has 32
 // rows, a lane 4 of them: lane / 4 + 8 g; so there are as many rows as threads. Shared memory: Q,
 // two tiles of keys.
@@ -7612,8 +7856,10 @@ static __global__ void __launch_bounds__(128, 3)
 #pragma unroll
             for (int j = 0; j < 64; j++) acc[j >> 5][j >> 2 & 7][j & 3] = 0;
             const uint32_t k = k_tile + (uint32_t)(slot & 1) * k_bytes;
-            if (a.mode == 1) attni_cu_mma_tall<1>(a, acc, q_tile, k);
-            else attni_cu_mma_tall<0>(a, acc, q_tile, k);
+            const uint32_t q = q_tile + (uint32_t)idle * (uint32_t)a.row_bytes;
+            const uint32_t apart = 16 * (uint32_t)a.row_bytes;
+            if (a.mode == 1) attni_cu_mma_tile<1, 2>(a, acc, q, apart, k);
+            else attni_cu_mma_tile<0, 2>(a, acc, q, apart, k);
             if (first) {
 #pragma unroll
                 for (int g = 0; g < 4; g++) { // rows, each with a maximum of its own
@@ -7714,7 +7960,6 @@ static __global__ void __launch_bounds__(256)
     attni_cu_exact_pick(const __grid_constant__ attni_cu_pick a) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ uint32_t s[258];
-    __shared__ attni_cu_sums sums;
     uint32_t *bits = (uint32_t *)(void *)smem, done = 0, counted, cut = 0;
     const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
     const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
@@ -7744,8 +7989,9 @@ static __global__ void __launch_bounds__(256)
     }
     __syncthreads();
     const int64_t read = attni_min64(x.end, ((int64_t)x.last + 1) * a.f.kv_block);
-    attni_cu_emit(a, list, row, bits, x.first, all,
-                  want < n ? (int32_t)read - a.seq[x.seq].kv_pos0 : 0, &sums);
+    if (threadIdx.x < 32)
+        attni_cu_emit(a, list, row, bits, x.first, all,
+                      want < n ? (int32_t)read - a.seq[x.seq].kv_pos0 : 0);
     if (threadIdx.x == 0) a.x.missed[at] = 0;
 }
 
@@ -7786,20 +8032,20 @@ static int64_t attni_cu_up256(int64_t x) { return (x + 255) & ~(int64_t)255; }
 // FLEX: sections of a head's and a sequence's workspace.
 static void attni_cu_flex_layout(const attn_desc *d, int64_t kv_end, attni_cu_pick *a) {
     const int64_t b = a->f.kv_block, coded = a->f.flex.compatible, aware = a->f.flex.tau > 0;
-    int64_t size[9], at = 0;
+    int64_t size[ATTNI_CU_FLEX_MEAN], at = 0;
     a->n_blocks = (int32_t)attni_n_blocks(kv_end, b);
     a->n_chunks = (int32_t)(attni_n_blocks(kv_end, ATTNI_CU_CHUNK) + 1);
     a->kv_cap = (int64_t)a->n_chunks * ATTNI_CU_CHUNK;
-    size[ATTNI_CU_FLEX_PART] = b * a->n_chunks * 8;
+    size[ATTNI_CU_FLEX_CELLS] = b * a->n_blocks * 16;
     size[ATTNI_CU_FLEX_NORM] = b * 8;
-    size[ATTNI_CU_FLEX_V] = 2 * a->kv_cap * 4;
-    size[ATTNI_CU_FLEX_DIAG] = a->n_chunks * (b + 1023) * 4;
-    size[ATTNI_CU_FLEX_TOKENS] = coded * a->kv_cap * 4;
     size[ATTNI_CU_FLEX_BLOCKS] = ATTNI_CU_ARRAYS * (int64_t)a->n_blocks * 4;
     size[ATTNI_CU_FLEX_BITS] = 2 * (((int64_t)a->n_blocks + 31) / 32) * 4;
     size[ATTNI_CU_FLEX_CHOICE] = (int64_t)sizeof(attni_cu_flex_choice);
+    size[ATTNI_CU_FLEX_V] = coded * a->kv_cap * 4;
+    size[ATTNI_CU_FLEX_DIAG] = coded * a->n_chunks * (b + 1023) * 4;
+    size[ATTNI_CU_FLEX_TOKENS] = coded * a->kv_cap * 4;
     size[ATTNI_CU_FLEX_MAP] = coded && aware ? (int64_t)a->n_blocks * a->n_blocks * 4 : 0;
-    for (int i = 0; i < 9; i++) {
+    for (int i = 0; i < ATTNI_CU_FLEX_MEAN; i++) {
         a->at[i] = at;
         at += attni_cu_up256(size[i]);
     }
@@ -7916,49 +8162,79 @@ static attn_result attni_cu_pick_launch(void (*kernel)(const attni_cu_pick, T...
     return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
 }
 
+// FLEX: cells, and what they add up to. Grids depend on capacities; cells do not depend on grids.
+static attn_result attni_cu_flex_scan(const attn_cuda *c, attni_cu_pick *a, int extra,
+                                      attn_cuda_stream stream) {
+    const unsigned heads = (unsigned)a->d.n_heads, est = (unsigned)a->n_est;
+    const int32_t b = a->f.kv_block;
+    const int64_t two = (2 * ATTNI_CU_PICK_ROWS + 2 * ATTNI_CU_PICK_KEYS) * (int64_t)a->row_bytes;
+    const int rows = a->mode && two + 9000 > c->smem_bytes ? ATTNI_CU_PICK_ROWS
+                                                            : 2 * ATTNI_CU_PICK_ROWS;
+    const int64_t tiles = attni_n_blocks((int64_t)a->group * b, rows) * a->d.n_kv_heads;
+    const int64_t per = attni_n_blocks(a->n_blocks * tiles, 4 * (int64_t)c->n_sm);
+    const int64_t smem = !a->mode || rows == ATTNI_CU_PICK_ROWS ? a->tile_bytes : two;
+    attn_result r;
+    if (tiles > 65535) return ATTN_ERR_UNSUPPORTED;
+    r = attni_cu_pick_launch(attni_cu_flex_cells,
+                             dim3((unsigned)attni_n_blocks(a->n_blocks, per), (unsigned)tiles, est),
+                             ATTNI_CU_PICK, smem, stream, *a, rows, (int)per);
+    if (r == ATTN_OK)
+        r = attni_cu_pick_launch(attni_cu_flex_norm, dim3((unsigned)(b + 31) / 32, heads, est),
+                                 1024, 0, stream, *a);
+    if (r == ATTN_OK)
+        r = attni_cu_pick_launch(attni_cu_flex_masses,
+                                 dim3((unsigned)(a->n_blocks + 7) / 8, heads, est), 256, 0, stream,
+                                 *a);
+    if (r == ATTN_OK && a->f.flex.compatible)
+        r = attni_cu_pick_launch(attni_cu_flex_tokens, dim3((unsigned)a->n_chunks, heads, est),
+                                 ATTNI_CU_PICK, a->tile_bytes + extra, stream, *a);
+    if (r == ATTN_OK && a->f.flex.tau > 0)
+        r = attni_cu_pick_launch(
+            attni_cu_flex_means,
+            dim3((unsigned)(a->n_blocks + 3) / 4, (unsigned)a->d.n_kv_heads, est), 128, 0, stream,
+            *a);
+    return r;
+}
+
 static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan *g,
                                         attni_cu_pick *a, attn_cuda_stream stream) {
     const unsigned heads = (unsigned)a->d.n_heads, est = (unsigned)a->n_est;
-    const int32_t b = a->f.kv_block;
-    const int extra = 4 * (128 * ATTNI_CU_P + b + 1023);
+    const int32_t b = a->f.kv_block, coded = a->f.flex.compatible;
+    const int extra = coded ? 4 * (128 * ATTNI_CU_P + b + 1023) : 0;
     const int64_t words = ((int64_t)a->n_blocks + 31) / 32;
-    const dim3 chunks((unsigned)a->n_chunks, heads, est), blocks((unsigned)a->n_blocks, heads, est);
+    const int64_t row_bytes = a->f.flex.tau > 0 ? 4 * ((int64_t)a->d.head_dim + a->n_blocks) : 0;
+    int rows = ATTNI_CU_FLEX_ROWS;
     attn_result r = ATTN_OK;
+    while (rows > 1 && rows * (row_bytes + 4 * words) > c->smem_bytes / 4) rows /= 2;
+    if (rows * (row_bytes + 4 * words) > c->smem_bytes - 2048) return ATTN_ERR_UNSUPPORTED;
     attni_cu_pick_mode(c, &a->d, extra, a);
-    if (a->f.flex.compatible) {
+    if (coded) {
         attn_desc plain = a->d;
         plain.logits.scale = 0;
         a->scale = attni_scale(&plain);
         a->d.logits.softcap = 0;
     }
-    if (!g->max_q_len || g->max_q_len > 2 * b) {
-        r = attni_cu_pick_launch(attni_cu_flex_last<1>, chunks, ATTNI_CU_PICK, a->tile_bytes,
-                                 stream, *a);
-        if (r != ATTN_OK) return r;
-        r = attni_cu_pick_launch(attni_cu_flex_norm, dim3((unsigned)(b + 3) / 4, heads, est), 128,
-                                 0, stream, *a);
-        if (r != ATTN_OK) return r;
-        r = attni_cu_pick_launch(attni_cu_flex_last<2>, chunks, ATTNI_CU_PICK,
-                                 a->tile_bytes + extra, stream, *a);
-        if (r != ATTN_OK) return r;
-        if (a->f.flex.tau > 0)
-            r = attni_cu_pick_launch(attni_cu_flex_means,
-                                     dim3(blocks.x, (unsigned)a->d.n_kv_heads, est), 128, 0, stream,
-                                     *a);
-        if (r != ATTN_OK) return r;
-        r = attni_cu_pick_launch(attni_cu_flex_choose, dim3(1, heads, est), 1024, 0, stream, *a);
-        if (r != ATTN_OK) return r;
-        if (a->f.flex.tau > 0 && a->f.flex.compatible) {
-            r = attni_cu_pick_launch(attni_cu_flex_map, blocks, 128, 0, stream, *a);
-            if (r != ATTN_OK) return r;
-            r = attni_cu_pick_launch(attni_cu_flex_map_cut, dim3(1, heads, est), 1024, 0, stream,
-                                     *a);
-            if (r != ATTN_OK) return r;
+    if ((!g->max_q_len || g->max_q_len > 2 * b) &&
+        (int64_t)a->x.row_capacity * b > a->f.dense_below) { // else every list is full
+        r = attni_cu_flex_scan(c, a, extra, stream);
+        if (r == ATTN_OK)
+            r = attni_cu_pick_launch(attni_cu_flex_choose, dim3(1, heads, est), coded ? 1024 : 256,
+                                     0, stream, *a);
+        if (r == ATTN_OK && a->f.flex.tau > 0 && coded) {
+            r = attni_cu_pick_launch(attni_cu_flex_map,
+                                     dim3((unsigned)attni_n_blocks(a->n_blocks, rows), heads, est),
+                                     32 * rows, rows * row_bytes, stream, *a, rows);
+            if (r == ATTN_OK)
+                r = attni_cu_pick_launch(attni_cu_flex_map_cut, dim3(1, heads, est), 1024, 0,
+                                         stream, *a);
         }
+        if (r != ATTN_OK) return r;
     }
     return attni_cu_pick_launch(attni_cu_flex_write,
-                                dim3((unsigned)a->x.max_rows, (unsigned)a->x.n_lists), 128,
-                                4 * (words + (a->f.flex.tau > 0 ? a->n_blocks : 0)), stream, *a);
+                                dim3((unsigned)attni_n_blocks(a->x.max_rows, rows),
+                                     (unsigned)a->x.n_lists),
+                                32 * rows, rows * (row_bytes + 4 * words), stream, *a, rows,
+                                (int)words);
 }
 
 // Kernels of HiP: by dimensions and dtype.

@@ -574,8 +574,29 @@ static void step_make(step *t, const problem *p, const int32_t *ahead) {
     t->d.kv.kv_len = t->kv_len;
 }
 
-// A chunk of every prompt, then steps of one token, now and then of none or of several, with slots
-// in an order of their own and a slot forgotten now and then.
+// Step n of p's sequences: a chunk of every prompt, then one token, now and then none or several.
+// 0: no queries.
+static int step_next(step *t, const problem *p, test_rng *r, int32_t n, int32_t *ahead) {
+    int32_t i;
+    for (i = 0; i < p->d.n_seq; i++) {
+        int32_t left = p->d.kv.kv_len[i] - t->kv_len[i];
+        ahead[i] = n == 0 ? oracle_most(1, left - 16) : test_below(r, 12) ? 1 : test_below(r, 3);
+        ahead[i] = oracle_least(ahead[i], left);
+    }
+    step_make(t, p, ahead);
+    return t->q_start[p->d.n_seq] > 0;
+}
+
+// A slot that is forgotten now and then, by the oracle already; -1: none.
+static int32_t step_forgets(test_rng *r, oracle_slot *slots, int32_t n_slots, int32_t lists) {
+    int32_t f, i;
+    if (test_below(r, 8)) return -1;
+    f = test_below(r, n_slots);
+    for (i = 0; i < lists; i++) slots[f * lists + i].next = -1;
+    return f;
+}
+
+// Steps with slots in an order of their own.
 static void decode(uint64_t seed, int kind, int family) {
     test_rng r;
     problem p;
@@ -601,20 +622,9 @@ static void decode(uint64_t seed, int kind, int family) {
     memset(&t, 0, sizeof t);
     for (n = 0; n < 14; n++) {
         oracle *o;
-        for (i = 0; i < p.d.n_seq; i++) {
-            int32_t left = p.d.kv.kv_len[i] - t.kv_len[i];
-            ahead[i] = n == 0               ? oracle_most(1, left - 16)
-                       : test_below(&r, 12) ? 1
-                                            : test_below(&r, 3);
-            ahead[i] = oracle_least(ahead[i], left);
-        }
-        step_make(&t, &p, ahead);
-        if (t.q_start[p.d.n_seq] > 0) {
-            if (test_below(&r, 8) == 0) {
-                int32_t f = test_below(&r, s.n_slots);
-                attn_cpu_select_forget(&m.x, f);
-                for (i = 0; i < lists; i++) slots[f * lists + i].next = -1;
-            }
+        if (step_next(&t, &p, &r, n, ahead)) {
+            int32_t f = step_forgets(&r, slots, s.n_slots, lists);
+            if (f >= 0) CHECK_EQ(attn_cpu_select_forget(&m.x, f), ATTN_OK);
             CHECK_EQ(attn_selection_follow(&t.d, &s, slot, &m.x), ATTN_OK);
             CHECK_EQ(run(&t.d, &s, NULL, &m.x, n % 2), ATTN_OK);
             o = oracle_select(&t.d, &s, slot, slots);
@@ -866,6 +876,41 @@ static void call_errors(attn_select_kind kind) {
     problem_free(&p);
 }
 
+// ---- what dense_below counts, where the front of a sequence was evicted
+
+static void dense_border(int kind) {
+    problem_opts o;
+    problem p;
+    test_rng r = {5};
+    int32_t i;
+    memset(&o, 0, sizeof o);
+    o.phase = PREFILL;
+    o.page_tokens = 16, o.n_seq = 1, o.max_kv = 300, o.n_heads = 2, o.n_kv_heads = 1;
+    o.head_dim = o.v_head_dim = 16, o.k = o.v = o.q = o.o = ATTN_F32, o.sharp = o.evicted = 1;
+    do problem_make(&p, &o, &r);
+    while ((p.d.kv.kv_len[0] < 150 || p.d.kv.kv_pos0[0] < 100) && (problem_free(&p), 1));
+    fill_keys(&p, &r, F_NORMAL);
+    for (i = 0; i < 4; i++) {
+        attn_select s;
+        memory m;
+        oracle *want;
+        memset(&s, 0, sizeof s);
+        s.kind = (attn_select_kind)kind;
+        s.kv_block = s.row_block = 8, s.flex.gamma = 0.5f, s.exact.keep = s.hip.keep = 16;
+        s.hip.sink = -1, s.hip.window = 16;
+        if (kind == ATTN_SELECT_HIP3) s.hip.n_stages = 1, s.hip.stage[0].chunk = 8;
+        if (kind == ATTN_SELECT_HIP3) s.hip.stage[0].q_block = 8, s.hip.stage[0].keep = 8;
+        s.dense_below = p.d.kv.kv_len[0] - i % 2 + (i > 1 ? p.d.kv.kv_pos0[0] : 0);
+        want = oracle_select(&p.d, &s, NULL, NULL);
+        memory_open(&m, &p.d, &s);
+        CHECK_EQ(run(&p.d, &s, NULL, &m.x, 0), ATTN_OK);
+        compare(want, &m.x, F_NORMAL);
+        memory_close(&m);
+        oracle_free(want);
+    }
+    problem_free(&p);
+}
+
 // ---- all
 
 static void report(int kind) {
@@ -895,6 +940,7 @@ int main(int argc, char **argv) {
     for (kind = ATTN_SELECT_FLEX; kind <= ATTN_SELECT_EXACT; kind++) {
         if (only && strcmp(only, kinds[kind]) != 0) continue;
         call_errors((attn_select_kind)kind);
+        dense_border(kind);
         for (i = 0; i < count; i++)
             for (f = 0; f < N_FAMILIES; f++) one(seed + i, kind, f);
         for (i = 0; i < count; i++)

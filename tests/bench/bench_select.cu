@@ -1,8 +1,8 @@
-// What selectors cost on a CUDA device: per call (graph replay) and per kernel. One sequence, heads
-// 32/8, head_dim 128, bf16, pages of 64. Half of the KV heads have scores of sinks and neighbours,
-// half of noise.
+// What selectors cost on a CUDA device, by graph replay: selecting, attention over those very
+// lists, both in one graph, our own dense attention; then each kernel of the selection on its own.
+// One sequence, heads 32/8, head_dim 128, bf16, pages of 64.
 // nvcc -O3 -I. -gencode arch=compute_90a,code=sm_90a tests/bench/bench_select.cu -o bench_select
-// bench_select [WHAT], WHAT a part of a row's name
+// bench_select [WHAT [KERNELS]], WHAT a part of a row's name; KERNELS 0: without single kernels
 #define ATTN_CORE_IMPLEMENTATION
 #define ATTN_CUDA_IMPLEMENTATION
 #ifndef ATTN_CUDA_KERNELS
@@ -37,19 +37,37 @@ static __device__ float noise(uint32_t x) { // about normal
     return sum * 1.732f;
 }
 
-// x: (tokens, heads, DIM) bf16. per: heads of a KV head.
-static __global__ void fill(uint16_t *x, int64_t tokens, int heads, int per, float size,
-                            uint32_t seed, int64_t first) {
+enum inputs {
+    LOCAL, // every head: sinks and some 150 neighbours
+    MIXED  // even KV heads: sinks, verticals, thousands of neighbours; odd ones: blocks of 128 have
+           // one of five topics, which tells what their queries look for (query-aware)
+};
+
+// x: (tokens, heads, DIM) bf16, queries or keys. per: heads of a KV head.
+static __global__ void fill(uint16_t *x, int64_t tokens, int heads, int per, int64_t first, int in,
+                            int query) {
     int64_t n = tokens * heads * DIM;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
          i += (int64_t)gridDim.x * blockDim.x) {
-        int e = (int)(i % DIM), h = (int)(i / DIM % heads) / per;
-        int64_t t = i / DIM / heads + first;
-        float v = size * noise((uint32_t)(i * 2654435761u) + seed);
-        if (h % 2 == 0) { // a wave of positions, and a direction that the first tokens have
-            double w = pow(10000.0, -2.0 * (e / 2) / DIM) * (double)t;
-            v = 0.3f * v + (float)(e % 2 ? sin(w) : cos(w)) * (per > 1 ? 2.0f : 1.0f);
-            if (per > 1 || t < 64) v += noise((uint32_t)e * 977u + 5u) * (per > 1 ? 1.0f : 3.0f);
+        const int e = (int)(i % DIM), h = (int)(i / DIM % heads) / per;
+        const int64_t t = i / DIM / heads + first;
+        const uint32_t block = (uint32_t)(t / 128), own = (uint32_t)(h * 4096 + e) * 2654435761u;
+        float v = 0.3f * noise((uint32_t)(i * 2654435761u) + 77u * (uint32_t)query);
+        if (in == MIXED && h % 2) {
+            uint32_t topic = ((block * 2 + (uint32_t)query) * 16 + (uint32_t)h) * 2246822519u;
+            topic = (topic ^ topic >> 15) * 3266489917u;
+            v += 0.9f * noise(own + (topic >> 8) % 5 * 40503u + 1);
+        } else {
+            const float sink = noise(own + 2);
+            const uint32_t mark = (block * 16 + (uint32_t)h) * 2246822519u;
+            const int vertical = in == MIXED && ((mark ^ mark >> 15) * 3266489917u >> 8) % 8 == 0;
+            const double w = (double)noise((own - (e % 2) * 2654435761u) + 3) /
+                             (in == MIXED ? 4000 : 300) * (double)t;
+            const float wave = (float)(e % 2 ? sin(w) : cos(w));
+            if (query) v += (in == MIXED ? 2.0f : 2.5f) * wave + 0.7f * sink;
+            else if (t < 64) v += 1.5f * sink;
+            else if (vertical && t % 128 < 4) v += 1.6f * sink;
+            else v += wave;
         }
         x[i] = attni_to_bf16(v);
     }
@@ -58,6 +76,7 @@ static __global__ void fill(uint16_t *x, int64_t tokens, int heads, int per, flo
 typedef struct shape {
     const char *name;
     int32_t n, q;      // tokens held, queries
+    int in;            // enum inputs
     attn_select s;
 } shape;
 
@@ -103,19 +122,99 @@ static void kernels(cudaGraph_t all, int turns) {
     }
 }
 
-static void run(const shape *w) {
+// A problem with its plan in device memory.
+typedef struct problem {
     attn_desc d;
+    attn_cuda_plan g;
+    void *image, *partials, *staging;
+    size_t partial_bytes;
+} problem;
+
+static void prepare(problem *p) {
     attn_plan_params params;
     attn_plan *plan;
-    attn_cuda_plan g;
+    attn_cuda_plan_params(&cu, &p->d, &params);
+    std::vector<uint8_t> plan_mem(attn_plan_bytes(&p->d, &params) + 64);
+    OK(attn_plan_build(&p->d, &params,
+                       (void *)(((uintptr_t)plan_mem.data() + 63) & ~(uintptr_t)63),
+                       plan_mem.size() - 64, &plan));
+    const size_t bytes = attn_cuda_plan_bytes(&cu, &p->d, &params);
+    OK(cudaMalloc(&p->image, bytes));
+    OK(cudaMallocHost(&p->staging, bytes));
+    OK(cudaMalloc(&p->partials, params.partial_bytes + 64));
+    p->partial_bytes = params.partial_bytes;
+    OK(attn_cuda_plan_init(&cu, &p->d, &params, p->image, bytes, &p->g));
+    OK(attn_cuda_upload(&cu, &p->d, plan, &p->g, p->staging, bytes, stream));
+    OK(cudaStreamSynchronize(stream));
+}
+
+static void release(problem *p) {
+    OK(cudaFree(p->image));
+    OK(cudaFree(p->partials));
+    OK(cudaFreeHost(p->staging));
+}
+
+typedef struct selection {
     attn_selection x;
+    const attn_select *s;
+    void *work;
+    size_t room;
+} selection;
+
+// Milliseconds of a graph of the selection (NULL: none) and of the attention (0: none).
+static float timed(const problem *p, const selection *m, int attention, int single) {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
+    OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    if (m) OK(attn_cuda_select(&cu, &p->d, &p->g, m->s, NULL, &m->x, m->work, m->room, stream));
+    if (attention)
+        OK(attn_cuda_run(&cu, &p->d, &p->g, p->partials, p->partial_bytes, stream));
+    OK(cudaStreamEndCapture(stream, &graph));
+    OK(cudaGraphInstantiate(&exec, graph, 0));
+    float ms = replay(exec, 1);
+    ms = replay(exec, ms > 20 ? 2 : ms > 1 ? 10 : 50);
+    if (single) kernels(graph, ms > 20 ? 2 : 10);
+    OK(cudaGraphExecDestroy(exec));
+    OK(cudaGraphDestroy(graph));
+    return ms;
+}
+
+// Pairs that the lists hold, of those that are causal; every row has its own block.
+static double listed(const shape *w, const attn_selection *x) {
+    std::vector<int64_t> a((size_t)x->n_lists * (x->max_rows + 1)), b(a.size());
+    std::vector<int32_t> block((size_t)x->n_lists * x->max_rows * x->row_capacity);
+    const int64_t rb = x->list.row_block, kb = x->list.kv_block, first = w->n - w->q;
+    double kept = 0, all = 0;
+    OK(cudaMemcpy(a.data(), x->row_start, a.size() * 8, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(b.data(), x->row_end, b.size() * 8, cudaMemcpyDeviceToHost));
+    OK(cudaMemcpy(block.data(), x->block, block.size() * 4, cudaMemcpyDeviceToHost));
+    for (int l = 0; l < x->n_lists; l++)
+        for (int64_t r = first / rb; r <= (w->n - 1) / rb; r++) {
+            const size_t at = (size_t)l * (x->max_rows + 1) + (size_t)(r - first / rb);
+            const int64_t p0 = std::max(r * rb, first), p1 = std::min((r + 1) * rb, (int64_t)w->n);
+            for (int64_t p = p0; p < p1; p++) all += (double)(p + 1);
+            for (int64_t i = a[at]; i < b[at]; i++) {
+                const int64_t k = block[(size_t)i] * kb;
+                if (i > a[at] && block[(size_t)i] <= block[(size_t)i - 1]) OK(1);
+                for (int64_t p = p0; p < p1 && k + kb > p0; p++)
+                    kept += (double)std::max((int64_t)0, std::min(kb, p + 1 - k));
+                if (k + kb <= p0) kept += (double)(kb * (p1 - p0));
+            }
+            if (w->s.kind == ATTN_SELECT_FLEX && (b[at] <= a[at] || block[(size_t)b[at] - 1] != r))
+                OK(2);
+        }
+    return kept / all;
+}
+
+static void run(const shape *w, int single) {
+    problem dense, sparse;
+    selection m;
+    attn_desc d;
     int32_t q_start[2] = {0, w->q}, kv_len[1] = {w->n}, seq_row[1];
     int32_t pages = (w->n + PAGE - 1) / PAGE;
     std::vector<int32_t> table(pages);
     uint16_t *k, *q, *o;
-    void *image, *mem, *work, *staging;
+    void *mem;
     memset(&d, 0, sizeof d);
     d.n_seq = 1, d.n_heads = HEADS, d.n_kv_heads = KV_HEADS, d.head_dim = DIM;
     d.q_start = q_start, d.kv.kv_len = kv_len;
@@ -126,60 +225,43 @@ static void run(const shape *w) {
     OK(cudaMalloc(&k, (size_t)pages * PAGE * KV_HEADS * DIM * 2));
     OK(cudaMalloc(&q, (size_t)w->q * HEADS * DIM * 2));
     OK(cudaMalloc(&o, (size_t)w->q * HEADS * DIM * 2));
-    fill<<<1024, 256, 0, stream>>>(k, (int64_t)pages * PAGE, KV_HEADS, 1, 1, 1, 0);
-    fill<<<1024, 256, 0, stream>>>(q, w->q, HEADS, HEADS / KV_HEADS, 1, 77, w->n - w->q);
+    fill<<<1024, 256, 0, stream>>>(k, (int64_t)pages * PAGE, KV_HEADS, 1, 0, w->in, 0);
+    fill<<<1024, 256, 0, stream>>>(q, w->q, HEADS, HEADS / KV_HEADS, w->n - w->q, w->in, 1);
     d.q.data = q, d.o.data = o, d.kv.k.data = k, d.kv.v.data = k;
-    attn_cuda_plan_params(&cu, &d, &params);
-    std::vector<uint8_t> plan_mem(attn_plan_bytes(&d, &params) + 64);
-    OK(attn_plan_build(&d, &params, (void *)(((uintptr_t)plan_mem.data() + 63) & ~(uintptr_t)63),
-                       plan_mem.size() - 64, &plan));
-    size_t bytes = attn_cuda_plan_bytes(&cu, &d, &params);
-    OK(cudaMalloc(&image, bytes));
-    OK(cudaMallocHost(&staging, bytes));
-    OK(attn_cuda_plan_init(&cu, &d, &params, image, bytes, &g));
-    OK(attn_cuda_upload(&cu, &d, plan, &g, staging, bytes, stream));
-    size_t need = attn_select_bytes(&d, &w->s), room = attn_cuda_select_bytes(&cu, &d, &w->s);
+    const size_t need = attn_select_bytes(&d, &w->s);
+    m.s = &w->s;
+    m.room = attn_cuda_select_bytes(&cu, &d, &w->s);
     OK(cudaMalloc(&mem, need));
-    OK(cudaMalloc(&work, room));
-    OK(cudaMemsetAsync(mem, 0, need, stream));
-    OK(attn_selection_init(&d, &w->s, mem, need, seq_row, 1, &x));
-    OK(attn_cuda_select(&cu, &d, &g, &w->s, NULL, &x, work, room, stream));
+    OK(cudaMalloc(&m.work, m.room));
+    OK(attn_selection_init(&d, &w->s, mem, need, seq_row, 1, &m.x));
+    for (int i = 0; i < w->s.n_slots; i++) OK(attn_cuda_select_forget(&cu, &m.x, i, stream));
+    dense.d = sparse.d = d;
+    attn_selection_mask(&m.x, &sparse.d.mask);
+    prepare(&dense);
+    prepare(&sparse);
+    OK(attn_cuda_select(&cu, &sparse.d, &sparse.g, &w->s, NULL, &m.x, m.work, m.room, stream));
     OK(cudaStreamSynchronize(stream));
-    std::vector<int64_t> a((size_t)x.n_lists * (x.max_rows + 1)), b(a.size());
-    OK(cudaMemcpy(a.data(), x.row_start, a.size() * 8, cudaMemcpyDeviceToHost));
-    OK(cudaMemcpy(b.data(), x.row_end, b.size() * 8, cudaMemcpyDeviceToHost));
-    double kept = 0, all = 0;
-    for (int l = 0; l < x.n_lists; l++)
-        for (int r = 0; r < x.max_rows; r++) {
-            size_t at = (size_t)l * (x.max_rows + 1) + r;
-            double p = (double)w->n - w->q + ((double)r + 0.5) * w->q / x.max_rows;
-            kept += (double)(b[at] - a[at]) * x.list.kv_block;
-            all += p;
-        }
-    OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    OK(attn_cuda_select(&cu, &d, &g, &w->s, NULL, &x, work, room, stream));
-    OK(cudaStreamEndCapture(stream, &graph));
-    OK(cudaGraphInstantiate(&exec, graph, 0));
-    float ms = replay(exec, 3);
-    ms = replay(exec, ms > 20 ? 3 : ms > 1 ? 10 : 50);
-    printf("%-26s %9.1f us, %5.2f %% listed, workspace %.1f MB\n", w->name, 1e3 * ms,
-           100 * kept / all, (double)room / 1e6);
-    kernels(graph, ms > 20 ? 2 : 10);
-    OK(cudaGraphExecDestroy(exec));
-    OK(cudaGraphDestroy(graph));
+    const double kept = listed(w, &m.x);
+    const float all = timed(&dense, NULL, 1, 0), some = timed(&sparse, NULL, 1, 0);
+    const float both = timed(&sparse, &m, 1, 0), own = timed(&sparse, &m, 0, 0);
+    printf("%-24s %6.2f %% %9.1f %9.1f %9.1f %9.1f   %5.3f  %5.2f\n", w->name, 100 * kept,
+           1e3 * own, 1e3 * some, 1e3 * both, 1e3 * all, both / all, some / (kept * all));
+    if (single) timed(&sparse, &m, 0, 1);
     OK(cudaStreamSynchronize(stream));
-    void *all_mem[] = {k, q, o, image, mem, work};
-    for (void *m : all_mem) OK(cudaFree(m));
-    OK(cudaFreeHost(staging));
+    release(&dense);
+    release(&sparse);
+    void *all_mem[] = {k, q, o, mem, m.work};
+    for (void *x : all_mem) OK(cudaFree(x));
 }
 
-static shape flex(const char *name, int32_t n, int compatible, float gamma, float tau,
+static shape flex(const char *name, int in, int32_t n, int compatible, float gamma, float tau,
                   int32_t least) {
     shape w;
     memset(&w, 0, sizeof w);
-    w.name = name, w.n = w.q = n;
+    w.name = name, w.n = w.q = n, w.in = in;
     w.s.kind = ATTN_SELECT_FLEX;
     w.s.flex.compatible = compatible, w.s.flex.gamma = gamma, w.s.flex.tau = tau;
+    if (tau < 0) w.s.flex.tau = 0, w.s.dense_below = n; // every block
     w.s.flex.min_budget = least;
     return w;
 }
@@ -187,7 +269,7 @@ static shape flex(const char *name, int32_t n, int compatible, float gamma, floa
 static shape hip(const char *name, attn_select_kind kind, int32_t n, int32_t q) {
     shape w;
     memset(&w, 0, sizeof w);
-    w.name = name, w.n = n, w.q = q;
+    w.name = name, w.n = n, w.q = q, w.in = MIXED;
     w.s.kind = kind;
     w.s.n_slots = q == 1;
     return w;
@@ -196,7 +278,7 @@ static shape hip(const char *name, attn_select_kind kind, int32_t n, int32_t q) 
 static shape exact(const char *name, int32_t n, int32_t q) {
     shape w;
     memset(&w, 0, sizeof w);
-    w.name = name, w.n = n, w.q = q;
+    w.name = name, w.n = n, w.q = q, w.in = MIXED;
     w.s.kind = ATTN_SELECT_EXACT;
     w.s.exact.share = 0.05f;
     return w;
@@ -205,11 +287,25 @@ static shape exact(const char *name, int32_t n, int32_t q) {
 int main(int argc, char **argv) {
     const int32_t k = 1024;
     const shape all[] = {
-        flex("flex 16k", 16 * k, 0, .9f, .1f, 0),
-        flex("flex 64k", 64 * k, 0, .9f, .1f, 0),
-        flex("flex 64k compatible", 64 * k, 1, .9f, .1f, 0),
-        flex("flex 128k min 1024", 128 * k, 0, .9f, 0, 1024),
-        flex("flex 128k", 128 * k, 0, .9f, .1f, 0),
+        flex("flex mixed 1k", MIXED, k, 0, .9f, .1f, 0),
+        flex("flex mixed 2k", MIXED, 2 * k, 0, .9f, .1f, 0),
+        flex("flex mixed 4k", MIXED, 4 * k, 0, .9f, .1f, 0),
+        flex("flex mixed 8k", MIXED, 8 * k, 0, .9f, .1f, 0),
+        flex("flex mixed 16k", MIXED, 16 * k, 0, .9f, .1f, 0),
+        flex("flex mixed 32k", MIXED, 32 * k, 0, .9f, .1f, 0),
+        flex("flex mixed 64k", MIXED, 64 * k, 0, .9f, .1f, 0),
+        flex("flex mixed 128k", MIXED, 128 * k, 0, .9f, .1f, 0),
+        flex("flex full 1k", MIXED, k, 0, .9f, -1, 0),
+        flex("flex full 2k", MIXED, 2 * k, 0, .9f, -1, 0),
+        flex("flex full 4k", MIXED, 4 * k, 0, .9f, -1, 0),
+        flex("flex compatible 64k", MIXED, 64 * k, 1, .9f, .1f, 0),
+        flex("flex local 1k", LOCAL, k, 0, .9f, 0, 256),
+        flex("flex local 2k", LOCAL, 2 * k, 0, .9f, 0, 256),
+        flex("flex local 4k", LOCAL, 4 * k, 0, .9f, 0, 1024),
+        flex("flex local 8k", LOCAL, 8 * k, 0, .9f, 0, 1024),
+        flex("flex local 16k", LOCAL, 16 * k, 0, .9f, 0, 1024),
+        flex("flex local 64k", LOCAL, 64 * k, 0, .9f, 0, 1024),
+        flex("flex local 128k", LOCAL, 128 * k, 0, .9f, 0, 1024),
         exact("exact 16k", 16 * k, 16 * k),
         exact("exact 128k decode", 128 * k, 1),
         hip("hip2 32k", ATTN_SELECT_HIP2, 32 * k, 32 * k),
@@ -221,7 +317,9 @@ int main(int argc, char **argv) {
     };
     OK(attn_cuda_open(&cu, 0));
     OK(cudaStreamCreate(&stream));
+    printf("%-24s %8s %9s %9s %9s %9s   %5s  %5s\n", "us", "listed", "select", "attention", "both",
+           "dense", "ratio", "x kept");
     for (const shape &w : all)
-        if (argc < 2 || strstr(w.name, argv[1])) run(&w);
+        if (argc < 2 || strstr(w.name, argv[1])) run(&w, argc < 3 || atoi(argv[2]));
     return 0;
 }

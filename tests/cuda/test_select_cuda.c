@@ -50,6 +50,36 @@ static void held_close(held *m) {
     free(m->seq_row2);
 }
 
+// The rows of d's sequences, as they are on the device.
+static void held_read(held *m, const attn_desc *d) {
+    const attn_selection *x = &m->x, *y = &m->host;
+    int32_t s, l, r;
+    memset(m->copy, 0xff, m->bytes);
+    memcpy(m->seq_row2, m->seq_row, 4 * (size_t)d->n_seq);
+    for (s = 0; s < d->n_seq; s++) {
+        const int32_t q_len = d->q_start[s + 1] - d->q_start[s];
+        const int32_t p0 = d->q_pos0 ? d->q_pos0[s]
+                                     : (d->kv.kv_pos0 ? d->kv.kv_pos0[s] : 0) + d->kv.kv_len[s] -
+                                           q_len;
+        const int32_t first = m->seq_row[s] + p0 / x->list.row_block;
+        const int32_t last = m->seq_row[s] + (p0 + q_len - 1) / x->list.row_block;
+        for (l = 0; l < x->n_lists && q_len; l++) {
+            const int64_t at = l * ((int64_t)x->list.n_rows + 1) + first;
+            const size_t n = (size_t)(last - first + 1);
+            dev_read(y->row_start + at, x->row_start + at, 8 * n);
+            dev_read(y->row_end + at, x->row_end + at, 8 * n);
+            dev_read(y->visited + at, x->visited + at, 4 * n);
+            if (x->missed) dev_read(y->missed + at, x->missed + at, 4 * n);
+            for (r = 0; r <= last - first; r++) {
+                const int64_t i = y->row_start[at + r], e = y->row_end[at + r] - i;
+                if (i >= 0 && e > 0 && e <= x->row_capacity &&
+                    i <= x->list.device_entries - x->row_capacity)
+                    dev_read(y->block + i, x->block + i, 4 * (size_t)e);
+            }
+        }
+    }
+}
+
 // Selects for d, whose arrays lie on the device. with: the uploaded mask has the selection's terms.
 static int held_run(held *m, const attn_desc *d, const attn_select *s, int with) {
     attn_desc e = *d;
@@ -71,8 +101,7 @@ static int held_run(held *m, const attn_desc *d, const attn_select *s, int with)
     dev_sync();
     ok &= CHECK_EQ(dev_error(), 0);
     ok &= CHECK(dev_guards(0));
-    dev_read(m->copy, m->mem, m->bytes);
-    memcpy(m->seq_row2, m->seq_row, 4 * (size_t)d->n_seq);
+    held_read(m, d);
     dev_release(mark);
     job_free(&j);
     return ok;
@@ -103,8 +132,12 @@ static void cuda_one(uint64_t seed, int kind, int family) {
     o = oracle_select(&p.d, &s, NULL, NULL);
     twin_make(&t, &p, 1, test_below(&r, 3) ? NULL : &r);
     held_open(&m, &t.d, &s);
-    if (held_run(&m, &t.d, &s, test_below(&r, 2))) compare(o, &m.host, family);
-    else tell(&p.d, &s, family, "the call");
+    if (held_run(&m, &t.d, &s, test_below(&r, 2))) {
+        compare(o, &m.host, family);
+        if (kind == ATTN_SELECT_FLEX || kind == ATTN_SELECT_EXACT) worth(o, &m.host, family);
+    } else {
+        tell(&p.d, &s, family, "the call");
+    }
     held_close(&m);
     dev_release(mark);
     oracle_free(o);
@@ -139,20 +172,9 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
         int step_mark = dev_n;
         attn_desc d;
         oracle *o;
-        for (i = 0; i < p.d.n_seq; i++) {
-            int32_t left = p.d.kv.kv_len[i] - t.kv_len[i];
-            ahead[i] = n == 0               ? oracle_most(1, left - 12)
-                       : test_below(&r, 12) ? 1
-                                            : test_below(&r, 3);
-            ahead[i] = oracle_least(ahead[i], left);
-        }
-        step_make(&t, &p, ahead);
-        if (t.q_start[p.d.n_seq] > 0) {
-            if (test_below(&r, 8) == 0) {
-                int32_t f = test_below(&r, s.n_slots);
-                CHECK_EQ(attn_cuda_select_forget(&cu, &m.x, f, dev_stream), ATTN_OK);
-                for (i = 0; i < lists; i++) slots[f * lists + i].next = -1;
-            }
+        if (step_next(&t, &p, &r, n, ahead)) {
+            int32_t f = step_forgets(&r, slots, s.n_slots, lists);
+            if (f >= 0) CHECK_EQ(attn_cuda_select_forget(&cu, &m.x, f, dev_stream), ATTN_OK);
             d = w.d;
             d.q_start = t.d.q_start, d.q_pos0 = t.d.q_pos0, d.kv.kv_len = t.d.kv.kv_len;
             d.q.data = dev_alloc((size_t)t.q_start[p.d.n_seq] * (size_t)d.n_heads *
