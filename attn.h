@@ -985,7 +985,8 @@ ATTN_DEF attn_result attn_tree_check(const attn_tree *t);
 
 // Memory of the backend; the counters may be NULL.
 struct attn_kv_cache {
-    void *k, *v;         // copies: n_slots pages as of kv.k and kv.v, as far apart as those
+    void *k, *v;         // copies: n_slots pages as of kv.k and kv.v, as far apart as those; the
+                         // same memory where V aliases K
     int32_t n_slots;
     const int32_t *slot; // (n_pages) where a page's copy is, or -1
     uint32_t *reads;     // (n_pages) += 1 by every task and unit of selection that reads a page's
@@ -1475,6 +1476,8 @@ typedef struct attni_side {
     uint8_t *copies;                  // of pages that have one, as slot says; NULL: no cache
     const int32_t *slot;
     int32_t n_slots;
+    int32_t first_copy;               // CUDA: ids from here on are those of copies, which lie ...
+    int64_t to_copies;                // ... so many bytes from where a page of this id would
 } attni_side;
 
 // Where a page is read: its copy, if there is one.
@@ -1577,6 +1580,13 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     if (s->page_bytes > limit || s->page_bytes > (INT64_MAX >> 1) / d->kv.n_pages)
         return ATTN_ERR_OVERFLOW;
     return ATTN_OK;
+}
+
+// V's copies alias K's where its pages do.
+ATTNI_FN int attni_bad_cache(const attn_kv *kv) {
+    const attn_kv_cache *c = kv->cache;
+    return c && (!c->k || !c->v || !c->slot || c->n_slots < 1 ||
+                 (kv->k.data && (c->k == c->v) != (kv->k.data == kv->v.data)));
 }
 
 ATTNI_FN int32_t attni_kv_pos0(const attn_desc *d, int32_t s) {
@@ -2420,8 +2430,7 @@ static attn_result attni_check_kv(const attn_desc *d) {
     if (kv->page_table && kv->page_table_stride > ((int64_t)1 << 58) / d->n_seq)
         return ATTN_ERR_OVERFLOW;
     if (!kv->page_table && d->n_seq > kv->n_pages) return ATTN_ERR_PAGE;
-    if (kv->cache && (!kv->cache->k || !kv->cache->v || !kv->cache->slot || kv->cache->n_slots < 1))
-        return ATTN_ERR_ARGUMENT;
+    if (attni_bad_cache(kv)) return ATTN_ERR_ARGUMENT;
     for (s = 0; s < d->n_seq; s++) {
         int32_t len = kv->kv_len[s], n_pages = 0;
         int64_t pos0 = attni_kv_pos0(d, s), q_len = d->q_start[s + 1] - d->q_start[s];

@@ -76,7 +76,7 @@ typedef struct attn_cuda {
 // than sm_75; ERR_DEVICE: the driver failed.
 ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device);
 
-// ATTN_OK, or ERR_UNSUPPORTED for K16, PORTABLE and kv.cache. d must be valid.
+// ATTN_OK, or ERR_UNSUPPORTED for K16 and PORTABLE. d must be valid.
 ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d);
 
 // The kernels a problem runs on: "mma.bf16", "mma.f16", with "+dequant" where pages are converted,
@@ -100,6 +100,12 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
 // copies: host memory, free again when the call returns.
 ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d,
                                           const attn_page_copy *copies, int32_t n,
+                                          attn_cuda_stream stream);
+
+// As attn_cpu_cache_load: makes the copies that attn_cache_update asked for in d.kv.cache of one
+// layer. loads: host memory, free again when the call returns. See WHERE THINGS LIE.
+ATTN_DEF attn_result attn_cuda_cache_load(const attn_cuda *c, const attn_desc *d,
+                                          const attn_cache_load *loads, int32_t n,
                                           attn_cuda_stream stream);
 
 // Copies whole pages of d's K and V to or from host memory (page-locked for asynchrony): page
@@ -268,6 +274,7 @@ typedef struct attni_cu_args {
     int32_t *arrived;         // (n_units, n_heads / group)
     int32_t *ticket;          // (ATTNI_CU_KINDS, 2) next task, blocks that are through
     int32_t *error;
+    uint32_t *reads;          // (n_pages) of attni_cu_count_reads
     float *partial_o, *partial_ml; // (rows, v_head_dim), (rows, 2)
     int64_t n_entries;        // of a block list that kernels have to check; else -1
     int64_t cap_tasks;        // room for both kinds
@@ -1037,9 +1044,14 @@ template <class W> ATTNI_DEV int32_t attni_cu_checked(const attni_cu_args &a, W 
     return -1;
 }
 
+// Byte offset of a page, or of a copy (see attni_cu_resolve_pages), from page 0.
+ATTNI_DEV int64_t attni_cu_page_offset(const attni_side &s, int32_t page) {
+    return page * s.page_bytes + (page >= s.first_copy ? s.to_copies : 0);
+}
+
 // Byte offsets of that token's rows of K and V.
-ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int64_t page, int32_t place, int32_t head) {
-    return page * s.page_bytes + place * s.token_bytes + head * s.head_bytes;
+ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int32_t page, int32_t place, int32_t head) {
+    return attni_cu_page_offset(s, page) + place * s.token_bytes + head * s.head_bytes;
 }
 
 // Block lists that nobody has validated: a tile with a bad one reads nothing. Entries of lists that
@@ -1188,10 +1200,10 @@ template <class W> ATTNI_DEV_FAR void attni_cu_gather(const attni_cu_args &a, W 
     __syncthreads();
 }
 
-ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, int32_t place,
+ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int32_t page, int32_t place,
                                            int32_t head) {
     if (s.head_scale) return (const uint8_t *)(s.head_scale + head);
-    return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
+    return s.data + attni_cu_page_offset(s, page) + attni_scale_offset(&s, place, head);
 }
 
 // Nothing is known of a new task.
@@ -3246,10 +3258,11 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
     // Copies the lane's scale, of a unit, from where it lies in page pg, its token e places behind
     // the one that `scale` is of.
     __device__ __forceinline__ void copy_scale(int32_t pg, int32_t e) const {
-        const int64_t to_page = lane >> 4 ? a.v.head_scale ? 0 : a.v.page_bytes
-                                          : a.k.head_scale ? 0 : a.k.page_bytes;
+        const int64_t to_page =
+            lane >> 4 ? a.v.head_scale ? 0 : attni_cu_page_offset(a.v, pg)
+                      : a.k.head_scale ? 0 : attni_cu_page_offset(a.k, pg);
         attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
-                        scale + pg * to_page + e * to_scale(lane >> 4), 4);
+                        scale + to_page + e * to_scale(lane >> 4), 4);
     }
 
     // Copies a unit that lies in one run of a page.
@@ -3260,7 +3273,7 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
         for (int v = 0; v < 2; v++) {
             const attni_side &d = v ? a.v : a.k;
             const int some = !Q8 || d.dtype != ATTN_I4 || lane % CHUNKS < CHUNKS / 2;
-            const uint8_t *from = kv[v] + pg * d.page_bytes + e * d.token_bytes;
+            const uint8_t *from = kv[v] + attni_cu_page_offset(d, pg) + e * d.token_bytes;
 #pragma unroll
             for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
                 if (some)
@@ -3282,10 +3295,8 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
         if (a.d.kv.page_table && pos + ATTNI_CU_BLOCK < w.hi) // the next block's
             attni_prefetch(attni_cu_page_at(a, w.seq, attni_cu_page_index(a, j + ATTNI_CU_BLOCK)));
         if (!__all_sync(~0u, (uint32_t)pg < (uint32_t)a.d.kv.n_pages)) return 0;
-        const uint8_t *row = v ? a.v.data + pg * a.v.page_bytes + e * a.v.token_bytes +
-                                     w.kv_head * a.v.head_bytes
-                               : a.k.data + pg * a.k.page_bytes + e * a.k.token_bytes +
-                                     w.kv_head * a.k.head_bytes;
+        const uint8_t *row = v ? a.v.data + attni_cu_offset(a.v, pg, e, w.kv_head)
+                               : a.k.data + attni_cu_offset(a.k, pg, e, w.kv_head);
         const uint32_t there = ring + (uint32_t)(stage * STAGE) + to_lane;
 #pragma unroll
         for (int r = 0; r < 32; r += 32 / CHUNKS) { // V's rows behind those of K
@@ -4172,11 +4183,22 @@ ATTNI_DEV int64_t attni_cu_own_slot(const attni_cu_store_args &a, int64_t t) {
     return (int64_t)page * a.d.kv.page_tokens + j % a.d.kv.page_tokens;
 }
 
-// One row of one head, by one warp; the CPU's arithmetic.
+// Two elements at once, so that a warp's go over a bus in one piece.
+ATTNI_DEV void attni_cu_put_pair(uint8_t *to, uint64_t pair, int bytes) {
+    if ((uintptr_t)to % (unsigned)bytes) {
+        for (int i = 0; i < bytes; i++) to[i] = (uint8_t)(pair >> 8 * i);
+    } else if (bytes == 8) *(uint64_t *)(void *)to = pair;
+    else if (bytes == 4) *(uint32_t *)(void *)to = (uint32_t)pair;
+    else if (bytes == 2) *(uint16_t *)(void *)to = (uint16_t)pair;
+    else *to = (uint8_t)pair;
+}
+
+// One row of one head, by one warp; the CPU's arithmetic. A page and its copy are written.
 ATTNI_DEV void attni_cu_store_row(const attni_side &s, const attn_tensor &from, int64_t at,
                                   int64_t page, int32_t place, int32_t head) {
     const int lane = (int)threadIdx.x & 31;
     uint8_t *base = s.data + page * s.page_bytes, *to = base + attni_token_offset(&s, place, head);
+    const int64_t copy = attni_page_data(&s, page) - base; // 0: there is none
     float scale = 1.0f;
     if (attni_is_scaled(s.dtype)) {
         if (s.head_scale) scale = s.head_scale[head];
@@ -4192,18 +4214,24 @@ ATTNI_DEV void attni_cu_store_row(const attni_side &s, const attn_tensor &from, 
             }
             scale = __fdiv_rn(attni_float(top), attni_code_max(s.dtype));
             if (attni_isnan(scale)) scale = attni_float(0x7fc00000u);
-            if (lane == 0) memcpy(base + attni_scale_offset(&s, place, head), &scale, 4);
+            for (int i = 0; lane == 0 && i < 1 + (copy != 0); i++)
+                memcpy(base + i * copy + attni_scale_offset(&s, place, head), &scale, 4);
         }
     }
-    for (int e = 2 * lane; e < s.dim; e += 64)
-        for (int i = e; i < e + 2; i++) {
-            float y = attni_get(from.data, from.dtype, at + i);
+    const int bytes = attni_bits_of(s.dtype) / 4; // of two elements
+    for (int e = 2 * lane; e < s.dim; e += 64) {
+        uint64_t pair = 0;
+        for (int i = 0; i < 2; i++) {
+            float y = attni_get(from.data, from.dtype, at + e + i);
             if (attni_is_scaled(s.dtype)) {
                 y = attni_bits32(scale) << 1 ? __fdiv_rn(y, scale) : 0.0f;
                 if (attni_isnan(y)) y = attni_float(0x7fc00000u);
             }
-            attni_put(to, s.dtype, i, y);
+            attni_put(&pair, s.dtype, i, y);
         }
+        attni_cu_put_pair(to + e / 2 * bytes, pair, bytes);
+        if (copy) attni_cu_put_pair(to + copy + e / 2 * bytes, pair, bytes);
+    }
 }
 
 static __global__ void __launch_bounds__(128)
@@ -4240,15 +4268,22 @@ static __global__ void __launch_bounds__(128)
     const attn_page_copy c = a.copy[blockIdx.x];
     for (int v = 0; v < a.n_sides; v++) {
         const attni_side &s = a.side[v];
-        const uint8_t *from = s.data + c.src * s.page_bytes;
+        const uint8_t *from = attni_page_data(&s, c.src);
         uint8_t *to = s.data + c.dst * s.page_bytes;
+        const int64_t copy = attni_page_data(&s, c.dst) - to; // 0: there is none
         int32_t units = s.dim * attni_bits_of(s.dtype) / 32;
         for (int32_t t = (int32_t)blockIdx.y; t < c.n_tokens; t += (int32_t)gridDim.y)
             for (int32_t i = (int32_t)threadIdx.x; i < a.heads * units; i += 128) {
                 int64_t at = attni_token_offset(&s, t, i / units) + 4 * (i % units);
-                memcpy(to + at, from + at, 4);
+                uint32_t u;
+                memcpy(&u, from + at, 4);
+                memcpy(to + at, &u, 4);
+                if (copy) memcpy(to + copy + at, &u, 4);
+                if (s.scale_offset < 0 || i % units) continue;
                 at = attni_scale_offset(&s, t, i / units);
-                if (s.scale_offset >= 0 && i % units == 0) memcpy(to + at, from + at, 4);
+                memcpy(&u, from + at, 4);
+                memcpy(to + at, &u, 4);
+                if (copy) memcpy(to + copy + at, &u, 4);
             }
     }
 }
@@ -4287,6 +4322,93 @@ static __global__ void __launch_bounds__(128)
     }
     __syncwarp();
     if (lane == 0 && a.lse_out) a.lse_out[i] = l == 0 ? ATTNI_NINF : m + logf(l);
+}
+
+// ==== >>impl-cache  Pages in host memory behind copies on the device =============================
+//
+// What runs first looks every page up: resolved tables name a page that has a copy in slot i by
+// n_pages + i. So kernels find pages as ever, but for an addition (attni_cu_page_offset). What a run
+// reads is counted by a pass of its own over its tasks, so that none of it is in the way of others.
+
+typedef struct attni_cu_resolve_args {
+    const attni_cu_header *header;
+    const attn_plan_seq *seq;
+    const int32_t *table;      // (n_seq, stride); NULL: sequence i is page i
+    int32_t *resolved;         // (n_seq, capacity)
+    const int32_t *slot;
+    uint32_t *reads;           // (n_pages) += 1 for every page that a sequence holds, or NULL
+    int32_t *error;
+    int64_t stride, capacity;
+    int32_t n_pages, n_slots, page_tokens;
+} attni_cu_resolve_args;
+
+// A page without a valid id is -1 for kernels to report if they read it; one whose slot is none is
+// read where it lies.
+static __global__ void __launch_bounds__(256)
+    attni_cu_resolve_pages(const __grid_constant__ attni_cu_resolve_args a) {
+    for (int32_t s = (int32_t)blockIdx.y; s < a.header->n_seq; s += (int32_t)gridDim.y) {
+        const int32_t kv_len = a.seq[s].kv_len, n = kv_len ? (kv_len - 1) / a.page_tokens + 1 : 0;
+        int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
+        for (; i < n; i += (int64_t)gridDim.x * 256) {
+            int32_t id = a.table ? a.table[s * a.stride + i] : s, slot = -1;
+            if ((uint32_t)id < (uint32_t)a.n_pages) {
+                slot = a.slot[id];
+                if (a.reads) atomicAdd(&a.reads[id], 1u);
+            } else id = -1;
+            if (slot < -1 || slot >= a.n_slots) {
+                if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+                slot = -1;
+            }
+            a.resolved[s * a.capacity + i] = slot < 0 ? id : a.n_pages + slot;
+        }
+    }
+}
+
+// Walks the blocks of tasks as kernels do and counts the pages in them. d's tables are not resolved.
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_count_reads(const __grid_constant__ attni_cu_args a) {
+    __shared__ attni_cu_shared s;
+    for (int32_t i = (int32_t)blockIdx.x; attni_cu_begin(a, &s, i); i += (int32_t)gridDim.x) {
+        const attni_cu_task &w = s.task;
+        int32_t b = attni_cu_next(a, &s, w, attni_cu_start(a, w));
+        for (; b < w.end_block; b = attni_cu_next(a, &s, w, b + 1)) {
+            int32_t page[2], place, before;
+            if (threadIdx.x >= 32) continue; // a lane has two tokens
+            for (int e = 0; e < 2; e++) {
+                page[e] = attni_cu_page_of(a, &s, b, 2 * (int)threadIdx.x + e, &place);
+                page[e] = attni_cu_checked(a, &s, page[e], place);
+            }
+            before = __shfl_up_sync(~0u, page[1], 1);
+            if (page[0] >= 0 && (threadIdx.x == 0 || page[0] != before))
+                atomicAdd(&a.reads[page[0]], 1u);
+            if (page[1] >= 0 && page[1] != page[0]) atomicAdd(&a.reads[page[1]], 1u);
+        }
+    }
+}
+
+#define ATTNI_CU_LOADS 256 /* of a launch */
+
+typedef struct attni_cu_load_args {
+    attni_side side[2];
+    int32_t n_sides, odd;
+    attn_cache_load load[ATTNI_CU_LOADS];
+} attni_cu_load_args;
+
+// Block x is the load, y a part of it.
+static __global__ void __launch_bounds__(256)
+    attni_cu_load_pages(const __grid_constant__ attni_cu_load_args a) {
+    const attn_cache_load l = a.load[blockIdx.x];
+    const int64_t step = (int64_t)gridDim.y * 256, first = (int64_t)blockIdx.y * 256 + threadIdx.x;
+    for (int v = 0; v < a.n_sides; v++) {
+        const attni_side &s = a.side[v];
+        const uint8_t *from = s.data + l.page * s.page_bytes;
+        uint8_t *to = s.copies + l.slot * s.page_bytes;
+        const int64_t n = a.odd ? 0 : s.need_bytes / 16;
+#pragma unroll 4
+        for (int64_t i = first; i < n; i += step)
+            ((uint4 *)(void *)to)[i] = ((const uint4 *)(const void *)from)[i];
+        for (int64_t i = 16 * n + first; i < s.need_bytes; i += step) to[i] = from[i];
+    }
 }
 
 // ==== >>impl-host  Choosing, planning, uploading, launching ======================================
@@ -4393,8 +4515,9 @@ static int attni_cu_mma_fits(const attn_cuda *c, const attn_desc *d, const attni
 }
 
 static int attni_cu_odd_side(const attni_side *s) {
-    return attni_cu_misaligned(s->page_bytes | (int64_t)(uintptr_t)s->data, s->token_bytes,
-                               s->head_bytes, 16) ||
+    return attni_cu_misaligned(s->page_bytes | (int64_t)(uintptr_t)s->data |
+                                   (int64_t)(uintptr_t)s->copies,
+                               s->token_bytes, s->head_bytes, 16) ||
            (s->head_scale && (uintptr_t)s->head_scale % 4);
 }
 
@@ -4409,7 +4532,7 @@ static void attni_cu_alignment(attni_cu_args *a) {
 
 // Can kernels take 64 rows of this side in one piece, found with 32 bits?
 static int attni_cu_in_pieces(const attni_cu_args *a, const attni_side *s) {
-    return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
+    return !a->odd_rows && !s->copies && (!a->d.kv.page_table || a->page_shift >= 6) &&
            s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / a->d.kv.n_pages;
 }
 
@@ -4531,7 +4654,7 @@ ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device) {
 
 ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d) {
     if (!c || !d) return ATTN_ERR_ARGUMENT;
-    if (d->kv.layout == ATTN_K16 || d->numerics == ATTN_NUMERICS_PORTABLE || d->kv.cache)
+    if (d->kv.layout == ATTN_K16 || d->numerics == ATTN_NUMERICS_PORTABLE)
         return ATTN_ERR_UNSUPPORTED;
     return ATTN_OK;
 }
@@ -4630,8 +4753,13 @@ enum {
     ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
     ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START,
     ATTNI_CU_ROW_END, ATTNI_CU_BLOCKS, ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL,
-    ATTNI_CU_DIAG_START, ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
+    ATTNI_CU_DIAG_START, ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_RESOLVED, ATTNI_CU_SECTIONS
 };
+
+// Was the image laid out for pages with copies?
+static int attni_cu_may_resolve(const attn_cuda_plan *g) {
+    return g->at[ATTNI_CU_RESOLVED + 1] > g->at[ATTNI_CU_RESOLVED];
+}
 
 static int64_t attni_cu_entries(const attn_block_list *b) { // one in host memory
     int64_t n = 0, l, row;
@@ -4656,6 +4784,7 @@ static void attni_cu_table_bytes(const attn_desc *d, int64_t seqs, int64_t token
     bytes[ATTNI_CU_TOKEN0] = bytes[ATTNI_CU_Q_START] = (seqs + 1) * 4;
     if (d->mask.kind == ATTN_MASK_TREE) bytes[ATTNI_CU_PARENT] = tokens * 4;
     if (d->kv.page_table) bytes[ATTNI_CU_PAGES] = seqs * pages * 4;
+    if (d->kv.cache) bytes[ATTNI_CU_RESOLVED] = seqs * pages * 4;
     if (b->row_start && b->seq_row) bytes[ATTNI_CU_SEQ_ROW] = seqs * 4;
     if (b->row_start && !b->device_entries) {
         bytes[ATTNI_CU_ROW_START] = (int64_t)b->n_lists * ((int64_t)b->n_rows + 1) * 8;
@@ -5049,6 +5178,8 @@ static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
     attni_cu_pack(b, ATTNI_CU_COL, v->col, bytes[ATTNI_CU_COL]);
     attni_cu_pack(b, ATTNI_CU_DIAG_START, v->diag_start, bytes[ATTNI_CU_DIAG_START]);
     attni_cu_pack(b, ATTNI_CU_DIAG, v->diag, bytes[ATTNI_CU_DIAG]);
+    for (s = 0; attni_cu_may_resolve(g) && s < d->n_seq; s++)
+        if ((d->kv.kv_len[s] - 1) / d->kv.page_tokens >= pages) return ATTN_ERR_BUFFER;
     for (s = 0; d->kv.page_table && !have->page_table && s < d->n_seq; s++) {
         int32_t *to = (int32_t *)(void *)(b->to + g->at[ATTNI_CU_PAGES]) + s * pages;
         n = ((int64_t)d->kv.kv_len[s] + d->kv.page_tokens - 1) / d->kv.page_tokens;
@@ -5153,9 +5284,9 @@ static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const 
         return ATTN_ERR_LAYOUT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
         attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
-        attni_cu_split(d, k) != g->shape[6])
+        attni_cu_split(d, k) != g->shape[6] || (d->kv.cache && !attni_cu_may_resolve(g)))
         return ATTN_ERR_STALE;
-    return ATTN_OK;
+    return attni_bad_cache(&d->kv) ? ATTN_ERR_ARGUMENT : ATTN_OK;
 }
 
 ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, const attn_plan *plan,
@@ -5244,6 +5375,55 @@ static attn_result attni_cu_launch(const attn_cuda *c, attni_cu_kernel kernel, i
     return cudaLaunchKernelEx(&l, kernel, *a) == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
 }
 
+// Where pages have copies: resolves the tables of x, which lie on the device, and lets x and its
+// sides read through them. reads: counts of every page, or NULL.
+static attn_result attni_cu_resolve(const attn_cuda *c, const attn_cuda_plan *g, uint32_t *reads,
+                                    attn_desc *x, attni_side *k, attni_side *v,
+                                    attn_cuda_stream stream) {
+    const uint8_t *m = (const uint8_t *)g->device;
+    const attn_kv_cache *cache = x->kv.cache;
+    attni_cu_resolve_args a;
+    dim3 grid;
+    int i;
+    if (!cache) return ATTN_OK;
+    if (!attni_cu_may_resolve(g)) return ATTN_ERR_STALE;
+    if (cache->n_slots > INT32_MAX - x->kv.n_pages) return ATTN_ERR_OVERFLOW;
+    memset(&a, 0, sizeof a);
+    a.header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
+    a.seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
+    a.table = x->kv.page_table;
+    a.stride = x->kv.page_table_stride;
+    a.resolved = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_RESOLVED]);
+    a.capacity = g->cap[2];
+    a.slot = cache->slot;
+    a.reads = reads;
+    a.error = c->error;
+    a.n_pages = x->kv.n_pages;
+    a.n_slots = cache->n_slots;
+    a.page_tokens = x->kv.page_tokens;
+    grid = dim3((unsigned)attni_min64((g->cap[2] + 255) / 256, 64),
+                (unsigned)attni_min64(g->cap[0], 1024));
+    attni_cu_resolve_pages<<<grid, 256, 0, stream>>>(a);
+    for (i = 0; i < 2; i++) {
+        attni_side *s = i ? v : k;
+        s->first_copy = x->kv.n_pages;
+        s->to_copies = (int64_t)((uintptr_t)s->copies - (uintptr_t)s->data) -
+                       x->kv.n_pages * s->page_bytes;
+    }
+    x->kv.page_table = a.resolved;
+    x->kv.page_table_stride = a.capacity;
+    x->kv.n_pages += cache->n_slots;
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+// Tasks of this kind that a launch has to do for.
+static int64_t attni_cu_n_tasks(const attn_cuda_plan *g, const attni_cu_choice *k, int kind,
+                                int32_t group, int captured) {
+    if (!k->kernel[kind]) return 0;
+    if (!captured) return g->n[kind];
+    return attni_cu_may_have(g, k, kind, group) ? g->cap[3] : 0;
+}
+
 ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                    void *partials, size_t partial_bytes, attn_cuda_stream stream) {
     attni_cu_args a;
@@ -5252,7 +5432,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     attn_result r = attni_cu_check(c, d, g, &k);
     const uint8_t *m;
     int64_t rows;
-    int i, none, joins = 0;
+    int i, none, captured, joins = 0;
     if (r != ATTN_OK) return r;
     if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || !attni_cu_same_mask(&d->mask, &g->mask))
         return ATTN_ERR_STALE;
@@ -5261,7 +5441,8 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
         (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
-    if (capture != cudaStreamCaptureStatusNone && rows < g->cap[6]) return ATTN_ERR_BUFFER;
+    captured = capture != cudaStreamCaptureStatusNone;
+    if (captured && rows < g->cap[6]) return ATTN_ERR_BUFFER;
     memset(&a, 0, sizeof a);
     a.d = attni_cu_resolved(d);
     attni_cu_device_tables(g, &a.d);
@@ -5307,22 +5488,30 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.wide_o = attni_cu_wide(&a.d, &a.d.o, g->cap[1]);
     a.pieces = attni_cu_in_pieces(&a, &a.k) && attni_cu_in_pieces(&a, &a.v);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
+    if (d->kv.cache) a.reads = d->kv.cache->reads;
+    for (i = 0; i < ATTNI_CU_KINDS && a.reads; i++) {
+        int64_t blocks = attni_cu_n_tasks(g, &k, i, a.group, captured);
+        a.kind = i;
+        if (!blocks) continue;
+        r = attni_cu_launch(c, attni_cu_count_reads, attni_min64(blocks, 8 * c->n_sm),
+                            ATTNI_CU_THREADS, 0, 0, &a, stream);
+        if (r != ATTN_OK) return r;
+    }
+    if ((r = attni_cu_resolve(c, g, NULL, &a.d, &a.k, &a.v, stream)) != ATTN_OK) return r;
     // the longest tasks first; a captured launch must do for every later upload: those of kinds
     // that have no tasks now behind the others
     for (none = 0; none < 2; none++)
         for (i = ATTNI_CU_KINDS - 1; i >= 0; i--) {
-            int64_t blocks = capture == cudaStreamCaptureStatusNone ? g->n[i] : g->cap[3];
-            if (!k.kernel[i] || !blocks || none != (g->n[i] == 0)) continue;
-            if (capture != cudaStreamCaptureStatusNone && !attni_cu_may_have(g, &k, i, a.group))
-                continue;
+            int64_t blocks = attni_cu_n_tasks(g, &k, i, a.group, captured);
+            if (!blocks || none != (g->n[i] == 0)) continue;
             a.kind = i;
             blocks = attni_min64(blocks, g->n[ATTNI_CU_N_BLOCKS + i]);
             r = attni_cu_launch(c, k.kernel[i], blocks, k.threads[i], k.smem[i], joins, &a, stream);
             if (r != ATTN_OK) return r;
             joins = 1;
         }
-    if (capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] > 0 : g->shape[7]) {
-        int64_t n = capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] : g->cap[1];
+    if (captured ? g->shape[7] : g->n[ATTNI_CU_N_MERGES] > 0) {
+        int64_t n = captured ? g->cap[1] : g->n[ATTNI_CU_N_MERGES];
         n = attni_min64((n * d->n_heads * ((attni_v_dim(d) + 127) / 128) + 3) / 4, 8 * c->n_sm);
         return attni_cu_launch(c, attni_cu_merge_tokens, n, ATTNI_CU_THREADS, 0, joins, &a, stream);
     }
@@ -5353,7 +5542,8 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
     attn_result r = attni_cu_choose(c, d, &choice);
     int64_t blocks;
     if (r != ATTN_OK) return r;
-    if (d->kv.layout == ATTN_K16 || d->kv.cache) return ATTN_ERR_UNSUPPORTED;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!d->kv.k.data || !d->kv.v.data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if (count > INT64_MAX - first || first + count > INT64_MAX / 65536) return ATTN_ERR_OVERFLOW;
     if (!slots && (!g || !g->device)) return ATTN_ERR_ARGUMENT;
@@ -5402,7 +5592,8 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
     attn_result r = attni_cu_choose(c, d, &choice);
     int32_t i, j, step, most;
     if (r != ATTN_OK) return r;
-    if (d->kv.layout == ATTN_K16 || d->kv.cache) return ATTN_ERR_UNSUPPORTED;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!d->kv.k.data || !d->kv.v.data || n < 0 || (n > 0 && !copies)) return ATTN_ERR_ARGUMENT;
     for (i = 0; i < n; i++) {
         if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
@@ -5414,7 +5605,7 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
     memset(&a, 0, sizeof a);
     (void)attni_side_init(d, 0, &a.side[0]);
     (void)attni_side_init(d, 1, &a.side[1]);
-    a.n_sides = d->kv.v.data == d->kv.k.data ? 1 : 2;
+    a.n_sides = d->kv.v.data == d->kv.k.data ? 1 : 2; // as their copies are, see attni_bad_cache
     a.heads = d->n_kv_heads;
     for (i = 0; i < n; i += step) {
         step = attni_cu_independent(copies, i, n);
@@ -5426,6 +5617,37 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
         if (!a.n) continue;
         attni_cu_copy_rows<<<dim3((unsigned)a.n, (unsigned)attni_min32(most, 64)), 128, 0,
                              stream>>>(a);
+        if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_cache_load(const attn_cuda *c, const attn_desc *d,
+                                          const attn_cache_load *loads, int32_t n,
+                                          attn_cuda_stream stream) {
+    attni_cu_load_args a;
+    attni_cu_choice choice;
+    attn_result r = attni_cu_choose(c, d, &choice);
+    int32_t i, step;
+    if (r != ATTN_OK) return r;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (!d->kv.k.data || !d->kv.v.data || n < 0 || (n > 0 && !loads) || !d->kv.cache ||
+        attni_bad_cache(&d->kv))
+        return ATTN_ERR_ARGUMENT;
+    for (i = 0; i < n; i++)
+        if (loads[i].page < 0 || loads[i].page >= d->kv.n_pages || loads[i].slot < 0 ||
+            loads[i].slot >= d->kv.cache->n_slots)
+            return ATTN_ERR_PAGE;
+    memset(&a, 0, sizeof a);
+    (void)attni_side_init(d, 0, &a.side[0]);
+    (void)attni_side_init(d, 1, &a.side[1]);
+    a.n_sides = d->kv.v.data == d->kv.k.data ? 1 : 2;
+    a.odd = attni_cu_odd_side(&a.side[0]) || attni_cu_odd_side(&a.side[1]);
+    for (i = 0; i < n; i += step) {
+        step = attni_min32(n - i, ATTNI_CU_LOADS);
+        memcpy(a.load, loads + i, (size_t)step * sizeof *loads);
+        attni_cu_load_pages<<<dim3((unsigned)step, (unsigned)(1 + 1023 / step)), 256, 0, stream>>>(
+            a);
         if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
     }
     return ATTN_OK;
@@ -5518,6 +5740,9 @@ typedef struct attni_cu_pick {
     attni_cu_est *est;         // (n_est)
     uint8_t *work;             // (n_est) of est_bytes each
     int32_t *error;
+    uint32_t *reads;           // (n_pages) += 1 for every key looked at, if pages have copies
+    const int32_t *table;      // of pages, as d's was before it was resolved, for this
+    int64_t table_stride;
     int64_t est_bytes, head_bytes, at[12];
     int64_t kv_cap;            // positions, chunks and blocks there is room for
     int32_t n_chunks, n_blocks, n_est;
@@ -5542,6 +5767,11 @@ ATTNI_DEV float attni_cu_value_at(const uint8_t *row, attn_dtype t, int i) {
     return attni_get(row, t, i);
 }
 
+// A key of a sequence's page, one of its own table, is read.
+ATTNI_DEV_FAR void attni_cu_count_read(const attni_cu_pick &a, int32_t seq, int32_t page) {
+    atomicAdd(&a.reads[a.table ? a.table[seq * a.table_stride + page] : seq], 1u);
+}
+
 // Where token j of what a sequence holds lies; NULL: its page is none.
 ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, int32_t kv_head,
                                            int32_t j, float *scale) {
@@ -5553,9 +5783,11 @@ ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, 
         if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
         return NULL;
     }
-    *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_token_scale(&a.k, id, place, kv_head)
+    if (a.reads) attni_cu_count_read(a, seq, page);
+    const uint8_t *base = a.k.data + attni_cu_page_offset(a.k, id);
+    *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_scale_in(&a.k, base, place, kv_head)
                                         : a.scale;
-    return a.k.data + id * a.k.page_bytes + place * a.k.token_bytes + kv_head * a.k.head_bytes;
+    return base + place * a.k.token_bytes + kv_head * a.k.head_bytes;
 }
 
 // Where the key at position pos lies, NULL when it is not held.
@@ -7789,6 +8021,11 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
     a->d = attni_cu_resolved(d);
     attni_cu_device_tables(g, &a->d);
     (void)attni_side_init(d, 0, &a->k);
+    if (d->kv.cache && a->f.kind != ATTN_SELECT_FLEX && a->f.kind != ATTN_SELECT_EXACT) {
+        a->reads = d->kv.cache->reads; // of others all keys: attn_cuda_select
+        a->table = a->d.kv.page_table;
+        a->table_stride = a->d.kv.page_table_stride;
+    }
     a->x = *x;
     if (y) a->y = *y;
     a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
@@ -7836,6 +8073,7 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_summary *y, const attn_selection *x, void *work,
                                       size_t bytes, attn_cuda_stream stream) {
     attni_cu_pick a;
+    attni_side v; // selectors read K alone
     attn_result r = attn_select_check(d, s);
     if (r != ATTN_OK) return r;
     if (!c || !g || !g->device || !x || !x->block || !work) return ATTN_ERR_ARGUMENT;
@@ -7848,7 +8086,11 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     if (!attni_select_fill(s, &a.f)) return ATTN_ERR_ARGUMENT;
     if (!attni_select_fits(d, &a.f, x)) return ATTN_ERR_STALE;
     if (!attni_cu_pick_supports(&a.f)) return ATTN_ERR_UNSUPPORTED;
+    (void)attni_side_init(d, 1, &v);
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
+    r = attni_cu_resolve(c, g, d->kv.cache && !a.reads ? d->kv.cache->reads : NULL, &a.d, &a.k, &v,
+                         stream);
+    if (r != ATTN_OK) return r;
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
     if (r != ATTN_OK) return r;
     return a.f.kind == ATTN_SELECT_FLEX    ? attni_cu_flex_launch(c, g, &a, stream)
