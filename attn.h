@@ -1461,6 +1461,30 @@ ATTNI_FAR attn_result attni_check_rows(const attn_tensor *t, int64_t heads, int6
                ? ATTN_ERR_OVERFLOW : ATTN_OK;
 }
 
+// ---- Delta correction: rows of tensors of heads x v_head_dim
+
+// Element 0 of a row.
+ATTNI_FN int64_t attni_o_row(const attn_desc *d, const attn_tensor *t, int64_t token,
+                             int32_t head) {
+    int64_t st = t->stride_token ? t->stride_token : (int64_t)d->n_heads * attni_v_dim(d);
+    return token * st + head * (t->stride_head ? t->stride_head : attni_v_dim(d));
+}
+
+// d's shape must be right already.
+ATTNI_FAR attn_result attni_delta_check(const attn_desc *d, int32_t s, int32_t step,
+                                        const attn_tensor *delta, int32_t first, int32_t count) {
+    int32_t q_len, n;
+    attn_result r;
+    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !delta->data || !d->o.data || !d->q_start)
+        return ATTN_ERR_ARGUMENT;
+    q_len = d->q_start[s + 1] - d->q_start[s];
+    if (first < 0 || count < 0 || q_len < 1) return ATTN_ERR_ARGUMENT;
+    n = (q_len - 1) / step + 1;
+    if (first > n || count > n - first) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_check_rows(delta, d->n_heads, n)) != ATTN_OK) return r;
+    return attni_is_float(d->o.dtype) ? ATTN_OK : ATTN_ERR_DTYPE;
+}
+
 // ---- K or V pages, resolved: where the 4-byte units and the scales of a token lie
 
 typedef struct attni_side {
@@ -1476,7 +1500,7 @@ typedef struct attni_side {
     uint8_t *copies;                  // of pages that have one, as slot says; NULL: no cache
     const int32_t *slot;
     int32_t n_slots;
-    int32_t first_copy;               // CUDA: ids from here on are those of copies, which lie ...
+    int32_t first_copy;               // CUDA: ids from here on are slots', whose copies lie ...
     int64_t to_copies;                // ... so many bytes from where a page of this id would
 } attni_side;
 
@@ -1563,6 +1587,8 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     s->page_tokens = d->kv.page_tokens;
     s->head_scale = attni_is_scaled(a->dtype) ? a->head_scale : NULL;
     s->copies = NULL;
+    s->first_copy = INT32_MAX;
+    s->to_copies = 0;
     if (d->kv.cache) {
         s->copies = (uint8_t *)(is_v ? d->kv.cache->v : d->kv.cache->k);
         s->slot = d->kv.cache->slot;

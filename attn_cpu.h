@@ -7497,30 +7497,11 @@ ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *
 
 // ==== >>impl-delta  ==============================================================================
 
-// Element 0 of a row of a tensor of heads x v_head_dim.
-static int64_t attni_o_row(const attn_desc *d, const attn_tensor *t, int64_t token, int32_t head) {
-    int64_t st = t->stride_token ? t->stride_token : (int64_t)d->n_heads * attni_v_dim(d);
-    return token * st + head * (t->stride_head ? t->stride_head : attni_v_dim(d));
-}
-
-static attn_result attni_delta_check(const attn_desc *d, int32_t s, int32_t step,
-                                     const attn_tensor *delta, int32_t first, int32_t count) {
-    attn_result r = attni_cpu_check(d);
-    int32_t q_len;
-    if (r != ATTN_OK) return r;
-    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !delta->data || !d->o.data)
-        return ATTN_ERR_ARGUMENT;
-    q_len = d->q_start[s + 1] - d->q_start[s];
-    if (first < 0 || count < 0 || q_len < 1 || first + count > (q_len - 1) / step + 1)
-        return ATTN_ERR_ARGUMENT;
-    if ((r = attni_check_rows(delta, d->n_heads, (q_len - 1) / step + 1)) != ATTN_OK) return r;
-    return attni_is_float(d->o.dtype) ? ATTN_OK : ATTN_ERR_DTYPE;
-}
-
 ATTN_DEF attn_result attn_cpu_delta_take(const attn_desc *d, int32_t s, int32_t step,
                                          const attn_tensor *delta, int32_t first, int32_t count) {
-    attn_result r = attni_delta_check(d, s, step, delta, first, count);
+    attn_result r = attni_cpu_check(d);
     int32_t i, h, e;
+    if (r == ATTN_OK) r = attni_delta_check(d, s, step, delta, first, count);
     for (i = first; r == ATTN_OK && i < first + count; i++)
         for (h = 0; h < d->n_heads; h++) {
             int64_t from = attni_o_row(d, &d->o, d->q_start[s] + (int64_t)i * step, h);
@@ -7537,8 +7518,9 @@ ATTN_DEF attn_result attn_cpu_delta_take(const attn_desc *d, int32_t s, int32_t 
 ATTN_DEF attn_result attn_cpu_delta_add(const attn_desc *d, int32_t s, int32_t step,
                                         int interpolate, const attn_tensor *delta, int32_t first,
                                         int32_t count) {
-    attn_result r = attni_delta_check(d, s, step, delta, first, count);
+    attn_result r = attni_cpu_check(d);
     int32_t i, j, h, e, q_len, last;
+    if (r == ATTN_OK) r = attni_delta_check(d, s, step, delta, first, count);
     if (r != ATTN_OK) return r;
     q_len = d->q_start[s + 1] - d->q_start[s];
     last = (q_len - 1) / step;

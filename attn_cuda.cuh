@@ -198,6 +198,17 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
                                              int32_t slot, attn_cuda_stream stream);
 
+// ==== >>delta  Correcting sparse attention by some dense rows ====================================
+
+// As attn_cpu_delta_take and _add, the same bits; delta lies in device memory as O does. _add over
+// rows behind which others follow reads the first of those when it interpolates: take all before.
+ATTN_DEF attn_result attn_cuda_delta_take(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                          int32_t step, const attn_tensor *delta, int32_t first,
+                                          int32_t count, attn_cuda_stream stream);
+ATTN_DEF attn_result attn_cuda_delta_add(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                         int32_t step, int interpolate, const attn_tensor *delta,
+                                         int32_t first, int32_t count, attn_cuda_stream stream);
+
 #endif // ATTN_CUDA_CUH
 
 // ==== Stop here if you only want the API. ========================================================
@@ -2365,7 +2376,7 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 
 struct attni_cu_tall_shared : attni_cu_shared {
     int32_t queue[attni_cu_shared::SCAN + 1];
-    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each
+    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces: see piece_at
     attni_cu_task ahead;      // the one that comes next
     uint32_t q16[ATTNI_CU_ROWS], o16[ATTNI_CU_ROWS]; // where rows lie, 16 bytes each; ~0: nowhere
     int32_t queue_end, n_tasks; // first block behind
@@ -2380,6 +2391,12 @@ static_assert(attni_cu_smem_bytes(90, 0, 128, 128, 2) <= 228 * 1024 / 2 - 1024,
 // Do rows of a block lie one stride apart, which 32 bits count?
 ATTNI_DEV int attni_cu_flat(const attni_cu_args &a, const attni_cu_task &w) {
     return a.pieces && (!a.d.kv.page_table || w.pos0 % ATTNI_CU_BLOCK == 0);
+}
+
+// Where a piece lies: so many times 16 bytes from page 0, or from slot 0.
+#define ATTNI_CU_COPY (1u << 31)
+ATTNI_DEV const uint8_t *attni_cu_piece_at(const attni_side &s, uint32_t at) {
+    return (at & ATTNI_CU_COPY ? s.copies : s.data) + (uint64_t)(at & ~ATTNI_CU_COPY) * 16;
 }
 
 // Entry i of the queue: block number at, which lies at a block of positions: its flags, and where
@@ -2397,8 +2414,11 @@ ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, in
     if (flat) {
         page = attni_cu_checked(a, static_cast<attni_cu_shared *>(s), page, 0);
         if (a.d.kv.page_table) j &= a.d.kv.page_tokens - 1;
-        s->k16[i] = (uint32_t)(attni_cu_offset(a.k, page, j, w.kv_head) / 16);
-        s->v16[i] = (uint32_t)(attni_cu_offset(a.v, page, j, w.kv_head) / 16);
+        const int copy = page >= a.k.first_copy;
+        const int32_t id = copy ? page - a.k.first_copy : page; // below: no offset to copies in it
+        s->k16[i] = (uint32_t)(attni_cu_offset(a.k, id, j, w.kv_head) / 16);
+        s->v16[i] = (uint32_t)(attni_cu_offset(a.v, id, j, w.kv_head) / 16);
+        if (copy) s->k16[i] |= ATTNI_CU_COPY, s->v16[i] |= ATTNI_CU_COPY;
         if (page >= 0 && flags & ATTNI_CU_WHOLE) flags |= ATTNI_CU_PIECE;
     }
     s->queue[i] = at | flags;
@@ -2615,8 +2635,8 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
         const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
         const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
         if (x >= ATTNI_CU_PIECE) {
-            fetch_piece<DK / 8>(k, a.k.data + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
-            fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+            fetch_piece<DK / 8>(k, attni_cu_piece_at(a.k, kf), (int32_t)a.k.token_bytes);
+            fetch_piece<DV / 8>(v, attni_cu_piece_at(a.v, vf), (int32_t)a.v.token_bytes);
             return;
         }
         if (x & ATTNI_CU_WHOLE && !s->bad && !a.odd_rows) {
@@ -4109,8 +4129,13 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
             page = attni_cu_checked(a, s, page, place);
             s->k[tid] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, w.kv_head);
             s->v[tid] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, w.kv_head);
-            x->scale[0][tid] = page < 0 ? 0 : attni_token_scale(&a.k, page, place, w.kv_head);
-            x->scale[1][tid] = page < 0 ? 0 : attni_token_scale(&a.v, page, place, w.kv_head);
+            for (int v = 0; v < 2; v++) {
+                const attni_side &y = v ? a.v : a.k;
+                x->scale[v][tid] = page < 0 ? 0
+                                            : attni_scale_in(&y, y.data +
+                                                                 attni_cu_page_offset(y, page),
+                                                             place, w.kv_head);
+            }
         }
         attni_cu_mask_rows(a, s, b);
         attni_cu_simt_scores(a, s, x, c);
@@ -4364,24 +4389,54 @@ static __global__ void __launch_bounds__(256)
     }
 }
 
-// Walks the blocks of tasks as kernels do and counts the pages in them. d's tables are not resolved.
+// Counts for every page the blocks of 64 positions from `from` to `to` that lie in it.
+ATTNI_DEV void attni_cu_count_run(const attni_cu_args &a, const attni_cu_task &w, int32_t from,
+                                  int32_t to, uint32_t n) {
+    const int32_t pt = a.d.kv.page_tokens, p0 = attni_cu_page_index(a, from - w.pos0);
+    int64_t p = p0 + (int64_t)threadIdx.x;
+    for (; from < to && p <= attni_cu_page_index(a, to - 1 - w.pos0); p += ATTNI_CU_THREADS) {
+        const int32_t lo = (int32_t)attni_max64(p * pt + w.pos0, from) / ATTNI_CU_BLOCK;
+        const int32_t hi = (int32_t)(attni_min64((p + 1) * pt + w.pos0, to) - 1) / ATTNI_CU_BLOCK;
+        const int32_t id = a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, (int32_t)p)) : w.seq;
+        if ((uint32_t)id < (uint32_t)a.d.kv.n_pages)
+            atomicAdd(&a.reads[id], n * (uint32_t)(hi - lo + 1));
+    }
+}
+
+// Walks the blocks of tasks as kernels do and counts the pages in them: a warp has a block, a lane
+// two of its tokens. Where heads read alike, the first one's tasks count for all. d's tables are not
+// resolved.
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
     attni_cu_count_reads(const __grid_constant__ attni_cu_args a) {
     __shared__ attni_cu_shared s;
-    for (int32_t i = (int32_t)blockIdx.x; attni_cu_begin(a, &s, i); i += (int32_t)gridDim.x) {
+    const attn_mask *m = &a.d.mask;
+    const int alike = !m->stride.block && (!m->blocks.row_start || m->blocks.n_lists == 1) &&
+                      (!m->vslash.block || m->vslash.n_lists == 1);
+    const uint32_t n = alike ? (uint32_t)(a.d.n_heads / a.group) : 1;
+    const int32_t warp = (int32_t)threadIdx.x >> 5, lane = (int32_t)threadIdx.x & 31;
+    for (int32_t i = (int32_t)blockIdx.x; attni_cu_draw(a, &s, i); i += (int32_t)gridDim.x) {
         const attni_cu_task &w = s.task;
-        int32_t b = attni_cu_next(a, &s, w, attni_cu_start(a, w));
+        if (alike && w.head) continue;
+        if (!a.sparse) {
+            const int32_t begin = attni_max32(attni_cu_start(a, w) * ATTNI_CU_BLOCK, w.pos0);
+            attni_cu_count_run(a, w, begin, attni_min32(w.sink_end, w.lo), n);
+            attni_cu_count_run(a, w, w.lo, w.hi, n);
+            continue;
+        }
+        s.row[threadIdx.x] = attni_cu_get_row(a, w, (int)threadIdx.x); // as many as threads
+        __syncthreads();
+        attni_cu_terms(a, &s, attni_cu_shared::ROWS);
+        int32_t b = attni_cu_next(a, &s, w, attni_cu_start(a, w)), turn = 0;
         for (; b < w.end_block; b = attni_cu_next(a, &s, w, b + 1)) {
             int32_t page[2], place, before;
-            if (threadIdx.x >= 32) continue; // a lane has two tokens
+            if ((turn++ & 3) != warp) continue;
             for (int e = 0; e < 2; e++) {
-                page[e] = attni_cu_page_of(a, &s, b, 2 * (int)threadIdx.x + e, &place);
+                page[e] = attni_cu_page_of(a, &s, b, 2 * lane + e, &place);
                 page[e] = attni_cu_checked(a, &s, page[e], place);
             }
             before = __shfl_up_sync(~0u, page[1], 1);
-            if (page[0] >= 0 && (threadIdx.x == 0 || page[0] != before))
-                atomicAdd(&a.reads[page[0]], 1u);
-            if (page[1] >= 0 && page[1] != page[0]) atomicAdd(&a.reads[page[1]], 1u);
+            if (page[0] >= 0 && (lane == 0 || page[0] != before)) atomicAdd(&a.reads[page[0]], n);
+            if (page[1] >= 0 && page[1] != page[0]) atomicAdd(&a.reads[page[1]], n);
         }
     }
 }
@@ -4532,8 +4587,9 @@ static void attni_cu_alignment(attni_cu_args *a) {
 
 // Can kernels take 64 rows of this side in one piece, found with 32 bits?
 static int attni_cu_in_pieces(const attni_cu_args *a, const attni_side *s) {
-    return !a->odd_rows && !s->copies && (!a->d.kv.page_table || a->page_shift >= 6) &&
-           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / a->d.kv.n_pages;
+    const int32_t n = attni_max32(a->d.kv.n_pages, s->copies ? s->n_slots : 0);
+    return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
+           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= INT32_MAX / n;
 }
 
 // Do rows of Q or O lie at multiples of 16 bytes that 32 bits count?
@@ -4783,7 +4839,8 @@ static void attni_cu_table_bytes(const attn_desc *d, int64_t seqs, int64_t token
     bytes[ATTNI_CU_ORDER] = bytes[ATTNI_CU_UNIT0] = seqs * 4;
     bytes[ATTNI_CU_TOKEN0] = bytes[ATTNI_CU_Q_START] = (seqs + 1) * 4;
     if (d->mask.kind == ATTN_MASK_TREE) bytes[ATTNI_CU_PARENT] = tokens * 4;
-    if (d->kv.page_table) bytes[ATTNI_CU_PAGES] = seqs * pages * 4;
+    if (d->kv.page_table) // one table, where all sequences have the same pages
+        bytes[ATTNI_CU_PAGES] = (d->kv.page_table_stride ? seqs : 1) * pages * 4;
     if (d->kv.cache) bytes[ATTNI_CU_RESOLVED] = seqs * pages * 4;
     if (b->row_start && b->seq_row) bytes[ATTNI_CU_SEQ_ROW] = seqs * 4;
     if (b->row_start && !b->device_entries) {
@@ -4844,6 +4901,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     g->cap[4] = 2 * tasks;
     g->cap[5] = units;
     g->cap[6] = (int64_t)(p->partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
+    g->cap[7] = d->kv.page_table_stride ? pages : 0; // from one sequence's pages to the next one's
     g->shape[0] = d->n_heads;
     g->shape[1] = d->n_kv_heads;
     g->shape[2] = d->head_dim;
@@ -5161,7 +5219,7 @@ static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
     const attn_vertical_slash *v = &d->mask.vslash;
     const attn_cuda_tables *have = &b->g->tables;
     const attn_cuda_plan *g = b->g;
-    int64_t bytes[ATTNI_CU_SECTIONS], pages = g->cap[2], s, n;
+    int64_t bytes[ATTNI_CU_SECTIONS], pages = g->cap[2], most = 0, s, n;
     int i;
     memset(bytes, 0, sizeof bytes);
     attni_cu_table_bytes(d, d->n_seq, d->q_start[d->n_seq], pages, bytes);
@@ -5180,13 +5238,17 @@ static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
     attni_cu_pack(b, ATTNI_CU_DIAG, v->diag, bytes[ATTNI_CU_DIAG]);
     for (s = 0; attni_cu_may_resolve(g) && s < d->n_seq; s++)
         if ((d->kv.kv_len[s] - 1) / d->kv.page_tokens >= pages) return ATTN_ERR_BUFFER;
-    for (s = 0; d->kv.page_table && !have->page_table && s < d->n_seq; s++) {
-        int32_t *to = (int32_t *)(void *)(b->to + g->at[ATTNI_CU_PAGES]) + s * pages;
+    if (!d->kv.page_table || have->page_table) return ATTN_OK;
+    if (!g->cap[7] && d->kv.page_table_stride && d->n_seq > 1) return ATTN_ERR_BUFFER;
+    for (s = 0; s < d->n_seq; s++) {
+        int32_t *to = (int32_t *)(void *)(b->to + g->at[ATTNI_CU_PAGES]) + s * g->cap[7];
         n = ((int64_t)d->kv.kv_len[s] + d->kv.page_tokens - 1) / d->kv.page_tokens;
         if (n > pages) return ATTN_ERR_BUFFER;
+        if (s && !g->cap[7] && n <= most) continue; // it is there
         memcpy(to, d->kv.page_table + s * d->kv.page_table_stride, 4 * (size_t)n);
         memset(to + n, 0xff, 4 * (size_t)(pages - n));
-        b->used[ATTNI_CU_PAGES] = bytes[ATTNI_CU_PAGES];
+        b->used[ATTNI_CU_PAGES] = 4 * (s * g->cap[7] + pages);
+        most = n;
     }
     return ATTN_OK;
 }
@@ -5332,7 +5394,7 @@ static void attni_cu_device_tables(const attn_cuda_plan *g, attn_desc *d) {
     d->q_pos0 = d->kv.kv_len = d->kv.kv_pos0 = d->seq_order = NULL; // kernels read seq[]
     if (d->kv.page_table) {
         d->kv.page_table = t->page_table ? t->page_table : ATTNI_AT(int32_t, ATTNI_CU_PAGES);
-        d->kv.page_table_stride = t->page_table ? t->page_table_stride : g->cap[2];
+        d->kv.page_table_stride = t->page_table ? t->page_table_stride : g->cap[7];
     }
     if (d->mask.tree_parent) d->mask.tree_parent = ATTNI_AT(int32_t, ATTNI_CU_PARENT);
     if (b->row_start && !b->device_entries) {
@@ -5704,6 +5766,86 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
     a.dim = dim;
     attni_cu_merge_states<<<(unsigned)((n_tokens * n_heads + 3) / 4), 128, 0, stream>>>(a);
     return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+// ==== >>impl-delta  Correcting sparse attention by some dense rows ===============================
+
+typedef struct attni_cu_delta_args {
+    attn_tensor o, delta;   // strides resolved
+    int64_t n;              // elements of O (take: of delta) to look after
+    int32_t heads, dim;
+    int32_t token0, q_len, step, first; // of the sequence in O; of its queries; delta's first row
+    int32_t add, interpolate;
+} attni_cu_delta_args;
+
+ATTNI_DEV float attni_cu_delta_at(const attni_cu_delta_args &a, int64_t row, int32_t h, int32_t e) {
+    return attni_get(a.delta.data, a.delta.dtype,
+                     row * a.delta.stride_token + h * a.delta.stride_head + e);
+}
+
+// A thread has an element of a row of delta, or of a row of O that is added to.
+static __global__ void __launch_bounds__(256)
+    attni_cu_delta_rows(const __grid_constant__ attni_cu_delta_args a) {
+    const int64_t per = (int64_t)a.heads * a.dim;
+    for (int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x; at < a.n;
+         at += (int64_t)gridDim.x * 256) {
+        const int32_t j = (int32_t)(at / per) + (a.add ? a.first * a.step : a.first);
+        const int32_t in = (int32_t)(at % per), h = in / a.dim, e = in % a.dim;
+        const int32_t i = a.add ? j / a.step : j, q = a.add ? j : j * a.step;
+        const int64_t there = ((int64_t)a.token0 + q) * a.o.stride_token + h * a.o.stride_head + e;
+        const float o = attni_get(a.o.data, a.o.dtype, there);
+        float x = attni_cu_delta_at(a, i, h, e);
+        if (!a.add) {
+            attni_put(a.delta.data, a.delta.dtype,
+                      i * a.delta.stride_token + h * a.delta.stride_head + e, __fsub_rn(x, o));
+            continue;
+        }
+        if (a.interpolate && j % a.step && i < (a.q_len - 1) / a.step) {
+            const float f = __fdiv_rn((float)(j % a.step), (float)a.step);
+            const float y = attni_cu_delta_at(a, i + 1, h, e);
+            x = __fadd_rn(x, __fmul_rn(f, __fsub_rn(y, x)));
+        }
+        attni_put(a.o.data, a.o.dtype, there, __fadd_rn(x, o));
+    }
+}
+
+static attn_result attni_cu_delta(const attn_cuda *c, const attn_desc *d, int32_t s, int32_t step,
+                                  const attn_tensor *delta, int32_t first, int32_t count, int add,
+                                  int interpolate, attn_cuda_stream stream) {
+    attni_cu_delta_args a;
+    attni_cu_choice k;
+    int64_t tokens;
+    attn_result r = attni_cu_choose(c, d, &k);
+    if (r != ATTN_OK) return r;
+    if ((r = attni_delta_check(d, s, step, delta, first, count)) != ATTN_OK || !count) return r;
+    memset(&a, 0, sizeof a);
+    a.heads = d->n_heads;
+    a.dim = attni_v_dim(d);
+    a.o = attni_cu_resolved(d).o;
+    (void)attni_cu_rows_of(delta, a.heads, a.dim, 0, &a.delta);
+    a.token0 = d->q_start[s];
+    a.q_len = d->q_start[s + 1] - d->q_start[s];
+    a.step = step;
+    a.first = first;
+    a.add = add;
+    a.interpolate = interpolate;
+    tokens = attni_min64((int64_t)count * step, a.q_len - (int64_t)first * step);
+    a.n = (add ? tokens : count) * a.heads * a.dim;
+    attni_cu_delta_rows<<<(unsigned)attni_min64((a.n + 255) / 256, 16 * c->n_sm), 256, 0, stream>>>(
+        a);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+ATTN_DEF attn_result attn_cuda_delta_take(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                          int32_t step, const attn_tensor *delta, int32_t first,
+                                          int32_t count, attn_cuda_stream stream) {
+    return attni_cu_delta(c, d, s, step, delta, first, count, 0, 0, stream);
+}
+
+ATTN_DEF attn_result attn_cuda_delta_add(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                         int32_t step, int interpolate, const attn_tensor *delta,
+                                         int32_t first, int32_t count, attn_cuda_stream stream) {
+    return attni_cu_delta(c, d, s, step, delta, first, count, 1, interpolate, stream);
 }
 
 // ==== >>impl-select-keys  Selectors: rows of lists, keys anywhere, products ======================
