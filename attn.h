@@ -990,7 +990,8 @@ struct attn_kv_cache {
     int32_t n_slots;
     const int32_t *slot; // (n_pages) where a page's copy is, or -1
     uint32_t *reads;     // (n_pages) += 1 by every task and unit of selection that reads a page's
-                         // 256 tokens, or part of them
+                         // 256 tokens, or part of them; on a GPU by tasks for each block of 64
+                         // positions, by HiP for each key, by other selectors for the whole page
 };
 
 typedef enum attn_cache_policy { // which pages stay; of equals those that are there, lower ids
@@ -1036,7 +1037,8 @@ ATTN_DEF attn_result attn_cache_init(const attn_cache_params *p, void *mem, size
 
 // Prefetching: the next update counts the page as read in this step, without statistics. A step's
 // lists are a good guess at the next one's: attn_cache_want_listed does it for all pages that the
-// rows of sequence s list for its queries. d must be valid, its mask's lists in host memory.
+// rows of sequence s list for its queries. d must be valid, its mask's lists in host memory. (What
+// was read over a GPU's own lists is in reads, which says the same.)
 ATTN_DEF void attn_cache_want(attn_cache *c, int32_t page);
 ATTN_DEF attn_result attn_cache_want_listed(attn_cache *c, const attn_desc *d, int32_t s);
 

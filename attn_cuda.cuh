@@ -23,10 +23,17 @@
              and validation read them, attn_cuda_upload packs them into the plan's device image.
              Page tables may lie in device memory (attn_cuda_tables), block lists too: see
              attn_block_list.device_entries.
+   OFFLOAD   With kv.cache K and V lie in page-locked host memory (cudaMallocHost) and what kv.cache
+             points to (copies, slot, reads) in device memory. Pages without a copy are read where
+             they lie, over the bus: the same bits. A plan's image must have been laid out with
+             kv.cache then (it serves problems without, too). When the step's reads are over, on the
+             same stream: copy reads to attn_cache.reads and zero them, attn_cache_update, copy
+             attn_cache.slot to slot, attn_cuda_cache_load. A slot that is none counts as -1 and is
+             reported (ERR_PAGE). Captured runs follow. Counting (reads not NULL) is a pass more.
 
-   CONTENTS  >>open  >>store  >>run  >>select   and behind  >>impl-:
-             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host,
-             select-keys, select-cut, select-flex, select-hip, select-exact, select-host
+   CONTENTS  >>open  >>store  >>run  >>select  >>delta   and behind  >>impl-:
+             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, cache, host,
+             delta, select-keys, select-cut, select-flex, select-hip, select-exact, select-host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -4352,8 +4359,8 @@ static __global__ void __launch_bounds__(128)
 // ==== >>impl-cache  Pages in host memory behind copies on the device =============================
 //
 // What runs first looks every page up: resolved tables name a page that has a copy in slot i by
-// n_pages + i. So kernels find pages as ever, but for an addition (attni_cu_page_offset). What a run
-// reads is counted by a pass of its own over its tasks, so that none of it is in the way of others.
+// n_pages + i. So kernels find pages as ever, but for an addition (attni_cu_page_offset). What a
+// run reads is counted by a pass of its own over its tasks, in nobody's way.
 
 typedef struct attni_cu_resolve_args {
     const attni_cu_header *header;
@@ -4397,15 +4404,16 @@ ATTNI_DEV void attni_cu_count_run(const attni_cu_args &a, const attni_cu_task &w
     for (; from < to && p <= attni_cu_page_index(a, to - 1 - w.pos0); p += ATTNI_CU_THREADS) {
         const int32_t lo = (int32_t)attni_max64(p * pt + w.pos0, from) / ATTNI_CU_BLOCK;
         const int32_t hi = (int32_t)(attni_min64((p + 1) * pt + w.pos0, to) - 1) / ATTNI_CU_BLOCK;
-        const int32_t id = a.d.kv.page_table ? __ldg(attni_cu_page_at(a, w.seq, (int32_t)p)) : w.seq;
+        int32_t id = w.seq;
+        if (a.d.kv.page_table) id = __ldg(attni_cu_page_at(a, w.seq, (int32_t)p));
         if ((uint32_t)id < (uint32_t)a.d.kv.n_pages)
             atomicAdd(&a.reads[id], n * (uint32_t)(hi - lo + 1));
     }
 }
 
 // Walks the blocks of tasks as kernels do and counts the pages in them: a warp has a block, a lane
-// two of its tokens. Where heads read alike, the first one's tasks count for all. d's tables are not
-// resolved.
+// two of its tokens. Where heads read alike, the first one's tasks count for all. The tables are
+// not resolved.
 static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
     attni_cu_count_reads(const __grid_constant__ attni_cu_args a) {
     __shared__ attni_cu_shared s;

@@ -1,5 +1,5 @@
-/* KV offload on a CUDA device: pages in page-locked host memory behind a cache in device memory that
-   is far too small. Attention and selectors must give the bits that they give without, whatever is
+/* KV offload on a CUDA device: pages in page-locked host memory behind a cache in device memory
+   that is far too small. Attention and selectors must give the bits that they give without, whatever is
    cached; stores and page copies must reach both memories; reads must be counted. The problems are
    tests/cuda/test_cuda.c's. test_offload_cuda [SEED [COUNT [NAME]]] */
 #define main test_cuda_main
@@ -88,11 +88,11 @@ static int offload_equal(const offload *x, const twin *t) {
         uint8_t *m = (uint8_t *)malloc(one * (size_t)t->d.kv.n_pages);
         dev_read(m, v ? t->d.kv.v.data : t->d.kv.k.data, one * (size_t)t->d.kv.n_pages);
         if (memcmp(m, home, one * (size_t)t->d.kv.n_pages)) ok = 0;
-        dev_read(m, v ? x->kc.v : x->kc.k, one * (size_t)x->kc.n_slots);
-        for (i = 0; i < x->kc.n_slots; i++)
-            if (x->c->page[i] >= 0 &&
-                memcmp(m + one * (size_t)i, home + one * (size_t)x->c->page[i], need))
-                ok = 0;
+        for (i = 0; i < x->kc.n_slots; i++) {
+            if (x->c->page[i] < 0) continue;
+            dev_read(m, (const uint8_t *)(v ? x->kc.v : x->kc.k) + one * (size_t)i, need);
+            if (memcmp(m, home + one * (size_t)x->c->page[i], need)) ok = 0;
+        }
         free(m);
     }
     return ok;
@@ -327,6 +327,7 @@ static uint8_t *lists(const attn_desc *d, const attn_select *s, attn_result *out
     how h;
     job j;
     memset(&h, 0, sizeof h);
+    dev_fill(mem, 0xff, bytes); // rows' ends are all that selecting leaves as it was
     CHECK_EQ(attn_selection_init(d, s, mem, bytes, seq_row, 1, &x), ATTN_OK);
     for (i = 0; i < x.n_slots; i++)
         CHECK_EQ(attn_cuda_select_forget(&cu, &x, i, dev_stream), ATTN_OK);
