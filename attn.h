@@ -1477,12 +1477,12 @@ ATTNI_FAR attn_result attni_delta_check(const attn_desc *d, int32_t s, int32_t s
                                         const attn_tensor *delta, int32_t first, int32_t count) {
     int32_t q_len, n;
     attn_result r;
-    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !delta->data || !d->o.data || !d->q_start)
+    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !delta->data || !d->o.data)
         return ATTN_ERR_ARGUMENT;
     q_len = d->q_start[s + 1] - d->q_start[s];
     if (first < 0 || count < 0 || q_len < 1) return ATTN_ERR_ARGUMENT;
     n = (q_len - 1) / step + 1;
-    if (first > n || count > n - first) return ATTN_ERR_ARGUMENT;
+    if (count > n - first) return ATTN_ERR_ARGUMENT;
     if ((r = attni_check_rows(delta, d->n_heads, n)) != ATTN_OK) return r;
     return attni_is_float(d->o.dtype) ? ATTN_OK : ATTN_ERR_DTYPE;
 }
@@ -1614,7 +1614,7 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
 ATTNI_FN int attni_bad_cache(const attn_kv *kv) {
     const attn_kv_cache *c = kv->cache;
     return c && (!c->k || !c->v || !c->slot || c->n_slots < 1 ||
-                 (kv->k.data && (c->k == c->v) != (kv->k.data == kv->v.data)));
+                 (c->k == c->v) != (kv->k.data == kv->v.data));
 }
 
 ATTNI_FN int32_t attni_kv_pos0(const attn_desc *d, int32_t s) {

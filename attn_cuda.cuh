@@ -5825,6 +5825,7 @@ static attn_result attni_cu_delta(const attn_cuda *c, const attn_desc *d, int32_
     int64_t tokens;
     attn_result r = attni_cu_choose(c, d, &k);
     if (r != ATTN_OK) return r;
+    if (!d->q_start) return ATTN_ERR_ARGUMENT;
     if ((r = attni_delta_check(d, s, step, delta, first, count)) != ATTN_OK || !count) return r;
     memset(&a, 0, sizeof a);
     a.heads = d->n_heads;
