@@ -1205,6 +1205,15 @@ ATTNI_FN float attni_div(float a, float b) {
     return a;
 }
 
+// a * b, which no addition makes one operation with on a GPU.
+ATTNI_FN float attni_mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
 // a < b on the bits, false with NaN: -ffinite-math-only lets a compiler turn comparisons round.
 ATTNI_FN int attni_less(float a, float b) {
     int64_t x = attni_bits32(a), y = attni_bits32(b);
@@ -2026,16 +2035,57 @@ ATTNI_FN int32_t attni_page_cells(const attn_desc *d) {
     return (int32_t)attni_n_blocks(d->kv.page_tokens, ATTNI_CELL);
 }
 
-// Cell, counted from position 0 on, of the token at place j of a sequence.
-ATTNI_FN int64_t attni_cell_of(const attn_desc *d, int32_t s, int64_t j) {
+// Cell, counted from position 0 on, of the token at place j of a sequence that begins at pos0.
+ATTNI_FN int64_t attni_cell_from(const attn_desc *d, int32_t pos0, int64_t j) {
     const int64_t pt = d->kv.page_tokens;
-    return (attni_kv_pos0(d, s) / pt + j / pt) * attni_page_cells(d) + j % pt / ATTNI_CELL;
+    return (pos0 / pt + j / pt) * attni_page_cells(d) + j % pt / ATTNI_CELL;
+}
+ATTNI_FN int64_t attni_cell_of(const attn_desc *d, int32_t s, int64_t j) {
+    return attni_cell_from(d, attni_kv_pos0(d, s), j);
 }
 
 // The first place of a cell; may be negative where the sequence's front was evicted.
-ATTNI_FN int64_t attni_cell_place(const attn_desc *d, int32_t s, int64_t cell) {
+ATTNI_FN int64_t attni_place_from(const attn_desc *d, int32_t pos0, int64_t cell) {
     const int64_t pt = d->kv.page_tokens, n = attni_page_cells(d);
-    return (cell / n - attni_kv_pos0(d, s) / pt) * pt + cell % n * ATTNI_CELL;
+    return (cell / n - pos0 / pt) * pt + cell % n * ATTNI_CELL;
+}
+ATTNI_FN int64_t attni_cell_place(const attn_desc *d, int32_t s, int64_t cell) {
+    return attni_place_from(d, attni_kv_pos0(d, s), cell);
+}
+
+// The node of a cell or (level 1) of the run that ends with it.
+ATTNI_FN uint16_t *attni_node_at(const attn_desc *d, uint16_t *data, int level, int32_t page,
+                                 int64_t cell, int32_t head) {
+    const int64_t pc = attni_page_cells(d);
+    const int64_t at = (level * (int64_t)d->kv.n_pages + page) * pc + cell % pc;
+    return data + (at * d->n_kv_heads + head) * (2 * (int64_t)d->head_dim + 8);
+}
+
+// At least the square root of x >= 0: Newton's steps come from above. Inf and NaN stay.
+ATTNI_FAR float attni_root(float x) {
+    float y = attni_float((attni_bits32(x) >> 1) + 0x1fbd1df5u);
+    if (!attni_less(0, x) || !attni_finite(x)) return x;
+    y = 0.5f * (y + attni_div(x, y));
+    y = 0.5f * (y + attni_div(x, y));
+    return y * 1.000001f;
+}
+
+// To bf16, never below x (up) or never above it.
+ATTNI_FN uint16_t attni_outwards(float x, int up) {
+    uint32_t u = attni_bits32(x);
+    if ((u & 0xffffu) && (u >> 31) != (uint32_t)up) u += 0x10000u;
+    return (uint16_t)(u >> 16);
+}
+
+// The middle of a node as bounds are taken about it.
+ATTNI_FN float attni_node_middle(const uint16_t *node, int32_t dim, int32_t i) {
+    return (attni_from_bf16(node[i]) + attni_from_bf16(node[dim + i])) * 0.5f;
+}
+
+// Widens the ball of a node by one of radius r at distance sqrt(sum).
+ATTNI_FN void attni_node_ball(float sum, float r, float *radius) {
+    float far = attni_mul(attni_root(sum), 1.0001f) + r;
+    if (!attni_less(far, *radius)) *radius = far;
 }
 
 #endif // ATTNI_SHARED

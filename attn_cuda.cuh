@@ -33,7 +33,7 @@
 
    CONTENTS  >>open  >>store  >>run  >>select  >>delta   and behind  >>impl-:
              args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, cache, host,
-             delta, select-keys, select-cut, select-flex, select-hip, select-exact, select-host
+             delta, summary, select-keys, select-cut, select-flex, select-hip, select-exact, select-host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -200,6 +200,12 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_select *s,
                                       const attn_summary *y, const attn_selection *x, void *work,
                                       size_t bytes, attn_cuda_stream stream);
+
+// As attn_cpu_summarize, after the store of the uploaded problem's query tokens: the same bits. y:
+// device memory.
+ATTN_DEF attn_result attn_cuda_summarize(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_summary *y,
+                                         attn_cuda_stream stream);
 
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
@@ -5855,6 +5861,242 @@ ATTN_DEF attn_result attn_cuda_delta_add(const attn_cuda *c, const attn_desc *d,
                                          int32_t step, int interpolate, const attn_tensor *delta,
                                          int32_t first, int32_t count, attn_cuda_stream stream) {
     return attni_cu_delta(c, d, s, step, delta, first, count, 1, interpolate, stream);
+}
+
+// ==== >>impl-summary  What keys lie in ===========================================================
+//
+// Sums and folds go in the CPU's order: the same bits. Sequences that share a page may write a node
+// more than once, the same each time.
+
+typedef struct attni_cu_summary_args {
+    attn_desc d;              // tables lie in device memory
+    attni_side k;
+    const attni_cu_header *header;
+    const attn_plan_seq *seq;
+    uint16_t *data;
+    int32_t *error;
+} attni_cu_summary_args;
+
+// Cells [*g0, *g1) that hold new tokens of a sequence; 0: there are none.
+ATTNI_DEV int attni_cu_new_cells(const attni_cu_summary_args &a, const attn_plan_seq &q,
+                                 int64_t *g0, int64_t *g1) {
+    const int64_t from = (int64_t)q.q_pos0 - q.kv_pos0, j0 = attni_max64(from, 0);
+    const int64_t j1 = attni_min64(from + q.q_len, q.kv_len);
+    if (j1 <= j0) return 0;
+    *g0 = attni_cell_from(&a.d, q.kv_pos0, j0);
+    *g1 = attni_cell_from(&a.d, q.kv_pos0, j1 - 1) + 1;
+    return 1;
+}
+
+// The page of a cell of sequence s, *place and *n its tokens there; -1 where none is held.
+ATTNI_DEV int32_t attni_cu_cell_page(const attni_cu_summary_args &a, int32_t s, int64_t cell,
+                                     int32_t *place, int32_t *n) {
+    const attn_plan_seq &q = a.seq[s];
+    const int32_t pt = a.d.kv.page_tokens;
+    const int64_t j = attni_place_from(&a.d, q.kv_pos0, cell);
+    int32_t id = s;
+    if (j < 0 || j >= q.kv_len) return -1;
+    *place = (int32_t)(j % pt);
+    *n = attni_min32(attni_min32(ATTNI_CELL, pt - *place), (int32_t)(q.kv_len - j));
+    if (a.d.kv.page_table) id = a.d.kv.page_table[s * a.d.kv.page_table_stride + j / pt];
+    if ((uint32_t)id < (uint32_t)a.d.kv.n_pages) return id;
+    if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+    return -1;
+}
+
+// The block's threads have smallest and largest values of dims in bits; its node and the middle.
+ATTNI_DEV void attni_cu_put_box(const attni_cu_summary_args &a, uint16_t *node, int32_t i,
+                                uint16_t lo, uint16_t hi, float *mid) {
+    const uint16_t box[2] = {lo, hi};
+    node[i] = lo;
+    node[a.d.head_dim + i] = hi;
+    mid[i] = attni_node_middle(box, 1, 0);
+}
+
+// The node's ball from n smaller ones at distances sqrt(sum), in order; not finite: anything. One
+// thread calls.
+ATTNI_DEV void attni_cu_put_ball(const attni_cu_summary_args &a, uint16_t *node, int finite, int n,
+                                 const float *sum, const float *r) {
+    float radius = 0;
+    for (int t = 0; t < n && finite; t++) attni_node_ball(sum[t], r ? r[t] : 0, &radius);
+    for (int i = 0; i < 8; i++) node[2 * a.d.head_dim + i] = 0;
+    finite = finite && attni_finite(radius);
+    node[2 * a.d.head_dim] = finite ? attni_outwards(radius, 1) : 0x7f80;
+}
+
+struct attni_cu_summer { // in shared memory
+    float mid[ATTN_MAX_HEAD_DIM], scale[ATTNI_CELL], sum[ATTNI_CELL], radius[ATTNI_RUN];
+    uint64_t owner;
+    int32_t most;
+};
+
+// A cell of n tokens, at most 64, of a page from token `place` on. All threads call.
+ATTNI_DEV void attni_cu_sum_cell(const attni_cu_summary_args &a, attni_cu_summer *m, int32_t page,
+                                 int32_t place, int n, int32_t head, uint16_t *node) {
+    constexpr int EACH = (ATTN_MAX_HEAD_DIM + ATTNI_CU_THREADS - 1) / ATTNI_CU_THREADS;
+    const uint8_t *base = attni_page_data(&a.k, page);
+    const int tid = (int)threadIdx.x, dim = a.d.head_dim;
+    float lo[EACH], hi[EACH];
+    int finite = 1;
+    if (tid < n) m->scale[tid] = attni_scale_in(&a.k, base, place + tid, head);
+#pragma unroll
+    for (int e = 0; e < EACH; e++) lo[e] = __int_as_float(0x7f800000), hi[e] = ATTNI_NINF;
+    __syncthreads();
+    for (int t = 0; t < n; t++) {
+        const uint8_t *row = base + attni_token_offset(&a.k, place + t, head);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = tid + e * ATTNI_CU_THREADS;
+            if (i >= dim) break;
+            const float key = attni_mul(attni_get(row, a.k.dtype, i), m->scale[t]);
+            finite &= attni_finite(key);
+            lo[e] = key < lo[e] ? key : lo[e];
+            hi[e] = key > hi[e] ? key : hi[e];
+        }
+    }
+    finite = __syncthreads_and(finite);
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+        if (tid + e * ATTNI_CU_THREADS < dim)
+            attni_cu_put_box(a, node, tid + e * ATTNI_CU_THREADS,
+                             finite ? attni_outwards(lo[e], 0) : 0xff80,
+                             finite ? attni_outwards(hi[e], 1) : 0x7f80, m->mid);
+    __syncthreads();
+    if (tid < n && finite) {
+        const uint8_t *row = base + attni_token_offset(&a.k, place + tid, head);
+        float x = 0;
+        for (int i = 0; i < dim; i++) {
+            const float off = attni_mul(attni_get(row, a.k.dtype, i), m->scale[tid]) - m->mid[i];
+            x += attni_mul(off, off);
+        }
+        m->sum[tid] = x;
+    }
+    __syncthreads();
+    if (tid == 0) attni_cu_put_ball(a, node, finite, n, m->sum, NULL);
+}
+
+// x: new cells of a sequence, y: sequences, z: KV heads.
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_sum_cells(const __grid_constant__ attni_cu_summary_args a) {
+    __shared__ attni_cu_summer m;
+    const int32_t head = (int32_t)blockIdx.z, n_seq = a.header->n_seq;
+    for (int32_t s = (int32_t)blockIdx.y; s < n_seq; s += (int32_t)gridDim.y) {
+        int64_t g0, g1;
+        if (!attni_cu_new_cells(a, a.seq[s], &g0, &g1)) continue;
+        for (int64_t g = g0 + blockIdx.x; g < g1; g += gridDim.x) {
+            int32_t place, n, at;
+            const int32_t page = attni_cu_cell_page(a, s, g, &place, &n);
+            if (page < 0) continue;
+            __syncthreads();
+            if (threadIdx.x == 0) m.most = n;
+            __syncthreads(); // who shares the page may hold more of it
+            for (int32_t u = (int32_t)threadIdx.x; u < n_seq; u += ATTNI_CU_THREADS)
+                if (attni_cu_cell_page(a, u, g, &at, &n) == page) atomicMax(&m.most, n);
+            __syncthreads();
+            attni_cu_sum_cell(a, &m, page, place, m.most, head,
+                              attni_node_at(&a.d, a.data, 0, page, g, head));
+        }
+    }
+}
+
+// The sequence to make a run's node for s from, whose last cell is g: see attni_summary_close. All
+// threads call.
+ATTNI_DEV int32_t attni_cu_run_owner(const attni_cu_summary_args &a, int32_t s, int64_t g,
+                                     int32_t page, uint64_t *owner) {
+    int32_t place, n;
+    __syncthreads();
+    if (threadIdx.x == 0) *owner = ~(uint64_t)0;
+    __syncthreads();
+    for (int32_t u = (int32_t)threadIdx.x; u < a.header->n_seq; u += ATTNI_CU_THREADS)
+        if (attni_cu_cell_page(a, u, g, &place, &n) == page)
+            atomicMin((unsigned long long *)owner,
+                      (unsigned long long)a.seq[u].kv_pos0 << 32 | (uint32_t)u);
+    __syncthreads();
+    return (int32_t)(uint32_t)*owner;
+}
+
+// As attni_cu_sum_cells, of runs that are complete.
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_sum_runs(const __grid_constant__ attni_cu_summary_args a) {
+    __shared__ attni_cu_summer m;
+    const int32_t head = (int32_t)blockIdx.z, dim = a.d.head_dim, tid = (int32_t)threadIdx.x;
+    for (int32_t s = (int32_t)blockIdx.y; s < a.header->n_seq; s += (int32_t)gridDim.y) {
+        const attn_plan_seq &q = a.seq[s];
+        int64_t g0, g1;
+        if (!attni_cu_new_cells(a, q, &g0, &g1)) continue;
+        const int64_t last = attni_cell_from(&a.d, q.kv_pos0, q.kv_len - 1);
+        for (int64_t run = g0 / ATTNI_RUN + blockIdx.x; run <= (g1 - 1) / ATTNI_RUN;
+             run += gridDim.x) {
+            const int64_t g = run * ATTNI_RUN;
+            const uint16_t *cell[ATTNI_RUN];
+            int32_t place, len, n = 0, bad = 0;
+            if (last < g + ATTNI_RUN - 1) continue;
+            const int32_t page = attni_cu_cell_page(a, s, g + ATTNI_RUN - 1, &place, &len);
+            if (page < 0) continue;
+            const int32_t u = attni_cu_run_owner(a, s, g + ATTNI_RUN - 1, page, &m.owner);
+            for (int i = 0; i < ATTNI_RUN; i++) {
+                if (attni_place_from(&a.d, a.seq[u].kv_pos0, g + i) < 0) continue; // gone
+                const int32_t p = attni_cu_cell_page(a, u, g + i, &place, &len);
+                bad |= p < 0;
+                cell[n++] = attni_node_at(&a.d, a.data, 0, attni_max32(p, 0), g + i, head);
+            }
+            if (bad) continue;
+            uint16_t *node = attni_node_at(&a.d, a.data, 1, page, g + ATTNI_RUN - 1, head);
+            for (int i = tid; i < dim; i += ATTNI_CU_THREADS) {
+                float lo = __int_as_float(0x7f800000), hi = ATTNI_NINF;
+                for (int t = 0; t < n; t++) {
+                    const float x = attni_from_bf16(cell[t][i]);
+                    const float y = attni_from_bf16(cell[t][dim + i]);
+                    lo = x < lo ? x : lo;
+                    hi = y > hi ? y : hi;
+                }
+                attni_cu_put_box(a, node, i, attni_outwards(lo, 0), attni_outwards(hi, 1), m.mid);
+            }
+            __syncthreads();
+            for (int t = tid; t < n; t += ATTNI_CU_THREADS) {
+                float x = 0;
+                for (int i = 0; i < dim; i++) {
+                    const float off = attni_node_middle(cell[t], dim, i) - m.mid[i];
+                    x += attni_mul(off, off);
+                }
+                m.sum[t] = x, m.radius[t] = attni_from_bf16(cell[t][2 * dim]);
+            }
+            __syncthreads();
+            if (tid == 0) attni_cu_put_ball(a, node, 1, n, m.sum, m.radius);
+            __syncthreads();
+        }
+    }
+}
+
+ATTN_DEF attn_result attn_cuda_summarize(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_summary *y,
+                                         attn_cuda_stream stream) {
+    attni_cu_summary_args a;
+    attni_cu_choice k;
+    dim3 grid;
+    attn_result r = attni_cu_choose(c, d, &k);
+    if (r != ATTN_OK) return r;
+    if (d->kv.layout == ATTN_K16 || d->n_kv_heads > 65535) return ATTN_ERR_UNSUPPORTED;
+    if (!g || !g->device || !y || !y->data || !d->kv.k.data || attni_bad_cache(&d->kv))
+        return ATTN_ERR_ARGUMENT;
+    if ((uintptr_t)y->data % 64) return ATTN_ERR_BUFFER;
+    if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || d->kv.page_tokens != g->shape[4])
+        return ATTN_ERR_STALE;
+    memset(&a, 0, sizeof a);
+    a.d = *d;
+    attni_cu_device_tables(g, &a.d);
+    (void)attni_side_init(d, 0, &a.k);
+    a.header = (const attni_cu_header *)(const void *)((const uint8_t *)g->device +
+                                                       g->at[ATTNI_CU_HEADER]);
+    a.seq = (const attn_plan_seq *)(const void *)((const uint8_t *)g->device +
+                                                  g->at[ATTNI_CU_SEQ]);
+    a.data = y->data;
+    a.error = c->error;
+    grid = dim3((unsigned)attni_min64(g->cap[1] / ATTNI_CELL + 2, 1024),
+                (unsigned)attni_min64(g->cap[0], 1024), (unsigned)d->n_kv_heads);
+    attni_cu_sum_cells<<<grid, ATTNI_CU_THREADS, 0, stream>>>(a);
+    attni_cu_sum_runs<<<grid, ATTNI_CU_THREADS, 0, stream>>>(a);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
 }
 
 // ==== >>impl-select-keys  Selectors: rows of lists, keys anywhere, products ======================
