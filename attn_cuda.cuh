@@ -33,7 +33,8 @@
 
    CONTENTS  >>open  >>store  >>run  >>select  >>delta   and behind  >>impl-:
              args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, cache, host,
-             delta, summary, select-keys, select-cut, select-flex, select-hip, select-exact, select-host
+             delta, summary, select-keys, select-cut, select-flex, select-hip, select-exact,
+             select-host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -1073,9 +1074,12 @@ ATTNI_DEV int64_t attni_cu_page_offset(const attni_side &s, int32_t page) {
     return page * s.page_bytes + (page >= s.first_copy ? s.to_copies : 0);
 }
 
-// Byte offsets of that token's rows of K and V.
+// Byte offsets of that token's rows of K and V: in a page, from page 0.
+ATTNI_DEV int64_t attni_cu_row_offset(const attni_side &s, int32_t place, int32_t head) {
+    return place * s.token_bytes + head * s.head_bytes;
+}
 ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int32_t page, int32_t place, int32_t head) {
-    return attni_cu_page_offset(s, page) + place * s.token_bytes + head * s.head_bytes;
+    return attni_cu_page_offset(s, page) + attni_cu_row_offset(s, place, head);
 }
 
 // Block lists that nobody has validated: a tile with a bad one reads nothing. Entries of lists that
@@ -2380,7 +2384,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 // What tall tiles visit, found for many blocks at once: block numbers and flags, or a mark.
 #define ATTNI_CU_END (-1)
 #define ATTNI_CU_MORE (-2)        /* the queue is to be filled anew */
-#define ATTNI_CU_AT 0x03ffffff
+#define ATTNI_CU_AT 0x01ffffff
+#define ATTNI_CU_COPY 0x02000000  /* as PIECE, from the copy of a page */
 #define ATTNI_CU_WHOLE 0x04000000 /* each of its tokens is read */
 #define ATTNI_CU_STAGE 0x08000000 /* where it lies in shared memory */
 #define ATTNI_CU_FULL 0x10000000  /* every row sees all of it */
@@ -2389,7 +2394,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 
 struct attni_cu_tall_shared : attni_cu_shared {
     int32_t queue[attni_cu_shared::SCAN + 1];
-    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces: see piece_at
+    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each, from
+                              // page 0 or slot 0 on
     attni_cu_task ahead;      // the one that comes next
     uint32_t q16[ATTNI_CU_ROWS], o16[ATTNI_CU_ROWS]; // where rows lie, 16 bytes each; ~0: nowhere
     int32_t queue_end, n_tasks; // first block behind
@@ -2404,12 +2410,6 @@ static_assert(attni_cu_smem_bytes(90, 0, 128, 128, 2) <= 228 * 1024 / 2 - 1024,
 // Do rows of a block lie one stride apart, which 32 bits count?
 ATTNI_DEV int attni_cu_flat(const attni_cu_args &a, const attni_cu_task &w) {
     return a.pieces && (!a.d.kv.page_table || w.pos0 % ATTNI_CU_BLOCK == 0);
-}
-
-// Where a piece lies: so many times 16 bytes from page 0, or from slot 0.
-#define ATTNI_CU_COPY (1u << 31)
-ATTNI_DEV const uint8_t *attni_cu_piece_at(const attni_side &s, uint32_t at) {
-    return (at & ATTNI_CU_COPY ? s.copies : s.data) + (uint64_t)(at & ~ATTNI_CU_COPY) * 16;
 }
 
 // Entry i of the queue: block number at, which lies at a block of positions: its flags, and where
@@ -2428,11 +2428,11 @@ ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, in
         page = attni_cu_checked(a, static_cast<attni_cu_shared *>(s), page, 0);
         if (a.d.kv.page_table) j &= a.d.kv.page_tokens - 1;
         const int copy = page >= a.k.first_copy;
-        const int32_t id = copy ? page - a.k.first_copy : page; // below: no offset to copies in it
-        s->k16[i] = (uint32_t)(attni_cu_offset(a.k, id, j, w.kv_head) / 16);
-        s->v16[i] = (uint32_t)(attni_cu_offset(a.v, id, j, w.kv_head) / 16);
-        if (copy) s->k16[i] |= ATTNI_CU_COPY, s->v16[i] |= ATTNI_CU_COPY;
-        if (page >= 0 && flags & ATTNI_CU_WHOLE) flags |= ATTNI_CU_PIECE;
+        if (page >= 0 && flags & ATTNI_CU_WHOLE) flags |= copy ? ATTNI_CU_COPY : ATTNI_CU_PIECE;
+        if (copy) page -= a.k.first_copy;
+        const int64_t k = page * a.k.page_bytes + attni_cu_row_offset(a.k, j, w.kv_head);
+        const int64_t v = page * a.v.page_bytes + attni_cu_row_offset(a.v, j, w.kv_head);
+        s->k16[i] = (uint32_t)(k / 16), s->v16[i] = (uint32_t)(v / 16);
     }
     s->queue[i] = at | flags;
 }
@@ -2569,6 +2569,26 @@ ATTNI_DEV void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32
         page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
 }
 
+// Rows of K or V from one piece of memory.
+template <int CHUNKS>
+ATTNI_DEV void attni_cu_fetch_piece(uint32_t dst, const uint8_t *from, int32_t stride) {
+    constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
+    const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
+    dst += (uint32_t)(r * CHUNKS * 16 + ((c ^ (r & 7)) << 4));
+    from += r * stride + 16 * c;
+    stride *= STEP;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++, from += stride)
+        attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
+}
+// From copies of pages: apart, so that others do not pay for it.
+template <int DK, int DV>
+ATTNI_DEV_FAR void attni_cu_fetch_copy(const attni_cu_args &a, uint32_t kf, uint32_t vf, uint32_t k,
+                                       uint32_t v) {
+    attni_cu_fetch_piece<DK / 8>(k, a.k.copies + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
+    attni_cu_fetch_piece<DV / 8>(v, a.v.copies + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+}
+
 // What there is of such a block, zeros elsewhere.
 template <int DK, int DV>
 ATTNI_DEV_FAR void attni_cu_fetch_some(const attni_cu_args &a, const attni_cu_shared *s, int buf,
@@ -2628,28 +2648,18 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     static constexpr int RS = R, NT = 8, NP = DV / 16;
     static constexpr int FITS = base::EXACT && DK == DV && base::STAGES > 1;
 
-    // Rows of K or V from one piece of memory.
-    template <int CHUNKS>
-    __device__ __forceinline__ static void fetch_piece(uint32_t dst, const uint8_t *from,
-                                                       int32_t stride) {
-        constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
-        const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
-        dst += (uint32_t)(r * CHUNKS * 16 + ((c ^ (r & 7)) << 4));
-        from += r * stride + 16 * c;
-        stride *= STEP;
-#pragma unroll
-        for (int i = 0; i < TURNS; i++, from += stride)
-            attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
-    }
-
     // Entry x of the queue to a stage; kf, vf: where it lies, if in one piece.
     __device__ __forceinline__ void fetch(const attni_cu_args &a, attni_cu_tall_shared *s,
                                           int32_t x, uint32_t kf, uint32_t vf, int stage) const {
         const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
         const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
         if (x >= ATTNI_CU_PIECE) {
-            fetch_piece<DK / 8>(k, attni_cu_piece_at(a.k, kf), (int32_t)a.k.token_bytes);
-            fetch_piece<DV / 8>(v, attni_cu_piece_at(a.v, vf), (int32_t)a.v.token_bytes);
+            attni_cu_fetch_piece<DK / 8>(k, a.k.data + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
+            attni_cu_fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+            return;
+        }
+        if (x & ATTNI_CU_COPY) {
+            attni_cu_fetch_copy<DK, DV>(a, kf, vf, k, v);
             return;
         }
         if (x & ATTNI_CU_WHOLE && !s->bad && !a.odd_rows) {
@@ -2958,7 +2968,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                     at = queue;
                     next = (int32_t)attni_lds4(at);
                 }
-                if (next >= 0 && next < ATTNI_CU_PIECE)
+                if (next >= 0 && next < ATTNI_CU_PIECE && !(next & ATTNI_CU_COPY))
                     attni_cu_locate(a, s, next & ATTNI_CU_AT, !(x & ATTNI_CU_STAGE));
             }
             const uint32_t kf = attni_lds4(at + k16), vf = attni_lds4(at + v16);
@@ -3131,6 +3141,32 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     return a.sparse ? any : 0xffff; // what no row sees is not read
 }
 
+// Copies a unit whose tokens of K and V lie one behind the other, from the lane's pieces on.
+template <int Q8, int D>
+ATTNI_DEV void attni_cu_copy_unit(const attni_cu_args &a, uint32_t there, const uint8_t *k,
+                                  const uint8_t *v) {
+    constexpr int ROW = Q8 ? D : 2 * D, CHUNKS = ROW / 16, STEP = 32 / CHUNKS;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const attni_side &d = i ? a.v : a.k;
+        const int some = !Q8 || d.dtype != ATTN_I4 || (threadIdx.x & 31) % CHUNKS < CHUNKS / 2;
+        const uint8_t *from = i ? v : k;
+#pragma unroll
+        for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
+            if (some)
+                attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(n) << 4)) +
+                                     (uint32_t)((16 * i + n) * ROW),
+                                 from, 16);
+    }
+}
+// From copies of pages, with the lane's scale: apart, so that others do not pay for it.
+template <int Q8, int D>
+ATTNI_DEV_FAR void attni_cu_copy_copy(const attni_cu_args &a, uint32_t there, const uint8_t *k,
+                                      const uint8_t *v, const uint8_t *scale, uint32_t stage) {
+    attni_cu_copy_unit<Q8, D>(a, there, k, v);
+    if (Q8) attni_cp_async4(stage + 2 * 16 * D + 4 * (threadIdx.x & 31), scale, 4);
+}
+
 // Copies a unit of block b token by token: a partial one, one with a page that is none, rows that
 // are no multiples of 16 bytes. page: of the unit where there are runs. A warp calls. (It has no
 // registers to spare for this.)
@@ -3291,29 +3327,25 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
     // Copies the lane's scale, of a unit, from where it lies in page pg, its token e places behind
     // the one that `scale` is of.
     __device__ __forceinline__ void copy_scale(int32_t pg, int32_t e) const {
-        const int64_t to_page =
-            lane >> 4 ? a.v.head_scale ? 0 : attni_cu_page_offset(a.v, pg)
-                      : a.k.head_scale ? 0 : attni_cu_page_offset(a.k, pg);
+        const int64_t to_page = lane >> 4 ? a.v.head_scale ? 0 : a.v.page_bytes
+                                          : a.k.head_scale ? 0 : a.k.page_bytes;
         attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane),
-                        scale + to_page + e * to_scale(lane >> 4), 4);
+                        scale + pg * to_page + e * to_scale(lane >> 4), 4);
     }
 
     // Copies a unit that lies in one run of a page.
     __device__ __forceinline__ void copy(int32_t pg, int32_t e) const {
-        constexpr int STEP = 32 / CHUNKS;
         const uint32_t there = ring + (uint32_t)(stage * STAGE) + to_lane;
-#pragma unroll
-        for (int v = 0; v < 2; v++) {
-            const attni_side &d = v ? a.v : a.k;
-            const int some = !Q8 || d.dtype != ATTN_I4 || lane % CHUNKS < CHUNKS / 2;
-            const uint8_t *from = kv[v] + attni_cu_page_offset(d, pg) + e * d.token_bytes;
-#pragma unroll
-            for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
-                if (some)
-                    attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(n) << 4)) +
-                                         (uint32_t)((16 * v + n) * ROW),
-                                     from, 16);
+        const uint8_t *k = kv[0] + e * a.k.token_bytes, *v = kv[1] + e * a.v.token_bytes;
+        if (pg >= a.k.first_copy) {
+            const int64_t kp = attni_cu_page_offset(a.k, pg), vp = attni_cu_page_offset(a.v, pg);
+            const int64_t own = lane >> 4 ? a.v.head_scale ? 0 : vp : a.k.head_scale ? 0 : kp;
+            attni_cu_copy_copy<Q8, D>(a, there, k + kp, v + vp,
+                                      Q8 ? scale + own + e * to_scale(lane >> 4) : NULL,
+                                      there - to_lane);
+            return;
         }
+        attni_cu_copy_unit<Q8, D>(a, there, k + pg * a.k.page_bytes, v + pg * a.v.page_bytes);
         if (Q8) copy_scale(pg, e);
     }
 
@@ -3341,7 +3373,10 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
                                      (uint32_t)(r * ROW),
                                  from + 16 * (lane % CHUNKS), 16);
         }
-        if (Q8) copy_scale(pg, e - (lane & 15));
+        if (Q8) {
+            const uint8_t *from = attni_cu_scale_at(v ? a.v : a.k, pg, e, w.kv_head);
+            attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane), from, 4);
+        }
         return 1;
     }
 
