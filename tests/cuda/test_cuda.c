@@ -2066,12 +2066,86 @@ static void part_delta(uint64_t seed, uint64_t count) {
     for (i = 0; i < count / 4 + 2; i++) delta_case(seed + i);
 }
 
+// ---- summaries: the CPU's bits
+
+// All that is held, as new tokens of two steps.
+static void summary_case(uint64_t seed) {
+    problem_opts o;
+    problem p;
+    test_rng r;
+    twin t;
+    attn_summary host, there;
+    size_t bytes;
+    uint8_t *m;
+    int32_t *q_start, *q_pos0, *len, s, step;
+    r.state = seed;
+    if (seed % 2) tensor_opts(&r, &o);
+    else problem_random(&r, &o);
+    if (o.layout == ATTN_K16) o.layout = ATTN_HEAD_MAJOR;
+    o.mask = M_CAUSAL;
+    o.numerics = ATTN_NUMERICS_FAST;
+    o.phase = test_below(&r, 2) ? CHUNKED : PREFILL;
+    o.bias = 0;
+    problem_make(&p, &o, &r);
+    twin_make(&t, &p, 1, &r);
+    bytes = attn_summary_bytes(&p.d);
+    host.data = (uint16_t *)problem_alloc(&p, bytes);
+    m = (uint8_t *)malloc(bytes);
+    memset(host.data, 0, bytes);
+    there.data = (uint16_t *)dev_alloc(bytes, host.data);
+    q_start = (int32_t *)problem_alloc(&p, 4 * (size_t)(p.d.n_seq + 1));
+    q_pos0 = (int32_t *)problem_alloc(&p, 4 * (size_t)p.d.n_seq);
+    len = (int32_t *)problem_alloc(&p, 4 * (size_t)p.d.n_seq);
+    for (step = 0; step < 2; step++) {
+        const int mark = dev_n;
+        attn_desc a = p.d, b;
+        how h;
+        job j;
+        memset(&h, 0, sizeof h);
+        h.max = test_below(&r, 2);
+        for (s = 0; s < p.d.n_seq; s++) { // the tokens before this step's queries, then these
+            const int32_t q = p.d.q_start[s + 1] - p.d.q_start[s], pos0 = p.d.kv.kv_pos0[s];
+            const int32_t before = p.d.kv.kv_len[s] - q;
+            len[s] = step ? before + q : before;
+            q_pos0[s] = step ? pos0 + before : pos0;
+            q_start[s + 1] = q_start[s] + (step ? q : before);
+        }
+        a.q_start = q_start, a.q_pos0 = q_pos0, a.kv.kv_len = len;
+        b = t.d;
+        b.q_start = q_start, b.q_pos0 = q_pos0, b.kv.kv_len = len;
+        b.q.stride_token = b.o.stride_token = 0, b.q.stride_head = b.o.stride_head = 0;
+        CHECK_EQ(attn_cpu_summarize(&a, &host, 0, attn_cpu_summarize_units(&a)), ATTN_OK);
+        job_make(&j, &b, &h);
+        DEV(cudaDeviceSynchronize());
+        if (j.plan && CHECK_EQ(job_upload(&j, &b), ATTN_OK)) {
+            CHECK_EQ(attn_cuda_summarize(&cu, &b, &j.g, NULL, dev_stream), ATTN_ERR_ARGUMENT);
+            CHECK_EQ(attn_cuda_summarize(&cu, &b, &j.g, &there, dev_stream), ATTN_OK);
+        }
+        dev_sync();
+        CHECK_EQ(dev_error(), 0);
+        dev_read(m, there.data, bytes);
+        if (!CHECK(memcmp(m, host.data, bytes) == 0)) describe(&o, seed, "summary");
+        CHECK(dev_guards(0));
+        dev_release(mark);
+        job_free(&j);
+    }
+    dev_release(0);
+    free(m);
+    problem_free(&p);
+}
+
+static void part_summary(uint64_t seed, uint64_t count) {
+    uint64_t i;
+    for (i = 0; i < count / 3 + 2; i++) summary_case(seed + i);
+}
+
 int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*part)(uint64_t seed, uint64_t count);
     } parts[] = {{"store", part_store},   {"copies", part_copies},
                  {"merge", part_merge},   {"delta", part_delta},
+                 {"summary", part_summary},
                  {"differential", part_differential},
                  {"tensor", part_tensor}, {"large", part_large},
                  {"lists", part_lists},   {"relist", part_relist},
