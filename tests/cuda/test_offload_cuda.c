@@ -1,7 +1,7 @@
 /* KV offload on a CUDA device: pages in page-locked host memory behind a cache in device memory
-   that is far too small. Attention and selectors must give the bits that they give without, whatever is
-   cached; stores and page copies must reach both memories; reads must be counted. The problems are
-   tests/cuda/test_cuda.c's. test_offload_cuda [SEED [COUNT [NAME]]] */
+   that is far too small. Attention and selectors must give the bits that they give without,
+   whatever is cached; stores and page copies must reach both memories; reads must be counted. The
+   problems are tests/cuda/test_cuda.c's. test_offload_cuda [SEED [COUNT [NAME]]] */
 #define main test_cuda_main
 #include "test_cuda.c"
 #undef main
