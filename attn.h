@@ -990,8 +990,7 @@ struct attn_kv_cache {
     int32_t n_slots;
     const int32_t *slot; // (n_pages) where a page's copy is, or -1
     uint32_t *reads;     // (n_pages) += 1 by every task and unit of selection that reads a page's
-                         // 256 tokens, or part of them; on a GPU by tasks for each block of 64
-                         // positions, by HiP for each key, by other selectors for the whole page
+                         // 256 tokens, or part of them (on a GPU: 64; there HiP counts each key)
 };
 
 typedef enum attn_cache_policy { // which pages stay; of equals those that are there, lower ids

@@ -4399,7 +4399,7 @@ static __global__ void __launch_bounds__(128)
 
 // ==== >>impl-cache  Pages in host memory behind copies on the device =============================
 //
-// What runs first looks every page up: resolved tables name a page that has a copy in slot i by
+// A run looks every page up first: resolved tables name a page that has a copy in slot i by
 // n_pages + i. So kernels find pages as ever, but for an addition (attni_cu_page_offset). What a
 // run reads is counted by a pass of its own over its tasks, in nobody's way.
 
@@ -4409,7 +4409,6 @@ typedef struct attni_cu_resolve_args {
     const int32_t *table;      // (n_seq, stride); NULL: sequence i is page i
     int32_t *resolved;         // (n_seq, capacity)
     const int32_t *slot;
-    uint32_t *reads;           // (n_pages) += 1 for every page that a sequence holds, or NULL
     int32_t *error;
     int64_t stride, capacity;
     int32_t n_pages, n_slots, page_tokens;
@@ -4424,10 +4423,8 @@ static __global__ void __launch_bounds__(256)
         int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
         for (; i < n; i += (int64_t)gridDim.x * 256) {
             int32_t id = a.table ? a.table[s * a.stride + i] : s, slot = -1;
-            if ((uint32_t)id < (uint32_t)a.n_pages) {
-                slot = a.slot[id];
-                if (a.reads) atomicAdd(&a.reads[id], 1u);
-            } else id = -1;
+            if ((uint32_t)id < (uint32_t)a.n_pages) slot = a.slot[id];
+            else id = -1;
             if (slot < -1 || slot >= a.n_slots) {
                 if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
                 slot = -1;
@@ -5487,10 +5484,9 @@ static attn_result attni_cu_launch(const attn_cuda *c, attni_cu_kernel kernel, i
 }
 
 // Where pages have copies: resolves the tables of x, which lie on the device, and lets x and its
-// sides read through them. reads: counts of every page, or NULL.
-static attn_result attni_cu_resolve(const attn_cuda *c, const attn_cuda_plan *g, uint32_t *reads,
-                                    attn_desc *x, attni_side *k, attni_side *v,
-                                    attn_cuda_stream stream) {
+// sides read through them.
+static attn_result attni_cu_resolve(const attn_cuda *c, const attn_cuda_plan *g, attn_desc *x,
+                                    attni_side *k, attni_side *v, attn_cuda_stream stream) {
     const uint8_t *m = (const uint8_t *)g->device;
     const attn_kv_cache *cache = x->kv.cache;
     attni_cu_resolve_args a;
@@ -5507,7 +5503,6 @@ static attn_result attni_cu_resolve(const attn_cuda *c, const attn_cuda_plan *g,
     a.resolved = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_RESOLVED]);
     a.capacity = g->cap[2];
     a.slot = cache->slot;
-    a.reads = reads;
     a.error = c->error;
     a.n_pages = x->kv.n_pages;
     a.n_slots = cache->n_slots;
@@ -5608,7 +5603,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
                             ATTNI_CU_THREADS, 0, 0, &a, stream);
         if (r != ATTN_OK) return r;
     }
-    if ((r = attni_cu_resolve(c, g, NULL, &a.d, &a.k, &a.v, stream)) != ATTN_OK) return r;
+    if ((r = attni_cu_resolve(c, g, &a.d, &a.k, &a.v, stream)) != ATTN_OK) return r;
     // the longest tasks first; a captured launch must do for every later upload: those of kinds
     // that have no tasks now behind the others
     for (none = 0; none < 2; none++)
@@ -6168,9 +6163,8 @@ typedef struct attni_cu_pick {
     attni_cu_est *est;         // (n_est)
     uint8_t *work;             // (n_est) of est_bytes each
     int32_t *error;
-    uint32_t *reads;           // (n_pages) += 1 for every key looked at, if pages have copies
-    const int32_t *table;      // of pages, as d's was before it was resolved, for this
-    int64_t table_stride;
+    uint32_t *reads;           // (n_pages) of the cache, or NULL
+    int32_t each_key;          // counts there, else one of 64
     int64_t est_bytes, head_bytes, at[12];
     int64_t kv_cap;            // positions, chunks and blocks there is room for
     int32_t n_chunks, n_blocks, n_est;
@@ -6195,9 +6189,12 @@ ATTNI_DEV float attni_cu_value_at(const uint8_t *row, attn_dtype t, int i) {
     return attni_get(row, t, i);
 }
 
-// A key of a sequence's page, one of its own table, is read.
-ATTNI_DEV_FAR void attni_cu_count_read(const attni_cu_pick &a, int32_t seq, int32_t page) {
-    atomicAdd(&a.reads[a.table ? a.table[seq * a.table_stride + page] : seq], 1u);
+// Where a page is read: its copy, if there is one.
+ATTNI_DEV_FAR const uint8_t *attni_cu_copy_of(const attni_cu_pick &a, int32_t page, int32_t place) {
+    const int32_t slot = __ldg(a.k.slot + page);
+    if (a.reads && (a.each_key || place % ATTNI_CU_BLOCK == 0)) atomicAdd(&a.reads[page], 1u);
+    if ((slot < -1 || slot >= a.k.n_slots) && a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+    return attni_page_data(&a.k, page);
 }
 
 // Where token j of what a sequence holds lies; NULL: its page is none.
@@ -6211,8 +6208,8 @@ ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, 
         if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
         return NULL;
     }
-    if (a.reads) attni_cu_count_read(a, seq, page);
-    const uint8_t *base = a.k.data + attni_cu_page_offset(a.k, id);
+    const uint8_t *base = a.k.data + id * a.k.page_bytes;
+    if (a.k.copies) base = attni_cu_copy_of(a, id, place);
     *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_scale_in(&a.k, base, place, kv_head)
                                         : a.scale;
     return base + place * a.k.token_bytes + kv_head * a.k.head_bytes;
@@ -8449,11 +8446,8 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
     a->d = attni_cu_resolved(d);
     attni_cu_device_tables(g, &a->d);
     (void)attni_side_init(d, 0, &a->k);
-    if (d->kv.cache && a->f.kind != ATTN_SELECT_FLEX && a->f.kind != ATTN_SELECT_EXACT) {
-        a->reads = d->kv.cache->reads; // of others all keys: attn_cuda_select
-        a->table = a->d.kv.page_table;
-        a->table_stride = a->d.kv.page_table_stride;
-    }
+    if (d->kv.cache) a->reads = d->kv.cache->reads;
+    a->each_key = a->f.kind != ATTN_SELECT_FLEX && a->f.kind != ATTN_SELECT_EXACT;
     a->x = *x;
     if (y) a->y = *y;
     a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
@@ -8501,7 +8495,6 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_summary *y, const attn_selection *x, void *work,
                                       size_t bytes, attn_cuda_stream stream) {
     attni_cu_pick a;
-    attni_side v; // selectors read K alone
     attn_result r = attn_select_check(d, s);
     if (r != ATTN_OK) return r;
     if (!c || !g || !g->device || !x || !x->block || !work) return ATTN_ERR_ARGUMENT;
@@ -8513,12 +8506,9 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     memset(&a, 0, sizeof a);
     if (!attni_select_fill(s, &a.f)) return ATTN_ERR_ARGUMENT;
     if (!attni_select_fits(d, &a.f, x)) return ATTN_ERR_STALE;
+    if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!attni_cu_pick_supports(&a.f)) return ATTN_ERR_UNSUPPORTED;
-    (void)attni_side_init(d, 1, &v);
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
-    r = attni_cu_resolve(c, g, d->kv.cache && !a.reads ? d->kv.cache->reads : NULL, &a.d, &a.k, &v,
-                         stream);
-    if (r != ATTN_OK) return r;
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
     if (r != ATTN_OK) return r;
     return a.f.kind == ATTN_SELECT_FLEX    ? attni_cu_flex_launch(c, g, &a, stream)
