@@ -31,7 +31,7 @@
              attn_cache.slot to slot, attn_cuda_cache_load. A slot that is none counts as -1 and is
              reported (ERR_PAGE). Captured runs follow. Counting (reads not NULL) is a pass more.
 
-   CONTENTS  >>open  >>store  >>run  >>select  >>delta   and behind  >>impl-:
+   CONTENTS  >>open  >>store  >>run  >>delta  >>select   and behind  >>impl-:
              args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, cache, host,
              delta, summary, select-keys, select-cut, select-flex, select-hip, select-exact,
              select-host
@@ -182,6 +182,17 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
                                      int32_t n_heads, int32_t dim, const attn_tensor *o_out,
                                      float *lse_out, attn_cuda_stream stream);
 
+// ==== >>delta  Correcting sparse attention by some dense rows ====================================
+
+// As attn_cpu_delta_take and _add, the same bits; delta lies in device memory as O does. _add over
+// rows behind which others follow reads the first of those when it interpolates: take all before.
+ATTN_DEF attn_result attn_cuda_delta_take(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                          int32_t step, const attn_tensor *delta, int32_t first,
+                                          int32_t count, attn_cuda_stream stream);
+ATTN_DEF attn_result attn_cuda_delta_add(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                         int32_t step, int interpolate, const attn_tensor *delta,
+                                         int32_t first, int32_t count, attn_cuda_stream stream);
+
 // ==== >>select  Block lists from Q and K =========================================================
 
 // Bytes of workspace in device memory that selecting for d, or for the capacities in s, takes; 0
@@ -211,17 +222,6 @@ ATTN_DEF attn_result attn_cuda_summarize(const attn_cuda *c, const attn_desc *d,
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
                                              int32_t slot, attn_cuda_stream stream);
-
-// ==== >>delta  Correcting sparse attention by some dense rows ====================================
-
-// As attn_cpu_delta_take and _add, the same bits; delta lies in device memory as O does. _add over
-// rows behind which others follow reads the first of those when it interpolates: take all before.
-ATTN_DEF attn_result attn_cuda_delta_take(const attn_cuda *c, const attn_desc *d, int32_t s,
-                                          int32_t step, const attn_tensor *delta, int32_t first,
-                                          int32_t count, attn_cuda_stream stream);
-ATTN_DEF attn_result attn_cuda_delta_add(const attn_cuda *c, const attn_desc *d, int32_t s,
-                                         int32_t step, int interpolate, const attn_tensor *delta,
-                                         int32_t first, int32_t count, attn_cuda_stream stream);
 
 #endif // ATTN_CUDA_CUH
 
@@ -8446,8 +8446,6 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
     a->d = attni_cu_resolved(d);
     attni_cu_device_tables(g, &a->d);
     (void)attni_side_init(d, 0, &a->k);
-    if (d->kv.cache) a->reads = d->kv.cache->reads;
-    a->each_key = a->f.kind != ATTN_SELECT_FLEX && a->f.kind != ATTN_SELECT_EXACT;
     a->x = *x;
     if (y) a->y = *y;
     a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
@@ -8509,6 +8507,8 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!attni_cu_pick_supports(&a.f)) return ATTN_ERR_UNSUPPORTED;
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
+    if (d->kv.cache) a.reads = d->kv.cache->reads;
+    a.each_key = a.f.kind != ATTN_SELECT_FLEX && a.f.kind != ATTN_SELECT_EXACT;
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
     if (r != ATTN_OK) return r;
     return a.f.kind == ATTN_SELECT_FLEX    ? attni_cu_flex_launch(c, g, &a, stream)
