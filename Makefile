@@ -356,9 +356,10 @@ CUDA_ARCH ?= $(if $(filter-out 90,$(CUDA_SM)),$(CUDA_SM),90a)
 ARGS_test_cuda ?= 1 150
 ARGS_ptx_test_cuda ?= 500 40
 ARGS_sanitizer_test_cuda ?= 900 4
+ARGS_sanitizer_test_offload_cuda ?= 900 2
 SANITIZE = command -v $(SANITIZER) >/dev/null || { echo skipped: no $(SANITIZER); exit 77; }; \
     TEST_CUDA_BARE=1 $(SANITIZER) --tool $(1) --error-exitcode 9 --report-api-errors no \
-    ./build/cuda/test_cuda_$(CUDA_ARCH)
+    ./build/cuda/$(2)_$(CUDA_ARCH)
 
 cuda: | build/cuda
 	@if command -v $(NVCC) >/dev/null; then \
@@ -376,12 +377,15 @@ test-cuda:
 	@if ! command -v $(NVCC) >/dev/null; then echo "skipped: no $(NVCC)"; \
 	elif [ -z "$(CUDA_SM)" ]; then echo "skipped: no GPU"; \
 	else $(MAKE_J) $(addprefix build/cuda/test_cuda_,$(CUDA_ARCH) ptx75 ptx80) \
-	    build/cuda/test_select_cuda_$(CUDA_ARCH) && \
+	    build/cuda/test_select_cuda_$(CUDA_ARCH) build/cuda/test_offload_cuda_$(CUDA_ARCH) && \
 	    bash tests/run.sh -j 1 -t $(LIMIT) -- \
 	    -v "./build/cuda/test_cuda_$(CUDA_ARCH) $(ARGS_test_cuda)" \
 	    -v ./build/cuda/test_select_cuda_$(CUDA_ARCH) \
+	    -v ./build/cuda/test_offload_cuda_$(CUDA_ARCH) \
 	    $(foreach a,ptx75 ptx80,-v "./build/cuda/test_cuda_$a $(ARGS_ptx_test_cuda)") \
-	    $(foreach t,memcheck racecheck initcheck,"$(call SANITIZE,$t) $(ARGS_sanitizer_test_cuda)"); \
+	    $(foreach t,memcheck racecheck initcheck,"$(call SANITIZE,$t,test_cuda) \
+	        $(ARGS_sanitizer_test_cuda)" \
+	        "$(call SANITIZE,$t,test_offload_cuda) $(ARGS_sanitizer_test_offload_cuda)"); \
 	fi
 
 # The program is C with the runtime's headers; only the kernels differ from one to the next.
@@ -397,6 +401,11 @@ build/cuda/test_select_cuda.o: tests/cuda/test_select_cuda.c tests/test_select.c
     tests/cuda/device.h $(DEPS) | build/cuda
 	$(NVCC) -O1 -g -Xcompiler -std=gnu11,-fopenmp $(INCLUDES) -c $< -o $@
 build/cuda/test_select_cuda_%: build/cuda/test_select_cuda.o build/cuda/impl_%.o
+	$(NVCC) -Xcompiler -fopenmp $^ -o $@
+build/cuda/test_offload_cuda.o: tests/cuda/test_offload_cuda.c tests/cuda/test_cuda.c \
+    tests/cuda/device.h $(DEPS) | build/cuda
+	$(NVCC) -O2 -g -Xcompiler -std=gnu11,-fopenmp $(INCLUDES) -c $< -o $@
+build/cuda/test_offload_cuda_%: build/cuda/test_offload_cuda.o build/cuda/impl_%.o
 	$(NVCC) -Xcompiler -fopenmp $^ -o $@
 build/cuda:
 	@mkdir -p $@

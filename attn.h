@@ -985,11 +985,12 @@ ATTN_DEF attn_result attn_tree_check(const attn_tree *t);
 
 // Memory of the backend; the counters may be NULL.
 struct attn_kv_cache {
-    void *k, *v;         // copies: n_slots pages as of kv.k and kv.v, as far apart as those
+    void *k, *v;         // copies: n_slots pages as of kv.k and kv.v, as far apart as those; the
+                         // same memory where V aliases K
     int32_t n_slots;
     const int32_t *slot; // (n_pages) where a page's copy is, or -1
     uint32_t *reads;     // (n_pages) += 1 by every task and unit of selection that reads a page's
-                         // 256 tokens, or part of them
+                         // 256 tokens, or part of them (on a GPU: 64; there HiP counts each key)
 };
 
 typedef enum attn_cache_policy { // which pages stay; of equals those that are there, lower ids
@@ -1035,7 +1036,8 @@ ATTN_DEF attn_result attn_cache_init(const attn_cache_params *p, void *mem, size
 
 // Prefetching: the next update counts the page as read in this step, without statistics. A step's
 // lists are a good guess at the next one's: attn_cache_want_listed does it for all pages that the
-// rows of sequence s list for its queries. d must be valid, its mask's lists in host memory.
+// rows of sequence s list for its queries. d must be valid, its mask's lists in host memory. (What
+// was read over a GPU's own lists is in reads, which says the same.)
 ATTN_DEF void attn_cache_want(attn_cache *c, int32_t page);
 ATTN_DEF attn_result attn_cache_want_listed(attn_cache *c, const attn_desc *d, int32_t s);
 
@@ -1200,6 +1202,15 @@ ATTNI_FN float attni_div(float a, float b) {
     ATTNI_PIN(a);
 #endif
     return a;
+}
+
+// a * b, which no addition makes one operation with on a GPU.
+ATTNI_FN float attni_mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
 }
 
 // a < b on the bits, false with NaN: -ffinite-math-only lets a compiler turn comparisons round.
@@ -1460,6 +1471,30 @@ ATTNI_FAR attn_result attni_check_rows(const attn_tensor *t, int64_t heads, int6
                ? ATTN_ERR_OVERFLOW : ATTN_OK;
 }
 
+// ---- Delta correction: rows of tensors of heads x v_head_dim
+
+// Element 0 of a row.
+ATTNI_FN int64_t attni_o_row(const attn_desc *d, const attn_tensor *t, int64_t token,
+                             int32_t head) {
+    int64_t st = t->stride_token ? t->stride_token : (int64_t)d->n_heads * attni_v_dim(d);
+    return token * st + head * (t->stride_head ? t->stride_head : attni_v_dim(d));
+}
+
+// d's shape must be right already.
+ATTNI_FAR attn_result attni_delta_check(const attn_desc *d, int32_t s, int32_t step,
+                                        const attn_tensor *delta, int32_t first, int32_t count) {
+    int32_t q_len, n;
+    attn_result r;
+    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !delta->data || !d->o.data)
+        return ATTN_ERR_ARGUMENT;
+    q_len = d->q_start[s + 1] - d->q_start[s];
+    if (first < 0 || count < 0 || q_len < 1) return ATTN_ERR_ARGUMENT;
+    n = (q_len - 1) / step + 1;
+    if (count > n - first) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_check_rows(delta, d->n_heads, n)) != ATTN_OK) return r;
+    return attni_is_float(d->o.dtype) ? ATTN_OK : ATTN_ERR_DTYPE;
+}
+
 // ---- K or V pages, resolved: where the 4-byte units and the scales of a token lie
 
 typedef struct attni_side {
@@ -1475,6 +1510,8 @@ typedef struct attni_side {
     uint8_t *copies;                  // of pages that have one, as slot says; NULL: no cache
     const int32_t *slot;
     int32_t n_slots;
+    int32_t first_copy;               // CUDA: ids from here on are slots', whose copies lie ...
+    int64_t to_copies;                // ... so many bytes from where a page of this id would
 } attni_side;
 
 // Where a page is read: its copy, if there is one.
@@ -1560,6 +1597,8 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     s->page_tokens = d->kv.page_tokens;
     s->head_scale = attni_is_scaled(a->dtype) ? a->head_scale : NULL;
     s->copies = NULL;
+    s->first_copy = INT32_MAX;
+    s->to_copies = 0;
     if (d->kv.cache) {
         s->copies = (uint8_t *)(is_v ? d->kv.cache->v : d->kv.cache->k);
         s->slot = d->kv.cache->slot;
@@ -1577,6 +1616,13 @@ ATTNI_FAR attn_result attni_side_init(const attn_desc *d, int is_v, attni_side *
     if (s->page_bytes > limit || s->page_bytes > (INT64_MAX >> 1) / d->kv.n_pages)
         return ATTN_ERR_OVERFLOW;
     return ATTN_OK;
+}
+
+// V's copies alias K's where its pages do.
+ATTNI_FN int attni_bad_cache(const attn_kv *kv) {
+    const attn_kv_cache *c = kv->cache;
+    return c && (!c->k || !c->v || !c->slot || c->n_slots < 1 ||
+                 (c->k == c->v) != (kv->k.data == kv->v.data));
 }
 
 ATTNI_FN int32_t attni_kv_pos0(const attn_desc *d, int32_t s) {
@@ -1988,16 +2034,57 @@ ATTNI_FN int32_t attni_page_cells(const attn_desc *d) {
     return (int32_t)attni_n_blocks(d->kv.page_tokens, ATTNI_CELL);
 }
 
-// Cell, counted from position 0 on, of the token at place j of a sequence.
-ATTNI_FN int64_t attni_cell_of(const attn_desc *d, int32_t s, int64_t j) {
+// Cell, counted from position 0 on, of the token at place j of a sequence that begins at pos0.
+ATTNI_FN int64_t attni_cell_from(const attn_desc *d, int32_t pos0, int64_t j) {
     const int64_t pt = d->kv.page_tokens;
-    return (attni_kv_pos0(d, s) / pt + j / pt) * attni_page_cells(d) + j % pt / ATTNI_CELL;
+    return (pos0 / pt + j / pt) * attni_page_cells(d) + j % pt / ATTNI_CELL;
+}
+ATTNI_FN int64_t attni_cell_of(const attn_desc *d, int32_t s, int64_t j) {
+    return attni_cell_from(d, attni_kv_pos0(d, s), j);
 }
 
 // The first place of a cell; may be negative where the sequence's front was evicted.
-ATTNI_FN int64_t attni_cell_place(const attn_desc *d, int32_t s, int64_t cell) {
+ATTNI_FN int64_t attni_place_from(const attn_desc *d, int32_t pos0, int64_t cell) {
     const int64_t pt = d->kv.page_tokens, n = attni_page_cells(d);
-    return (cell / n - attni_kv_pos0(d, s) / pt) * pt + cell % n * ATTNI_CELL;
+    return (cell / n - pos0 / pt) * pt + cell % n * ATTNI_CELL;
+}
+ATTNI_FN int64_t attni_cell_place(const attn_desc *d, int32_t s, int64_t cell) {
+    return attni_place_from(d, attni_kv_pos0(d, s), cell);
+}
+
+// The node of a cell or (level 1) of the run that ends with it.
+ATTNI_FN uint16_t *attni_node_at(const attn_desc *d, uint16_t *data, int level, int32_t page,
+                                 int64_t cell, int32_t head) {
+    const int64_t pc = attni_page_cells(d);
+    const int64_t at = (level * (int64_t)d->kv.n_pages + page) * pc + cell % pc;
+    return data + (at * d->n_kv_heads + head) * (2 * (int64_t)d->head_dim + 8);
+}
+
+// At least the square root of x >= 0: Newton's steps come from above. Inf and NaN stay.
+ATTNI_FAR float attni_root(float x) {
+    float y = attni_float((attni_bits32(x) >> 1) + 0x1fbd1df5u);
+    if (!attni_less(0, x) || !attni_finite(x)) return x;
+    y = 0.5f * (y + attni_div(x, y));
+    y = 0.5f * (y + attni_div(x, y));
+    return y * 1.000001f;
+}
+
+// To bf16, never below x (up) or never above it.
+ATTNI_FN uint16_t attni_outwards(float x, int up) {
+    uint32_t u = attni_bits32(x);
+    if ((u & 0xffffu) && (u >> 31) != (uint32_t)up) u += 0x10000u;
+    return (uint16_t)(u >> 16);
+}
+
+// The middle of a node as bounds are taken about it.
+ATTNI_FN float attni_node_middle(const uint16_t *node, int32_t dim, int32_t i) {
+    return (attni_from_bf16(node[i]) + attni_from_bf16(node[dim + i])) * 0.5f;
+}
+
+// Widens the ball of a node by one of radius r at distance sqrt(sum).
+ATTNI_FN void attni_node_ball(float sum, float r, float *radius) {
+    float far = attni_mul(attni_root(sum), 1.0001f) + r;
+    if (!attni_less(far, *radius)) *radius = far;
 }
 
 #endif // ATTNI_SHARED
@@ -2420,8 +2507,7 @@ static attn_result attni_check_kv(const attn_desc *d) {
     if (kv->page_table && kv->page_table_stride > ((int64_t)1 << 58) / d->n_seq)
         return ATTN_ERR_OVERFLOW;
     if (!kv->page_table && d->n_seq > kv->n_pages) return ATTN_ERR_PAGE;
-    if (kv->cache && (!kv->cache->k || !kv->cache->v || !kv->cache->slot || kv->cache->n_slots < 1))
-        return ATTN_ERR_ARGUMENT;
+    if (attni_bad_cache(kv)) return ATTN_ERR_ARGUMENT;
     for (s = 0; s < d->n_seq; s++) {
         int32_t len = kv->kv_len[s], n_pages = 0;
         int64_t pos0 = attni_kv_pos0(d, s), q_len = d->q_start[s + 1] - d->q_start[s];

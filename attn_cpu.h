@@ -6401,15 +6401,6 @@ typedef struct attni_exact {
     float *weight, *radius, *slack, *best; // (NODES)
 } attni_exact;
 
-// At least the square root of x >= 0: Newton's steps come from above. Inf and NaN stay.
-ATTNI_CALLED float attni_root(float x) {
-    float y = attni_float((attni_bits32(x) >> 1) + 0x1fbd1df5u);
-    if (!attni_less(0, x) || !attni_finite(x)) return x;
-    y = 0.5f * (y + attni_div(x, y));
-    y = 0.5f * (y + attni_div(x, y));
-    return y * 1.000001f;
-}
-
 ATTNI_CALLED size_t attni_exact_carve(attni_exact *x, uint8_t *base, const attn_desc *d,
                                       const attn_select *f) {
     const size_t dim = ((size_t)d->head_dim + 15) & ~(size_t)15;
@@ -7249,13 +7240,6 @@ ATTNI_CALLED void attni_summer_key(const attni_summer *m, int32_t page, int32_t 
     for (i = 0; i < dim; i++) out[i] *= scale;
 }
 
-// To bf16, never below x (up) or never above it.
-ATTNI_INLINE uint16_t attni_outwards(float x, int up) {
-    uint32_t u = attni_bits32(x);
-    if ((u & 0xffffu) && (u >> 31) != (uint32_t)up) u += 0x10000u;
-    return (uint16_t)(u >> 16);
-}
-
 ATTNI_CALLED void attni_summer_begin(attni_summer *m) {
     int32_t i;
     for (i = 0; i < m->d->head_dim; i++) {
@@ -7274,17 +7258,6 @@ ATTNI_CALLED void attni_summer_box(attni_summer *m, int finite, uint16_t *node) 
     }
     memset(node + 2 * dim, 0, 16);
     node[2 * dim] = 0x7f80u;
-}
-
-// The middle of a node as bounds are taken about it.
-ATTNI_INLINE float attni_node_middle(const uint16_t *node, int32_t dim, int32_t i) {
-    return (attni_from_bf16(node[i]) + attni_from_bf16(node[dim + i])) * 0.5f;
-}
-
-// Widens the ball of a node by one of radius r at distance sqrt(sum).
-ATTNI_INLINE void attni_summer_ball(double sum, float r, float *radius) {
-    float far = attni_root((float)sum) * 1.0001f + r;
-    if (!attni_less(far, *radius)) *radius = far;
 }
 
 // A cell of n tokens from its page's token `place` on.
@@ -7309,11 +7282,11 @@ ATTNI_CALLED void attni_summer_cell(attni_summer *m, int32_t page, int32_t place
         attni_summer_key(m, page, place + t, head, key);
         for (i = 0; i < dim; i++) {
             float off = key[i] - attni_node_middle(node, dim, i);
-            sum += off * off;
+            sum += attni_mul(off, off);
         }
-        attni_summer_ball((double)sum, 0, &radius);
+        attni_node_ball(sum, 0, &radius);
     }
-    if (finite) node[2 * dim] = attni_outwards(radius, 1);
+    if (finite && attni_finite(radius)) node[2 * dim] = attni_outwards(radius, 1);
 }
 
 // A run from its n cells' nodes.
@@ -7334,9 +7307,9 @@ ATTNI_CALLED void attni_summer_run(attni_summer *m, uint16_t *const *cell, int32
         float sum = 0;
         for (i = 0; i < dim; i++) {
             float off = attni_node_middle(cell[t], dim, i) - attni_node_middle(node, dim, i);
-            sum += off * off;
+            sum += attni_mul(off, off);
         }
-        attni_summer_ball((double)sum, attni_from_bf16(cell[t][2 * dim]), &radius);
+        attni_node_ball(sum, attni_from_bf16(cell[t][2 * dim]), &radius);
     }
     node[2 * dim] = attni_finite(radius) ? attni_outwards(radius, 1) : 0x7f80u;
 }
@@ -7361,13 +7334,6 @@ ATTNI_CALLED int32_t attni_summary_page(const attn_desc *d, int32_t s, int64_t c
     *place = (int32_t)(j % pt);
     *n = attni_min32(attni_min32(ATTNI_CELL, pt - *place), (int32_t)(d->kv.kv_len[s] - j));
     return attni_page_of(d, s, (int32_t)j);
-}
-
-ATTNI_CALLED uint16_t *attni_summary_node(const attn_desc *d, uint16_t *data, int level,
-                                          int32_t page, int64_t cell, int32_t head) {
-    const int64_t pc = attni_page_cells(d);
-    const int64_t at = (level * (int64_t)d->kv.n_pages + page) * pc + cell % pc;
-    return data + (at * d->n_kv_heads + head) * (2 * (int64_t)d->head_dim + 8);
 }
 
 // Sequences that share a page may all have new tokens in it or behind it. Those of a run for which
@@ -7402,27 +7368,33 @@ ATTNI_CALLED attn_result attni_summary_fill(attni_summer *m, int32_t s, int64_t 
             if (attni_summary_page(d, u, g, &at, &n) == page) most = attni_max32(most, n);
         for (h = 0; h < d->n_kv_heads; h++)
             attni_summer_cell(m, page, place, most, h,
-                              attni_summary_node(d, m->data, 0, page, g, h));
+                              attni_node_at(d, m->data, 0, page, g, h));
     }
     return ATTN_OK;
 }
 
-// The run's own node, once its last cell is there.
+// The run's own node, once its last cell is there: as whoever shares that and has the most of the
+// run sees it, since fronts that are gone are gone for one sequence only.
 ATTNI_CALLED attn_result attni_summary_close(attni_summer *m, int32_t s, int64_t run) {
     const attn_desc *d = m->d;
     uint16_t *cell[ATTNI_RUN];
     int32_t page[ATTNI_RUN], h, i, n, at, len;
     int64_t g = run * ATTNI_RUN;
     if (attni_cell_of(d, s, d->kv.kv_len[s] - 1) < g + ATTNI_RUN - 1) return ATTN_OK;
+    n = attni_summary_page(d, s, g + ATTNI_RUN - 1, &at, &len);
+    for (i = 0; i < d->n_seq; i++)
+        if (attni_kv_pos0(d, i) < attni_kv_pos0(d, s) &&
+            attni_summary_page(d, i, g + ATTNI_RUN - 1, &at, &len) == n)
+            s = i;
     for (i = 0; i < ATTNI_RUN; i++) { // the front may be gone
         if (attni_cell_place(d, s, g + i) < 0) page[i] = -1;
         else if ((page[i] = attni_summary_page(d, s, g + i, &at, &len)) < 0) return ATTN_ERR_PAGE;
     }
     for (h = 0; h < d->n_kv_heads; h++) {
         for (n = i = 0; i < ATTNI_RUN; i++)
-            if (page[i] >= 0) cell[n++] = attni_summary_node(d, m->data, 0, page[i], g + i, h);
+            if (page[i] >= 0) cell[n++] = attni_node_at(d, m->data, 0, page[i], g + i, h);
         attni_summer_run(m, cell, n,
-                         attni_summary_node(d, m->data, 1, page[ATTNI_RUN - 1], g + ATTNI_RUN - 1,
+                         attni_node_at(d, m->data, 1, page[ATTNI_RUN - 1], g + ATTNI_RUN - 1,
                                             h));
     }
     return ATTN_OK;
@@ -7497,30 +7469,11 @@ ATTN_DEF attn_result attn_cpu_summarize(const attn_desc *d, const attn_summary *
 
 // ==== >>impl-delta  ==============================================================================
 
-// Element 0 of a row of a tensor of heads x v_head_dim.
-static int64_t attni_o_row(const attn_desc *d, const attn_tensor *t, int64_t token, int32_t head) {
-    int64_t st = t->stride_token ? t->stride_token : (int64_t)d->n_heads * attni_v_dim(d);
-    return token * st + head * (t->stride_head ? t->stride_head : attni_v_dim(d));
-}
-
-static attn_result attni_delta_check(const attn_desc *d, int32_t s, int32_t step,
-                                     const attn_tensor *delta, int32_t first, int32_t count) {
-    attn_result r = attni_cpu_check(d);
-    int32_t q_len;
-    if (r != ATTN_OK) return r;
-    if (s < 0 || s >= d->n_seq || step < 1 || !delta || !delta->data || !d->o.data)
-        return ATTN_ERR_ARGUMENT;
-    q_len = d->q_start[s + 1] - d->q_start[s];
-    if (first < 0 || count < 0 || q_len < 1 || first + count > (q_len - 1) / step + 1)
-        return ATTN_ERR_ARGUMENT;
-    if ((r = attni_check_rows(delta, d->n_heads, (q_len - 1) / step + 1)) != ATTN_OK) return r;
-    return attni_is_float(d->o.dtype) ? ATTN_OK : ATTN_ERR_DTYPE;
-}
-
 ATTN_DEF attn_result attn_cpu_delta_take(const attn_desc *d, int32_t s, int32_t step,
                                          const attn_tensor *delta, int32_t first, int32_t count) {
-    attn_result r = attni_delta_check(d, s, step, delta, first, count);
+    attn_result r = attni_cpu_check(d);
     int32_t i, h, e;
+    if (r == ATTN_OK) r = attni_delta_check(d, s, step, delta, first, count);
     for (i = first; r == ATTN_OK && i < first + count; i++)
         for (h = 0; h < d->n_heads; h++) {
             int64_t from = attni_o_row(d, &d->o, d->q_start[s] + (int64_t)i * step, h);
@@ -7537,8 +7490,9 @@ ATTN_DEF attn_result attn_cpu_delta_take(const attn_desc *d, int32_t s, int32_t 
 ATTN_DEF attn_result attn_cpu_delta_add(const attn_desc *d, int32_t s, int32_t step,
                                         int interpolate, const attn_tensor *delta, int32_t first,
                                         int32_t count) {
-    attn_result r = attni_delta_check(d, s, step, delta, first, count);
+    attn_result r = attni_cpu_check(d);
     int32_t i, j, h, e, q_len, last;
+    if (r == ATTN_OK) r = attni_delta_check(d, s, step, delta, first, count);
     if (r != ATTN_OK) return r;
     q_len = d->q_start[s + 1] - d->q_start[s];
     last = (q_len - 1) / step;

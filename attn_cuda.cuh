@@ -23,10 +23,18 @@
              and validation read them, attn_cuda_upload packs them into the plan's device image.
              Page tables may lie in device memory (attn_cuda_tables), block lists too: see
              attn_block_list.device_entries.
+   OFFLOAD   With kv.cache K and V lie in page-locked host memory (cudaMallocHost) and what kv.cache
+             points to (copies, slot, reads) in device memory. Pages without a copy are read where
+             they lie, over the bus: the same bits. A plan's image must have been laid out with
+             kv.cache then (it serves problems without, too). When the step's reads are over, on the
+             same stream: copy reads to attn_cache.reads and zero them, attn_cache_update, copy
+             attn_cache.slot to slot, attn_cuda_cache_load. A slot that is none counts as -1 and is
+             reported (ERR_PAGE). Captured runs follow. Counting (reads not NULL) is a pass more.
 
-   CONTENTS  >>open  >>store  >>run  >>select   and behind  >>impl-:
-             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, host,
-             select-keys, select-cut, select-flex, select-hip, select-exact, select-host
+   CONTENTS  >>open  >>store  >>run  >>delta  >>select   and behind  >>impl-:
+             args, ptx, rows, masks, blocks, merge, convert, mma, team, simt, store, cache, host,
+             delta, summary, select-keys, select-cut, select-flex, select-hip, select-exact,
+             select-host
 
    MACROS    ATTN_CUDA_IMPLEMENTATION   implement this header
              ATTN_CUDA_KERNELS(X)       the tensor-core kernels to compile, X(bf16, quantised,
@@ -76,7 +84,7 @@ typedef struct attn_cuda {
 // than sm_75; ERR_DEVICE: the driver failed.
 ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device);
 
-// ATTN_OK, or ERR_UNSUPPORTED for K16, PORTABLE and kv.cache. d must be valid.
+// ATTN_OK, or ERR_UNSUPPORTED for K16 and PORTABLE. d must be valid.
 ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d);
 
 // The kernels a problem runs on: "mma.bf16", "mma.f16", with "+dequant" where pages are converted,
@@ -100,6 +108,12 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
 // copies: host memory, free again when the call returns.
 ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d,
                                           const attn_page_copy *copies, int32_t n,
+                                          attn_cuda_stream stream);
+
+// As attn_cpu_cache_load: makes the copies that attn_cache_update asked for in d.kv.cache of one
+// layer. loads: host memory, free again when the call returns. See WHERE THINGS LIE.
+ATTN_DEF attn_result attn_cuda_cache_load(const attn_cuda *c, const attn_desc *d,
+                                          const attn_cache_load *loads, int32_t n,
                                           attn_cuda_stream stream);
 
 // Copies whole pages of d's K and V to or from host memory (page-locked for asynchrony): page
@@ -168,6 +182,17 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
                                      int32_t n_heads, int32_t dim, const attn_tensor *o_out,
                                      float *lse_out, attn_cuda_stream stream);
 
+// ==== >>delta  Correcting sparse attention by some dense rows ====================================
+
+// As attn_cpu_delta_take and _add, the same bits; delta lies in device memory as O does. _add over
+// rows behind which others follow reads the first of those when it interpolates: take all before.
+ATTN_DEF attn_result attn_cuda_delta_take(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                          int32_t step, const attn_tensor *delta, int32_t first,
+                                          int32_t count, attn_cuda_stream stream);
+ATTN_DEF attn_result attn_cuda_delta_add(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                         int32_t step, int interpolate, const attn_tensor *delta,
+                                         int32_t first, int32_t count, attn_cuda_stream stream);
+
 // ==== >>select  Block lists from Q and K =========================================================
 
 // Bytes of workspace in device memory that selecting for d, or for the capacities in s, takes; 0
@@ -187,6 +212,12 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_select *s,
                                       const attn_summary *y, const attn_selection *x, void *work,
                                       size_t bytes, attn_cuda_stream stream);
+
+// As attn_cpu_summarize, after the store of the uploaded problem's query tokens: the same bits. y:
+// device memory.
+ATTN_DEF attn_result attn_cuda_summarize(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_summary *y,
+                                         attn_cuda_stream stream);
 
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
@@ -268,6 +299,7 @@ typedef struct attni_cu_args {
     int32_t *arrived;         // (n_units, n_heads / group)
     int32_t *ticket;          // (ATTNI_CU_KINDS, 2) next task, blocks that are through
     int32_t *error;
+    uint32_t *reads;          // (n_pages) of attni_cu_count_reads
     float *partial_o, *partial_ml; // (rows, v_head_dim), (rows, 2)
     int64_t n_entries;        // of a block list that kernels have to check; else -1
     int64_t cap_tasks;        // room for both kinds
@@ -1037,9 +1069,17 @@ template <class W> ATTNI_DEV int32_t attni_cu_checked(const attni_cu_args &a, W 
     return -1;
 }
 
-// Byte offsets of that token's rows of K and V.
-ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int64_t page, int32_t place, int32_t head) {
-    return page * s.page_bytes + place * s.token_bytes + head * s.head_bytes;
+// Byte offset of a page, or of a copy (see attni_cu_resolve_pages), from page 0.
+ATTNI_DEV int64_t attni_cu_page_offset(const attni_side &s, int32_t page) {
+    return page * s.page_bytes + (page >= s.first_copy ? s.to_copies : 0);
+}
+
+// Byte offsets of that token's rows of K and V: in a page, from page 0.
+ATTNI_DEV int64_t attni_cu_row_offset(const attni_side &s, int32_t place, int32_t head) {
+    return place * s.token_bytes + head * s.head_bytes;
+}
+ATTNI_DEV int64_t attni_cu_offset(const attni_side &s, int32_t page, int32_t place, int32_t head) {
+    return attni_cu_page_offset(s, page) + attni_cu_row_offset(s, place, head);
 }
 
 // Block lists that nobody has validated: a tile with a bad one reads nothing. Entries of lists that
@@ -1188,10 +1228,10 @@ template <class W> ATTNI_DEV_FAR void attni_cu_gather(const attni_cu_args &a, W 
     __syncthreads();
 }
 
-ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int64_t page, int32_t place,
+ATTNI_DEV const uint8_t *attni_cu_scale_at(const attni_side &s, int32_t page, int32_t place,
                                            int32_t head) {
     if (s.head_scale) return (const uint8_t *)(s.head_scale + head);
-    return s.data + page * s.page_bytes + attni_scale_offset(&s, place, head);
+    return s.data + attni_cu_page_offset(s, page) + attni_scale_offset(&s, place, head);
 }
 
 // Nothing is known of a new task.
@@ -2344,7 +2384,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 // What tall tiles visit, found for many blocks at once: block numbers and flags, or a mark.
 #define ATTNI_CU_END (-1)
 #define ATTNI_CU_MORE (-2)        /* the queue is to be filled anew */
-#define ATTNI_CU_AT 0x03ffffff
+#define ATTNI_CU_AT 0x01ffffff
+#define ATTNI_CU_COPY 0x02000000  /* as PIECE, from the copy of a page */
 #define ATTNI_CU_WHOLE 0x04000000 /* each of its tokens is read */
 #define ATTNI_CU_STAGE 0x08000000 /* where it lies in shared memory */
 #define ATTNI_CU_FULL 0x10000000  /* every row sees all of it */
@@ -2353,7 +2394,8 @@ template <int BF, int Q8, int DK, int DV, int R, int FOLD, int MODS> struct attn
 
 struct attni_cu_tall_shared : attni_cu_shared {
     int32_t queue[attni_cu_shared::SCAN + 1];
-    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each
+    uint32_t k16[attni_cu_shared::SCAN], v16[attni_cu_shared::SCAN]; // pieces, 16 bytes each, from
+                              // page 0 or slot 0 on
     attni_cu_task ahead;      // the one that comes next
     uint32_t q16[ATTNI_CU_ROWS], o16[ATTNI_CU_ROWS]; // where rows lie, 16 bytes each; ~0: nowhere
     int32_t queue_end, n_tasks; // first block behind
@@ -2385,9 +2427,12 @@ ATTNI_DEV void attni_cu_note(const attni_cu_args &a, attni_cu_tall_shared *s, in
     if (flat) {
         page = attni_cu_checked(a, static_cast<attni_cu_shared *>(s), page, 0);
         if (a.d.kv.page_table) j &= a.d.kv.page_tokens - 1;
-        s->k16[i] = (uint32_t)(attni_cu_offset(a.k, page, j, w.kv_head) / 16);
-        s->v16[i] = (uint32_t)(attni_cu_offset(a.v, page, j, w.kv_head) / 16);
-        if (page >= 0 && flags & ATTNI_CU_WHOLE) flags |= ATTNI_CU_PIECE;
+        const int copy = page >= a.k.first_copy;
+        if (page >= 0 && flags & ATTNI_CU_WHOLE) flags |= copy ? ATTNI_CU_COPY : ATTNI_CU_PIECE;
+        if (copy) page -= a.k.first_copy;
+        const int64_t k = page * a.k.page_bytes + attni_cu_row_offset(a.k, j, w.kv_head);
+        const int64_t v = page * a.v.page_bytes + attni_cu_row_offset(a.v, j, w.kv_head);
+        s->k16[i] = (uint32_t)(k / 16), s->v16[i] = (uint32_t)(v / 16);
     }
     s->queue[i] = at | flags;
 }
@@ -2524,6 +2569,26 @@ ATTNI_DEV void attni_cu_locate(const attni_cu_args &a, attni_cu_shared *s, int32
         page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, head);
 }
 
+// Rows of K or V from one piece of memory.
+template <int CHUNKS>
+ATTNI_DEV void attni_cu_fetch_piece(uint32_t dst, const uint8_t *from, int32_t stride) {
+    constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
+    const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
+    dst += (uint32_t)(r * CHUNKS * 16 + ((c ^ (r & 7)) << 4));
+    from += r * stride + 16 * c;
+    stride *= STEP;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++, from += stride)
+        attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
+}
+// From copies of pages: apart, so that others do not pay for it.
+template <int DK, int DV>
+ATTNI_DEV_FAR void attni_cu_fetch_copy(const attni_cu_args &a, uint32_t kf, uint32_t vf, uint32_t k,
+                                       uint32_t v) {
+    attni_cu_fetch_piece<DK / 8>(k, a.k.copies + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
+    attni_cu_fetch_piece<DV / 8>(v, a.v.copies + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+}
+
 // What there is of such a block, zeros elsewhere.
 template <int DK, int DV>
 ATTNI_DEV_FAR void attni_cu_fetch_some(const attni_cu_args &a, const attni_cu_shared *s, int buf,
@@ -2583,28 +2648,18 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
     static constexpr int RS = R, NT = 8, NP = DV / 16;
     static constexpr int FITS = base::EXACT && DK == DV && base::STAGES > 1;
 
-    // Rows of K or V from one piece of memory.
-    template <int CHUNKS>
-    __device__ __forceinline__ static void fetch_piece(uint32_t dst, const uint8_t *from,
-                                                       int32_t stride) {
-        constexpr int STEP = ATTNI_CU_THREADS / CHUNKS, TURNS = ATTNI_CU_BLOCK / STEP;
-        const int r = (int)threadIdx.x / CHUNKS, c = (int)threadIdx.x % CHUNKS;
-        dst += (uint32_t)(r * CHUNKS * 16 + ((c ^ (r & 7)) << 4));
-        from += r * stride + 16 * c;
-        stride *= STEP;
-#pragma unroll
-        for (int i = 0; i < TURNS; i++, from += stride)
-            attni_cp_async16(dst + (uint32_t)(i * STEP * CHUNKS * 16), from, 16);
-    }
-
     // Entry x of the queue to a stage; kf, vf: where it lies, if in one piece.
     __device__ __forceinline__ void fetch(const attni_cu_args &a, attni_cu_tall_shared *s,
                                           int32_t x, uint32_t kf, uint32_t vf, int stage) const {
         const uint32_t k = ring + (uint32_t)(stage * base::STAGE);
         const uint32_t v = k + ATTNI_CU_BLOCK * DK * 2;
         if (x >= ATTNI_CU_PIECE) {
-            fetch_piece<DK / 8>(k, a.k.data + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
-            fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+            attni_cu_fetch_piece<DK / 8>(k, a.k.data + (uint64_t)kf * 16, (int32_t)a.k.token_bytes);
+            attni_cu_fetch_piece<DV / 8>(v, a.v.data + (uint64_t)vf * 16, (int32_t)a.v.token_bytes);
+            return;
+        }
+        if (x & ATTNI_CU_COPY) {
+            attni_cu_fetch_copy<DK, DV>(a, kf, vf, k, v);
             return;
         }
         if (x & ATTNI_CU_WHOLE && !s->bad && !a.odd_rows) {
@@ -2913,7 +2968,7 @@ struct attni_cu_tall : attni_cu_mma<BF, 0, DK, DV, R, 0, 0> {
                     at = queue;
                     next = (int32_t)attni_lds4(at);
                 }
-                if (next >= 0 && next < ATTNI_CU_PIECE)
+                if (next >= 0 && next < ATTNI_CU_PIECE && !(next & ATTNI_CU_COPY))
                     attni_cu_locate(a, s, next & ATTNI_CU_AT, !(x & ATTNI_CU_STAGE));
             }
             const uint32_t kf = attni_lds4(at + k16), vf = attni_lds4(at + v16);
@@ -3086,6 +3141,32 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     return a.sparse ? any : 0xffff; // what no row sees is not read
 }
 
+// Copies a unit whose tokens of K and V lie one behind the other, from the lane's pieces on.
+template <int Q8, int D>
+ATTNI_DEV void attni_cu_copy_unit(const attni_cu_args &a, uint32_t there, const uint8_t *k,
+                                  const uint8_t *v) {
+    constexpr int ROW = Q8 ? D : 2 * D, CHUNKS = ROW / 16, STEP = 32 / CHUNKS;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const attni_side &d = i ? a.v : a.k;
+        const int some = !Q8 || d.dtype != ATTN_I4 || (threadIdx.x & 31) % CHUNKS < CHUNKS / 2;
+        const uint8_t *from = i ? v : k;
+#pragma unroll
+        for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
+            if (some)
+                attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(n) << 4)) +
+                                     (uint32_t)((16 * i + n) * ROW),
+                                 from, 16);
+    }
+}
+// From copies of pages, with the lane's scale: apart, so that others do not pay for it.
+template <int Q8, int D>
+ATTNI_DEV_FAR void attni_cu_copy_copy(const attni_cu_args &a, uint32_t there, const uint8_t *k,
+                                      const uint8_t *v, const uint8_t *scale, uint32_t stage) {
+    attni_cu_copy_unit<Q8, D>(a, there, k, v);
+    if (Q8) attni_cp_async4(stage + 2 * 16 * D + 4 * (threadIdx.x & 31), scale, 4);
+}
+
 // Copies a unit of block b token by token: a partial one, one with a page that is none, rows that
 // are no multiples of 16 bytes. page: of the unit where there are runs. A warp calls. (It has no
 // registers to spare for this.)
@@ -3254,20 +3335,17 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
 
     // Copies a unit that lies in one run of a page.
     __device__ __forceinline__ void copy(int32_t pg, int32_t e) const {
-        constexpr int STEP = 32 / CHUNKS;
         const uint32_t there = ring + (uint32_t)(stage * STAGE) + to_lane;
-#pragma unroll
-        for (int v = 0; v < 2; v++) {
-            const attni_side &d = v ? a.v : a.k;
-            const int some = !Q8 || d.dtype != ATTN_I4 || lane % CHUNKS < CHUNKS / 2;
-            const uint8_t *from = kv[v] + pg * d.page_bytes + e * d.token_bytes;
-#pragma unroll
-            for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
-                if (some)
-                    attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(n) << 4)) +
-                                         (uint32_t)((16 * v + n) * ROW),
-                                     from, 16);
+        const uint8_t *k = kv[0] + e * a.k.token_bytes, *v = kv[1] + e * a.v.token_bytes;
+        if (pg >= a.k.first_copy) {
+            const int64_t kp = attni_cu_page_offset(a.k, pg), vp = attni_cu_page_offset(a.v, pg);
+            const int64_t own = lane >> 4 ? a.v.head_scale ? 0 : vp : a.k.head_scale ? 0 : kp;
+            attni_cu_copy_copy<Q8, D>(a, there, k + kp, v + vp,
+                                      Q8 ? scale + own + e * to_scale(lane >> 4) : NULL,
+                                      there - to_lane);
+            return;
         }
+        attni_cu_copy_unit<Q8, D>(a, there, k + pg * a.k.page_bytes, v + pg * a.v.page_bytes);
         if (Q8) copy_scale(pg, e);
     }
 
@@ -3282,10 +3360,8 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
         if (a.d.kv.page_table && pos + ATTNI_CU_BLOCK < w.hi) // the next block's
             attni_prefetch(attni_cu_page_at(a, w.seq, attni_cu_page_index(a, j + ATTNI_CU_BLOCK)));
         if (!__all_sync(~0u, (uint32_t)pg < (uint32_t)a.d.kv.n_pages)) return 0;
-        const uint8_t *row = v ? a.v.data + pg * a.v.page_bytes + e * a.v.token_bytes +
-                                     w.kv_head * a.v.head_bytes
-                               : a.k.data + pg * a.k.page_bytes + e * a.k.token_bytes +
-                                     w.kv_head * a.k.head_bytes;
+        const uint8_t *row = v ? a.v.data + attni_cu_offset(a.v, pg, e, w.kv_head)
+                               : a.k.data + attni_cu_offset(a.k, pg, e, w.kv_head);
         const uint32_t there = ring + (uint32_t)(stage * STAGE) + to_lane;
 #pragma unroll
         for (int r = 0; r < 32; r += 32 / CHUNKS) { // V's rows behind those of K
@@ -3297,7 +3373,10 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
                                      (uint32_t)(r * ROW),
                                  from + 16 * (lane % CHUNKS), 16);
         }
-        if (Q8) copy_scale(pg, e - (lane & 15));
+        if (Q8) {
+            const uint8_t *from = attni_cu_scale_at(v ? a.v : a.k, pg, e, w.kv_head);
+            attni_cp_async4(ring + (uint32_t)(stage * STAGE + 2 * 16 * ROW + 4 * lane), from, 4);
+        }
         return 1;
     }
 
@@ -4098,8 +4177,13 @@ static __device__ void attni_cu_simt_run(const attni_cu_args &a, attni_cu_shared
             page = attni_cu_checked(a, s, page, place);
             s->k[tid] = page < 0 ? NULL : a.k.data + attni_cu_offset(a.k, page, place, w.kv_head);
             s->v[tid] = page < 0 ? NULL : a.v.data + attni_cu_offset(a.v, page, place, w.kv_head);
-            x->scale[0][tid] = page < 0 ? 0 : attni_token_scale(&a.k, page, place, w.kv_head);
-            x->scale[1][tid] = page < 0 ? 0 : attni_token_scale(&a.v, page, place, w.kv_head);
+            for (int v = 0; v < 2; v++) {
+                const attni_side &y = v ? a.v : a.k;
+                x->scale[v][tid] = page < 0 ? 0
+                                            : attni_scale_in(&y, y.data +
+                                                                 attni_cu_page_offset(y, page),
+                                                             place, w.kv_head);
+            }
         }
         attni_cu_mask_rows(a, s, b);
         attni_cu_simt_scores(a, s, x, c);
@@ -4172,11 +4256,22 @@ ATTNI_DEV int64_t attni_cu_own_slot(const attni_cu_store_args &a, int64_t t) {
     return (int64_t)page * a.d.kv.page_tokens + j % a.d.kv.page_tokens;
 }
 
-// One row of one head, by one warp; the CPU's arithmetic.
+// Two elements at once, so that a warp's go over a bus in one piece.
+ATTNI_DEV void attni_cu_put_pair(uint8_t *to, uint64_t pair, int bytes) {
+    if ((uintptr_t)to % (unsigned)bytes) {
+        for (int i = 0; i < bytes; i++) to[i] = (uint8_t)(pair >> 8 * i);
+    } else if (bytes == 8) *(uint64_t *)(void *)to = pair;
+    else if (bytes == 4) *(uint32_t *)(void *)to = (uint32_t)pair;
+    else if (bytes == 2) *(uint16_t *)(void *)to = (uint16_t)pair;
+    else *to = (uint8_t)pair;
+}
+
+// One row of one head, by one warp; the CPU's arithmetic. A page and its copy are written.
 ATTNI_DEV void attni_cu_store_row(const attni_side &s, const attn_tensor &from, int64_t at,
                                   int64_t page, int32_t place, int32_t head) {
     const int lane = (int)threadIdx.x & 31;
     uint8_t *base = s.data + page * s.page_bytes, *to = base + attni_token_offset(&s, place, head);
+    const int64_t copy = attni_page_data(&s, page) - base; // 0: there is none
     float scale = 1.0f;
     if (attni_is_scaled(s.dtype)) {
         if (s.head_scale) scale = s.head_scale[head];
@@ -4192,18 +4287,24 @@ ATTNI_DEV void attni_cu_store_row(const attni_side &s, const attn_tensor &from, 
             }
             scale = __fdiv_rn(attni_float(top), attni_code_max(s.dtype));
             if (attni_isnan(scale)) scale = attni_float(0x7fc00000u);
-            if (lane == 0) memcpy(base + attni_scale_offset(&s, place, head), &scale, 4);
+            for (int i = 0; lane == 0 && i < 1 + (copy != 0); i++)
+                memcpy(base + i * copy + attni_scale_offset(&s, place, head), &scale, 4);
         }
     }
-    for (int e = 2 * lane; e < s.dim; e += 64)
-        for (int i = e; i < e + 2; i++) {
-            float y = attni_get(from.data, from.dtype, at + i);
+    const int bytes = attni_bits_of(s.dtype) / 4; // of two elements
+    for (int e = 2 * lane; e < s.dim; e += 64) {
+        uint64_t pair = 0;
+        for (int i = 0; i < 2; i++) {
+            float y = attni_get(from.data, from.dtype, at + e + i);
             if (attni_is_scaled(s.dtype)) {
                 y = attni_bits32(scale) << 1 ? __fdiv_rn(y, scale) : 0.0f;
                 if (attni_isnan(y)) y = attni_float(0x7fc00000u);
             }
-            attni_put(to, s.dtype, i, y);
+            attni_put(&pair, s.dtype, i, y);
         }
+        attni_cu_put_pair(to + e / 2 * bytes, pair, bytes);
+        if (copy) attni_cu_put_pair(to + copy + e / 2 * bytes, pair, bytes);
+    }
 }
 
 static __global__ void __launch_bounds__(128)
@@ -4240,15 +4341,22 @@ static __global__ void __launch_bounds__(128)
     const attn_page_copy c = a.copy[blockIdx.x];
     for (int v = 0; v < a.n_sides; v++) {
         const attni_side &s = a.side[v];
-        const uint8_t *from = s.data + c.src * s.page_bytes;
+        const uint8_t *from = attni_page_data(&s, c.src);
         uint8_t *to = s.data + c.dst * s.page_bytes;
+        const int64_t copy = attni_page_data(&s, c.dst) - to; // 0: there is none
         int32_t units = s.dim * attni_bits_of(s.dtype) / 32;
         for (int32_t t = (int32_t)blockIdx.y; t < c.n_tokens; t += (int32_t)gridDim.y)
             for (int32_t i = (int32_t)threadIdx.x; i < a.heads * units; i += 128) {
                 int64_t at = attni_token_offset(&s, t, i / units) + 4 * (i % units);
-                memcpy(to + at, from + at, 4);
+                uint32_t u;
+                memcpy(&u, from + at, 4);
+                memcpy(to + at, &u, 4);
+                if (copy) memcpy(to + copy + at, &u, 4);
+                if (s.scale_offset < 0 || i % units) continue;
                 at = attni_scale_offset(&s, t, i / units);
-                if (s.scale_offset >= 0 && i % units == 0) memcpy(to + at, from + at, 4);
+                memcpy(&u, from + at, 4);
+                memcpy(to + at, &u, 4);
+                if (copy) memcpy(to + copy + at, &u, 4);
             }
     }
 }
@@ -4287,6 +4395,121 @@ static __global__ void __launch_bounds__(128)
     }
     __syncwarp();
     if (lane == 0 && a.lse_out) a.lse_out[i] = l == 0 ? ATTNI_NINF : m + logf(l);
+}
+
+// ==== >>impl-cache  Pages in host memory behind copies on the device =============================
+//
+// A run looks every page up first: resolved tables name a page that has a copy in slot i by
+// n_pages + i. So kernels find pages as ever, but for an addition (attni_cu_page_offset). What a
+// run reads is counted by a pass of its own over its tasks, in nobody's way.
+
+typedef struct attni_cu_resolve_args {
+    const attni_cu_header *header;
+    const attn_plan_seq *seq;
+    const int32_t *table;      // (n_seq, stride); NULL: sequence i is page i
+    int32_t *resolved;         // (n_seq, capacity)
+    const int32_t *slot;
+    int32_t *error;
+    int64_t stride, capacity;
+    int32_t n_pages, n_slots, page_tokens;
+} attni_cu_resolve_args;
+
+// A page without a valid id is -1 for kernels to report if they read it; one whose slot is none is
+// read where it lies.
+static __global__ void __launch_bounds__(256)
+    attni_cu_resolve_pages(const __grid_constant__ attni_cu_resolve_args a) {
+    for (int32_t s = (int32_t)blockIdx.y; s < a.header->n_seq; s += (int32_t)gridDim.y) {
+        const int32_t kv_len = a.seq[s].kv_len, n = kv_len ? (kv_len - 1) / a.page_tokens + 1 : 0;
+        int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
+        for (; i < n; i += (int64_t)gridDim.x * 256) {
+            int32_t id = a.table ? a.table[s * a.stride + i] : s, slot = -1;
+            if ((uint32_t)id < (uint32_t)a.n_pages) slot = a.slot[id];
+            else id = -1;
+            if (slot < -1 || slot >= a.n_slots) {
+                if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+                slot = -1;
+            }
+            a.resolved[s * a.capacity + i] = slot < 0 ? id : a.n_pages + slot;
+        }
+    }
+}
+
+// Counts for every page the blocks of 64 positions from `from` to `to` that lie in it.
+ATTNI_DEV void attni_cu_count_run(const attni_cu_args &a, const attni_cu_task &w, int32_t from,
+                                  int32_t to, uint32_t n) {
+    const int32_t pt = a.d.kv.page_tokens, p0 = attni_cu_page_index(a, from - w.pos0);
+    int64_t p = p0 + (int64_t)threadIdx.x;
+    for (; from < to && p <= attni_cu_page_index(a, to - 1 - w.pos0); p += ATTNI_CU_THREADS) {
+        const int32_t lo = (int32_t)attni_max64(p * pt + w.pos0, from) / ATTNI_CU_BLOCK;
+        const int32_t hi = (int32_t)(attni_min64((p + 1) * pt + w.pos0, to) - 1) / ATTNI_CU_BLOCK;
+        int32_t id = w.seq;
+        if (a.d.kv.page_table) id = __ldg(attni_cu_page_at(a, w.seq, (int32_t)p));
+        if ((uint32_t)id < (uint32_t)a.d.kv.n_pages)
+            atomicAdd(&a.reads[id], n * (uint32_t)(hi - lo + 1));
+    }
+}
+
+// Walks the blocks of tasks as kernels do and counts the pages in them: a warp has a block, a lane
+// two of its tokens. Where heads read alike, the first one's tasks count for all. The tables are
+// not resolved.
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_count_reads(const __grid_constant__ attni_cu_args a) {
+    __shared__ attni_cu_shared s;
+    const attn_mask *m = &a.d.mask;
+    const int alike = !m->stride.block && (!m->blocks.row_start || m->blocks.n_lists == 1) &&
+                      (!m->vslash.block || m->vslash.n_lists == 1);
+    const uint32_t n = alike ? (uint32_t)(a.d.n_heads / a.group) : 1;
+    const int32_t warp = (int32_t)threadIdx.x >> 5, lane = (int32_t)threadIdx.x & 31;
+    for (int32_t i = (int32_t)blockIdx.x; attni_cu_draw(a, &s, i); i += (int32_t)gridDim.x) {
+        const attni_cu_task &w = s.task;
+        if (alike && w.head) continue;
+        if (!a.sparse) {
+            const int32_t begin = attni_max32(attni_cu_start(a, w) * ATTNI_CU_BLOCK, w.pos0);
+            attni_cu_count_run(a, w, begin, attni_min32(w.sink_end, w.lo), n);
+            attni_cu_count_run(a, w, w.lo, w.hi, n);
+            continue;
+        }
+        s.row[threadIdx.x] = attni_cu_get_row(a, w, (int)threadIdx.x); // as many as threads
+        __syncthreads();
+        attni_cu_terms(a, &s, attni_cu_shared::ROWS);
+        int32_t b = attni_cu_next(a, &s, w, attni_cu_start(a, w)), turn = 0;
+        for (; b < w.end_block; b = attni_cu_next(a, &s, w, b + 1)) {
+            int32_t page[2], place, before;
+            if ((turn++ & 3) != warp) continue;
+            for (int e = 0; e < 2; e++) {
+                page[e] = attni_cu_page_of(a, &s, b, 2 * lane + e, &place);
+                page[e] = attni_cu_checked(a, &s, page[e], place);
+            }
+            before = __shfl_up_sync(~0u, page[1], 1);
+            if (page[0] >= 0 && (lane == 0 || page[0] != before)) atomicAdd(&a.reads[page[0]], n);
+            if (page[1] >= 0 && page[1] != page[0]) atomicAdd(&a.reads[page[1]], n);
+        }
+    }
+}
+
+#define ATTNI_CU_LOADS 256 /* of a launch */
+
+typedef struct attni_cu_load_args {
+    attni_side side[2];
+    int32_t n_sides, odd;
+    attn_cache_load load[ATTNI_CU_LOADS];
+} attni_cu_load_args;
+
+// Block x is the load, y a part of it.
+static __global__ void __launch_bounds__(256)
+    attni_cu_load_pages(const __grid_constant__ attni_cu_load_args a) {
+    const attn_cache_load l = a.load[blockIdx.x];
+    const int64_t step = (int64_t)gridDim.y * 256, first = (int64_t)blockIdx.y * 256 + threadIdx.x;
+    for (int v = 0; v < a.n_sides; v++) {
+        const attni_side &s = a.side[v];
+        const uint8_t *from = s.data + l.page * s.page_bytes;
+        uint8_t *to = s.copies + l.slot * s.page_bytes;
+        const int64_t n = a.odd ? 0 : s.need_bytes / 16;
+#pragma unroll 4
+        for (int64_t i = first; i < n; i += step)
+            ((uint4 *)(void *)to)[i] = ((const uint4 *)(const void *)from)[i];
+        for (int64_t i = 16 * n + first; i < s.need_bytes; i += step) to[i] = from[i];
+    }
 }
 
 // ==== >>impl-host  Choosing, planning, uploading, launching ======================================
@@ -4393,8 +4616,9 @@ static int attni_cu_mma_fits(const attn_cuda *c, const attn_desc *d, const attni
 }
 
 static int attni_cu_odd_side(const attni_side *s) {
-    return attni_cu_misaligned(s->page_bytes | (int64_t)(uintptr_t)s->data, s->token_bytes,
-                               s->head_bytes, 16) ||
+    return attni_cu_misaligned(s->page_bytes | (int64_t)(uintptr_t)s->data |
+                                   (int64_t)(uintptr_t)s->copies,
+                               s->token_bytes, s->head_bytes, 16) ||
            (s->head_scale && (uintptr_t)s->head_scale % 4);
 }
 
@@ -4409,8 +4633,9 @@ static void attni_cu_alignment(attni_cu_args *a) {
 
 // Can kernels take 64 rows of this side in one piece, found with 32 bits?
 static int attni_cu_in_pieces(const attni_cu_args *a, const attni_side *s) {
+    const int32_t n = attni_max32(a->d.kv.n_pages, s->copies ? s->n_slots : 0);
     return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
-           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / a->d.kv.n_pages;
+           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= INT32_MAX / n;
 }
 
 // Do rows of Q or O lie at multiples of 16 bytes that 32 bits count?
@@ -4531,7 +4756,7 @@ ATTN_DEF attn_result attn_cuda_open(attn_cuda *c, int32_t device) {
 
 ATTN_DEF attn_result attn_cuda_supports(const attn_cuda *c, const attn_desc *d) {
     if (!c || !d) return ATTN_ERR_ARGUMENT;
-    if (d->kv.layout == ATTN_K16 || d->numerics == ATTN_NUMERICS_PORTABLE || d->kv.cache)
+    if (d->kv.layout == ATTN_K16 || d->numerics == ATTN_NUMERICS_PORTABLE)
         return ATTN_ERR_UNSUPPORTED;
     return ATTN_OK;
 }
@@ -4630,8 +4855,13 @@ enum {
     ATTNI_CU_ORDER, ATTNI_CU_TOKEN0, ATTNI_CU_LINK, ATTNI_CU_UNIT0, ATTNI_CU_EXPECTED,
     ATTNI_CU_MERGE, ATTNI_CU_Q_START, ATTNI_CU_SEQ_ROW, ATTNI_CU_PARENT, ATTNI_CU_ROW_START,
     ATTNI_CU_ROW_END, ATTNI_CU_BLOCKS, ATTNI_CU_BITS, ATTNI_CU_COL_START, ATTNI_CU_COL,
-    ATTNI_CU_DIAG_START, ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_SECTIONS
+    ATTNI_CU_DIAG_START, ATTNI_CU_DIAG, ATTNI_CU_PAGES, ATTNI_CU_RESOLVED, ATTNI_CU_SECTIONS
 };
+
+// Was the image laid out for pages with copies?
+static int attni_cu_may_resolve(const attn_cuda_plan *g) {
+    return g->at[ATTNI_CU_RESOLVED + 1] > g->at[ATTNI_CU_RESOLVED];
+}
 
 static int64_t attni_cu_entries(const attn_block_list *b) { // one in host memory
     int64_t n = 0, l, row;
@@ -4655,7 +4885,9 @@ static void attni_cu_table_bytes(const attn_desc *d, int64_t seqs, int64_t token
     bytes[ATTNI_CU_ORDER] = bytes[ATTNI_CU_UNIT0] = seqs * 4;
     bytes[ATTNI_CU_TOKEN0] = bytes[ATTNI_CU_Q_START] = (seqs + 1) * 4;
     if (d->mask.kind == ATTN_MASK_TREE) bytes[ATTNI_CU_PARENT] = tokens * 4;
-    if (d->kv.page_table) bytes[ATTNI_CU_PAGES] = seqs * pages * 4;
+    if (d->kv.page_table) // one table, where all sequences have the same pages
+        bytes[ATTNI_CU_PAGES] = (d->kv.page_table_stride ? seqs : 1) * pages * 4;
+    if (d->kv.cache) bytes[ATTNI_CU_RESOLVED] = seqs * pages * 4;
     if (b->row_start && b->seq_row) bytes[ATTNI_CU_SEQ_ROW] = seqs * 4;
     if (b->row_start && !b->device_entries) {
         bytes[ATTNI_CU_ROW_START] = (int64_t)b->n_lists * ((int64_t)b->n_rows + 1) * 8;
@@ -4715,6 +4947,7 @@ static size_t attni_cu_layout(const attn_cuda *c, const attn_desc *d, const attn
     g->cap[4] = 2 * tasks;
     g->cap[5] = units;
     g->cap[6] = (int64_t)(p->partial_bytes / 4 / (size_t)(attni_v_dim(d) + 2));
+    g->cap[7] = d->kv.page_table_stride ? pages : 0; // from one sequence's pages to the next one's
     g->shape[0] = d->n_heads;
     g->shape[1] = d->n_kv_heads;
     g->shape[2] = d->head_dim;
@@ -5032,7 +5265,7 @@ static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
     const attn_vertical_slash *v = &d->mask.vslash;
     const attn_cuda_tables *have = &b->g->tables;
     const attn_cuda_plan *g = b->g;
-    int64_t bytes[ATTNI_CU_SECTIONS], pages = g->cap[2], s, n;
+    int64_t bytes[ATTNI_CU_SECTIONS], pages = g->cap[2], most = 0, s, n;
     int i;
     memset(bytes, 0, sizeof bytes);
     attni_cu_table_bytes(d, d->n_seq, d->q_start[d->n_seq], pages, bytes);
@@ -5049,13 +5282,19 @@ static attn_result attni_cu_pack_tables(attni_cu_packer *b) {
     attni_cu_pack(b, ATTNI_CU_COL, v->col, bytes[ATTNI_CU_COL]);
     attni_cu_pack(b, ATTNI_CU_DIAG_START, v->diag_start, bytes[ATTNI_CU_DIAG_START]);
     attni_cu_pack(b, ATTNI_CU_DIAG, v->diag, bytes[ATTNI_CU_DIAG]);
-    for (s = 0; d->kv.page_table && !have->page_table && s < d->n_seq; s++) {
-        int32_t *to = (int32_t *)(void *)(b->to + g->at[ATTNI_CU_PAGES]) + s * pages;
+    for (s = 0; attni_cu_may_resolve(g) && s < d->n_seq; s++)
+        if ((d->kv.kv_len[s] - 1) / d->kv.page_tokens >= pages) return ATTN_ERR_BUFFER;
+    if (!d->kv.page_table || have->page_table) return ATTN_OK;
+    if (!g->cap[7] && d->kv.page_table_stride && d->n_seq > 1) return ATTN_ERR_BUFFER;
+    for (s = 0; s < d->n_seq; s++) {
+        int32_t *to = (int32_t *)(void *)(b->to + g->at[ATTNI_CU_PAGES]) + s * g->cap[7];
         n = ((int64_t)d->kv.kv_len[s] + d->kv.page_tokens - 1) / d->kv.page_tokens;
         if (n > pages) return ATTN_ERR_BUFFER;
+        if (s && !g->cap[7] && n <= most) continue; // it is there
         memcpy(to, d->kv.page_table + s * d->kv.page_table_stride, 4 * (size_t)n);
         memset(to + n, 0xff, 4 * (size_t)(pages - n));
-        b->used[ATTNI_CU_PAGES] = bytes[ATTNI_CU_PAGES];
+        b->used[ATTNI_CU_PAGES] = 4 * (s * g->cap[7] + pages);
+        most = n;
     }
     return ATTN_OK;
 }
@@ -5153,9 +5392,9 @@ static attn_result attni_cu_check(const attn_cuda *c, const attn_desc *d, const 
         return ATTN_ERR_LAYOUT;
     if (d->n_heads != g->shape[0] || d->n_kv_heads != g->shape[1] || d->head_dim != g->shape[2] ||
         attni_v_dim(d) != g->shape[3] || d->kv.page_tokens != g->shape[4] || k->id != g->shape[5] ||
-        attni_cu_split(d, k) != g->shape[6])
+        attni_cu_split(d, k) != g->shape[6] || (d->kv.cache && !attni_cu_may_resolve(g)))
         return ATTN_ERR_STALE;
-    return ATTN_OK;
+    return attni_bad_cache(&d->kv) ? ATTN_ERR_ARGUMENT : ATTN_OK;
 }
 
 ATTN_DEF attn_result attn_cuda_upload(const attn_cuda *c, const attn_desc *d, const attn_plan *plan,
@@ -5201,7 +5440,7 @@ static void attni_cu_device_tables(const attn_cuda_plan *g, attn_desc *d) {
     d->q_pos0 = d->kv.kv_len = d->kv.kv_pos0 = d->seq_order = NULL; // kernels read seq[]
     if (d->kv.page_table) {
         d->kv.page_table = t->page_table ? t->page_table : ATTNI_AT(int32_t, ATTNI_CU_PAGES);
-        d->kv.page_table_stride = t->page_table ? t->page_table_stride : g->cap[2];
+        d->kv.page_table_stride = t->page_table ? t->page_table_stride : g->cap[7];
     }
     if (d->mask.tree_parent) d->mask.tree_parent = ATTNI_AT(int32_t, ATTNI_CU_PARENT);
     if (b->row_start && !b->device_entries) {
@@ -5244,6 +5483,53 @@ static attn_result attni_cu_launch(const attn_cuda *c, attni_cu_kernel kernel, i
     return cudaLaunchKernelEx(&l, kernel, *a) == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
 }
 
+// Where pages have copies: resolves the tables of x, which lie on the device, and lets x and its
+// sides read through them.
+static attn_result attni_cu_resolve(const attn_cuda *c, const attn_cuda_plan *g, attn_desc *x,
+                                    attni_side *k, attni_side *v, attn_cuda_stream stream) {
+    const uint8_t *m = (const uint8_t *)g->device;
+    const attn_kv_cache *cache = x->kv.cache;
+    attni_cu_resolve_args a;
+    dim3 grid;
+    int i;
+    if (!cache) return ATTN_OK;
+    if (!attni_cu_may_resolve(g)) return ATTN_ERR_STALE;
+    if (cache->n_slots > INT32_MAX - x->kv.n_pages) return ATTN_ERR_OVERFLOW;
+    memset(&a, 0, sizeof a);
+    a.header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
+    a.seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
+    a.table = x->kv.page_table;
+    a.stride = x->kv.page_table_stride;
+    a.resolved = (int32_t *)(void *)((uint8_t *)g->device + g->at[ATTNI_CU_RESOLVED]);
+    a.capacity = g->cap[2];
+    a.slot = cache->slot;
+    a.error = c->error;
+    a.n_pages = x->kv.n_pages;
+    a.n_slots = cache->n_slots;
+    a.page_tokens = x->kv.page_tokens;
+    grid = dim3((unsigned)attni_min64((g->cap[2] + 255) / 256, 64),
+                (unsigned)attni_min64(g->cap[0], 1024));
+    attni_cu_resolve_pages<<<grid, 256, 0, stream>>>(a);
+    for (i = 0; i < 2; i++) {
+        attni_side *s = i ? v : k;
+        s->first_copy = x->kv.n_pages;
+        s->to_copies = (int64_t)((uintptr_t)s->copies - (uintptr_t)s->data) -
+                       x->kv.n_pages * s->page_bytes;
+    }
+    x->kv.page_table = a.resolved;
+    x->kv.page_table_stride = a.capacity;
+    x->kv.n_pages += cache->n_slots;
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+// Tasks of this kind that a launch has to do for.
+static int64_t attni_cu_n_tasks(const attn_cuda_plan *g, const attni_cu_choice *k, int kind,
+                                int32_t group, int captured) {
+    if (!k->kernel[kind]) return 0;
+    if (!captured) return g->n[kind];
+    return attni_cu_may_have(g, k, kind, group) ? g->cap[3] : 0;
+}
+
 ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
                                    void *partials, size_t partial_bytes, attn_cuda_stream stream) {
     attni_cu_args a;
@@ -5252,7 +5538,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     attn_result r = attni_cu_check(c, d, g, &k);
     const uint8_t *m;
     int64_t rows;
-    int i, none, joins = 0;
+    int i, none, captured, joins = 0;
     if (r != ATTN_OK) return r;
     if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || !attni_cu_same_mask(&d->mask, &g->mask))
         return ATTN_ERR_STALE;
@@ -5261,7 +5547,8 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
         (uintptr_t)partials % 64)
         return ATTN_ERR_BUFFER;
     if (cudaStreamIsCapturing(stream, &capture) != cudaSuccess) return ATTN_ERR_DEVICE;
-    if (capture != cudaStreamCaptureStatusNone && rows < g->cap[6]) return ATTN_ERR_BUFFER;
+    captured = capture != cudaStreamCaptureStatusNone;
+    if (captured && rows < g->cap[6]) return ATTN_ERR_BUFFER;
     memset(&a, 0, sizeof a);
     a.d = attni_cu_resolved(d);
     attni_cu_device_tables(g, &a.d);
@@ -5307,22 +5594,30 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.wide_o = attni_cu_wide(&a.d, &a.d.o, g->cap[1]);
     a.pieces = attni_cu_in_pieces(&a, &a.k) && attni_cu_in_pieces(&a, &a.v);
     if (!a.mods) a.scale *= ATTNI_LOG2E;
+    if (d->kv.cache) a.reads = d->kv.cache->reads;
+    for (i = 0; i < ATTNI_CU_KINDS && a.reads; i++) {
+        int64_t blocks = attni_cu_n_tasks(g, &k, i, a.group, captured);
+        a.kind = i;
+        if (!blocks) continue;
+        r = attni_cu_launch(c, attni_cu_count_reads, attni_min64(blocks, 8 * c->n_sm),
+                            ATTNI_CU_THREADS, 0, 0, &a, stream);
+        if (r != ATTN_OK) return r;
+    }
+    if ((r = attni_cu_resolve(c, g, &a.d, &a.k, &a.v, stream)) != ATTN_OK) return r;
     // the longest tasks first; a captured launch must do for every later upload: those of kinds
     // that have no tasks now behind the others
     for (none = 0; none < 2; none++)
         for (i = ATTNI_CU_KINDS - 1; i >= 0; i--) {
-            int64_t blocks = capture == cudaStreamCaptureStatusNone ? g->n[i] : g->cap[3];
-            if (!k.kernel[i] || !blocks || none != (g->n[i] == 0)) continue;
-            if (capture != cudaStreamCaptureStatusNone && !attni_cu_may_have(g, &k, i, a.group))
-                continue;
+            int64_t blocks = attni_cu_n_tasks(g, &k, i, a.group, captured);
+            if (!blocks || none != (g->n[i] == 0)) continue;
             a.kind = i;
             blocks = attni_min64(blocks, g->n[ATTNI_CU_N_BLOCKS + i]);
             r = attni_cu_launch(c, k.kernel[i], blocks, k.threads[i], k.smem[i], joins, &a, stream);
             if (r != ATTN_OK) return r;
             joins = 1;
         }
-    if (capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] > 0 : g->shape[7]) {
-        int64_t n = capture == cudaStreamCaptureStatusNone ? g->n[ATTNI_CU_N_MERGES] : g->cap[1];
+    if (captured ? g->shape[7] : g->n[ATTNI_CU_N_MERGES] > 0) {
+        int64_t n = captured ? g->cap[1] : g->n[ATTNI_CU_N_MERGES];
         n = attni_min64((n * d->n_heads * ((attni_v_dim(d) + 127) / 128) + 3) / 4, 8 * c->n_sm);
         return attni_cu_launch(c, attni_cu_merge_tokens, n, ATTNI_CU_THREADS, 0, joins, &a, stream);
     }
@@ -5353,7 +5648,8 @@ ATTN_DEF attn_result attn_cuda_store(const attn_cuda *c, const attn_desc *d,
     attn_result r = attni_cu_choose(c, d, &choice);
     int64_t blocks;
     if (r != ATTN_OK) return r;
-    if (d->kv.layout == ATTN_K16 || d->kv.cache) return ATTN_ERR_UNSUPPORTED;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!d->kv.k.data || !d->kv.v.data || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if (count > INT64_MAX - first || first + count > INT64_MAX / 65536) return ATTN_ERR_OVERFLOW;
     if (!slots && (!g || !g->device)) return ATTN_ERR_ARGUMENT;
@@ -5402,7 +5698,8 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
     attn_result r = attni_cu_choose(c, d, &choice);
     int32_t i, j, step, most;
     if (r != ATTN_OK) return r;
-    if (d->kv.layout == ATTN_K16 || d->kv.cache) return ATTN_ERR_UNSUPPORTED;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!d->kv.k.data || !d->kv.v.data || n < 0 || (n > 0 && !copies)) return ATTN_ERR_ARGUMENT;
     for (i = 0; i < n; i++) {
         if (copies[i].src < 0 || copies[i].src >= d->kv.n_pages || copies[i].dst < 0 ||
@@ -5414,7 +5711,7 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
     memset(&a, 0, sizeof a);
     (void)attni_side_init(d, 0, &a.side[0]);
     (void)attni_side_init(d, 1, &a.side[1]);
-    a.n_sides = d->kv.v.data == d->kv.k.data ? 1 : 2;
+    a.n_sides = d->kv.v.data == d->kv.k.data ? 1 : 2; // as their copies are, see attni_bad_cache
     a.heads = d->n_kv_heads;
     for (i = 0; i < n; i += step) {
         step = attni_cu_independent(copies, i, n);
@@ -5426,6 +5723,37 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
         if (!a.n) continue;
         attni_cu_copy_rows<<<dim3((unsigned)a.n, (unsigned)attni_min32(most, 64)), 128, 0,
                              stream>>>(a);
+        if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
+    }
+    return ATTN_OK;
+}
+
+ATTN_DEF attn_result attn_cuda_cache_load(const attn_cuda *c, const attn_desc *d,
+                                          const attn_cache_load *loads, int32_t n,
+                                          attn_cuda_stream stream) {
+    attni_cu_load_args a;
+    attni_cu_choice choice;
+    attn_result r = attni_cu_choose(c, d, &choice);
+    int32_t i, step;
+    if (r != ATTN_OK) return r;
+    if (d->kv.layout == ATTN_K16) return ATTN_ERR_UNSUPPORTED;
+    if (!d->kv.k.data || !d->kv.v.data || n < 0 || (n > 0 && !loads) || !d->kv.cache ||
+        attni_bad_cache(&d->kv))
+        return ATTN_ERR_ARGUMENT;
+    for (i = 0; i < n; i++)
+        if (loads[i].page < 0 || loads[i].page >= d->kv.n_pages || loads[i].slot < 0 ||
+            loads[i].slot >= d->kv.cache->n_slots)
+            return ATTN_ERR_PAGE;
+    memset(&a, 0, sizeof a);
+    (void)attni_side_init(d, 0, &a.side[0]);
+    (void)attni_side_init(d, 1, &a.side[1]);
+    a.n_sides = d->kv.v.data == d->kv.k.data ? 1 : 2;
+    a.odd = attni_cu_odd_side(&a.side[0]) || attni_cu_odd_side(&a.side[1]);
+    for (i = 0; i < n; i += step) {
+        step = attni_min32(n - i, ATTNI_CU_LOADS);
+        memcpy(a.load, loads + i, (size_t)step * sizeof *loads);
+        attni_cu_load_pages<<<dim3((unsigned)step, (unsigned)(1 + 1023 / step)), 256, 0, stream>>>(
+            a);
         if (cudaGetLastError() != cudaSuccess) return ATTN_ERR_DEVICE;
     }
     return ATTN_OK;
@@ -5484,6 +5812,323 @@ ATTN_DEF attn_result attn_cuda_merge(const attn_cuda *c, const attn_tensor *o,
     return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
 }
 
+// ==== >>impl-delta  Correcting sparse attention by some dense rows ===============================
+
+typedef struct attni_cu_delta_args {
+    attn_tensor o, delta;   // strides resolved
+    int64_t n;              // elements of O (take: of delta) to look after
+    int32_t heads, dim;
+    int32_t token0, q_len, step, first; // of the sequence in O; of its queries; delta's first row
+    int32_t add, interpolate;
+} attni_cu_delta_args;
+
+ATTNI_DEV float attni_cu_delta_at(const attni_cu_delta_args &a, int64_t row, int32_t h, int32_t e) {
+    return attni_get(a.delta.data, a.delta.dtype,
+                     row * a.delta.stride_token + h * a.delta.stride_head + e);
+}
+
+// A thread has an element of a row of delta, or of a row of O that is added to.
+static __global__ void __launch_bounds__(256)
+    attni_cu_delta_rows(const __grid_constant__ attni_cu_delta_args a) {
+    const int64_t per = (int64_t)a.heads * a.dim;
+    for (int64_t at = (int64_t)blockIdx.x * 256 + threadIdx.x; at < a.n;
+         at += (int64_t)gridDim.x * 256) {
+        const int32_t j = (int32_t)(at / per) + (a.add ? a.first * a.step : a.first);
+        const int32_t in = (int32_t)(at % per), h = in / a.dim, e = in % a.dim;
+        const int32_t i = a.add ? j / a.step : j, q = a.add ? j : j * a.step;
+        const int64_t there = ((int64_t)a.token0 + q) * a.o.stride_token + h * a.o.stride_head + e;
+        const float o = attni_get(a.o.data, a.o.dtype, there);
+        float x = attni_cu_delta_at(a, i, h, e);
+        if (!a.add) {
+            attni_put(a.delta.data, a.delta.dtype,
+                      i * a.delta.stride_token + h * a.delta.stride_head + e, __fsub_rn(x, o));
+            continue;
+        }
+        if (a.interpolate && j % a.step && i < (a.q_len - 1) / a.step) {
+            const float f = __fdiv_rn((float)(j % a.step), (float)a.step);
+            const float y = attni_cu_delta_at(a, i + 1, h, e);
+            x = __fadd_rn(x, __fmul_rn(f, __fsub_rn(y, x)));
+        }
+        attni_put(a.o.data, a.o.dtype, there, __fadd_rn(x, o));
+    }
+}
+
+static attn_result attni_cu_delta(const attn_cuda *c, const attn_desc *d, int32_t s, int32_t step,
+                                  const attn_tensor *delta, int32_t first, int32_t count, int add,
+                                  int interpolate, attn_cuda_stream stream) {
+    attni_cu_delta_args a;
+    attni_cu_choice k;
+    int64_t tokens;
+    attn_result r = attni_cu_choose(c, d, &k);
+    if (r != ATTN_OK) return r;
+    if (!d->q_start) return ATTN_ERR_ARGUMENT;
+    if ((r = attni_delta_check(d, s, step, delta, first, count)) != ATTN_OK || !count) return r;
+    memset(&a, 0, sizeof a);
+    a.heads = d->n_heads;
+    a.dim = attni_v_dim(d);
+    a.o = attni_cu_resolved(d).o;
+    (void)attni_cu_rows_of(delta, a.heads, a.dim, 0, &a.delta);
+    a.token0 = d->q_start[s];
+    a.q_len = d->q_start[s + 1] - d->q_start[s];
+    a.step = step;
+    a.first = first;
+    a.add = add;
+    a.interpolate = interpolate;
+    tokens = attni_min64((int64_t)count * step, a.q_len - (int64_t)first * step);
+    a.n = (add ? tokens : count) * a.heads * a.dim;
+    attni_cu_delta_rows<<<(unsigned)attni_min64((a.n + 255) / 256, 16 * c->n_sm), 256, 0, stream>>>(
+        a);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
+ATTN_DEF attn_result attn_cuda_delta_take(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                          int32_t step, const attn_tensor *delta, int32_t first,
+                                          int32_t count, attn_cuda_stream stream) {
+    return attni_cu_delta(c, d, s, step, delta, first, count, 0, 0, stream);
+}
+
+ATTN_DEF attn_result attn_cuda_delta_add(const attn_cuda *c, const attn_desc *d, int32_t s,
+                                         int32_t step, int interpolate, const attn_tensor *delta,
+                                         int32_t first, int32_t count, attn_cuda_stream stream) {
+    return attni_cu_delta(c, d, s, step, delta, first, count, 1, interpolate, stream);
+}
+
+// ==== >>impl-summary  What keys lie in ===========================================================
+//
+// Sums and folds go in the CPU's order: the same bits. Sequences that share a page may write a node
+// more than once, the same each time.
+
+typedef struct attni_cu_summary_args {
+    attn_desc d;              // tables lie in device memory
+    attni_side k;
+    const attni_cu_header *header;
+    const attn_plan_seq *seq;
+    uint16_t *data;
+    int32_t *error;
+} attni_cu_summary_args;
+
+// Cells [*g0, *g1) that hold new tokens of a sequence; 0: there are none.
+ATTNI_DEV int attni_cu_new_cells(const attni_cu_summary_args &a, const attn_plan_seq &q,
+                                 int64_t *g0, int64_t *g1) {
+    const int64_t from = (int64_t)q.q_pos0 - q.kv_pos0, j0 = attni_max64(from, 0);
+    const int64_t j1 = attni_min64(from + q.q_len, q.kv_len);
+    if (j1 <= j0) return 0;
+    *g0 = attni_cell_from(&a.d, q.kv_pos0, j0);
+    *g1 = attni_cell_from(&a.d, q.kv_pos0, j1 - 1) + 1;
+    return 1;
+}
+
+// The page of a cell of sequence s, *place and *n its tokens there; -1 where none is held.
+ATTNI_DEV int32_t attni_cu_cell_page(const attni_cu_summary_args &a, int32_t s, int64_t cell,
+                                     int32_t *place, int32_t *n) {
+    const attn_plan_seq &q = a.seq[s];
+    const int32_t pt = a.d.kv.page_tokens;
+    const int64_t j = attni_place_from(&a.d, q.kv_pos0, cell);
+    int32_t id = s;
+    if (j < 0 || j >= q.kv_len) return -1;
+    *place = (int32_t)(j % pt);
+    *n = attni_min32(attni_min32(ATTNI_CELL, pt - *place), (int32_t)(q.kv_len - j));
+    if (a.d.kv.page_table) id = a.d.kv.page_table[s * a.d.kv.page_table_stride + j / pt];
+    if ((uint32_t)id < (uint32_t)a.d.kv.n_pages) return id;
+    if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+    return -1;
+}
+
+// The block's threads have smallest and largest values of dims in bits; its node and the middle.
+ATTNI_DEV void attni_cu_put_box(const attni_cu_summary_args &a, uint16_t *node, int32_t i,
+                                uint16_t lo, uint16_t hi, float *mid) {
+    const uint16_t box[2] = {lo, hi};
+    node[i] = lo;
+    node[a.d.head_dim + i] = hi;
+    mid[i] = attni_node_middle(box, 1, 0);
+}
+
+// The node's ball from n smaller ones at distances sqrt(sum), in order; not finite: anything. One
+// thread calls.
+ATTNI_DEV void attni_cu_put_ball(const attni_cu_summary_args &a, uint16_t *node, int finite, int n,
+                                 const float *sum, const float *r) {
+    float radius = 0;
+    for (int t = 0; t < n && finite; t++) attni_node_ball(sum[t], r ? r[t] : 0, &radius);
+    for (int i = 0; i < 8; i++) node[2 * a.d.head_dim + i] = 0;
+    finite = finite && attni_finite(radius);
+    node[2 * a.d.head_dim] = finite ? attni_outwards(radius, 1) : 0x7f80;
+}
+
+struct attni_cu_summer { // in shared memory
+    float mid[ATTN_MAX_HEAD_DIM], scale[ATTNI_CELL], sum[ATTNI_CELL], radius[ATTNI_RUN];
+    uint64_t owner;
+    int32_t most;
+};
+
+// A cell of n tokens, at most 64, of a page from token `place` on. All threads call.
+ATTNI_DEV void attni_cu_sum_cell(const attni_cu_summary_args &a, attni_cu_summer *m, int32_t page,
+                                 int32_t place, int n, int32_t head, uint16_t *node) {
+    constexpr int EACH = (ATTN_MAX_HEAD_DIM + ATTNI_CU_THREADS - 1) / ATTNI_CU_THREADS;
+    const uint8_t *base = attni_page_data(&a.k, page);
+    const int tid = (int)threadIdx.x, dim = a.d.head_dim;
+    float lo[EACH], hi[EACH];
+    int finite = 1;
+    if (tid < n) m->scale[tid] = attni_scale_in(&a.k, base, place + tid, head);
+#pragma unroll
+    for (int e = 0; e < EACH; e++) lo[e] = __int_as_float(0x7f800000), hi[e] = ATTNI_NINF;
+    __syncthreads();
+    for (int t = 0; t < n; t++) {
+        const uint8_t *row = base + attni_token_offset(&a.k, place + t, head);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int i = tid + e * ATTNI_CU_THREADS;
+            if (i >= dim) break;
+            const float key = attni_mul(attni_get(row, a.k.dtype, i), m->scale[t]);
+            finite &= attni_finite(key);
+            lo[e] = key < lo[e] ? key : lo[e];
+            hi[e] = key > hi[e] ? key : hi[e];
+        }
+    }
+    finite = __syncthreads_and(finite);
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+        if (tid + e * ATTNI_CU_THREADS < dim)
+            attni_cu_put_box(a, node, tid + e * ATTNI_CU_THREADS,
+                             finite ? attni_outwards(lo[e], 0) : 0xff80,
+                             finite ? attni_outwards(hi[e], 1) : 0x7f80, m->mid);
+    __syncthreads();
+    if (tid < n && finite) {
+        const uint8_t *row = base + attni_token_offset(&a.k, place + tid, head);
+        float x = 0;
+        for (int i = 0; i < dim; i++) {
+            const float off = attni_mul(attni_get(row, a.k.dtype, i), m->scale[tid]) - m->mid[i];
+            x += attni_mul(off, off);
+        }
+        m->sum[tid] = x;
+    }
+    __syncthreads();
+    if (tid == 0) attni_cu_put_ball(a, node, finite, n, m->sum, NULL);
+}
+
+// x: new cells of a sequence, y: sequences, z: KV heads.
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_sum_cells(const __grid_constant__ attni_cu_summary_args a) {
+    __shared__ attni_cu_summer m;
+    const int32_t head = (int32_t)blockIdx.z, n_seq = a.header->n_seq;
+    for (int32_t s = (int32_t)blockIdx.y; s < n_seq; s += (int32_t)gridDim.y) {
+        int64_t g0, g1;
+        if (!attni_cu_new_cells(a, a.seq[s], &g0, &g1)) continue;
+        for (int64_t g = g0 + blockIdx.x; g < g1; g += gridDim.x) {
+            int32_t place, n, at;
+            const int32_t page = attni_cu_cell_page(a, s, g, &place, &n);
+            if (page < 0) continue;
+            __syncthreads();
+            if (threadIdx.x == 0) m.most = n;
+            __syncthreads(); // who shares the page may hold more of it
+            for (int32_t u = (int32_t)threadIdx.x; u < n_seq; u += ATTNI_CU_THREADS)
+                if (attni_cu_cell_page(a, u, g, &at, &n) == page) atomicMax(&m.most, n);
+            __syncthreads();
+            attni_cu_sum_cell(a, &m, page, place, m.most, head,
+                              attni_node_at(&a.d, a.data, 0, page, g, head));
+        }
+    }
+}
+
+// The sequence to make a run's node for s from, whose last cell is g: see attni_summary_close. All
+// threads call.
+ATTNI_DEV int32_t attni_cu_run_owner(const attni_cu_summary_args &a, int32_t s, int64_t g,
+                                     int32_t page, uint64_t *owner) {
+    int32_t place, n;
+    __syncthreads();
+    if (threadIdx.x == 0) *owner = ~(uint64_t)0;
+    __syncthreads();
+    for (int32_t u = (int32_t)threadIdx.x; u < a.header->n_seq; u += ATTNI_CU_THREADS)
+        if (attni_cu_cell_page(a, u, g, &place, &n) == page)
+            atomicMin((unsigned long long *)owner,
+                      (unsigned long long)a.seq[u].kv_pos0 << 32 | (uint32_t)u);
+    __syncthreads();
+    return (int32_t)(uint32_t)*owner;
+}
+
+// As attni_cu_sum_cells, of runs that are complete.
+static __global__ void __launch_bounds__(ATTNI_CU_THREADS)
+    attni_cu_sum_runs(const __grid_constant__ attni_cu_summary_args a) {
+    __shared__ attni_cu_summer m;
+    const int32_t head = (int32_t)blockIdx.z, dim = a.d.head_dim, tid = (int32_t)threadIdx.x;
+    for (int32_t s = (int32_t)blockIdx.y; s < a.header->n_seq; s += (int32_t)gridDim.y) {
+        const attn_plan_seq &q = a.seq[s];
+        int64_t g0, g1;
+        if (!attni_cu_new_cells(a, q, &g0, &g1)) continue;
+        const int64_t last = attni_cell_from(&a.d, q.kv_pos0, q.kv_len - 1);
+        for (int64_t run = g0 / ATTNI_RUN + blockIdx.x; run <= (g1 - 1) / ATTNI_RUN;
+             run += gridDim.x) {
+            const int64_t g = run * ATTNI_RUN;
+            const uint16_t *cell[ATTNI_RUN];
+            int32_t place, len, n = 0, bad = 0;
+            if (last < g + ATTNI_RUN - 1) continue;
+            const int32_t page = attni_cu_cell_page(a, s, g + ATTNI_RUN - 1, &place, &len);
+            if (page < 0) continue;
+            const int32_t u = attni_cu_run_owner(a, s, g + ATTNI_RUN - 1, page, &m.owner);
+            for (int i = 0; i < ATTNI_RUN; i++) {
+                if (attni_place_from(&a.d, a.seq[u].kv_pos0, g + i) < 0) continue; // gone
+                const int32_t p = attni_cu_cell_page(a, u, g + i, &place, &len);
+                bad |= p < 0;
+                cell[n++] = attni_node_at(&a.d, a.data, 0, attni_max32(p, 0), g + i, head);
+            }
+            if (bad) continue;
+            uint16_t *node = attni_node_at(&a.d, a.data, 1, page, g + ATTNI_RUN - 1, head);
+            for (int i = tid; i < dim; i += ATTNI_CU_THREADS) {
+                float lo = __int_as_float(0x7f800000), hi = ATTNI_NINF;
+                for (int t = 0; t < n; t++) {
+                    const float x = attni_from_bf16(cell[t][i]);
+                    const float y = attni_from_bf16(cell[t][dim + i]);
+                    lo = x < lo ? x : lo;
+                    hi = y > hi ? y : hi;
+                }
+                attni_cu_put_box(a, node, i, attni_outwards(lo, 0), attni_outwards(hi, 1), m.mid);
+            }
+            __syncthreads();
+            for (int t = tid; t < n; t += ATTNI_CU_THREADS) {
+                float x = 0;
+                for (int i = 0; i < dim; i++) {
+                    const float off = attni_node_middle(cell[t], dim, i) - m.mid[i];
+                    x += attni_mul(off, off);
+                }
+                m.sum[t] = x, m.radius[t] = attni_from_bf16(cell[t][2 * dim]);
+            }
+            __syncthreads();
+            if (tid == 0) attni_cu_put_ball(a, node, 1, n, m.sum, m.radius);
+            __syncthreads();
+        }
+    }
+}
+
+ATTN_DEF attn_result attn_cuda_summarize(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_summary *y,
+                                         attn_cuda_stream stream) {
+    attni_cu_summary_args a;
+    attni_cu_choice k;
+    dim3 grid;
+    attn_result r = attni_cu_choose(c, d, &k);
+    if (r != ATTN_OK) return r;
+    if (d->kv.layout == ATTN_K16 || d->n_kv_heads > 65535) return ATTN_ERR_UNSUPPORTED;
+    if (!g || !g->device || !y || !y->data || !d->kv.k.data || attni_bad_cache(&d->kv))
+        return ATTN_ERR_ARGUMENT;
+    if ((uintptr_t)y->data % 64) return ATTN_ERR_BUFFER;
+    if (d->n_seq != g->n[ATTNI_CU_N_SEQS] || d->kv.page_tokens != g->shape[4])
+        return ATTN_ERR_STALE;
+    memset(&a, 0, sizeof a);
+    a.d = *d;
+    attni_cu_device_tables(g, &a.d);
+    (void)attni_side_init(d, 0, &a.k);
+    a.header = (const attni_cu_header *)(const void *)((const uint8_t *)g->device +
+                                                       g->at[ATTNI_CU_HEADER]);
+    a.seq = (const attn_plan_seq *)(const void *)((const uint8_t *)g->device +
+                                                  g->at[ATTNI_CU_SEQ]);
+    a.data = y->data;
+    a.error = c->error;
+    grid = dim3((unsigned)attni_min64(g->cap[1] / ATTNI_CELL + 2, 1024),
+                (unsigned)attni_min64(g->cap[0], 1024), (unsigned)d->n_kv_heads);
+    attni_cu_sum_cells<<<grid, ATTNI_CU_THREADS, 0, stream>>>(a);
+    attni_cu_sum_runs<<<grid, ATTNI_CU_THREADS, 0, stream>>>(a);
+    return cudaGetLastError() == cudaSuccess ? ATTN_OK : ATTN_ERR_DEVICE;
+}
+
 // ==== >>impl-select-keys  Selectors: rows of lists, keys anywhere, products ======================
 //
 // Scores are f32 sums of products of the stored values: by tensor cores where Q is f16 or bf16 and
@@ -5518,6 +6163,8 @@ typedef struct attni_cu_pick {
     attni_cu_est *est;         // (n_est)
     uint8_t *work;             // (n_est) of est_bytes each
     int32_t *error;
+    uint32_t *reads;           // (n_pages) of the cache, or NULL
+    int32_t each_key;          // counts there, else one of 64
     int64_t est_bytes, head_bytes, at[12];
     int64_t kv_cap;            // positions, chunks and blocks there is room for
     int32_t n_chunks, n_blocks, n_est;
@@ -5542,6 +6189,14 @@ ATTNI_DEV float attni_cu_value_at(const uint8_t *row, attn_dtype t, int i) {
     return attni_get(row, t, i);
 }
 
+// Where a page is read: its copy, if there is one.
+ATTNI_DEV_FAR const uint8_t *attni_cu_copy_of(const attni_cu_pick &a, int32_t page, int32_t place) {
+    const int32_t slot = __ldg(a.k.slot + page);
+    if (a.reads && (a.each_key || place % ATTNI_CU_BLOCK == 0)) atomicAdd(&a.reads[page], 1u);
+    if ((slot < -1 || slot >= a.k.n_slots) && a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+    return attni_page_data(&a.k, page);
+}
+
 // The page of token j of what a sequence holds.
 ATTNI_DEV int32_t attni_cu_page_of(const attni_cu_pick &a, int32_t seq, int32_t j) {
     const int32_t page = a.page_shift >= 0 ? j >> a.page_shift : j / a.d.kv.page_tokens;
@@ -5558,9 +6213,11 @@ ATTNI_DEV const uint8_t *attni_cu_token_in(const attni_cu_pick &a, int32_t id, i
         if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
         return NULL;
     }
-    *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_token_scale(&a.k, id, place, kv_head)
+    const uint8_t *base = a.k.data + id * a.k.page_bytes;
+    if (a.k.copies) base = attni_cu_copy_of(a, id, place);
+    *scale = attni_is_scaled(a.k.dtype) ? a.scale * attni_scale_in(&a.k, base, place, kv_head)
                                         : a.scale;
-    return a.k.data + id * a.k.page_bytes + place * a.k.token_bytes + kv_head * a.k.head_bytes;
+    return base + place * a.k.token_bytes + kv_head * a.k.head_bytes;
 }
 
 ATTNI_DEV const uint8_t *attni_cu_token_at(const attni_cu_pick &a, int32_t seq, int32_t kv_head,
@@ -8409,8 +9066,11 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     memset(&a, 0, sizeof a);
     if (!attni_select_fill(s, &a.f)) return ATTN_ERR_ARGUMENT;
     if (!attni_select_fits(d, &a.f, x)) return ATTN_ERR_STALE;
+    if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!attni_cu_pick_supports(&a.f)) return ATTN_ERR_UNSUPPORTED;
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;
+    if (d->kv.cache) a.reads = d->kv.cache->reads;
+    a.each_key = a.f.kind != ATTN_SELECT_FLEX && a.f.kind != ATTN_SELECT_EXACT;
     r = attni_cu_pick_launch(attni_cu_pick_rows, dim3(1), 1024, 0, stream, a);
     if (r != ATTN_OK) return r;
     return a.f.kind == ATTN_SELECT_FLEX    ? attni_cu_flex_launch(c, g, &a, stream)

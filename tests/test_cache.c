@@ -268,9 +268,36 @@ static void cached(uint64_t seed) {
     problem_free(&p);
 }
 
+// V's copies must alias K's where V's pages do, and nowhere else.
+static void aliases(void) {
+    float a[64], b[64];
+    int alias, shared;
+    test_rng r = {1};
+    problem_opts o;
+    problem p;
+    memset(&o, 0, sizeof o);
+    o.n_seq = 1, o.max_kv = 20, o.n_heads = o.n_kv_heads = 1, o.page_tokens = 16;
+    o.head_dim = 16, o.v_head_dim = 8;
+    o.k = o.v = o.q = o.o = ATTN_F32;
+    for (alias = 0; alias < 2; alias++) {
+        o.alias = alias;
+        problem_make(&p, &o, &r);
+        for (shared = 0; shared < 2; shared++) {
+            int32_t slot[64];
+            attn_kv_cache kc = {a, NULL, 1, NULL, NULL};
+            kc.v = shared ? a : b;
+            kc.slot = slot;
+            p.d.kv.cache = &kc;
+            CHECK_EQ(attn_validate(&p.d), alias == shared ? ATTN_OK : ATTN_ERR_ARGUMENT);
+        }
+        problem_free(&p);
+    }
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 1000), i;
     bad_params();
+    aliases();
     for (i = 0; i < count; i++) policies(seed + i);
     for (i = 0; i < count / 4; i++) cached(seed + i);
     return TEST_END();

@@ -78,6 +78,7 @@ static void one(uint64_t seed) {
     CHECK_EQ(rows.n_seq, n);
     forward(&rows);
     CHECK_EQ(attn_cpu_delta_take(&p.d, s, step, &delta, 0, n + 1), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cpu_delta_take(&p.d, s, step, &delta, INT32_MAX, INT32_MAX), ATTN_ERR_ARGUMENT);
     for (i = n - 1; i >= 0; i--)
         CHECK_EQ(attn_cpu_delta_take(&p.d, s, step, &delta, i, 1), ATTN_OK);
     for (i = n - 1; i >= 0; i--)

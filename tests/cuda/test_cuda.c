@@ -1943,12 +1943,210 @@ static void part_merge(uint64_t seed, uint64_t count) {
     for (i = 0; i < n; i++) merge_case(&r);
 }
 
+// ---- Delta correction: the CPU's bits
+
+// A plan of d and its run, to its o.
+static void delta_run(const attn_desc *d) {
+    const int mark = dev_n;
+    how h;
+    job j;
+    memset(&h, 0, sizeof h);
+    job_make(&j, d, &h);
+    DEV(cudaDeviceSynchronize());
+    CHECK_EQ(job_upload(&j, d), ATTN_OK);
+    CHECK_EQ(job_run(&j, d), ATTN_OK);
+    dev_sync();
+    CHECK_EQ(dev_error(), 0);
+    dev_release(mark);
+    job_free(&j);
+}
+
+// The dense rows in two ways: over one page table for all, as they come, and over one for each.
+static void delta_rows(const attn_desc *dense, const uint8_t *base, size_t bytes) {
+    const int32_t n = dense->n_seq, len = dense->kv.kv_len[0], pt = dense->kv.page_tokens;
+    const int32_t pages = (len + pt - 1) / pt;
+    int32_t *table = (int32_t *)malloc(4 * (size_t)n * (size_t)(pages + 1)), i;
+    uint8_t *one = (uint8_t *)malloc(2 * bytes), *each = one + bytes;
+    attn_desc d = *dense;
+    for (i = 0; i < n; i++)
+        memcpy(table + i * pages, dense->kv.page_table, 4 * (size_t)pages);
+    d.kv.page_table = table;
+    d.kv.page_table_stride = pages;
+    delta_run(&d);
+    dev_read(each, base, bytes);
+    delta_run(dense);
+    dev_read(one, base, bytes);
+    CHECK(memcmp(one, each, bytes) == 0);
+    free(table), free(one);
+}
+
+static void delta_case(uint64_t seed) {
+    problem_opts o;
+    problem p;
+    test_rng r;
+    twin t;
+    result x;
+    how h;
+    attn_tensor delta, host_delta;
+    attn_desc dense, host;
+    uint8_t *base, *both[2];
+    size_t bytes, i;
+    int64_t first;
+    int32_t s, step, q_len, n, cut, *tables, interpolate;
+    r.state = seed;
+    memset(&h, 0, sizeof h);
+    if (seed % 2) tensor_opts(&r, &o);
+    else problem_random(&r, &o);
+    if (o.layout == ATTN_K16) o.layout = ATTN_HEAD_MAJOR;
+    if (o.mask == M_TREE || o.mask == M_TREE_ALL) o.mask = M_STRIDE;
+    if (o.phase == DECODE) o.phase = CHUNKED;
+    o.numerics = ATTN_NUMERICS_FAST;
+    o.bias = 0;
+    problem_make(&p, &o, &r);
+    twin_make(&t, &p, 1, &r);
+    result_make(&x, &p);
+    twin_run(&t, &h, x.o, x.lse);
+    s = test_below(&r, p.d.n_seq);
+    q_len = p.d.q_start[s + 1] - p.d.q_start[s];
+    step = 1 + test_below(&r, test_below(&r, 2) ? 8 : 100);
+    interpolate = test_below(&r, 2);
+    n = q_len > 0 ? (q_len - 1) / step + 1 : 0;
+    tables = (int32_t *)malloc(4 * (size_t)(4 * n + 2));
+    memset(&delta, 0, sizeof delta);
+    delta.dtype = test_below(&r, 2) ? ATTN_F32 : o.o;
+    twin_view(&delta, n, o.n_heads, o.v_head_dim, NULL, &r, &base, &bytes, &first);
+    CHECK_EQ(attn_cuda_delta_take(&cu, &t.d, s, step, &delta, 0, n + 1, dev_stream),
+             ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cuda_delta_add(&cu, &t.d, s, 0, 0, &delta, 0, n, dev_stream), ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cuda_delta_add(&cu, &t.d, p.d.n_seq, step, 0, &delta, 0, n, dev_stream),
+             ATTN_ERR_ARGUMENT);
+    CHECK_EQ(attn_cuda_delta_take(&cu, &t.d, s, step, &delta, INT32_MAX, INT32_MAX, dev_stream),
+             ATTN_ERR_ARGUMENT);
+    if (!n) goto done;
+    CHECK_EQ(attn_delta_desc(&t.d, s, step, &delta, tables, &dense), ATTN_OK);
+    delta_rows(&dense, base, bytes);
+    host = p.d, host_delta = delta;
+    both[0] = (uint8_t *)malloc(t.o_bytes), both[1] = (uint8_t *)malloc(bytes);
+    dev_read(both[0], t.o_base, t.o_bytes), dev_read(both[1], base, bytes);
+    host.o = t.d.o;
+    host.o.data = both[0] + (size_t)t.o_first * element_bytes(o.o);
+    host_delta.data = both[1] + (size_t)first * element_bytes(delta.dtype);
+    CHECK_EQ(attn_cpu_delta_take(&host, s, step, &host_delta, 0, n), ATTN_OK);
+    CHECK_EQ(attn_cpu_delta_add(&host, s, step, interpolate, &host_delta, 0, n), ATTN_OK);
+    cut = test_below(&r, n + 1);
+    CHECK_EQ(attn_cuda_delta_take(&cu, &t.d, s, step, &delta, cut, n - cut, dev_stream), ATTN_OK);
+    CHECK_EQ(attn_cuda_delta_take(&cu, &t.d, s, step, &delta, 0, cut, dev_stream), ATTN_OK);
+    cut = test_below(&r, n + 1);
+    CHECK_EQ(attn_cuda_delta_add(&cu, &t.d, s, step, interpolate, &delta, cut, n - cut, dev_stream),
+             ATTN_OK);
+    CHECK_EQ(attn_cuda_delta_add(&cu, &t.d, s, step, interpolate, &delta, 0, cut, dev_stream),
+             ATTN_OK);
+    dev_sync();
+    {
+        uint8_t *m = (uint8_t *)malloc(t.o_bytes + bytes);
+        dev_read(m, t.o_base, t.o_bytes);
+        dev_read(m + t.o_bytes, base, bytes);
+        for (i = 0; i < t.o_bytes && m[i] == both[0][i];) i++;
+        if (!CHECK(i == t.o_bytes)) describe(&o, seed, "delta");
+        for (i = 0; i < bytes && m[t.o_bytes + i] == both[1][i];) i++;
+        if (!CHECK(i == bytes)) describe(&o, seed, "delta");
+        free(m);
+    }
+    CHECK(dev_guards(0));
+    free(both[0]), free(both[1]);
+done:
+    dev_release(0);
+    free(tables);
+    result_free(&x);
+    problem_free(&p);
+}
+
+static void part_delta(uint64_t seed, uint64_t count) {
+    uint64_t i;
+    for (i = 0; i < count / 4 + 2; i++) delta_case(seed + i);
+}
+
+// ---- summaries: the CPU's bits
+
+// All that is held, as new tokens of two steps.
+static void summary_case(uint64_t seed) {
+    problem_opts o;
+    problem p;
+    test_rng r;
+    twin t;
+    attn_summary host, there;
+    size_t bytes;
+    uint8_t *m;
+    int32_t *q_start, *q_pos0, *len, s, step;
+    r.state = seed;
+    if (seed % 2) tensor_opts(&r, &o);
+    else problem_random(&r, &o);
+    if (o.layout == ATTN_K16) o.layout = ATTN_HEAD_MAJOR;
+    o.mask = M_CAUSAL;
+    o.numerics = ATTN_NUMERICS_FAST;
+    o.phase = test_below(&r, 2) ? CHUNKED : PREFILL;
+    o.bias = 0;
+    problem_make(&p, &o, &r);
+    twin_make(&t, &p, 1, &r);
+    bytes = attn_summary_bytes(&p.d);
+    host.data = (uint16_t *)problem_alloc(&p, bytes);
+    m = (uint8_t *)malloc(bytes);
+    memset(host.data, 0, bytes);
+    there.data = (uint16_t *)dev_alloc(bytes, host.data);
+    q_start = (int32_t *)problem_alloc(&p, 4 * (size_t)(p.d.n_seq + 1));
+    q_pos0 = (int32_t *)problem_alloc(&p, 4 * (size_t)p.d.n_seq);
+    len = (int32_t *)problem_alloc(&p, 4 * (size_t)p.d.n_seq);
+    for (step = 0; step < 2; step++) {
+        const int mark = dev_n;
+        attn_desc a = p.d, b;
+        how h;
+        job j;
+        memset(&h, 0, sizeof h);
+        h.max = test_below(&r, 2);
+        for (s = 0; s < p.d.n_seq; s++) { // the tokens before this step's queries, then these
+            const int32_t q = p.d.q_start[s + 1] - p.d.q_start[s], pos0 = p.d.kv.kv_pos0[s];
+            const int32_t before = p.d.kv.kv_len[s] - q;
+            len[s] = step ? before + q : before;
+            q_pos0[s] = step ? pos0 + before : pos0;
+            q_start[s + 1] = q_start[s] + (step ? q : before);
+        }
+        a.q_start = q_start, a.q_pos0 = q_pos0, a.kv.kv_len = len;
+        b = t.d;
+        b.q_start = q_start, b.q_pos0 = q_pos0, b.kv.kv_len = len;
+        b.q.stride_token = b.o.stride_token = 0, b.q.stride_head = b.o.stride_head = 0;
+        CHECK_EQ(attn_cpu_summarize(&a, &host, 0, attn_cpu_summarize_units(&a)), ATTN_OK);
+        job_make(&j, &b, &h);
+        DEV(cudaDeviceSynchronize());
+        if (j.plan && CHECK_EQ(job_upload(&j, &b), ATTN_OK)) {
+            CHECK_EQ(attn_cuda_summarize(&cu, &b, &j.g, NULL, dev_stream), ATTN_ERR_ARGUMENT);
+            CHECK_EQ(attn_cuda_summarize(&cu, &b, &j.g, &there, dev_stream), ATTN_OK);
+        }
+        dev_sync();
+        CHECK_EQ(dev_error(), 0);
+        dev_read(m, there.data, bytes);
+        if (!CHECK(memcmp(m, host.data, bytes) == 0)) describe(&o, seed, "summary");
+        CHECK(dev_guards(0));
+        dev_release(mark);
+        job_free(&j);
+    }
+    dev_release(0);
+    free(m);
+    problem_free(&p);
+}
+
+static void part_summary(uint64_t seed, uint64_t count) {
+    uint64_t i;
+    for (i = 0; i < count / 3 + 2; i++) summary_case(seed + i);
+}
+
 int main(int argc, char **argv) {
     static const struct {
         const char *name;
         void (*part)(uint64_t seed, uint64_t count);
     } parts[] = {{"store", part_store},   {"copies", part_copies},
-                 {"merge", part_merge},   {"differential", part_differential},
+                 {"merge", part_merge},   {"delta", part_delta},
+                 {"summary", part_summary},
+                 {"differential", part_differential},
                  {"tensor", part_tensor}, {"large", part_large},
                  {"lists", part_lists},   {"relist", part_relist},
                  {"bits", part_bits},     {"graph", part_graph},
