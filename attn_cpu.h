@@ -1179,12 +1179,15 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 // p is a pointer the compiler knows nothing of: it addresses from p, not from parts of it
 #define ATTNI_HIDE(p) __asm__("" : "+r"(p))
+// in a function that only prefetches: gcc would take it for one without effects and drop its calls
+#define ATTNI_EFFECT __asm__ volatile("")
 #else
 #define ATTNI_INLINE static inline
 #define ATTNI_CALLED static
 #define ATTNI_PREFETCH(p) ((void)(p))
 #define ATTNI_PREFETCH_L2(p) ((void)(p))
 #define ATTNI_HIDE(p) ((void)0)
+#define ATTNI_EFFECT ((void)0)
 #endif
 #ifdef __NVCC__ // it hands GCC's pragma to gcc, and complains
 #pragma nv_diagnostic push
@@ -3225,6 +3228,7 @@ typedef struct attni_work {
     attni_row *row;            // (n_rows)
     float *os;                 // (64, vdp) weighted sums of rows r0 .. r1; 16 for attni_row_again
     attni_rows rows[2];        // this span and the next
+    int32_t fetched;           // so many tokens of rows[1] were asked for from memory
     int next;                  // rows[1] holds what comes next, if it is what is then asked for
     const attn_task *then;     // what this thread will probably run after this task, or NULL
     const uint32_t **kt;       // (16) K16 tiles
@@ -3578,17 +3582,30 @@ ATTNI_CALLED void attni_gathered_bits(const attni_work *w, int32_t i, uint64_t b
     for (j = 0; j < 4; j++) bits[j] &= base[j];
 }
 
+// Do all rows see the same of a gathered span, as its past mostly is?
+static int attni_gathered_alike(const attni_work *w) {
+    const attn_mask *m = &w->d->mask;
+    const attni_rows *x = &w->rows[0];
+    const attn_plan_seq *q = &w->p->seq[w->seq[w->first]];
+    const int64_t at1 = x->at[x->n - 1], p = w->pos[w->first]; // the other queries follow it
+    if (m->window_left || m->window_right || x->at[0] < q->kv_pos0) return 0;
+    if (m->keep_recent && at1 > p - m->keep_recent) return 0;
+    return at1 < (int64_t)q->kv_pos0 + q->kv_len && (m->kind == ATTN_MASK_FULL || at1 <= p);
+}
+
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
 ATTNI_CALLED uint16_t attni_span_masks(attni_work *w) {
     uint32_t all = 0;
     int32_t g, i, r, rb = w->x.rb, n = w->per_head && w->n_heads > 1 ? w->n_heads : 1;
+    const int alike = w->gathers && attni_gathered_alike(w);
     for (g = 0; g < n; g++)
         for (r = 0; r < w->n_tokens; r++) {
             uint64_t *bits = w->bits[g * w->n_tokens + r];
             const attn_plan_seq *q;
             i = w->first + r;
             q = &w->p->seq[w->seq[i]];
-            if (w->gathers) attni_gathered_bits(w, i, bits);
+            if (alike && r) memcpy(bits, w->bits[0], sizeof *w->bits);
+            else if (w->gathers) attni_gathered_bits(w, i, bits);
             else
                 attni_span_bits(&w->masker, q, w->seq[i], w->tok[i] - q->q_begin, w->pos[i],
                                 w->head + g, w->rows[0].at[0] / ATTN_SPAN, bits);
@@ -3629,6 +3646,7 @@ ATTNI_CALLED void attni_side_scales(const attni_side *s, const attni_rows *x, fl
 
 ATTNI_CALLED void attni_fetch_scales(const attni_side *s, const attni_rows *x) {
     int32_t i, t;
+    ATTNI_EFFECT;
     for (i = 0; i < x->n_parts && !s->head_scale; i++) {
         const attni_part *p = x->part + i;
         const uint8_t *at = attni_scales_at(s, p, x->from.head);
@@ -3654,6 +3672,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                   hi = attni_at_least(x, (int64_t)q->kv_pos0 + q->kv_len);
     const int kscale = attni_is_scaled(w->k.dtype), vscale = attni_is_scaled(w->v.dtype);
     const int64_t k_step = w->k.k16 ? 4 : w->k.token_bytes;
+    const uint8_t *k_page = NULL, *v_page = NULL; // of the page met last, whose tokens end at next
+    int32_t page = -1, next = -1;
     int i, t;
     x->tiles = tiles;
     x->n_parts = 0;
@@ -3669,9 +3689,19 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                 x->ks[t] = x->vs[t] = 0;
             }
         for (t = t0; t < t1; t = end) { // up to the end of the tile, page or block
-            int32_t j = x->at[t] - q->kv_pos0, place = j % pt, page = attni_page_of(w->d, s, j);
+            const int32_t j = x->at[t] - q->kv_pos0;
             const uint8_t *k, *v, *look;
             int64_t look_step = w->k.token_bytes;
+            int32_t place;
+            if (j >= next) {
+                page = attni_page_of(w->d, s, j);
+                next = (j / pt + 1) * pt; // at most INT32_MAX, as kv_len is
+                if (page >= 0) {
+                    k_page = attni_page_data(&w->k, page) + attni_token_offset(&w->k, 0, head);
+                    v_page = attni_page_data(&w->v, page) + attni_token_offset(&w->v, 0, head);
+                }
+            }
+            place = j - (next - pt);
             end = attni_min32(t + attni_in_line(x, t, t1), t + (pt - place));
             if (page < 0) {
                 if (!looking) return ATTN_ERR_PAGE;
@@ -3683,8 +3713,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                 continue;
             }
             if (w->k.k16) end = attni_min32(end, t + (16 - place % 16));
-            k = look = attni_page_data(&w->k, page) + attni_token_offset(&w->k, place, head);
-            v = attni_page_data(&w->v, page) + attni_token_offset(&w->v, place, head);
+            k = look = k_page + attni_token_offset(&w->k, place, 0);
+            v = v_page + attni_token_offset(&w->v, place, 0);
             if (w->k.k16) look_step = 4 * w->k_units;
             if (w->k.k16 && t == 16 * i && place % 16 == 0 && end == t1)
                 x->kt[i] = (const uint32_t *)(const void *)k;
@@ -3732,9 +3762,12 @@ ATTNI_INLINE const void *const *attni_ahead(const attni_work *w) {
 ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
     attn_dtype t = w->v.dtype;
     attni_run run[ATTNI_TILES];
-    const void *const *ahead = w->next ? w->rows[1].ahead : w->rows[0].v;
+    // what comes next from memory, or with many rows, of which attni_fetch_next took care, V itself
+    const int soon = w->n_rows > ATTNI_ONE;
+    const void *const *ahead = soon ? w->rows[0].v + ATTNI_AHEAD
+                                    : w->next ? w->rows[1].ahead : w->rows[0].v;
     int n = attni_runs_of(tiles, run), i, j, b, vd = w->p->v_head_dim;
-    int look = w->next ? 4 * w->k_units : 0;
+    int look = soon ? vd * attni_bits_of(t) / 8 : w->next ? 4 * w->k_units : 0;
     if (w->x.pv_kind == ATTNI_BDOT) {
         w->x.mv->pairs(row, run, n, vd, w->vdp, ahead, (uint32_t *)(void *)w->vf);
         row[0] = w->vf;
@@ -3786,6 +3819,7 @@ ATTNI_CALLED void attni_look_ahead(attni_work *w) {
     }
     attni_find_rows(w, 0xffffu, 1, &w->rows[1]);
     w->next = 1;
+    w->fetched = 0;
 }
 
 // One reading of every page that n tokens of a sequence lie in, at positions at[], or from first on
@@ -3834,14 +3868,18 @@ ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *uni
     const int widen = w->x.qk_kind == ATTNI_F32 && !direct;
     // half of the V rows when the scores ask for the other half
     const int half = w->v_dense && w->n_rows <= ATTNI_ONE;
+    // with many rows all of it lies in the second-level cache: the next tile's K instead
+    const int soon = w->n_rows > ATTNI_ONE;
     int i, t, turn;
     for (turn = 0; turn < ATTNI_TILES; turn++) {
         const uint8_t *ahead[16];
         int64_t slot;
         uint32_t *raw;
+        int next;
         i = w->keep == ATTNI_TILES ? attni_tile_turn(turn) : turn;
+        next = w->keep == ATTNI_TILES ? attni_tile_turn(attni_min32(turn + 1, ATTNI_TILES - 1)) : i;
         slot = 16 * (i % w->keep);
-        raw = w->kraw + slot * w->k_units;
+        raw = w->kraw + (widen ? 0 : slot * w->k_units);
         if (!((tiles >> i) & 1u)) continue;
         w->kt[i] = x->kt[i];
         if (!w->kt[i]) {
@@ -3850,6 +3888,7 @@ ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *uni
                 for (t = 0; t < 16; t++) {
                     int row = half ? 2 * (turn % 4) + t / 4 % 2 : 4 * (turn % 4) + t / 4;
                     ahead[t] = (const uint8_t *)x->v[16 * (turn / 4 + 4 * (t % 4)) + row];
+                    if (soon) ahead[t] = x->k[16 * next + t] ? x->k[16 * next + t] : x->k[16 * i];
                 }
                 w->x.mv->pack(x->k + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw, ahead);
             }
@@ -3865,14 +3904,35 @@ ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *uni
     return w->x.qk_kind != ATTNI_F32 ? w->x.qk : widen ? w->x.ma->qk[ATTN_F32] : direct;
 }
 
+// The next span to the second-level cache while many rows are at work on this, a few tokens at a
+// time, or the CPU waits for them: as many as `part` of the 64 parts of rows r0 .. r1 stand for.
+ATTNI_CALLED void attni_fetch_next(attni_work *w, int32_t part) {
+    const attni_rows *x = &w->rows[1];
+    const int32_t rows = 64 * w->r0 + part * (w->r1 - w->r0);
+    const int32_t end = attni_min32(ATTN_SPAN * rows / (64 * w->n_rows) + 1, ATTN_SPAN);
+    int64_t k = 4 * (int64_t)w->k_units, v = w->v.dim * attni_bits_of(w->v.dtype) / 8, b;
+    ATTNI_EFFECT;
+    if (!w->next || w->n_rows <= ATTNI_ONE) return;
+    for (; w->fetched < end; w->fetched++) {
+        const uint8_t *at = (const uint8_t *)x->ahead[w->fetched];
+        for (b = 0; b < k; b += 64) ATTNI_PREFETCH_L2(at + b);
+        at = (const uint8_t *)x->v[w->fetched];
+        for (b = 0; b < v; b += 64) ATTNI_PREFETCH_L2(at + b);
+    }
+}
+
+// Of these parts those of the scores; the weights have the rest.
+#define ATTNI_SCORES_PART(w) ((w)->x.qk_kind == ATTNI_F32 ? 48 : 24)
+
 // Scores of rows r0 .. r1, 64 tokens at a time when there are many: their K stays in the
 // first-level cache. qk NULL: K is prepared here.
 ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_t tiles) {
     const attni_rows *x = &w->rows[0];
     const int few = w->n_rows <= ATTNI_FEW, here = !qk, n_panel = few ? ATTNI_TILES : 4;
     const int whole = w->k.k16; // packing has not asked for half of V
+    const int step = w->n_rows > ATTNI_ONE && w->x.qk_kind == ATTNI_F32 ? w->x.rb / 2 : w->x.rb;
     int64_t q_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
-    int panel, i, r, turn, look;
+    int panel, i, r, turn, look, part = 0;
     for (panel = 0; panel < ATTNI_TILES; panel += n_panel) {
         uint32_t in = tiles & ((few ? 0xffffu : 15u) << panel);
         if (!in) continue;
@@ -3880,7 +3940,7 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
         // V of the same tokens, as much per unit of K as it takes
         look = w->n_rows > ATTNI_ONE || !w->v_dense
                    ? 0 : (int)((whole ? 16 : 8) * w->v.token_bytes / units);
-        for (r = w->r0; r < w->r1; r += w->x.rb) {
+        for (r = w->r0; r < w->r1; r += step) {
             const uint32_t *kt[ATTNI_TILES + 3];
             const uint8_t *ahead[ATTNI_TILES + 3];
             uint8_t col[ATTNI_TILES + 3];
@@ -3897,8 +3957,9 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
             for (i = n; n && i < n + 3; i++)
                 kt[i] = kt[n - 1], ahead[i] = ahead[n - 1], col[i] = col[n - 1];
             if (n)
-                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(w->x.rb, w->r1 - r), kt,
+                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(step, w->r1 - r), kt,
                    ahead, look, col, n, units, w->s + (int64_t)(r - w->r0) * ATTNI_LDS);
+            attni_fetch_next(w, part += ATTNI_SCORES_PART(w) / 4 * step / w->x.rb);
         }
     }
 }
@@ -3937,7 +3998,8 @@ ATTNI_CALLED void attni_weights(attni_work *w) {
     const attn_logits *c = &w->d->logits;
     const int64_t at = w->rows[0].at[0];
     attni_soft a;
-    int32_t r, first = w->r0;
+    int32_t r, first = w->r0, few = w->n_rows > ATTNI_ONE ? 4 : w->n_rows;
+    const int32_t part = ATTNI_SCORES_PART(w);
     a.k_scale = attni_is_scaled(w->k.dtype) ? w->rows[0].ks : NULL;
     a.v_scale = attni_is_scaled(w->v.dtype) ? w->rows[0].vs : NULL;
     a.scale = w->scale;
@@ -3957,11 +4019,13 @@ ATTNI_CALLED void attni_weights(attni_work *w) {
             x->alibi_first = (float)(at - w->pos[x->token]);
             x->add = attni_row_add(w, x->token, x->head, irregular);
         }
-        if (x->add || r + 1 == w->r1) { // there is one buffer for what is added
+        // there is one buffer for what is added; and see attni_fetch_next
+        if (x->add || r + 1 == w->r1 || r + 1 == first + few) {
             w->x.ma->soft(&a, w->row + first, r + 1 - first);
             a.m += r + 1 - first;
             a.l += r + 1 - first;
             first = r + 1;
+            attni_fetch_next(w, part + (64 - part) * (first - w->r0) / (w->r1 - w->r0));
         }
     }
 }
@@ -4068,17 +4132,6 @@ ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32
     d->lse[(int64_t)token * d->n_heads + head] = m;
 }
 
-// Tokens [t0, t1) of the next span to the second-level cache, while many rows are at work on this.
-ATTNI_CALLED void attni_fetch_next(const attni_work *w, int32_t t0, int32_t t1) {
-    const attni_rows *x = &w->rows[1];
-    int64_t k = 4 * (int64_t)w->k_units, v = w->v.dim * attni_bits_of(w->v.dtype) / 8, b;
-    if (!w->next) return;
-    for (; t0 < t1; t0++) {
-        for (b = 0; b < k; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->ahead[t0] + b);
-        for (b = 0; b < v; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->v[t0] + b);
-    }
-}
-
 // The span in rows[0] for the rows at work.
 ATTNI_CALLED attn_result attni_run_span(attni_work *w, float *partials) {
     const int32_t block = w->n_rows <= ATTNI_ONE ? w->n_rows : w->x.rb;
@@ -4096,8 +4149,6 @@ ATTNI_CALLED attn_result attni_run_span(attni_work *w, float *partials) {
         attni_scores(w, qk, units, tiles);
         attni_weights(w);
         if (!pv && block < w->n_rows) pv = attni_prepare_v(w, w->rows[0].v, tiles);
-        if (block < w->n_rows)
-            attni_fetch_next(w, ATTN_SPAN * w->r0 / w->n_rows, ATTN_SPAN * w->r1 / w->n_rows);
         attni_sums(w, pv, tiles, partials);
     }
     return ATTN_OK;
