@@ -804,6 +804,47 @@ ATTNI_TGT static void ATTNI_K(soft)(const attni_soft *a, const attni_row *row, i
     }
 }
 
+// For FlexPrefill. Raw products of a row to the largest score m of keys [from, to), the sum l of
+// weights below it, and sums lo, hi of weights times what a->lo (up to key cut) and a->hi (from there
+// on) have for a key, from the tile of key `from` on (NULL: neither). out: m, l, lo, hi.
+ATTNI_TGT static void ATTNI_K(ramps)(const attni_ramps *a, float *s, int from, int to, int cut,
+                                     float *out) {
+    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
+    const V zero = ATTNI_I(set1)(0), cap = ATTNI_I(set1)(a->softcap);
+    const int plain = !(a->softcap > 0) && a->scale > 0, i0 = from & ~15;
+    const uint32_t first = 0xffffu << (from & 15), last = 0xffffu >> (-to & 15);
+    V c = ATTNI_I(set1)(a->scale), top = ninf, sum = zero, lo = zero, hi = zero, x;
+    uint32_t seen;
+    float max;
+    int i;
+    for (i = i0; i < to; i += 16) {
+        seen = (i == i0 ? first : 0xffffu) & (i + 16 >= to ? last : 0xffffu);
+        x = ATTNI_I(load)(s + i);
+        if (a->k_scale) x = ATTNI_I(mul)(x, ATTNI_I(load)(a->k_scale + i));
+        if (!plain) x = ATTNI_I(mul)(x, c);
+        if (a->softcap > 0) x = ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap);
+        if (seen != 0xffffu) x = ATTNI_I(pick)(seen, x, ninf);
+        ATTNI_I(store)(s + i, x);
+        top = ATTNI_I(max)(x, top); // NaN is passed over here and shows in the sum
+    }
+    max = ATTNI_I(hmax)(top);
+    if (attni_bits32(max) == 0xff800000u) max = 0;
+    top = ATTNI_I(set1)(max);
+    c = ATTNI_I(set1)((plain ? a->scale : 1.0f) * 1.44269504f);
+    for (i = i0; i < to; i += 16) {
+        x = ATTNI_K(exp2)(ATTNI_I(mul)(ATTNI_I(sub)(ATTNI_I(load)(s + i), top), c));
+        sum = ATTNI_I(add)(sum, x);
+        if (!a->lo) continue;
+        if (i < cut) lo = ATTNI_MADD(x, ATTNI_I(load)(a->lo + i - i0), lo);
+        if (i + 16 > cut) hi = ATTNI_MADD(x, ATTNI_I(load)(a->hi + i - i0), hi);
+    }
+    out[1] = ATTNI_I(hsum)(sum);
+    out[0] = plain ? max * a->scale : max;
+    if (!(attni_bits32(out[1]) << 1)) out[0] = attni_float(0xff800000u);
+    out[2] = a->lo ? ATTNI_I(hsum)(lo) : 0;
+    out[3] = a->lo ? ATTNI_I(hsum)(hi) : 0;
+}
+
 #if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
 // (o, m, l) += (os, ms, ls) for nr rows, n a multiple of 16 apart. m = -inf is the empty partial.
 // m and l are read, not written, past the last row to a multiple of 16.
@@ -968,7 +1009,7 @@ ATTNI_TGT static void ATTNI_K(norms)(const float *tile, int dim, float *out) {
     }
 #endif
 static const attni_math ATTNI_K(math) = {ATTNI_ALL(qk), ATTNI_ALL(pv), ATTNI_K(soft),
-                                         ATTNI_I(fold_portable), ATTNI_I(finish_portable),
+                                         ATTNI_K(ramps), ATTNI_I(fold_portable), ATTNI_I(finish_portable),
                                          ATTNI_I(sums_portable), ATTNI_I(bounds_portable),
                                          ATTNI_I(norms_portable)};
 
@@ -1232,6 +1273,10 @@ typedef struct attni_segments {
     const int32_t *seg;   // (n <= 16, 2) first tile, keys
     int n;
 } attni_segments;
+typedef struct attni_ramps {
+    const float *k_scale, *lo, *hi; // per key, or NULL
+    float scale, softcap;
+} attni_ramps;
 typedef struct attni_bounds {
     const float *radius, *slack; // (16 n) balls' radii; rounding, both times the row's norm
     float scale, softcap;        // scale > 0
@@ -1276,6 +1321,7 @@ typedef struct attni_math {
     attni_qk_fn qk[8]; // by dtype; NULL: convert to F32 first
     attni_pv_fn pv[8];
     void (*soft)(const attni_soft *a, const attni_row *row, int n); // scores of n rows -> weights
+    void (*ramps)(const attni_ramps *a, float *s, int from, int to, int cut, float *out);
     void (*fold)(float *o, float *m, float *l, const float *os, const float *ms, const float *ls,
                  int nr, int n);
     void (*finish)(float *o, float *m, float *l, float sink,
@@ -4765,18 +4811,6 @@ ATTNI_CALLED void attni_flex_soft(attni_scan *c, const attni_flex *w, int32_t nr
     c->e.ma->soft(&a, row, nr);
 }
 
-// The sum of e[i] x[i], n <= 256.
-ATTNI_CALLED float attni_flex_dot(const float *e, const float *x, int32_t n) {
-    float a[16] = {0}, sum = 0;
-    int32_t i, j;
-    for (i = 0; i + 16 <= n; i += 16)
-        for (j = 0; j < 16; j++) a[j] += e[i + j] * x[i + j];
-    for (; i < n; i++) sum += e[i] * x[i];
-    for (i = 8; i > 0; i /= 2)
-        for (j = 0; j < i; j++) a[j] += a[j + i];
-    return a[0] + sum;
-}
-
 // Adds a run of a block's keys to a cell; runs of one block come one after another.
 ATTNI_CALLED void attni_flex_cell(attni_flex *w, int64_t at, int anew, float m, float l, float lo,
                                   float hi) {
@@ -4797,27 +4831,34 @@ ATTNI_CALLED void attni_flex_cell(attni_flex *w, int64_t at, int anew, float m, 
     w->hi[at] = (anew ? 0 : w->hi[at] * a) + hi * b;
 }
 
-// Cells of rows [r0, r0 + nr) of head h from the products at s: one block's keys, [from, to) of the
-// tile at position first.
-ATTNI_CALLED void attni_flex_cells(attni_scan *c, attni_flex *w, int32_t h, int32_t r0, int32_t nr,
+// Cells of nr rows, the queries of every head from row r0 on, from the products at s: one block's
+// keys, [from, to) of the tile at position first.
+ATTNI_CALLED void attni_flex_cells(attni_scan *c, attni_flex *w, int32_t r0, int32_t nr,
                                    int64_t first, int32_t from, int32_t to) {
-    float m[ATTNI_SCAN_ROWS], l[ATTNI_SCAN_ROWS];
-    const int32_t b = (int32_t)((first + from) / w->block), n = to - from;
+    const int32_t b = (int32_t)((first + from) / w->block);
     const int32_t w0 = (int32_t)(first + from - (int64_t)b * w->block); // place in the block
     const int anew = !w0 || first + from <= w->kv0;
-    int32_t i;
-    attni_flex_soft(c, w, nr, first, from, to, w->pos + r0, m, l);
-    for (i = 0; i < nr; i++) {
-        const float *e = c->s + (int64_t)i * ATTNI_LDS + from;
-        const int32_t p = w->pos + r0 + i, u = p % w->block;
-        float lo = 0, hi = 0;
-        if (w->lo && b && b < p / w->block) {
-            const int32_t at = w0 + w->block - 1 - u;
-            const int32_t cut = attni_max32(0, attni_min32(u - w0, n)), even = cut & ~15;
-            lo = attni_flex_dot(e, w->near_lo + at, attni_min32((cut + 15) & ~15, n));
-            hi = attni_flex_dot(e + even, w->near_hi + at + even, n - even);
+    const int32_t held = attni_max32(from, (int32_t)attni_max64(w->kv0 - first, 0));
+    const float none[4] = {attni_float(0xff800000u), 0, 0, 0};
+    attni_ramps a;
+    float got[4];
+    int32_t i, p = w->pos + r0 % w->n, u = p % w->block, end;
+    a.k_scale = attn_dtype_scaled(c->d->kv.k.dtype) ? c->ks : NULL;
+    a.scale = w->scale;
+    a.softcap = w->softcap;
+    for (i = 0; i < nr; i++, p++, u++) {
+        if (u == w->block) u = 0;
+        if (p == w->end) p = w->pos, u = p % w->block; // the next head's first query
+        end = attni_min32(to, (int32_t)attni_min64(p + 1 - first, ATTN_SPAN));
+        a.lo = a.hi = NULL;
+        if (w->lo && b && (b + (int64_t)1) * w->block <= p - u) {
+            a.lo = w->near_lo + (w0 + w->block - 1 - u + (held & ~15) - from);
+            a.hi = w->near_hi + (w0 + w->block - 1 - u + (held & ~15) - from);
         }
-        attni_flex_cell(w, ((int64_t)h * w->n + r0 + i) * w->ld + b, anew, m[i], l[i], lo, hi);
+        memcpy(got, none, sizeof got);
+        if (held < end)
+            c->e.ma->ramps(&a, c->s + (int64_t)i * ATTNI_LDS, held, end, from + u - w0, got);
+        attni_flex_cell(w, (int64_t)(r0 + i) * w->ld + b, anew, got[0], got[1], got[2], got[3]);
     }
 }
 
@@ -4872,7 +4913,7 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
     const int32_t dim = c->d->head_dim, b = w->block;
     const int32_t most = b > ATTN_SPAN || b % 32 ? attni_min32(b, ATTN_SPAN) : ATTN_SPAN / b * b;
     int64_t first = w->kv0 / b * (int64_t)b, n, from;
-    int32_t h, r, nr;
+    int32_t r, nr;
     attn_result res;
     // the kernels work on 32 keys at a time: a tile is whole blocks of so many, or part of one
     for (; first < w->end; first += n) {
@@ -4882,18 +4923,15 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
         res = attni_scan_keys(c, w->seq, kv, NULL, first, (int32_t)n);
         if (res != ATTN_OK) return res;
         if (means) attni_flex_mean_keys(c, w, first, (int32_t)n);
-        for (h = 0; h < nh; h++)
-            for (r = 0; r < w->n; r += nr) {
-                nr = attni_min32(w->n - r, ATTNI_SCAN_ROWS);
-                attni_scan_rows(c, w->q + ((int64_t)h * w->n + r) * dim, nr);
-                if (tokens) {
-                    attni_flex_tokens(c, w, h, r, nr, first, (int32_t)n);
-                    continue;
-                }
-                for (from = 0; from < n; from += b)
-                    attni_flex_cells(c, w, h, r, nr, first, (int32_t)from,
-                                     (int32_t)attni_min64(from + b, n));
-            }
+        for (r = 0; r < nh * w->n; r += nr) {
+            nr = attni_min32(nh * w->n - r, c->e.rb); // so that the scores stay in the first cache
+            if (tokens) nr = attni_min32(nr, w->n - r % w->n);
+            attni_scan_rows(c, w->q + (int64_t)r * dim, nr);
+            if (tokens) attni_flex_tokens(c, w, r / w->n, r % w->n, nr, first, (int32_t)n);
+            for (from = 0; from < n && !tokens; from += b)
+                attni_flex_cells(c, w, r, nr, first, (int32_t)from,
+                                 (int32_t)attni_min64(from + b, n));
+        }
     }
     return ATTN_OK;
 }
@@ -5399,7 +5437,7 @@ ATTNI_CALLED attn_result attni_flex_unit(attni_scan *c, int64_t unit) {
     if (dense) return r;
     attni_flex_carve(&w, c->rest, c->d, c->f);
     if (c->f->flex.compatible) w.lo = w.hi = NULL;
-    for (i = 0; i < 2 * w.block; i++) {
+    for (i = 0; i < 2 * w.block + 32; i++) {
         w.near_lo[i] = (float)attni_max32(w.block - 1 - i, 0);
         w.near_hi[i] = (float)attni_max32(i - w.block + 1, 0);
     }
