@@ -368,6 +368,17 @@ ATTNI_TGT static int ATTNI_I(special)(const float *x, int64_t n) {
     return (int)b[0];
 }
 
+// The maxima of nr rows of scores, for n tiles, into m, which a NaN does not change.
+ATTNI_TGT static void ATTNI_I(maxima)(const float *s, int nr, int n, float *m) {
+    int i, r;
+    for (i = 0; i < 16 * n; i += 16) {
+        V top = ATTNI_I(load)(m + i);
+        for (r = 0; r < nr; r++)
+            top = ATTNI_I(max)(ATTNI_I(load)(s + r * ATTNI_LDS + i), top);
+        ATTNI_I(store)(m + i, top);
+    }
+}
+
 // A row of int8 codes for the integer dot: [scale f32][correction i32][codes]. n: multiple of 8,
 // with zeros up to a multiple of 16.
 ATTNI_TGT static void ATTNI_I(codes)(const float *q, int n, uint8_t *out) {
@@ -427,7 +438,7 @@ ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *ru
 
 static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), ATTNI_I(widen),
                                            ATTNI_I(narrow), ATTNI_I(special), ATTNI_I(pairs),
-                                           ATTNI_I(codes)};
+                                           ATTNI_I(codes), ATTNI_I(maxima)};
 
 #undef ATTNI_KERNEL_PASS
 #define ATTNI_KERNEL_PASS 2
@@ -1315,6 +1326,7 @@ typedef struct attni_moves {
     void (*pairs)(const void *const *row, const attni_run *run, int n_runs, int n, int ldo,
                   const void *const *ahead, uint32_t *out);
     void (*codes)(const float *q, int n, uint8_t *out);
+    void (*maxima)(const float *s, int nr, int n, float *m);
 } attni_moves;
 
 typedef struct attni_math {
@@ -4509,6 +4521,9 @@ typedef struct attni_scan {
     attni_side k;
     int32_t units, group;
     float scale;
+    int few;                   // at most ATTNI_FEW rows: keys are read in their own dtype
+    attni_qk_fn qk;            // what reads kt, and its units
+    int32_t qk_units;
     // keys: up to 256 in tiles of 16
     int32_t n_tiles;
     const uint32_t *kt[ATTNI_TILES + 3];
@@ -4548,6 +4563,8 @@ ATTNI_CALLED attn_result attni_scan_init(attni_scan *c, const attn_desc *d, cons
     c->units = d->head_dim * attni_bits_of(d->kv.k.dtype) / 32;
     c->group = d->n_heads / d->n_kv_heads;
     c->scale = attni_scale(d);
+    c->qk = c->e.ma->qk[ATTN_F32];
+    c->qk_units = d->head_dim;
     attni_scan_carve(c, scratch, d);
     return ATTN_OK;
 }
@@ -4569,22 +4586,35 @@ ATTNI_CALLED attn_result attni_scan_locate(attni_scan *c, int32_t seq, int32_t k
                                            const uint8_t **key) {
     const attn_desc *d = c->d;
     const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
-    const int32_t pt = d->kv.page_tokens;
-    const uint8_t *any = NULL, *base;
+    const int32_t pt = d->kv.page_tokens, scaled = attn_dtype_scaled(d->kv.k.dtype);
+    const uint8_t *any = NULL, *base = NULL;
+    int64_t lo = 0, hi = 0; // positions of the page at base
     int32_t t, page;
     for (t = 0; t < 16; t++) {
         int64_t j = (pos && i + t < n ? pos[i + t] : first + i + t) - kv_pos0;
         key[t] = NULL;
         c->ks[i + t] = 0;
         if (i + t >= n || j < 0 || j >= kv_len) continue;
-        if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
-        base = attni_page_data(&c->k, page);
-        any = key[t] = base + attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
-        c->ks[i + t] = attni_scale_in(&c->k, base, (int32_t)(j % pt), kv_head);
+        if (j < lo || j >= hi) {
+            if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
+            base = attni_page_data(&c->k, page);
+            lo = (int32_t)j / pt * (int64_t)pt;
+            hi = lo + pt;
+        }
+        any = key[t] = base + attni_token_offset(&c->k, (int32_t)(j - lo), kv_head);
+        c->ks[i + t] = scaled ? attni_scale_in(&c->k, base, (int32_t)(j - lo), kv_head) : 1;
     }
     for (t = 0; t < 16; t++)
         if (!key[t]) key[t] = any;
     return ATTN_OK;
+}
+
+// K16: do 16 keys lie as a tile already?
+ATTNI_INLINE int attni_scan_is_tile(const attni_scan *c, const uint8_t *const *key) {
+    int t = 0;
+    if (!c->k.k16) return 0;
+    while (t < 16 && key[t] == key[0] + 4 * t) t++;
+    return t == 16;
 }
 
 // Takes n <= 256 keys of a sequence and KV head, at the positions pos[], or first + i without pos;
@@ -4594,8 +4624,11 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
     const attn_desc *d = c->d;
     const uint8_t *key[2][16]; // of this tile and the next
     attn_result r = attni_scan_locate(c, seq, kv_head, pos, first, n, 0, key[0]);
+    const int own_type = c->k.dtype == ATTN_F32 || (c->few && c->e.ma->qk[c->k.dtype]);
     int32_t i;
     if (d->kv.cache && d->kv.cache->reads) attni_count_reads(d, seq, pos, first, n, 0xffffu);
+    c->qk = c->e.ma->qk[own_type ? c->k.dtype : ATTN_F32];
+    c->qk_units = own_type ? c->units : d->head_dim;
     c->n_tiles = (n + 15) / 16;
     for (i = 0; i < c->n_tiles; i++) {
         uint32_t *raw = c->raw + 16 * i * (int64_t)c->units;
@@ -4605,12 +4638,13 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
         if (r != ATTN_OK) return r;
         c->kt[i] = raw;
         if (!own[0]) memset(raw, 0, 64 * (size_t)c->units);
+        else if (attni_scan_is_tile(c, own)) c->kt[i] = (const uint32_t *)(const void *)own[0];
         else
             c->e.mv->pack(own, c->k.k16 ? 64 : 4, c->units, raw,
                           i + 1 < c->n_tiles && next[0] ? next : own);
-        if (c->k.dtype != ATTN_F32) {
+        if (!own_type) {
             float *out = c->kf + 16 * i * (int64_t)d->head_dim;
-            c->e.mv->widen_tile(c->k.dtype, raw, c->units, out);
+            c->e.mv->widen_tile(c->k.dtype, c->kt[i], c->units, out);
             c->kt[i] = (const uint32_t *)(const void *)out;
         }
     }
@@ -4627,13 +4661,13 @@ ATTNI_CALLED void attni_scan_rows(attni_scan *c, const float *q, int32_t nr) {
     uint8_t own[ATTNI_TILES + 3];
     const int32_t dim = c->d->head_dim;
     int32_t r, i;
-    for (i = 0; i < c->n_tiles + 3; i++) {
-        ahead[i] = (const uint8_t *)c->kt[i];
+    for (i = 0; i < c->n_tiles + 3; i++) { // tiles may lie in memory still
+        ahead[i] = (const uint8_t *)c->kt[attni_min32(i + 4, c->n_tiles - 1)];
         own[i] = col[attni_min32(i, c->n_tiles - 1)];
     }
     for (r = 0; r < nr; r += c->e.rb)
-        c->e.ma->qk[ATTN_F32](q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt,
-                              ahead, 0, own, c->n_tiles, dim, c->s + (int64_t)r * ATTNI_LDS);
+        c->qk(q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt, ahead,
+              c->few && c->k.k16 ? 64 : 0, own, c->n_tiles, c->qk_units, c->s + (int64_t)r * ATTNI_LDS);
 }
 
 // Of c->q's rows [0, nr).
@@ -5620,21 +5654,24 @@ ATTNI_CALLED int32_t attni_hip_best(attni_hip *h, const float *score, int32_t n,
     return k;
 }
 
-// m[i], i < 16 n_tiles: the max of nr rows of scores; of row r only keys at pos <= limit[r] (NULL:
-// all). A NaN loses to anything.
+// m[i], i < 16 n_tiles: the max of nr rows of scores; of row r only keys at pos <= limit[r], which
+// ascend (NULL: all). A NaN loses to anything.
 ATTNI_CALLED void attni_hip_max(const attni_scan *c, int32_t nr, const int64_t *limit,
                                 const int32_t *pos, int32_t n, int64_t top, float *m) {
     int32_t r, i, j;
-    for (r = 0; r < nr; r++) {
-        const float *s = c->s + (int64_t)r * ATTNI_LDS;
-        if (!limit || limit[r] >= top) {
-            for (i = 0; i < c->n_tiles; i++)
-                for (j = 0; j < 16; j++)
-                    m[16 * i + j] = s[16 * i + j] > m[16 * i + j] ? s[16 * i + j] : m[16 * i + j];
-        } else {
-            for (i = 0; i < n; i++)
-                if (pos[i] <= limit[r] && s[i] > m[i]) m[i] = s[i];
+    if (!limit || limit[0] >= top) {
+        c->e.mv->maxima(c->s, nr, c->n_tiles, m);
+        return;
+    }
+    for (i = 0; i < n; i += 16) {
+        int32_t last = pos[i];
+        for (j = i; j < attni_min32(n, i + 16); j++) last = attni_max32(last, pos[j]);
+        for (r = 0; r < nr && limit[r] < last; r++) {
+            const float *s = c->s + (int64_t)r * ATTNI_LDS;
+            for (j = i; j < attni_min32(n, i + 16); j++)
+                if (pos[j] <= limit[r] && s[j] > m[j]) m[j] = s[j];
         }
+        c->e.mv->maxima(c->s + (int64_t)r * ATTNI_LDS + i, nr - r, 1, m + i);
     }
 }
 
@@ -5668,7 +5705,9 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
     int64_t limit[ATTNI_SCAN_ROWS], top = 0;
     float m[ATTN_SPAN];
     int32_t r, i, far, wanted;
-    attn_result e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
+    attn_result e;
+    c->few = nr <= ATTNI_FEW && !h->key_at;
+    e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
     if (e != ATTN_OK) return e;
     for (i = 0; h->key_at && i < n; i++) // a tile holds [head_dim][16]
         attni_hip_rotate(&c->f->hip, h->key_at[i],
@@ -5803,6 +5842,44 @@ ATTNI_CALLED void attni_hip_pool(attni_hip *h, const attn_hip_stage *t, attni_hi
     set->row = h->rows;
 }
 
+// attni_hip_descend for few rows and short chunks of K16: a probe there reads most of its tile's
+// lines, so all the chunk's keys at once take less time.
+ATTNI_CALLED attn_result attni_hip_whole(attni_hip *h, const attn_hip_stage *t,
+                                         const attni_hip_set *set, const int32_t *chunk, int32_t n,
+                                         float *score, int32_t *rep) {
+    const int32_t least = attni_max32(2, t->terminate), per = ATTN_SPAN / t->chunk;
+    int32_t pos[ATTN_SPAN], i, j;
+    float got[ATTN_SPAN];
+    for (i = 0; i < n; i++) {
+        const int64_t l = (int64_t)h->c->f->hip.sink + (int64_t)chunk[i] * t->chunk;
+        int32_t lo = 0, hi = t->chunk, probes = 0;
+        if (i % per == 0) {
+            const int32_t keys = attni_min32(per, n - i) * t->chunk;
+            attn_result e;
+            for (j = 0; j < keys; j++)
+                pos[j] = attni_hip_pos((int64_t)h->c->f->hip.sink +
+                                       (int64_t)chunk[i + j / t->chunk] * t->chunk + j % t->chunk);
+            e = attni_hip_values(h, set, 0, h->n_pos * set->n_heads, -1, pos, keys, got);
+            if (e != ATTN_OK) return e;
+            h->keys -= keys;
+        }
+        score[i] = attni_hip_none();
+        do {
+            const int32_t mid = (lo + hi) / 2, left = (lo + mid) / 2, right = (mid + hi) / 2;
+            const float *own = got + i % per * t->chunk;
+            const int goes_left = own[left] > own[right];
+            const float won = own[goes_left ? left : right];
+            rep[i] = attni_hip_pos(l + (goes_left ? left : right));
+            if (won > score[i] || t->flags & ATTN_HIP_LAST_SCORE) score[i] = won;
+            if (goes_left) hi = mid;
+            else lo = mid;
+            probes += 2;
+        } while (hi - lo >= least);
+        h->keys += probes; // as the definition counts them
+    }
+    return ATTN_OK;
+}
+
 // Scores and representatives of n <= 128 candidates from the `place`th on by descent.
 ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t,
                                            const attni_hip_set *set, const int32_t *chunk,
@@ -5811,6 +5888,8 @@ ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t
     int32_t key_at[ATTN_SPAN];
     float got[ATTN_SPAN];
     int32_t i, j, n_open = n, least = attni_max32(2, t->terminate);
+    if (h->c->k.k16 && !t->style && t->chunk <= 32 && h->n_pos * set->n_heads <= ATTNI_FEW)
+        return attni_hip_whole(h, t, set, chunk, n, score, rep);
     for (i = 0; i < n; i++) {
         lo[i] = 0, hi[i] = t->chunk, open[i] = i;
         score[i] = attni_hip_none();
@@ -6050,23 +6129,25 @@ ATTNI_CALLED attn_result attni_hip_blocks(attni_hip *h, int32_t lane, int last, 
     const int64_t per = (b + stride - 1) / stride, late = attni_max32(
                                                        0, f->hip.window - f->hip.refresh + 1);
     const int one = f->heads == ATTN_SELECT_EACH;
-    int32_t s, i, pos[ATTN_SPAN];
+    int32_t s, i, k, g, pos[ATTN_SPAN], own[ATTN_SPAN];
     float got[ATTN_SPAN];
-    int64_t j, k;
+    int64_t j, place;
     for (i = 0; i < n; i++) out[i] = attni_hip_none();
     for (s = one ? lane : 0; s < (one ? lane + 1 : h->n_sets); s++) {
         const attni_hip_set *set = h->set + s;
         const int32_t r0 = last ? (h->n_pos - 1) * set->n_heads : 0;
-        for (j = 0; j < n * per; j += ATTN_SPAN) {
+        for (j = 0, g = 0, place = 0; j < n * per; j += ATTN_SPAN) {
             const int32_t part = (int32_t)attni_min64(ATTN_SPAN, n * per - j);
             attn_result e;
-            for (k = j; k < j + part; k++)
-                pos[k - j] = attni_hip_pos((blk ? blk[k / per] : first + k / per) * b +
-                                           k % per * stride);
+            for (k = 0; k < part; k++) {
+                own[k] = g;
+                pos[k] = attni_hip_pos((blk ? blk[g] : first + g) * b + place * stride);
+                if (++place == per) g++, place = 0;
+            }
             e = attni_hip_values(h, set, r0, h->n_pos * set->n_heads - r0, late, pos, part, got);
             if (e != ATTN_OK) return e;
-            for (k = j; k < j + part; k++)
-                if (got[k - j] > out[k / per]) out[k / per] = got[k - j];
+            for (k = 0; k < part; k++)
+                if (got[k] > out[own[k]]) out[own[k]] = got[k];
         }
     }
     return ATTN_OK;
