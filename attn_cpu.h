@@ -5704,7 +5704,7 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
     const float scale = c->scale < 0 ? -c->scale : c->scale;
     int64_t limit[ATTNI_SCAN_ROWS], top = 0;
     float m[ATTN_SPAN];
-    int32_t r, i, far, wanted;
+    int32_t r, i, far, wanted, part;
     attn_result e;
     c->few = nr <= ATTNI_FEW && !h->key_at;
     e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
@@ -5717,8 +5717,8 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
         for (i = wanted = 0; i < n; i++) wanted |= attni_hip_far(h, pos[i]) == far;
         if (!wanted) continue;
         for (i = 0; i < ATTN_SPAN; i++) m[i] = attni_hip_none();
-        for (r = 0; r < nr; r += ATTNI_SCAN_ROWS) {
-            const int32_t part = attni_min32(ATTNI_SCAN_ROWS, nr - r);
+        for (r = 0; r < nr; r += part) {
+            part = attni_min32(ATTNI_SCAN_ROWS / c->e.rb * c->e.rb, nr - r); // whole blocks
             for (i = 0; late >= 0 && i < part; i++)
                 limit[i] = h->at[(r0 + r + i) / set->n_heads] - late;
             attni_scan_rows(c, set->row + (far * h->far_rows + r0 + r) * dim, part);
@@ -6391,7 +6391,8 @@ ATTNI_CALLED void attni_hip_stamp(attni_hip *h, int32_t n_lanes, int64_t made, i
 ATTNI_CALLED attn_result attni_hip_lists(attni_hip *h, int64_t m, int32_t n_lanes) {
     const attn_select *f = h->c->f;
     const attn_selection *x = h->c->x;
-    const int third = f->kind == ATTN_SELECT_HIP3, dense = h->kv_end <= f->dense_below;
+    const int third = f->kind == ATTN_SELECT_HIP3;
+    const int dense = h->kv_end - h->kv_pos0 <= f->dense_below;
     int32_t from, stages = third ? f->hip.n_stages : 1;
     attn_result e;
     int64_t p;
