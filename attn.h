@@ -583,8 +583,7 @@ typedef struct attn_flex {
 //   score of a query row and a key: (q . k) * (scale * the key's own scale), f32. Softcap changes
 //     no order and is left out. NaN counts as -infinity, -0 as 0. "Best": the largest; of equal
 //     ones the lowest index. What scores -infinity still competes.
-//   dense_below: kv_pos0 + kv_len at most so many: a row lists every block from kv_pos0's to that
-//     of its last visible key.
+//   dense_below: a row lists every block from kv_pos0's to that of its last visible key.
 //   Decode rows in slots: with p their query's position, scanned are the stages from the first on
 //     whose refresh divides p (HIP1, HIP2: the only one); if there is none the list stays. A row
 //     that the step before did not leave made for p - 1 scans all stages.
@@ -758,7 +757,7 @@ typedef struct attn_select {
     int32_t row_block; // queries of a list row (default 0: FLEX 128, else 64)
     int32_t kv_block;  // tokens of a listed block (default 0: FLEX 128, EXACT 64, HIP 2, HIP3 8);
                        // FLEX: row_block = kv_block
-    int32_t dense_below; // sequences of at most so many tokens keep every block (default 0: none
+    int32_t dense_below; // sequences with kv_len at most so many keep every block (default 0: none
                          // but what a method says itself)
     int32_t n_slots;     // rows of sequences that decode (default 0: they are like the others)
     int32_t max_rows;    // capacity in list rows for later problems (default 0: as described)

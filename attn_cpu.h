@@ -368,6 +368,17 @@ ATTNI_TGT static int ATTNI_I(special)(const float *x, int64_t n) {
     return (int)b[0];
 }
 
+// The maxima of nr rows of scores, for n tiles, into m, which a NaN does not change.
+ATTNI_TGT static void ATTNI_I(maxima)(const float *s, int nr, int n, float *m) {
+    int i, r;
+    for (i = 0; i < 16 * n; i += 16) {
+        V top = ATTNI_I(load)(m + i);
+        for (r = 0; r < nr; r++)
+            top = ATTNI_I(max)(ATTNI_I(load)(s + r * ATTNI_LDS + i), top);
+        ATTNI_I(store)(m + i, top);
+    }
+}
+
 // A row of int8 codes for the integer dot: [scale f32][correction i32][codes]. n: multiple of 8,
 // with zeros up to a multiple of 16.
 ATTNI_TGT static void ATTNI_I(codes)(const float *q, int n, uint8_t *out) {
@@ -427,7 +438,7 @@ ATTNI_TGT static void ATTNI_I(pairs)(const void *const *row, const attni_run *ru
 
 static const attni_moves ATTNI_I(moves) = {ATTNI_I(pack), ATTNI_I(widen_tile), ATTNI_I(widen),
                                            ATTNI_I(narrow), ATTNI_I(special), ATTNI_I(pairs),
-                                           ATTNI_I(codes)};
+                                           ATTNI_I(codes), ATTNI_I(maxima)};
 
 #undef ATTNI_KERNEL_PASS
 #define ATTNI_KERNEL_PASS 2
@@ -804,6 +815,47 @@ ATTNI_TGT static void ATTNI_K(soft)(const attni_soft *a, const attni_row *row, i
     }
 }
 
+// For FlexPrefill. Raw products of a row to the largest score m of keys [from, to), the sum l of
+// weights below it, and sums lo, hi of weights times what a->lo (up to key cut) and a->hi (from there
+// on) have for a key, from the tile of key `from` on (NULL: neither). out: m, l, lo, hi.
+ATTNI_TGT static void ATTNI_K(ramps)(const attni_ramps *a, float *s, int from, int to, int cut,
+                                     float *out) {
+    const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
+    const V zero = ATTNI_I(set1)(0), cap = ATTNI_I(set1)(a->softcap);
+    const int plain = !(a->softcap > 0) && a->scale > 0, i0 = from & ~15;
+    const uint32_t first = 0xffffu << (from & 15), last = 0xffffu >> (-to & 15);
+    V c = ATTNI_I(set1)(a->scale), top = ninf, sum = zero, lo = zero, hi = zero, x;
+    uint32_t seen;
+    float max;
+    int i;
+    for (i = i0; i < to; i += 16) {
+        seen = (i == i0 ? first : 0xffffu) & (i + 16 >= to ? last : 0xffffu);
+        x = ATTNI_I(load)(s + i);
+        if (a->k_scale) x = ATTNI_I(mul)(x, ATTNI_I(load)(a->k_scale + i));
+        if (!plain) x = ATTNI_I(mul)(x, c);
+        if (a->softcap > 0) x = ATTNI_I(mul)(ATTNI_K(tanh)(ATTNI_I(div)(x, cap)), cap);
+        if (seen != 0xffffu) x = ATTNI_I(pick)(seen, x, ninf);
+        ATTNI_I(store)(s + i, x);
+        top = ATTNI_I(max)(x, top); // NaN is passed over here and shows in the sum
+    }
+    max = ATTNI_I(hmax)(top);
+    if (attni_bits32(max) == 0xff800000u) max = 0;
+    top = ATTNI_I(set1)(max);
+    c = ATTNI_I(set1)((plain ? a->scale : 1.0f) * 1.44269504f);
+    for (i = i0; i < to; i += 16) {
+        x = ATTNI_K(exp2)(ATTNI_I(mul)(ATTNI_I(sub)(ATTNI_I(load)(s + i), top), c));
+        sum = ATTNI_I(add)(sum, x);
+        if (!a->lo) continue;
+        if (i < cut) lo = ATTNI_MADD(x, ATTNI_I(load)(a->lo + i - i0), lo);
+        if (i + 16 > cut) hi = ATTNI_MADD(x, ATTNI_I(load)(a->hi + i - i0), hi);
+    }
+    out[1] = ATTNI_I(hsum)(sum);
+    out[0] = plain ? max * a->scale : max;
+    if (!(attni_bits32(out[1]) << 1)) out[0] = attni_float(0xff800000u);
+    out[2] = a->lo ? ATTNI_I(hsum)(lo) : 0;
+    out[3] = a->lo ? ATTNI_I(hsum)(hi) : 0;
+}
+
 #if ATTNI_PORTABLE // these run once per row and span: one copy serves both numerics
 // (o, m, l) += (os, ms, ls) for nr rows, n a multiple of 16 apart. m = -inf is the empty partial.
 // m and l are read, not written, past the last row to a multiple of 16.
@@ -968,7 +1020,7 @@ ATTNI_TGT static void ATTNI_K(norms)(const float *tile, int dim, float *out) {
     }
 #endif
 static const attni_math ATTNI_K(math) = {ATTNI_ALL(qk), ATTNI_ALL(pv), ATTNI_K(soft),
-                                         ATTNI_I(fold_portable), ATTNI_I(finish_portable),
+                                         ATTNI_K(ramps), ATTNI_I(fold_portable), ATTNI_I(finish_portable),
                                          ATTNI_I(sums_portable), ATTNI_I(bounds_portable),
                                          ATTNI_I(norms_portable)};
 
@@ -1179,12 +1231,15 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 // p is a pointer the compiler knows nothing of: it addresses from p, not from parts of it
 #define ATTNI_HIDE(p) __asm__("" : "+r"(p))
+// in a function that only prefetches: gcc would take it for one without effects and drop its calls
+#define ATTNI_EFFECT __asm__ volatile("")
 #else
 #define ATTNI_INLINE static inline
 #define ATTNI_CALLED static
 #define ATTNI_PREFETCH(p) ((void)(p))
 #define ATTNI_PREFETCH_L2(p) ((void)(p))
 #define ATTNI_HIDE(p) ((void)0)
+#define ATTNI_EFFECT ((void)0)
 #endif
 #ifdef __NVCC__ // it hands GCC's pragma to gcc, and complains
 #pragma nv_diagnostic push
@@ -1229,6 +1284,10 @@ typedef struct attni_segments {
     const int32_t *seg;   // (n <= 16, 2) first tile, keys
     int n;
 } attni_segments;
+typedef struct attni_ramps {
+    const float *k_scale, *lo, *hi; // per key, or NULL
+    float scale, softcap;
+} attni_ramps;
 typedef struct attni_bounds {
     const float *radius, *slack; // (16 n) balls' radii; rounding, both times the row's norm
     float scale, softcap;        // scale > 0
@@ -1267,12 +1326,14 @@ typedef struct attni_moves {
     void (*pairs)(const void *const *row, const attni_run *run, int n_runs, int n, int ldo,
                   const void *const *ahead, uint32_t *out);
     void (*codes)(const float *q, int n, uint8_t *out);
+    void (*maxima)(const float *s, int nr, int n, float *m);
 } attni_moves;
 
 typedef struct attni_math {
     attni_qk_fn qk[8]; // by dtype; NULL: convert to F32 first
     attni_pv_fn pv[8];
     void (*soft)(const attni_soft *a, const attni_row *row, int n); // scores of n rows -> weights
+    void (*ramps)(const attni_ramps *a, float *s, int from, int to, int cut, float *out);
     void (*fold)(float *o, float *m, float *l, const float *os, const float *ms, const float *ls,
                  int nr, int n);
     void (*finish)(float *o, float *m, float *l, float sink,
@@ -3225,6 +3286,7 @@ typedef struct attni_work {
     attni_row *row;            // (n_rows)
     float *os;                 // (64, vdp) weighted sums of rows r0 .. r1; 16 for attni_row_again
     attni_rows rows[2];        // this span and the next
+    int32_t fetched;           // so many tokens of rows[1] were asked for from memory
     int next;                  // rows[1] holds what comes next, if it is what is then asked for
     const attn_task *then;     // what this thread will probably run after this task, or NULL
     const uint32_t **kt;       // (16) K16 tiles
@@ -3578,17 +3640,30 @@ ATTNI_CALLED void attni_gathered_bits(const attni_work *w, int32_t i, uint64_t b
     for (j = 0; j < 4; j++) bits[j] &= base[j];
 }
 
+// Do all rows see the same of a gathered span, as its past mostly is?
+static int attni_gathered_alike(const attni_work *w) {
+    const attn_mask *m = &w->d->mask;
+    const attni_rows *x = &w->rows[0];
+    const attn_plan_seq *q = &w->p->seq[w->seq[w->first]];
+    const int64_t at1 = x->at[x->n - 1], p = w->pos[w->first]; // the other queries follow it
+    if (m->window_left || m->window_right || x->at[0] < q->kv_pos0) return 0;
+    if (m->keep_recent && at1 > p - m->keep_recent) return 0;
+    return at1 < (int64_t)q->kv_pos0 + q->kv_len && (m->kind == ATTN_MASK_FULL || at1 <= p);
+}
+
 // Fills bits and tiles; returns the union of tiles (0: nobody sees anything in this span).
 ATTNI_CALLED uint16_t attni_span_masks(attni_work *w) {
     uint32_t all = 0;
     int32_t g, i, r, rb = w->x.rb, n = w->per_head && w->n_heads > 1 ? w->n_heads : 1;
+    const int alike = w->gathers && attni_gathered_alike(w);
     for (g = 0; g < n; g++)
         for (r = 0; r < w->n_tokens; r++) {
             uint64_t *bits = w->bits[g * w->n_tokens + r];
             const attn_plan_seq *q;
             i = w->first + r;
             q = &w->p->seq[w->seq[i]];
-            if (w->gathers) attni_gathered_bits(w, i, bits);
+            if (alike && r) memcpy(bits, w->bits[0], sizeof *w->bits);
+            else if (w->gathers) attni_gathered_bits(w, i, bits);
             else
                 attni_span_bits(&w->masker, q, w->seq[i], w->tok[i] - q->q_begin, w->pos[i],
                                 w->head + g, w->rows[0].at[0] / ATTN_SPAN, bits);
@@ -3629,6 +3704,7 @@ ATTNI_CALLED void attni_side_scales(const attni_side *s, const attni_rows *x, fl
 
 ATTNI_CALLED void attni_fetch_scales(const attni_side *s, const attni_rows *x) {
     int32_t i, t;
+    ATTNI_EFFECT;
     for (i = 0; i < x->n_parts && !s->head_scale; i++) {
         const attni_part *p = x->part + i;
         const uint8_t *at = attni_scales_at(s, p, x->from.head);
@@ -3654,6 +3730,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                   hi = attni_at_least(x, (int64_t)q->kv_pos0 + q->kv_len);
     const int kscale = attni_is_scaled(w->k.dtype), vscale = attni_is_scaled(w->v.dtype);
     const int64_t k_step = w->k.k16 ? 4 : w->k.token_bytes;
+    const uint8_t *k_page = NULL, *v_page = NULL; // of the page met last, whose tokens end at next
+    int32_t page = -1, next = -1;
     int i, t;
     x->tiles = tiles;
     x->n_parts = 0;
@@ -3669,9 +3747,19 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                 x->ks[t] = x->vs[t] = 0;
             }
         for (t = t0; t < t1; t = end) { // up to the end of the tile, page or block
-            int32_t j = x->at[t] - q->kv_pos0, place = j % pt, page = attni_page_of(w->d, s, j);
+            const int32_t j = x->at[t] - q->kv_pos0;
             const uint8_t *k, *v, *look;
             int64_t look_step = w->k.token_bytes;
+            int32_t place;
+            if (j >= next) {
+                page = attni_page_of(w->d, s, j);
+                next = (j / pt + 1) * pt; // at most INT32_MAX, as kv_len is
+                if (page >= 0) {
+                    k_page = attni_page_data(&w->k, page) + attni_token_offset(&w->k, 0, head);
+                    v_page = attni_page_data(&w->v, page) + attni_token_offset(&w->v, 0, head);
+                }
+            }
+            place = j - (next - pt);
             end = attni_min32(t + attni_in_line(x, t, t1), t + (pt - place));
             if (page < 0) {
                 if (!looking) return ATTN_ERR_PAGE;
@@ -3683,8 +3771,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                 continue;
             }
             if (w->k.k16) end = attni_min32(end, t + (16 - place % 16));
-            k = look = attni_page_data(&w->k, page) + attni_token_offset(&w->k, place, head);
-            v = attni_page_data(&w->v, page) + attni_token_offset(&w->v, place, head);
+            k = look = k_page + attni_token_offset(&w->k, place, 0);
+            v = v_page + attni_token_offset(&w->v, place, 0);
             if (w->k.k16) look_step = 4 * w->k_units;
             if (w->k.k16 && t == 16 * i && place % 16 == 0 && end == t1)
                 x->kt[i] = (const uint32_t *)(const void *)k;
@@ -3732,9 +3820,12 @@ ATTNI_INLINE const void *const *attni_ahead(const attni_work *w) {
 ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32_t tiles) {
     attn_dtype t = w->v.dtype;
     attni_run run[ATTNI_TILES];
-    const void *const *ahead = w->next ? w->rows[1].ahead : w->rows[0].v;
+    // what comes next from memory, or with many rows, of which attni_fetch_next took care, V itself
+    const int soon = w->n_rows > ATTNI_ONE;
+    const void *const *ahead = soon ? w->rows[0].v + ATTNI_AHEAD
+                                    : w->next ? w->rows[1].ahead : w->rows[0].v;
     int n = attni_runs_of(tiles, run), i, j, b, vd = w->p->v_head_dim;
-    int look = w->next ? 4 * w->k_units : 0;
+    int look = soon ? vd * attni_bits_of(t) / 8 : w->next ? 4 * w->k_units : 0;
     if (w->x.pv_kind == ATTNI_BDOT) {
         w->x.mv->pairs(row, run, n, vd, w->vdp, ahead, (uint32_t *)(void *)w->vf);
         row[0] = w->vf;
@@ -3786,6 +3877,7 @@ ATTNI_CALLED void attni_look_ahead(attni_work *w) {
     }
     attni_find_rows(w, 0xffffu, 1, &w->rows[1]);
     w->next = 1;
+    w->fetched = 0;
 }
 
 // One reading of every page that n tokens of a sequence lie in, at positions at[], or from first on
@@ -3834,14 +3926,18 @@ ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *uni
     const int widen = w->x.qk_kind == ATTNI_F32 && !direct;
     // half of the V rows when the scores ask for the other half
     const int half = w->v_dense && w->n_rows <= ATTNI_ONE;
+    // with many rows all of it lies in the second-level cache: the next tile's K instead
+    const int soon = w->n_rows > ATTNI_ONE;
     int i, t, turn;
     for (turn = 0; turn < ATTNI_TILES; turn++) {
         const uint8_t *ahead[16];
         int64_t slot;
         uint32_t *raw;
+        int next;
         i = w->keep == ATTNI_TILES ? attni_tile_turn(turn) : turn;
+        next = w->keep == ATTNI_TILES ? attni_tile_turn(attni_min32(turn + 1, ATTNI_TILES - 1)) : i;
         slot = 16 * (i % w->keep);
-        raw = w->kraw + slot * w->k_units;
+        raw = w->kraw + (widen ? 0 : slot * w->k_units);
         if (!((tiles >> i) & 1u)) continue;
         w->kt[i] = x->kt[i];
         if (!w->kt[i]) {
@@ -3850,6 +3946,7 @@ ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *uni
                 for (t = 0; t < 16; t++) {
                     int row = half ? 2 * (turn % 4) + t / 4 % 2 : 4 * (turn % 4) + t / 4;
                     ahead[t] = (const uint8_t *)x->v[16 * (turn / 4 + 4 * (t % 4)) + row];
+                    if (soon) ahead[t] = x->k[16 * next + t] ? x->k[16 * next + t] : x->k[16 * i];
                 }
                 w->x.mv->pack(x->k + 16 * i, w->k.k16 ? 64 : 4, w->k_units, raw, ahead);
             }
@@ -3865,14 +3962,35 @@ ATTNI_CALLED attni_qk_fn attni_prepare_k(attni_work *w, uint32_t tiles, int *uni
     return w->x.qk_kind != ATTNI_F32 ? w->x.qk : widen ? w->x.ma->qk[ATTN_F32] : direct;
 }
 
+// The next span to the second-level cache while many rows are at work on this, a few tokens at a
+// time, or the CPU waits for them: as many as `part` of the 64 parts of rows r0 .. r1 stand for.
+ATTNI_CALLED void attni_fetch_next(attni_work *w, int32_t part) {
+    const attni_rows *x = &w->rows[1];
+    const int32_t rows = 64 * w->r0 + part * (w->r1 - w->r0);
+    const int32_t end = attni_min32(ATTN_SPAN * rows / (64 * w->n_rows) + 1, ATTN_SPAN);
+    int64_t k = 4 * (int64_t)w->k_units, v = w->v.dim * attni_bits_of(w->v.dtype) / 8, b;
+    ATTNI_EFFECT;
+    if (!w->next || w->n_rows <= ATTNI_ONE) return;
+    for (; w->fetched < end; w->fetched++) {
+        const uint8_t *at = (const uint8_t *)x->ahead[w->fetched];
+        for (b = 0; b < k; b += 64) ATTNI_PREFETCH_L2(at + b);
+        at = (const uint8_t *)x->v[w->fetched];
+        for (b = 0; b < v; b += 64) ATTNI_PREFETCH_L2(at + b);
+    }
+}
+
+// Of these parts those of the scores; the weights have the rest.
+#define ATTNI_SCORES_PART(w) ((w)->x.qk_kind == ATTNI_F32 ? 48 : 24)
+
 // Scores of rows r0 .. r1, 64 tokens at a time when there are many: their K stays in the
 // first-level cache. qk NULL: K is prepared here.
 ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_t tiles) {
     const attni_rows *x = &w->rows[0];
     const int few = w->n_rows <= ATTNI_FEW, here = !qk, n_panel = few ? ATTNI_TILES : 4;
     const int whole = w->k.k16; // packing has not asked for half of V
+    const int step = w->n_rows > ATTNI_ONE && w->x.qk_kind == ATTNI_F32 ? w->x.rb / 2 : w->x.rb;
     int64_t q_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
-    int panel, i, r, turn, look;
+    int panel, i, r, turn, look, part = 0;
     for (panel = 0; panel < ATTNI_TILES; panel += n_panel) {
         uint32_t in = tiles & ((few ? 0xffffu : 15u) << panel);
         if (!in) continue;
@@ -3880,7 +3998,7 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
         // V of the same tokens, as much per unit of K as it takes
         look = w->n_rows > ATTNI_ONE || !w->v_dense
                    ? 0 : (int)((whole ? 16 : 8) * w->v.token_bytes / units);
-        for (r = w->r0; r < w->r1; r += w->x.rb) {
+        for (r = w->r0; r < w->r1; r += step) {
             const uint32_t *kt[ATTNI_TILES + 3];
             const uint8_t *ahead[ATTNI_TILES + 3];
             uint8_t col[ATTNI_TILES + 3];
@@ -3897,8 +4015,9 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
             for (i = n; n && i < n + 3; i++)
                 kt[i] = kt[n - 1], ahead[i] = ahead[n - 1], col[i] = col[n - 1];
             if (n)
-                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(w->x.rb, w->r1 - r), kt,
+                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(step, w->r1 - r), kt,
                    ahead, look, col, n, units, w->s + (int64_t)(r - w->r0) * ATTNI_LDS);
+            attni_fetch_next(w, part += ATTNI_SCORES_PART(w) / 4 * step / w->x.rb);
         }
     }
 }
@@ -3937,7 +4056,8 @@ ATTNI_CALLED void attni_weights(attni_work *w) {
     const attn_logits *c = &w->d->logits;
     const int64_t at = w->rows[0].at[0];
     attni_soft a;
-    int32_t r, first = w->r0;
+    int32_t r, first = w->r0, few = w->n_rows > ATTNI_ONE ? 4 : w->n_rows;
+    const int32_t part = ATTNI_SCORES_PART(w);
     a.k_scale = attni_is_scaled(w->k.dtype) ? w->rows[0].ks : NULL;
     a.v_scale = attni_is_scaled(w->v.dtype) ? w->rows[0].vs : NULL;
     a.scale = w->scale;
@@ -3957,11 +4077,13 @@ ATTNI_CALLED void attni_weights(attni_work *w) {
             x->alibi_first = (float)(at - w->pos[x->token]);
             x->add = attni_row_add(w, x->token, x->head, irregular);
         }
-        if (x->add || r + 1 == w->r1) { // there is one buffer for what is added
+        // there is one buffer for what is added; and see attni_fetch_next
+        if (x->add || r + 1 == w->r1 || r + 1 == first + few) {
             w->x.ma->soft(&a, w->row + first, r + 1 - first);
             a.m += r + 1 - first;
             a.l += r + 1 - first;
             first = r + 1;
+            attni_fetch_next(w, part + (64 - part) * (first - w->r0) / (w->r1 - w->r0));
         }
     }
 }
@@ -4068,17 +4190,6 @@ ATTNI_CALLED void attni_write_row(const attn_desc *d, const attni_exec *x, int32
     d->lse[(int64_t)token * d->n_heads + head] = m;
 }
 
-// Tokens [t0, t1) of the next span to the second-level cache, while many rows are at work on this.
-ATTNI_CALLED void attni_fetch_next(const attni_work *w, int32_t t0, int32_t t1) {
-    const attni_rows *x = &w->rows[1];
-    int64_t k = 4 * (int64_t)w->k_units, v = w->v.dim * attni_bits_of(w->v.dtype) / 8, b;
-    if (!w->next) return;
-    for (; t0 < t1; t0++) {
-        for (b = 0; b < k; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->ahead[t0] + b);
-        for (b = 0; b < v; b += 64) ATTNI_PREFETCH_L2((const uint8_t *)x->v[t0] + b);
-    }
-}
-
 // The span in rows[0] for the rows at work.
 ATTNI_CALLED attn_result attni_run_span(attni_work *w, float *partials) {
     const int32_t block = w->n_rows <= ATTNI_ONE ? w->n_rows : w->x.rb;
@@ -4096,8 +4207,6 @@ ATTNI_CALLED attn_result attni_run_span(attni_work *w, float *partials) {
         attni_scores(w, qk, units, tiles);
         attni_weights(w);
         if (!pv && block < w->n_rows) pv = attni_prepare_v(w, w->rows[0].v, tiles);
-        if (block < w->n_rows)
-            attni_fetch_next(w, ATTN_SPAN * w->r0 / w->n_rows, ATTN_SPAN * w->r1 / w->n_rows);
         attni_sums(w, pv, tiles, partials);
     }
     return ATTN_OK;
@@ -4412,6 +4521,9 @@ typedef struct attni_scan {
     attni_side k;
     int32_t units, group;
     float scale;
+    int few;                   // at most ATTNI_FEW rows: keys are read in their own dtype
+    attni_qk_fn qk;            // what reads kt, and its units
+    int32_t qk_units;
     // keys: up to 256 in tiles of 16
     int32_t n_tiles;
     const uint32_t *kt[ATTNI_TILES + 3];
@@ -4451,6 +4563,8 @@ ATTNI_CALLED attn_result attni_scan_init(attni_scan *c, const attn_desc *d, cons
     c->units = d->head_dim * attni_bits_of(d->kv.k.dtype) / 32;
     c->group = d->n_heads / d->n_kv_heads;
     c->scale = attni_scale(d);
+    c->qk = c->e.ma->qk[ATTN_F32];
+    c->qk_units = d->head_dim;
     attni_scan_carve(c, scratch, d);
     return ATTN_OK;
 }
@@ -4472,22 +4586,35 @@ ATTNI_CALLED attn_result attni_scan_locate(attni_scan *c, int32_t seq, int32_t k
                                            const uint8_t **key) {
     const attn_desc *d = c->d;
     const int64_t kv_pos0 = attni_kv_pos0(d, seq), kv_len = d->kv.kv_len[seq];
-    const int32_t pt = d->kv.page_tokens;
-    const uint8_t *any = NULL, *base;
+    const int32_t pt = d->kv.page_tokens, scaled = attn_dtype_scaled(d->kv.k.dtype);
+    const uint8_t *any = NULL, *base = NULL;
+    int64_t lo = 0, hi = 0; // positions of the page at base
     int32_t t, page;
     for (t = 0; t < 16; t++) {
         int64_t j = (pos && i + t < n ? pos[i + t] : first + i + t) - kv_pos0;
         key[t] = NULL;
         c->ks[i + t] = 0;
         if (i + t >= n || j < 0 || j >= kv_len) continue;
-        if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
-        base = attni_page_data(&c->k, page);
-        any = key[t] = base + attni_token_offset(&c->k, (int32_t)(j % pt), kv_head);
-        c->ks[i + t] = attni_scale_in(&c->k, base, (int32_t)(j % pt), kv_head);
+        if (j < lo || j >= hi) {
+            if ((page = attni_page_of(d, seq, (int32_t)j)) < 0) return ATTN_ERR_PAGE;
+            base = attni_page_data(&c->k, page);
+            lo = (int32_t)j / pt * (int64_t)pt;
+            hi = lo + pt;
+        }
+        any = key[t] = base + attni_token_offset(&c->k, (int32_t)(j - lo), kv_head);
+        c->ks[i + t] = scaled ? attni_scale_in(&c->k, base, (int32_t)(j - lo), kv_head) : 1;
     }
     for (t = 0; t < 16; t++)
         if (!key[t]) key[t] = any;
     return ATTN_OK;
+}
+
+// K16: do 16 keys lie as a tile already?
+ATTNI_INLINE int attni_scan_is_tile(const attni_scan *c, const uint8_t *const *key) {
+    int t = 0;
+    if (!c->k.k16) return 0;
+    while (t < 16 && key[t] == key[0] + 4 * t) t++;
+    return t == 16;
 }
 
 // Takes n <= 256 keys of a sequence and KV head, at the positions pos[], or first + i without pos;
@@ -4497,8 +4624,11 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
     const attn_desc *d = c->d;
     const uint8_t *key[2][16]; // of this tile and the next
     attn_result r = attni_scan_locate(c, seq, kv_head, pos, first, n, 0, key[0]);
+    const int own_type = c->k.dtype == ATTN_F32 || (c->few && c->e.ma->qk[c->k.dtype]);
     int32_t i;
     if (d->kv.cache && d->kv.cache->reads) attni_count_reads(d, seq, pos, first, n, 0xffffu);
+    c->qk = c->e.ma->qk[own_type ? c->k.dtype : ATTN_F32];
+    c->qk_units = own_type ? c->units : d->head_dim;
     c->n_tiles = (n + 15) / 16;
     for (i = 0; i < c->n_tiles; i++) {
         uint32_t *raw = c->raw + 16 * i * (int64_t)c->units;
@@ -4508,12 +4638,13 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
         if (r != ATTN_OK) return r;
         c->kt[i] = raw;
         if (!own[0]) memset(raw, 0, 64 * (size_t)c->units);
+        else if (attni_scan_is_tile(c, own)) c->kt[i] = (const uint32_t *)(const void *)own[0];
         else
             c->e.mv->pack(own, c->k.k16 ? 64 : 4, c->units, raw,
                           i + 1 < c->n_tiles && next[0] ? next : own);
-        if (c->k.dtype != ATTN_F32) {
+        if (!own_type) {
             float *out = c->kf + 16 * i * (int64_t)d->head_dim;
-            c->e.mv->widen_tile(c->k.dtype, raw, c->units, out);
+            c->e.mv->widen_tile(c->k.dtype, c->kt[i], c->units, out);
             c->kt[i] = (const uint32_t *)(const void *)out;
         }
     }
@@ -4530,13 +4661,13 @@ ATTNI_CALLED void attni_scan_rows(attni_scan *c, const float *q, int32_t nr) {
     uint8_t own[ATTNI_TILES + 3];
     const int32_t dim = c->d->head_dim;
     int32_t r, i;
-    for (i = 0; i < c->n_tiles + 3; i++) {
-        ahead[i] = (const uint8_t *)c->kt[i];
+    for (i = 0; i < c->n_tiles + 3; i++) { // tiles may lie in memory still
+        ahead[i] = (const uint8_t *)c->kt[attni_min32(i + 4, c->n_tiles - 1)];
         own[i] = col[attni_min32(i, c->n_tiles - 1)];
     }
     for (r = 0; r < nr; r += c->e.rb)
-        c->e.ma->qk[ATTN_F32](q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt,
-                              ahead, 0, own, c->n_tiles, dim, c->s + (int64_t)r * ATTNI_LDS);
+        c->qk(q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt, ahead,
+              c->few && c->k.k16 ? 64 : 0, own, c->n_tiles, c->qk_units, c->s + (int64_t)r * ATTNI_LDS);
 }
 
 // Of c->q's rows [0, nr).
@@ -4714,18 +4845,6 @@ ATTNI_CALLED void attni_flex_soft(attni_scan *c, const attni_flex *w, int32_t nr
     c->e.ma->soft(&a, row, nr);
 }
 
-// The sum of e[i] x[i], n <= 256.
-ATTNI_CALLED float attni_flex_dot(const float *e, const float *x, int32_t n) {
-    float a[16] = {0}, sum = 0;
-    int32_t i, j;
-    for (i = 0; i + 16 <= n; i += 16)
-        for (j = 0; j < 16; j++) a[j] += e[i + j] * x[i + j];
-    for (; i < n; i++) sum += e[i] * x[i];
-    for (i = 8; i > 0; i /= 2)
-        for (j = 0; j < i; j++) a[j] += a[j + i];
-    return a[0] + sum;
-}
-
 // Adds a run of a block's keys to a cell; runs of one block come one after another.
 ATTNI_CALLED void attni_flex_cell(attni_flex *w, int64_t at, int anew, float m, float l, float lo,
                                   float hi) {
@@ -4746,27 +4865,34 @@ ATTNI_CALLED void attni_flex_cell(attni_flex *w, int64_t at, int anew, float m, 
     w->hi[at] = (anew ? 0 : w->hi[at] * a) + hi * b;
 }
 
-// Cells of rows [r0, r0 + nr) of head h from the products at s: one block's keys, [from, to) of the
-// tile at position first.
-ATTNI_CALLED void attni_flex_cells(attni_scan *c, attni_flex *w, int32_t h, int32_t r0, int32_t nr,
+// Cells of nr rows, the queries of every head from row r0 on, from the products at s: one block's
+// keys, [from, to) of the tile at position first.
+ATTNI_CALLED void attni_flex_cells(attni_scan *c, attni_flex *w, int32_t r0, int32_t nr,
                                    int64_t first, int32_t from, int32_t to) {
-    float m[ATTNI_SCAN_ROWS], l[ATTNI_SCAN_ROWS];
-    const int32_t b = (int32_t)((first + from) / w->block), n = to - from;
+    const int32_t b = (int32_t)((first + from) / w->block);
     const int32_t w0 = (int32_t)(first + from - (int64_t)b * w->block); // place in the block
     const int anew = !w0 || first + from <= w->kv0;
-    int32_t i;
-    attni_flex_soft(c, w, nr, first, from, to, w->pos + r0, m, l);
-    for (i = 0; i < nr; i++) {
-        const float *e = c->s + (int64_t)i * ATTNI_LDS + from;
-        const int32_t p = w->pos + r0 + i, u = p % w->block;
-        float lo = 0, hi = 0;
-        if (w->lo && b && b < p / w->block) {
-            const int32_t at = w0 + w->block - 1 - u;
-            const int32_t cut = attni_max32(0, attni_min32(u - w0, n)), even = cut & ~15;
-            lo = attni_flex_dot(e, w->near_lo + at, attni_min32((cut + 15) & ~15, n));
-            hi = attni_flex_dot(e + even, w->near_hi + at + even, n - even);
+    const int32_t held = attni_max32(from, (int32_t)attni_max64(w->kv0 - first, 0));
+    const float none[4] = {attni_float(0xff800000u), 0, 0, 0};
+    attni_ramps a;
+    float got[4];
+    int32_t i, p = w->pos + r0 % w->n, u = p % w->block, end;
+    a.k_scale = attn_dtype_scaled(c->d->kv.k.dtype) ? c->ks : NULL;
+    a.scale = w->scale;
+    a.softcap = w->softcap;
+    for (i = 0; i < nr; i++, p++, u++) {
+        if (u == w->block) u = 0;
+        if (p == w->end) p = w->pos, u = p % w->block; // the next head's first query
+        end = attni_min32(to, (int32_t)attni_min64(p + 1 - first, ATTN_SPAN));
+        a.lo = a.hi = NULL;
+        if (w->lo && b && (b + (int64_t)1) * w->block <= p - u) {
+            a.lo = w->near_lo + (w0 + w->block - 1 - u + (held & ~15) - from);
+            a.hi = w->near_hi + (w0 + w->block - 1 - u + (held & ~15) - from);
         }
-        attni_flex_cell(w, ((int64_t)h * w->n + r0 + i) * w->ld + b, anew, m[i], l[i], lo, hi);
+        memcpy(got, none, sizeof got);
+        if (held < end)
+            c->e.ma->ramps(&a, c->s + (int64_t)i * ATTNI_LDS, held, end, from + u - w0, got);
+        attni_flex_cell(w, (int64_t)(r0 + i) * w->ld + b, anew, got[0], got[1], got[2], got[3]);
     }
 }
 
@@ -4821,7 +4947,7 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
     const int32_t dim = c->d->head_dim, b = w->block;
     const int32_t most = b > ATTN_SPAN || b % 32 ? attni_min32(b, ATTN_SPAN) : ATTN_SPAN / b * b;
     int64_t first = w->kv0 / b * (int64_t)b, n, from;
-    int32_t h, r, nr;
+    int32_t r, nr;
     attn_result res;
     // the kernels work on 32 keys at a time: a tile is whole blocks of so many, or part of one
     for (; first < w->end; first += n) {
@@ -4831,18 +4957,15 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
         res = attni_scan_keys(c, w->seq, kv, NULL, first, (int32_t)n);
         if (res != ATTN_OK) return res;
         if (means) attni_flex_mean_keys(c, w, first, (int32_t)n);
-        for (h = 0; h < nh; h++)
-            for (r = 0; r < w->n; r += nr) {
-                nr = attni_min32(w->n - r, ATTNI_SCAN_ROWS);
-                attni_scan_rows(c, w->q + ((int64_t)h * w->n + r) * dim, nr);
-                if (tokens) {
-                    attni_flex_tokens(c, w, h, r, nr, first, (int32_t)n);
-                    continue;
-                }
-                for (from = 0; from < n; from += b)
-                    attni_flex_cells(c, w, h, r, nr, first, (int32_t)from,
-                                     (int32_t)attni_min64(from + b, n));
-            }
+        for (r = 0; r < nh * w->n; r += nr) {
+            nr = attni_min32(nh * w->n - r, c->e.rb); // so that the scores stay in the first cache
+            if (tokens) nr = attni_min32(nr, w->n - r % w->n);
+            attni_scan_rows(c, w->q + (int64_t)r * dim, nr);
+            if (tokens) attni_flex_tokens(c, w, r / w->n, r % w->n, nr, first, (int32_t)n);
+            for (from = 0; from < n && !tokens; from += b)
+                attni_flex_cells(c, w, r, nr, first, (int32_t)from,
+                                 (int32_t)attni_min64(from + b, n));
+        }
     }
     return ATTN_OK;
 }
@@ -5348,7 +5471,7 @@ ATTNI_CALLED attn_result attni_flex_unit(attni_scan *c, int64_t unit) {
     if (dense) return r;
     attni_flex_carve(&w, c->rest, c->d, c->f);
     if (c->f->flex.compatible) w.lo = w.hi = NULL;
-    for (i = 0; i < 2 * w.block; i++) {
+    for (i = 0; i < 2 * w.block + 32; i++) {
         w.near_lo[i] = (float)attni_max32(w.block - 1 - i, 0);
         w.near_hi[i] = (float)attni_max32(i - w.block + 1, 0);
     }
@@ -5531,21 +5654,24 @@ ATTNI_CALLED int32_t attni_hip_best(attni_hip *h, const float *score, int32_t n,
     return k;
 }
 
-// m[i], i < 16 n_tiles: the max of nr rows of scores; of row r only keys at pos <= limit[r] (NULL:
-// all). A NaN loses to anything.
+// m[i], i < 16 n_tiles: the max of nr rows of scores; of row r only keys at pos <= limit[r], which
+// ascend (NULL: all). A NaN loses to anything.
 ATTNI_CALLED void attni_hip_max(const attni_scan *c, int32_t nr, const int64_t *limit,
                                 const int32_t *pos, int32_t n, int64_t top, float *m) {
     int32_t r, i, j;
-    for (r = 0; r < nr; r++) {
-        const float *s = c->s + (int64_t)r * ATTNI_LDS;
-        if (!limit || limit[r] >= top) {
-            for (i = 0; i < c->n_tiles; i++)
-                for (j = 0; j < 16; j++)
-                    m[16 * i + j] = s[16 * i + j] > m[16 * i + j] ? s[16 * i + j] : m[16 * i + j];
-        } else {
-            for (i = 0; i < n; i++)
-                if (pos[i] <= limit[r] && s[i] > m[i]) m[i] = s[i];
+    if (!limit || limit[0] >= top) {
+        c->e.mv->maxima(c->s, nr, c->n_tiles, m);
+        return;
+    }
+    for (i = 0; i < n; i += 16) {
+        int32_t last = pos[i];
+        for (j = i; j < attni_min32(n, i + 16); j++) last = attni_max32(last, pos[j]);
+        for (r = 0; r < nr && limit[r] < last; r++) {
+            const float *s = c->s + (int64_t)r * ATTNI_LDS;
+            for (j = i; j < attni_min32(n, i + 16); j++)
+                if (pos[j] <= limit[r] && s[j] > m[j]) m[j] = s[j];
         }
+        c->e.mv->maxima(c->s + (int64_t)r * ATTNI_LDS + i, nr - r, 1, m + i);
     }
 }
 
@@ -5578,8 +5704,10 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
     const float scale = c->scale < 0 ? -c->scale : c->scale;
     int64_t limit[ATTNI_SCAN_ROWS], top = 0;
     float m[ATTN_SPAN];
-    int32_t r, i, far, wanted;
-    attn_result e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
+    int32_t r, i, far, wanted, part;
+    attn_result e;
+    c->few = nr <= ATTNI_FEW && !h->key_at;
+    e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
     if (e != ATTN_OK) return e;
     for (i = 0; h->key_at && i < n; i++) // a tile holds [head_dim][16]
         attni_hip_rotate(&c->f->hip, h->key_at[i],
@@ -5589,8 +5717,8 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
         for (i = wanted = 0; i < n; i++) wanted |= attni_hip_far(h, pos[i]) == far;
         if (!wanted) continue;
         for (i = 0; i < ATTN_SPAN; i++) m[i] = attni_hip_none();
-        for (r = 0; r < nr; r += ATTNI_SCAN_ROWS) {
-            const int32_t part = attni_min32(ATTNI_SCAN_ROWS, nr - r);
+        for (r = 0; r < nr; r += part) {
+            part = attni_min32(ATTNI_SCAN_ROWS / c->e.rb * c->e.rb, nr - r); // whole blocks
             for (i = 0; late >= 0 && i < part; i++)
                 limit[i] = h->at[(r0 + r + i) / set->n_heads] - late;
             attni_scan_rows(c, set->row + (far * h->far_rows + r0 + r) * dim, part);
@@ -5714,6 +5842,44 @@ ATTNI_CALLED void attni_hip_pool(attni_hip *h, const attn_hip_stage *t, attni_hi
     set->row = h->rows;
 }
 
+// attni_hip_descend for few rows and short chunks of K16: a probe there reads most of its tile's
+// lines, so all the chunk's keys at once take less time.
+ATTNI_CALLED attn_result attni_hip_whole(attni_hip *h, const attn_hip_stage *t,
+                                         const attni_hip_set *set, const int32_t *chunk, int32_t n,
+                                         float *score, int32_t *rep) {
+    const int32_t least = attni_max32(2, t->terminate), per = ATTN_SPAN / t->chunk;
+    int32_t pos[ATTN_SPAN], i, j;
+    float got[ATTN_SPAN];
+    for (i = 0; i < n; i++) {
+        const int64_t l = (int64_t)h->c->f->hip.sink + (int64_t)chunk[i] * t->chunk;
+        int32_t lo = 0, hi = t->chunk, probes = 0;
+        if (i % per == 0) {
+            const int32_t keys = attni_min32(per, n - i) * t->chunk;
+            attn_result e;
+            for (j = 0; j < keys; j++)
+                pos[j] = attni_hip_pos((int64_t)h->c->f->hip.sink +
+                                       (int64_t)chunk[i + j / t->chunk] * t->chunk + j % t->chunk);
+            e = attni_hip_values(h, set, 0, h->n_pos * set->n_heads, -1, pos, keys, got);
+            if (e != ATTN_OK) return e;
+            h->keys -= keys;
+        }
+        score[i] = attni_hip_none();
+        do {
+            const int32_t mid = (lo + hi) / 2, left = (lo + mid) / 2, right = (mid + hi) / 2;
+            const float *own = got + i % per * t->chunk;
+            const int goes_left = own[left] > own[right];
+            const float won = own[goes_left ? left : right];
+            rep[i] = attni_hip_pos(l + (goes_left ? left : right));
+            if (won > score[i] || t->flags & ATTN_HIP_LAST_SCORE) score[i] = won;
+            if (goes_left) hi = mid;
+            else lo = mid;
+            probes += 2;
+        } while (hi - lo >= least);
+        h->keys += probes; // as the definition counts them
+    }
+    return ATTN_OK;
+}
+
 // Scores and representatives of n <= 128 candidates from the `place`th on by descent.
 ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t,
                                            const attni_hip_set *set, const int32_t *chunk,
@@ -5722,6 +5888,8 @@ ATTNI_CALLED attn_result attni_hip_descend(attni_hip *h, const attn_hip_stage *t
     int32_t key_at[ATTN_SPAN];
     float got[ATTN_SPAN];
     int32_t i, j, n_open = n, least = attni_max32(2, t->terminate);
+    if (h->c->k.k16 && !t->style && t->chunk <= 32 && h->n_pos * set->n_heads <= ATTNI_FEW)
+        return attni_hip_whole(h, t, set, chunk, n, score, rep);
     for (i = 0; i < n; i++) {
         lo[i] = 0, hi[i] = t->chunk, open[i] = i;
         score[i] = attni_hip_none();
@@ -5961,23 +6129,25 @@ ATTNI_CALLED attn_result attni_hip_blocks(attni_hip *h, int32_t lane, int last, 
     const int64_t per = (b + stride - 1) / stride, late = attni_max32(
                                                        0, f->hip.window - f->hip.refresh + 1);
     const int one = f->heads == ATTN_SELECT_EACH;
-    int32_t s, i, pos[ATTN_SPAN];
+    int32_t s, i, k, g, pos[ATTN_SPAN], own[ATTN_SPAN];
     float got[ATTN_SPAN];
-    int64_t j, k;
+    int64_t j, place;
     for (i = 0; i < n; i++) out[i] = attni_hip_none();
     for (s = one ? lane : 0; s < (one ? lane + 1 : h->n_sets); s++) {
         const attni_hip_set *set = h->set + s;
         const int32_t r0 = last ? (h->n_pos - 1) * set->n_heads : 0;
-        for (j = 0; j < n * per; j += ATTN_SPAN) {
+        for (j = 0, g = 0, place = 0; j < n * per; j += ATTN_SPAN) {
             const int32_t part = (int32_t)attni_min64(ATTN_SPAN, n * per - j);
             attn_result e;
-            for (k = j; k < j + part; k++)
-                pos[k - j] = attni_hip_pos((blk ? blk[k / per] : first + k / per) * b +
-                                           k % per * stride);
+            for (k = 0; k < part; k++) {
+                own[k] = g;
+                pos[k] = attni_hip_pos((blk ? blk[g] : first + g) * b + place * stride);
+                if (++place == per) g++, place = 0;
+            }
             e = attni_hip_values(h, set, r0, h->n_pos * set->n_heads - r0, late, pos, part, got);
             if (e != ATTN_OK) return e;
-            for (k = j; k < j + part; k++)
-                if (got[k - j] > out[k / per]) out[k / per] = got[k - j];
+            for (k = 0; k < part; k++)
+                if (got[k] > out[own[k]]) out[own[k]] = got[k];
         }
     }
     return ATTN_OK;
@@ -6221,7 +6391,8 @@ ATTNI_CALLED void attni_hip_stamp(attni_hip *h, int32_t n_lanes, int64_t made, i
 ATTNI_CALLED attn_result attni_hip_lists(attni_hip *h, int64_t m, int32_t n_lanes) {
     const attn_select *f = h->c->f;
     const attn_selection *x = h->c->x;
-    const int third = f->kind == ATTN_SELECT_HIP3, dense = h->kv_end <= f->dense_below;
+    const int third = f->kind == ATTN_SELECT_HIP3;
+    const int dense = h->kv_end - h->kv_pos0 <= f->dense_below;
     int32_t from, stages = third ? f->hip.n_stages : 1;
     attn_result e;
     int64_t p;

@@ -7941,7 +7941,7 @@ static __global__ void __launch_bounds__(512)
     if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y, (int64_t)a.f.row_block * h.q_group, &b))
         return;
     const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
-    if (b.kv_end <= a.f.dense_below) {
+    if (b.kv_end - b.kv_pos0 <= a.f.dense_below) {
         attni_cu_hip_range(a, b.list, row, b.kv_pos0 / a.f.kv_block,
                            (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);
         if (b.state && threadIdx.x == 0) b.state[0] = 0;
@@ -8055,7 +8055,7 @@ static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
     attni_cu_hip_block b;
     int64_t low, high;
     if (!attni_cu_hip_focus(a, row, a.f.heads == ATTN_SELECT_ALL ? 0 : z, t.q_block, &b)) return;
-    if (b.kv_end <= a.f.dense_below || stage < b.from) return;
+    if (b.kv_end - b.kv_pos0 <= a.f.dense_below || stage < b.from) return;
     attni_cu_hip_set(a, z, &b);
     attni_cu_hip3_reach(a, b, stage, &low, &high);
     const int64_t n = attni_cu_hip3_places(a, b, stage, low, high);
@@ -8117,7 +8117,7 @@ static __global__ void __launch_bounds__(256)
     if (!attni_cu_hip_focus(a, row, list, t->q_block, &b)) return;
     const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
     const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
-    if (b.kv_end <= a.f.dense_below) {
+    if (b.kv_end - b.kv_pos0 <= a.f.dense_below) {
         if (last)
             attni_cu_hip_range(a, list, row, b.kv_pos0 / a.f.kv_block,
                                (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);

@@ -1348,7 +1348,6 @@ TEST_FN oracle *oracle_select(const attn_desc *d, const attn_select *sel, const 
                               oracle_slot *memory) {
     oracle *o = (oracle *)oracle_alloc(1, sizeof *o);
     int32_t s, l, h, per, share, i;
-    const int hip = sel->kind != ATTN_SELECT_FLEX && sel->kind != ATTN_SELECT_EXACT;
     o->d = d;
     o->n_seq = d->n_seq;
     oracle_defaults(sel, &o->f);
@@ -1370,7 +1369,7 @@ TEST_FN oracle *oracle_select(const attn_desc *d, const attn_select *sel, const 
             if (memory && o->f.n_slots && d->q_start[s + 1] - d->q_start[s] == 1)
                 own = memory + (slot ? slot[s] : s) * o->n_lists + l;
             for (h = 0; h < per * share; h++) v[h] = oracle_open(d, &o->f, s, l * per + h);
-            if ((hip ? v->end : v->kv_len) <= o->f.dense_below) {
+            if (v->kv_len <= o->f.dense_below) {
                 for (i = 0; i < share; i++) {
                     oracle_dense(o, s, l + i, v);
                     if (own) own[i].next = -1;

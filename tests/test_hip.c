@@ -294,7 +294,7 @@ static void check_rows(const view *v, const attn_select *s, const lists *l) {
                 for (j = 1; j < n; j++) sorted &= b[j] > b[j - 1];
                 if (n) inside &= b[0] >= 0 && (b[0] + 1) * kb > v->kv_pos0[i];
                 if (n) inside &= b[n - 1] * kb <= last;
-                if (v->kv_pos0[i] + v->kv_len[i] <= s->dense_below) continue;
+                if (v->kv_len[i] <= s->dense_below) continue;
                 if (n) inside &= b[0] * kb >= l->x.keep_sink / kb * kb;
                 if (s->kind == ATTN_SELECT_HIP3) few &= n <= attni_or(s->hip.keep, 2048) / kb;
             }

@@ -1,6 +1,7 @@
 /* bench_cpu.c - attn_cpu.h against the ceilings of the machine it runs on, in one table.
    cc -O2 -std=gnu11 -I. -Itests tests/bench/bench_cpu.c -o bench_cpu -lm -lpthread
    bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds PER-ROW] [--lists [QUERIES]]
+             [--crossing]
 
    Every row interleaves its repeats with samples of its ceiling and compares medians, so neighbours
    on the machine disturb both alike. Inputs are random normal; KV is paged (64 tokens, shuffled
@@ -11,7 +12,9 @@
    performance notes; a fraction of the ceiling, else as printed.
 
    --lists: a second table instead, of attention over block lists as selectors make them against
-   dense attention, with QUERIES the last so many queries of a prefill only. */
+   dense attention, with QUERIES the last so many queries of a prefill only. --crossing: the same
+   for selectors alone, from 1k to 32k tokens: from where on selecting and reading less is faster
+   than reading everything. In decode select ms is a step's mean over the refresh schedule. */
 #define ATTN_IMPLEMENTATION
 #define ATTN_STATIC
 #include "bench.h"
@@ -750,41 +753,59 @@ static void make_lists(const list_kind *k, attn_desc *d, lists *x) {
     x->share = (double)kept / (double)base;
 }
 
-// The selector of a kind alone, with budgets that keep as much on random data; CPU ms, 0: none yet.
+// CPU ms of a selector's call for d.
+static double time_select(const attn_desc *d, const attn_select *s, const attn_summary *y,
+                          attn_selection *x, const char *name) {
+    void *scratch = need(attn_cpu_select_scratch_bytes(d, s));
+    double c = bench_clock(CLOCK_PROCESS_CPUTIME_ID), t;
+    attn_result r = ATTN_OK;
+    if (y->data) r = attn_cpu_summarize(d, y, 0, attn_cpu_summarize_units(d));
+    if (r == ATTN_OK)
+        r = attn_cpu_select(d, s, y->data ? y : NULL, x, 0, attn_cpu_select_units(d, s), scratch);
+    t = (bench_clock(CLOCK_PROCESS_CPUTIME_ID) - c) * 1e3;
+    if (r != ATTN_OK) DIE("%s: select: %s", name, attn_result_string(r));
+    free(scratch);
+    return t;
+}
+
+// The selector of a kind alone, with budgets that keep as much on random data, the least of some
+// calls; in decode the mean of 32 steps that end at d's. 0: it has none.
 static double time_selector(const list_kind *k, const attn_desc *dense, double share) {
+    attn_desc d = *dense;
     attn_select s;
     attn_selection x;
     attn_summary y = {NULL};
-    double t, c;
+    double t = 0, sum = 0;
     size_t bytes;
-    int32_t kv = dense->kv.kv_len[0], seq_row[1];
-    void *mem, *scratch;
-    attn_result r;
+    int32_t kv = d.kv.kv_len[0], len, seq_row[1], i;
+    const int decodes = d.q_start[1] == 1, n = decodes ? 33 : opt_quick ? 2 : 4;
+    void *mem;
     memset(&s, 0, sizeof s);
     s.kind = k->select;
     s.flex.max_budget = (int32_t)(share * kv / 2);
     s.exact.keep = (int32_t)(share * kv);
     s.hip.keep = k->tokens, s.hip.sink = k->sink, s.hip.window = k->window;
-    if (!s.kind || !(bytes = attn_select_bytes(dense, &s))) return 0;
+    if (decodes) s.n_slots = 1, s.max_kv_len = kv;
+    if (!s.kind || !(bytes = attn_select_bytes(&d, &s))) return 0;
     mem = need(bytes);
-    scratch = need(attn_cpu_select_scratch_bytes(dense, &s));
-    if (s.kind == ATTN_SELECT_EXACT && attn_summary_bytes(dense))
-        y.data = (uint16_t *)need(attn_summary_bytes(dense));
-    r = attn_selection_init(dense, &s, mem, bytes, seq_row, 0, &x);
-    c = bench_clock(CLOCK_PROCESS_CPUTIME_ID);
-    if (r == ATTN_OK && y.data)
-        r = attn_cpu_summarize(dense, &y, 0, attn_cpu_summarize_units(dense));
-    if (r == ATTN_OK)
-        r = attn_cpu_select(dense, &s, y.data ? &y : NULL, &x, 0, attn_cpu_select_units(dense, &s),
-                            scratch);
-    t = (bench_clock(CLOCK_PROCESS_CPUTIME_ID) - c) * 1e3;
-    if (r != ATTN_OK && r != ATTN_ERR_UNSUPPORTED)
-        DIE("%s: select: %s", k->name, attn_result_string(r));
-    free(mem), free(scratch), free(y.data);
-    return r == ATTN_OK ? t : 0;
+    if (s.kind == ATTN_SELECT_EXACT && attn_summary_bytes(&d))
+        y.data = (uint16_t *)need(attn_summary_bytes(&d));
+    if (attn_selection_init(&d, &s, mem, bytes, seq_row, 0, &x) != ATTN_OK)
+        DIE("%s: bad parameters", k->name);
+    d.kv.kv_len = &len;
+    for (i = 0; i < n; i++) {
+        double v;
+        len = decodes ? kv - n + 1 + i : kv;
+        v = time_select(&d, &s, &y, &x, k->name);
+        if (i) sum += v; // the first step scans all
+        if (!i || v < t) t = v;
+    }
+    free(mem), free(y.data);
+    return decodes ? sum / (n - 1) : t;
 }
 
-static void list_table(const row *r, const char *only) {
+// total[kind]: of those with a selector, (selector + lists) / dense.
+static void list_table(const row *r, const char *only, double *total) {
     static data x;
     static exec e[N_LISTS + 1];
     static arm a[N_LISTS + 1];
@@ -798,6 +819,7 @@ static void list_table(const row *r, const char *only) {
     for (i = 0; i < N_LISTS; i++) {
         attn_desc d = x.d;
         if (only && !strstr(list_kinds[i].name, only)) continue;
+        if (total && !list_kinds[i].select) continue;
         make_lists(&list_kinds[i], &d, &l[n]);
         exec_make(&e[n + 1], &x, &d, 1);
         a[n + 1].e = &e[n + 1];
@@ -809,16 +831,17 @@ static void list_table(const row *r, const char *only) {
     shape_text(r, shape, sizeof shape);
     for (i = 0; i < n; i++) {
         double over = a[i + 1].median / (a[0].median * l[i].share), sum;
-        char select[32] = "-", total[32] = "-";
+        char select[32] = "-", whole[32] = "-";
         sum = (a[i + 1].median + l[i].select_ms) / a[0].median;
         if (l[i].select_ms > 0) {
             snprintf(select, sizeof select, "%.2f", l[i].select_ms);
-            snprintf(total, sizeof total, "%.3f", sum);
+            snprintf(whole, sizeof whole, "%.3f", sum);
         }
+        if (total) total[which[i]] = sum;
         printf("%-22s %-20s %-10s %-10s %7.2f %% %9.2f %9.2f %6.2fx %s %9s %7s\n",
                list_kinds[which[i]].name, shape, attn_dtype_name(r->kv_type),
                attn_dtype_name(r->qo_type), 100 * l[i].share, a[0].median, a[i + 1].median, over,
-               ok ? " " : "~", select, total);
+               ok ? " " : "~", select, whole);
         exec_free(&e[i + 1]);
         free(l[i].start), free(l[i].ids);
     }
@@ -827,26 +850,50 @@ static void list_table(const row *r, const char *only) {
     data_free(&x);
 }
 
-// GQA 4 on one KV head for prefill (a whole model's time is in proportion), 32/8 for decode.
+enum { N_TYPES = 3 };
+static const attn_dtype list_types[N_TYPES][2] = {{F16, F32}, {F16, BF16}, {BF16, BF16}};
+
+// GQA 4 on one KV head for prefill (a whole model's time is in proportion), 32/8 for decode (1: pages
+// of rows, 2: of tiles); bf16 alone on the best executor, AMX included.
+static row list_row(int n, int queries, int phase, int type) {
+    row r = {"lists", SPEED, 128, 4, 1, 1, 0, 0, 0, F16, F32, 1, C_NONE, 0, 0, 0, PAGED};
+    r.kv = n;
+    r.n_q = queries && queries < n ? queries : n;
+    r.kv_type = list_types[type][0], r.qo_type = list_types[type][1];
+    if (r.kv_type == BF16 && attn_cpu_has(ATTN_CPU_AMX)) r.isa = ATTN_CPU_AMX;
+    if (phase) r.heads = 32, r.kv_heads = 8, r.n_q = 1;
+    if (phase == 2) r.layout = ATTN_K16;
+    return r;
+}
+
 static void list_tables(int queries, const char *only) {
-    static const attn_dtype types[2][2] = {{F16, F32}, {F16, BF16}};
     int n, t, phase;
-    printf("%-22s %-20s %-10s %-10s %9s %9s %9s %7s %11s %7s\n", "block list", "shape", "KV",
-           "Q and O", "kept", "dense ms", "lists ms", "over *", "select ms", "total *");
     for (phase = 0; phase < 3; phase++)
         for (n = 8192; n <= 32768; n *= 4)
-            for (t = 0; t < 2; t++) {
-                row r = {"lists", SPEED, 128, 4, 1, 1, 0, 0, 0, F16, F32, 1, C_NONE, 0, 0, 0,
-                         PAGED};
-                r.kv = n;
-                r.n_q = queries && queries < n ? queries : n;
-                r.kv_type = types[t][0], r.qo_type = types[t][1];
-                if (phase) r.heads = 32, r.kv_heads = 8, r.n_q = 1;
-                if (phase == 2) r.layout = ATTN_K16;
-                if (phase && t) continue;
-                list_table(&r, only);
+            for (t = 0; t < (phase ? 1 : N_TYPES); t++) {
+                row r = list_row(n, queries, phase, t);
+                list_table(&r, only, NULL);
             }
-    printf("* over: time / (kept share x dense); total: (selector + lists) / dense\n");
+}
+
+static void crossing_tables(const char *only) {
+    int n, t, phase, i;
+    for (phase = 0; phase < 2; phase++)
+        for (t = 0; t < (phase ? 1 : N_TYPES); t += 2) {
+            double total[N_LISTS] = {0};
+            int from[N_LISTS] = {0};
+            for (n = 1024; n <= 32768; n *= 2) {
+                row r = list_row(n, 0, phase, t);
+                list_table(&r, only, total);
+                for (i = 0; i < N_LISTS; i++)
+                    if (!(total[i] < 1)) from[i] = 0;
+                    else if (!from[i]) from[i] = n;
+            }
+            for (i = 0; i < N_LISTS; i++)
+                if (total[i] > 0)
+                    printf("%s, %s: faster than dense from %d tokens on (0: nowhere)\n",
+                           phase ? "decode" : "prefill", list_kinds[i].name, from[i]);
+        }
 }
 
 // ---- the machine
@@ -938,10 +985,11 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--lists")) {
             as_lists = 1;
             if (i + 1 < argc && atoi(argv[i + 1]) > 0) queries = atoi(argv[++i]);
-        }
+        } else if (!strcmp(argv[i], "--crossing"))
+            as_lists = 2;
         else
             DIE("usage: bench_cpu [--quick] [--only SUBSTRING] [--threads N] [--seconds S] "
-                "[--lists [QUERIES]]");
+                "[--lists [QUERIES]] [--crossing]");
     }
     if (opt_threads < 1 || opt_threads > BENCH_MAX_THREADS)
         DIE("--threads: 1 to %d", BENCH_MAX_THREADS);
@@ -957,7 +1005,11 @@ int main(int argc, char **argv) {
     test_fill_normal(&rng, normals, N_NORMALS, 1);
     machine();
     if (as_lists) {
-        list_tables(queries, only);
+        printf("%-22s %-20s %-10s %-10s %9s %9s %9s %7s %11s %7s\n", "block list", "shape", "KV",
+               "Q and O", "kept", "dense ms", "lists ms", "over *", "select ms", "total *");
+        if (as_lists == 1) list_tables(queries, only);
+        else crossing_tables(only);
+        printf("* over: time / (kept share x dense); total: (selector + lists) / dense\n");
         return 0;
     }
     probe_setup();
