@@ -4575,20 +4575,21 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     const int32_t whole = 1 << 30;
     attni_cu_choice k;
     int64_t rows, bytes, must = 0, most = (int64_t)256 << 20, least = (int64_t)16 << 20;
-    int32_t s, i, h, tile, codes;
+    int32_t s, i, h, tile, codes, size;
     int n = 0;
     if (!out) return;
     memset(out, 0, sizeof *out);
     if (attni_cu_choose(c, d, &k) != ATTN_OK) return;
     // a lone sequence should keep the device busy; more sequences do so by themselves. Codes of a
-    // span are of half the bytes.
+    // span are of half the bytes. A list for each head makes as many tiles of a span.
     h = 1;
     while (h < 8 && 2 * h * d->n_kv_heads <= 8) h *= 2;
     codes = 1 + (attni_is_scaled(d->kv.k.dtype) && attni_is_scaled(d->kv.v.dtype));
     tile = attni_cu_split(d, &k);
+    for (size = codes; attni_per_head(d) && size < codes * tile;) size *= 2;
     for (i = 0; i < 6; i++)
         attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
-                      attni_max32(64, codes * few[i][1] / h), tile * attni_cu_few_rows(&k),
+                      attni_max32(64, size * few[i][1] / h), tile * attni_cu_few_rows(&k),
                       k.id < 16);
     if (k.kernel[ATTNI_CU_MANY]) {
         tile *= k.rows[ATTNI_CU_MANY];
