@@ -5529,6 +5529,8 @@ typedef struct attni_cu_pick {
     int32_t tile_bytes;        // of the tiles in shared memory
     float scale;
     int32_t flip;              // HiP: the scale is negative, so queries are turned round
+    uint32_t page16, token16;  // HiP: of K, 16-byte pieces from a page, a token to the next
+    int32_t at_once;           // HIP1, HIP2: list rows of a launch
 } attni_cu_pick;
 
 typedef struct attni_cu_keys { // where the keys of four tiles lie; 64 of each
@@ -6567,7 +6569,7 @@ static __global__ void __launch_bounds__(128)
     attni_cu_emit(a, list, (int32_t)blockIdx.x, bits, 0, n, visited, &s);
 }
 
-// ==== >>impl-select-hip  HiP, second and third generation ========================================
+// ==== >>impl-select-hip  HiP, three generations ==================================================
 //
 // A warp scores 16 keys anywhere against the rows of a list in shared memory: K goes from global
 // memory to registers as it lies, 16 bytes of a row to each of four lanes, and Q is laid out
@@ -6575,13 +6577,17 @@ static __global__ void __launch_bounds__(128)
 // 8 behind it. HIP3 gives the two halves of a chunk's descent to one lane. BF, NQ: bf16, 32
 // dimensions each; NQ 0: anything, in f32.
 
-enum { ATTNI_CU_HIP_KEYS = 0 }; // in attni_cu_pick.at: scores of candidates; rows' memory is at 1
+// In attni_cu_pick.at. HIP3: scores of candidates, what rows remember. HIP1 and HIP2 (-1: nothing):
+// S of all blocks, the same by the last query, queries without the dimensions that do not count.
+enum { ATTNI_CU_HIP_KEYS, ATTNI_CU_HIP_STATE, ATTNI_CU_HIP_ALL, ATTNI_CU_HIP_LAST,
+       ATTNI_CU_HIP_THIN };
 
 typedef struct attni_cu_hip_block { // a q block, as a list row sees it
     int32_t seq, list, head, heads, kv_head; // head: the first of `heads`
     int64_t m, first;                 // first: position it begins at
     int64_t p_min, p_max, end, last;  // last: of the row block's own queries
     int64_t kv_pos0, kv_end;
+    uint32_t held;                    // keys in [kv_pos0, end)
     int32_t q_begin, q_pos0;
     int32_t from;                     // first stage that is scanned
     int32_t *state;
@@ -6589,7 +6595,7 @@ typedef struct attni_cu_hip_block { // a q block, as a list row sees it
 
 // The row's memory: of a slot in x, else in the workspace.
 ATTNI_DEV int32_t *attni_cu_hip_state(const attni_cu_pick &a, int32_t row, int32_t list) {
-    uint8_t *base = row < a.f.n_slots ? a.x.state : a.work + a.at[1];
+    uint8_t *base = row < a.f.n_slots ? a.x.state : a.work + a.at[ATTNI_CU_HIP_STATE];
     base += ((int64_t)row * a.x.n_lists + list) * (int64_t)a.x.state_bytes;
     return (int32_t *)(void *)base;
 }
@@ -6621,6 +6627,7 @@ ATTNI_DEV int attni_cu_hip_focus(const attni_cu_pick &a, int32_t row, int32_t li
     b->p_max = attni_min64(b->first + n, (int64_t)q.q_pos0 + q.q_len) - 1;
     b->last = attni_min64(at + a.f.row_block - 1, b->p_max);
     b->end = attni_min64(b->p_max + 1, b->kv_end);
+    b->held = (uint32_t)attni_max64(b->end - b->kv_pos0, 0);
     b->from = 0;
     b->state = NULL;
     if (row >= a.f.n_slots && a.f.kind != ATTN_SELECT_HIP3) return 1;
@@ -6632,12 +6639,17 @@ ATTNI_DEV int attni_cu_hip_focus(const attni_cu_pick &a, int32_t row, int32_t li
     return 1;
 }
 
-// The set-th of a list's KV heads.
+// The set-th of a list's KV heads (ALL), or of the lists from the block's on (EACH).
 ATTNI_DEV void attni_cu_hip_set(const attni_cu_pick &a, int32_t set, attni_cu_hip_block *b) {
     const int each = a.f.heads == ATTN_SELECT_EACH;
-    b->kv_head = each ? b->list / a.group : a.f.heads == ATTN_SELECT_ALL ? set : b->list;
-    b->head = each ? b->list : b->kv_head * a.group;
+    b->kv_head = each ? (b->list + set) / a.group : a.f.heads == ATTN_SELECT_ALL ? set : b->list;
+    b->head = each ? b->list + set : b->kv_head * a.group;
     b->heads = each ? 1 : a.group;
+}
+
+// Positions of a q block of the first two generations.
+ATTNI_DEV int64_t attni_cu_hip_span(const attni_cu_pick &a) {
+    return (int64_t)a.f.row_block * a.f.hip.q_group;
 }
 
 // Bytes of a row of Q in shared memory.
@@ -6645,19 +6657,18 @@ template <int NQ> ATTNI_DEV int attni_cu_hip_row_bytes(const attni_cu_pick &a) {
     return NQ ? 64 * NQ + 64 : 4 * a.d.head_dim;
 }
 
-// Row r of Q, the mean of the queries at positions [p, p + n), to shared memory; `low` bytes behind
-// it (0: nowhere) what 16 bits leave of it.
+// Row r of Q, the mean of n queries from `from` on, to shared memory; `low` bytes behind it (0:
+// nowhere) what 16 bits leave of it.
 template <int BF, int NQ>
-ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
-                                  int r, int64_t p, int n, int32_t head, int low, int step,
-                                  int steps) {
-    const int64_t token = b.q_begin + p - b.q_pos0;
+ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, uint8_t *q, int r, const uint8_t *from,
+                                  int n, int low, int step, int steps) {
+    const int64_t next = a.d.q.stride_token * (a.d.q.dtype == ATTN_F32 ? 4 : 2);
     uint8_t *to = q + r * attni_cu_hip_row_bytes<NQ>(a);
     if constexpr (NQ == 0) {
         for (int e = step; e < a.d.head_dim; e += steps) {
             float x = 0;
             for (int i = 0; i < n; i++)
-                x += attni_cu_value_at(attni_cu_query_at(a, token + i, head), a.d.q.dtype, e);
+                x += attni_cu_value_at(from + i * next, a.d.q.dtype, e);
             x = n > 1 ? x / (float)n : x;
             ((float *)(void *)to)[e] = a.flip ? -x : x;
         }
@@ -6666,14 +6677,14 @@ ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, const attni_cu_hip_blo
         uint32_t u[4], v[4];
         if (n == 1) {
             *(uint4 *)(void *)(to + 16 * c) =
-                *(const uint4 *)(const void *)(attni_cu_query_at(a, token, head) + 16 * c);
+                *(const uint4 *)(const void *)(from + 16 * c);
             if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(0, 0, 0, 0);
             continue;
         }
 #pragma unroll
         for (int e = 0; e < 8; e++) x[e] = 0;
         for (int i = 0; i < n; i++) {
-            const uint8_t *src = attni_cu_query_at(a, token + i, head) + 16 * c;
+            const uint8_t *src = from + i * next + 16 * c;
 #pragma unroll
             for (int e = 0; e < 8; e++)
                 x[e] += attni_cu_value_at(src, BF ? ATTN_BF16 : ATTN_F16, e);
@@ -6712,27 +6723,36 @@ ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int 
         }
         q += (lane >> 2) * per + 16 * (lane & 3);
         for (int g = 0; g < n; g++, q += 32 * per) {
+            float c[4][4]; // sums of their own, so that products do not wait for each other
+#pragma unroll
+            for (int e = 0; e < 16; e++) c[e >> 2][e & 3] = 0;
+#pragma unroll
+            for (int d = 0; d < NQ; d++) {
+                const uint32_t s[4] = {x[0][d].x, x[1][d].x, x[0][d].y, x[1][d].y};
+                const uint32_t t[4] = {x[0][d].z, x[1][d].z, x[0][d].w, x[1][d].w};
+                for (int part = 0; part <= low; part += low ? low : 1) {
+                    uint4 y[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        y[i] = *(const uint4 *)(const void *)(q + part + 8 * i * per + 64 * d);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) attni_mma<BF>(c[i], s, y[i].x, y[i].y);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) attni_mma<BF>(c[i], t, y[i].z, y[i].w);
+                }
+            }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float c[4] = {0, 0, 0, 0};
-#pragma unroll
-                for (int d = 0; d < NQ; d++) {
-                    uint4 y = *(const uint4 *)(const void *)(q + 8 * i * per + 64 * d);
-                    const uint32_t s[4] = {x[0][d].x, x[1][d].x, x[0][d].y, x[1][d].y};
-                    const uint32_t t[4] = {x[0][d].z, x[1][d].z, x[0][d].w, x[1][d].w};
-                    attni_mma<BF>(c, s, y.x, y.y);
-                    attni_mma<BF>(c, t, y.z, y.w);
-                    if (!low) continue;
-                    y = *(const uint4 *)(const void *)(q + low + 8 * i * per + 64 * d);
-                    attni_mma<BF>(c, s, y.x, y.y);
-                    attni_mma<BF>(c, t, y.z, y.w);
+                if (limit) {
+                    const int2 at = *(const int2 *)(const void *)(limit + 32 * g + 8 * i +
+                                                                  2 * (lane & 3));
+                    if (pos0 > at.x) c[i][0] = ATTNI_NINF;
+                    if (pos0 > at.y) c[i][1] = ATTNI_NINF;
+                    if (pos1 > at.x) c[i][2] = ATTNI_NINF;
+                    if (pos1 > at.y) c[i][3] = ATTNI_NINF;
                 }
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int r = 32 * g + 8 * i + 2 * (lane & 3) + (e & 1);
-                    if (!limit || (e < 2 ? pos0 : pos1) <= limit[r])
-                        m[e >> 1] = fmaxf(m[e >> 1], c[e]);
-                }
+                m[0] = fmaxf(m[0], fmaxf(c[i][0], c[i][1]));
+                m[1] = fmaxf(m[1], fmaxf(c[i][2], c[i][3]));
             }
         }
     } else {
@@ -6751,12 +6771,26 @@ ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int 
     m[1] = attni_quad_max(m[1]);
 }
 
-// Where the key at pos lies, if rows may see it.
+// Where the key at pos lies, if rows may see it. WIDE: rows of 16-byte pieces without scales.
+template <int WIDE>
 ATTNI_DEV const uint8_t *attni_cu_hip_key(const attni_cu_pick &a, const attni_cu_hip_block &b,
-                                          int64_t pos, float *scale) {
+                                          uint32_t pos, float *scale) {
+    const uint32_t j = pos - (uint32_t)b.kv_pos0;
     *scale = 0;
-    if (pos < b.kv_pos0 || pos >= b.end) return NULL;
-    return attni_cu_token_at(a, b.seq, b.kv_head, (int32_t)(pos - b.kv_pos0), scale);
+    if (j >= b.held) return NULL;
+    if (!WIDE) return attni_cu_token_at(a, b.seq, b.kv_head, (int32_t)j, scale);
+    const uint32_t tokens = (uint32_t)a.d.kv.page_tokens;
+    const uint32_t page = a.page_shift >= 0 ? j >> a.page_shift : j / tokens;
+    uint32_t id = (uint32_t)b.seq;
+    if (a.d.kv.page_table)
+        id = (uint32_t)__ldg(a.d.kv.page_table + b.seq * a.d.kv.page_table_stride + page);
+    if (id >= (uint32_t)a.d.kv.n_pages) {
+        if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+        return NULL;
+    }
+    *scale = a.scale;
+    return a.k.data + b.kv_head * a.k.head_bytes +
+           ((uint64_t)id * a.page16 + (uint64_t)(j - page * tokens) * a.token16) * 16;
 }
 
 // The largest product as a score: -infinity of a key that is not there or no number.
@@ -6784,38 +6818,49 @@ ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all, uint32_t *s)
     return before + n - x;
 }
 
-// Of n keys the k-th largest (1 <= k <= n), and how many that equal it are among the first k. s:
-// 258 words of shared memory. All threads call.
+enum { ATTNI_CU_KTH = 4 * 256 }; // words that the search below needs
+
+// Of n keys the k-th largest (1 <= k <= n), and how many that equal it are among the first k; or
+// what is below exactly these, and 0. By digits of 8 bits, each with its own counts at s, which
+// every warp looks through. All threads call.
 ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, uint32_t *s, int *ties) {
+    const int lane = (int)threadIdx.x & 31, n32 = (n + 31) & ~31;
     uint32_t low = 0, fixed = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        __syncthreads();
-        for (int i = (int)threadIdx.x; i < 256; i += (int)blockDim.x) s[i] = 0;
-        __syncthreads();
-        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
-            if ((key[i] & fixed) == low) atomicAdd(s + (key[i] >> shift & 255), 1);
-        __syncthreads();
-        if (threadIdx.x < 32) { // lane l: bins from 255 - 8 l down
-            const int lane = (int)threadIdx.x, top = 255 - 8 * lane;
-            int sum = 0;
-            for (int j = 0; j < 8; j++) sum += (int)s[top - j];
-            int upto = sum;
-            for (int i = 1; i < 32; i *= 2) {
-                const int y = __shfl_up_sync(~0u, upto, i);
-                if (lane >= i) upto += y;
-            }
-            if (upto >= k && upto - sum < k) {
-                int left = k - (upto - sum), j = 0;
-                while ((int)s[top - j] < left) left -= (int)s[top - j], j++;
-                s[256] = (uint32_t)(top - j), s[257] = (uint32_t)left;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < ATTNI_CU_KTH; i += (int)blockDim.x) s[i] = 0;
+    __syncthreads();
+    for (int shift = 24; shift >= 0; shift -= 8, s += 256) {
+        for (int i = (int)threadIdx.x; i < n32; i += (int)blockDim.x) {
+            const int is = i < n && (key[i] & fixed) == low;
+            const uint32_t digit = is ? key[i] >> shift & 255 : 256;
+            if (shift == 24) { // signs and exponents: many are the same
+                const uint32_t same = __match_any_sync(~0u, digit);
+                if (is && lane == __ffs((int)same) - 1) atomicAdd(s + digit, (uint32_t)__popc(same));
+            } else if (is) {
+                atomicAdd(s + digit, 1);
             }
         }
         __syncthreads();
-        low |= s[256] << shift;
+        const int top = 255 - 8 * lane; // lane l: bins from 255 - 8 l down
+        int sum = 0, left, j = 0;
+        for (int i = 0; i < 8; i++) sum += (int)s[top - i];
+        int upto = sum;
+        for (int i = 1; i < 32; i *= 2) {
+            const int y = __shfl_up_sync(~0u, upto, i);
+            if (lane >= i) upto += y;
+        }
+        const int has = upto >= k && upto - sum < k;
+        for (left = k - (upto - sum); has && (int)s[top - j] < left; j++) left -= (int)s[top - j];
+        const int who = __ffs((int)__ballot_sync(~0u, has)) - 1;
+        const int all = __shfl_sync(~0u, has && (int)s[top - j] == left, who);
+        k = __shfl_sync(~0u, left, who);
+        low |= (uint32_t)__shfl_sync(~0u, top - j, who) << shift;
         fixed |= (uint32_t)255 << shift;
-        k = (int)s[257];
+        if (all && low) {
+            *ties = 0;
+            return low - 1;
+        }
     }
-    __syncthreads();
     *ties = k;
     return low;
 }
@@ -6834,12 +6879,31 @@ ATTNI_DEV void attni_cu_hip_range(const attni_cu_pick &a, int32_t list, int32_t 
     if (hi - lo + 1 > a.x.row_capacity && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
 }
 
-// ---- HIP2
+// ---- HIP1 and HIP2
 
 typedef struct attni_cu_hip_group {
-    int32_t start, size, rep; // blocks; rep < 0: as its parent's (-1 - rep), or none
-    uint32_t key;             // order of its score; 0: no group
+    int32_t start, size, rep; // blocks (HIP1: start is a cell of the grid); what stands for it
+    int32_t lane;             // of the lists at hand, which
+    uint32_t key;             // order of its score
 } attni_cu_hip_group;
+
+typedef struct attni_cu_hip_grid { // which list rows a launch is for, what it has room for
+    int32_t row0, n_rows;
+    int32_t q_rows, words;         // of Q; of a bitmap
+    int32_t n_sets, n_scorers;     // of heads; queries of a q block that score, at most
+} attni_cu_hip_grid;
+
+typedef struct attni_cu_hip_rows { // a list row in shared memory
+    uint8_t *q;
+    int32_t *limit;            // the last position that a row of Q scores
+    attni_cu_hip_group *group, *next_group;
+    uint32_t *key;             // of children, two places a group; 0: there is none
+    int32_t *rep;              // below 0: not to be scored
+    uint32_t *bits, *s;        // blocks listed; ATTNI_CU_KTH words
+    const uint32_t *all;       // S of eligible blocks of the first list, or NULL
+    int32_t b0, n, w, next;    // eligible blocks; HIP1: the grid, the one after it
+    int32_t n_groups;
+} attni_cu_hip_rows;
 
 ATTNI_DEV uint64_t attni_cu_hip_hash(uint64_t seed, uint64_t a, uint64_t c) {
     uint64_t z = seed * 0x9e3779b97f4a7c15u + a * 0xbf58476d1ce4e5b9u + c * 0x94d049bb133111ebu;
@@ -6861,116 +6925,311 @@ ATTNI_DEV int32_t attni_cu_hip_rep(const attn_hip &h, int32_t start, int32_t siz
     return start + size / 2;
 }
 
-// The queries that score, 32 n rows of a set of heads; what is behind the last repeats it.
+__host__ __device__ static inline int attni_cu_hip_oracle(const attn_select &f) {
+    return f.kind == ATTN_SELECT_HIP2 && f.hip.sample == ATTN_HIP_ORACLE;
+}
+
+// How much of the window stays until the next scan.
+ATTNI_DEV int64_t attni_cu_hip_late(const attni_cu_pick &a) {
+    return attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
+}
+
+// The eligible blocks: how many, and the first one.
+ATTNI_DEV int64_t attni_cu_hip_eligible(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                        int64_t *b0) {
+    const int64_t edge = attni_min64(b.end - 1, b.p_max - attni_cu_hip_late(a));
+    *b0 = attni_max64(a.f.hip.sink, b.kv_pos0) / a.f.hip.block;
+    return edge < 0 ? 0 : attni_max64(0, edge / a.f.hip.block + 1 - *b0);
+}
+
+// The queries that score: how many, and the position of the j-th.
+ATTNI_DEV int attni_cu_hip_scorers(const attni_cu_pick &a, const attni_cu_hip_block &b) {
+    const int64_t stride = a.f.hip.q_stride, end = b.p_max - b.first + 1;
+    return (int)(end / stride - (b.p_min - b.first) / stride) + (end % stride != 0);
+}
+ATTNI_DEV int64_t attni_cu_hip_scorer(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                      int32_t j) {
+    const int64_t stride = a.f.hip.q_stride, at = (b.p_min - b.first) / stride + j + 1;
+    return attni_min64(b.first + at * stride - 1, b.p_max);
+}
+
+// ... where it lies: low_dim has a copy.
+ATTNI_DEV const uint8_t *attni_cu_query_of(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                           int64_t p, int32_t head) {
+    return attni_cu_query_at(a, b.q_begin + p - b.q_pos0, head);
+}
+ATTNI_DEV uint8_t *attni_cu_hip_thinned(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                        int32_t row, int32_t j, int32_t head) {
+    const int64_t at = (int64_t)(row - w.row0) * a.d.n_heads + head;
+    return a.work + a.at[ATTNI_CU_HIP_THIN] +
+           (at * w.n_scorers + j) * a.d.head_dim * (a.d.q.dtype == ATTN_F32 ? 4 : 2);
+}
+ATTNI_DEV const uint8_t *attni_cu_hip_scoring(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                              const attni_cu_hip_block &b, int32_t row, int32_t j,
+                                              int32_t head) {
+    if (a.at[ATTNI_CU_HIP_THIN] >= 0) return attni_cu_hip_thinned(a, w, row, j, head);
+    return attni_cu_query_of(a, b, attni_cu_hip_scorer(a, b, j), head);
+}
+
+// S of a list's eligible blocks: by all queries that score, or by the last one alone.
+ATTNI_DEV uint32_t *attni_cu_hip_all_of(const attni_cu_pick &a, const attni_cu_hip_grid &w, int last,
+                                        int32_t row, int32_t list) {
+    return (uint32_t *)(void *)(a.work + a.at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL]) +
+           ((int64_t)(row - w.row0) * a.x.n_lists + list) * a.kv_cap;
+}
+
+// Those, 32 n rows of a set of heads; what is behind the last repeats it.
 template <int BF, int NQ>
-ATTNI_DEV int attni_cu_hip2_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
+ATTNI_DEV int attni_cu_hip2_queries(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                    const attni_cu_hip_block &b, int32_t row, uint8_t *q,
                                     int32_t *limit) {
-    const int64_t stride = a.f.hip.q_stride, late = attni_max32(0, a.f.hip.window -
-                                                                   a.f.hip.refresh + 1);
-    const int64_t lo = b.p_min - b.first, hi = b.p_max - b.first; // in the q block
-    const int64_t j0 = lo / stride, j1 = (hi + 1) / stride;       // those in [j0, j1) score
-    const int n_pos = (int)(j1 - j0) + ((hi + 1) % stride != 0);
-    const int rows = n_pos * b.heads, n = (rows + 31) / 32;
+    const int rows = attni_cu_hip_scorers(a, b) * b.heads, n = (rows + 31) / 32;
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     for (int r = warp; r < 32 * n; r += (int)blockDim.x >> 5) {
-        const int x = r < rows ? r : rows - 1, i = x / b.heads;
-        const int64_t p = attni_min64(b.first + (j0 + i + 1) * stride - 1, b.p_max);
-        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, 1, b.head + x % b.heads, 0, lane, 32);
-        if (lane == 0) limit[r] = (int32_t)(p - late);
+        const int x = r < rows ? r : rows - 1, j = x / b.heads;
+        attni_cu_hip_query<BF, NQ>(a, q, r,
+                                   attni_cu_hip_scoring(a, w, b, row, j, b.head + x % b.heads), 1,
+                                   0, lane, 32);
+        if (lane == 0)
+            limit[r] = (int32_t)(attni_cu_hip_scorer(a, b, j) - attni_cu_hip_late(a));
     }
     return n;
 }
 
-// Children of k groups, two places each.
-ATTNI_DEV void attni_cu_hip2_split(const attni_cu_pick &a, const attni_cu_hip_group *group, int k,
-                                   int64_t m, attni_cu_hip_group *child) {
-    for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x) {
-        const attni_cu_hip_group g = group[i >> 1];
-        const int32_t half = g.size / 2;
-        attni_cu_hip_group c = {i & 1 ? g.start + half : g.start, i & 1 ? g.size - half : half,
-                                INT32_MIN, 0};
-        if (c.size) {
-            const int32_t rep = attni_cu_hip_rep(a.f.hip, c.start, c.size, m);
-            c.rep = rep == g.rep ? -1 - rep : rep;
-            c.key = rep == g.rep ? g.key : attni_cu_order(ATTNI_NINF);
-        }
-        child[i] = c;
+// The two children of a group, of size 0 where there is none (HIP1: else of 1).
+ATTNI_DEV void attni_cu_hip2_split(const attni_cu_pick &a, const attni_cu_hip_rows &x,
+                                   const attni_cu_hip_group &g, int32_t start[2], int32_t size[2]) {
+    if (a.f.kind == ATTN_SELECT_HIP1) {
+        const int64_t from = ((int64_t)g.start * x.next + x.w - 1) / x.w;
+        const int64_t to = ((g.start + (int64_t)1) * x.next + x.w - 1) / x.w;
+        start[0] = (int32_t)from, size[0] = from < to;
+        start[1] = start[0] + 1, size[1] = from + 1 < to;
+    } else {
+        start[0] = g.start, size[0] = g.size / 2;
+        start[1] = g.start + size[0], size[1] = g.size - size[0];
     }
 }
 
-// Scores of the n children whose rep says so, for one set of heads. A warp takes 16 keys at a time.
+// What stands for the children and, until they are scored, their keys. Their number, of the
+// thread's.
+ATTNI_DEV int attni_cu_hip2_children(const attni_cu_pick &a, const attni_cu_hip_rows &x,
+                                     int64_t m) {
+    const uint32_t none = attni_cu_order(ATTNI_NINF);
+    int there = 0;
+    for (int i = (int)threadIdx.x; i < x.n_groups; i += (int)blockDim.x) {
+        const attni_cu_hip_group g = x.group[i];
+        int32_t start[2], size[2];
+        attni_cu_hip2_split(a, x, g, start, size);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            int32_t rep = -1;
+            uint32_t key = size[c] ? none : 0;
+            there += size[c] > 0;
+            if (size[c] && a.f.kind == ATTN_SELECT_HIP1) {
+                rep = (int32_t)(x.b0 + (int64_t)start[c] * x.n / x.next);
+            } else if (size[c] && attni_cu_hip_oracle(a.f)) {
+                const uint32_t *s = x.all + g.lane * a.kv_cap + (start[c] - x.b0);
+                for (int32_t e = 0; e < size[c]; e++) key = s[e] > key ? s[e] : key;
+            } else if (size[c]) {
+                rep = attni_cu_hip_rep(a.f.hip, start[c], size[c], m);
+                // what stood for its parent too is not scored again
+                if (rep == g.rep) key = g.key, rep = -1 - rep;
+            }
+            x.rep[2 * i + c] = rep, x.key[2 * i + c] = key;
+        }
+    }
+    return there;
+}
+
+// Scores of the children that are to be scored, for a set of heads; lane: of a list alone, -1: all.
+// A warp takes 16 keys at a time.
 template <int BF, int NQ>
 ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_block &b,
-                                    const uint8_t *q, int rows, const int32_t *limit,
-                                    attni_cu_hip_group *child, int n) {
+                                    const attni_cu_hip_rows &x, int rows, int32_t only) {
     const int lane = (int)threadIdx.x & 31, block = a.f.hip.block;
     const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
-    const int64_t late = attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
-    for (int t = (int)threadIdx.x >> 5; 16 * t < n * per; t += (int)blockDim.x >> 5) {
+    const int n = 2 * x.n_groups * per;
+    for (int t = (int)threadIdx.x >> 5; 16 * t < n; t += (int)blockDim.x >> 5) {
         const uint8_t *key[2];
         int32_t pos[2], of[2];
         float scale[2], m[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int i = 16 * t + 8 * h + (lane >> 2);
-            of[h] = i < n * per ? i / per : 0;
-            const int32_t rep = i < n * per ? child[of[h]].rep : -1;
+            of[h] = i < n ? i / per : 0;
+            int32_t rep = i < n ? x.rep[of[h]] : -1;
+            if (only >= 0 && x.group[of[h] >> 1].lane != only) rep = -1;
             pos[h] = rep < 0 ? 0 : rep * block + (i - of[h] * per) * stride;
             key[h] = NULL, scale[h] = 0;
-            if (rep >= 0) key[h] = attni_cu_hip_key(a, b, pos[h], &scale[h]);
+            if (rep >= 0) key[h] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)pos[h], &scale[h]);
         }
         if (!__any_sync(~0u, key[0] || key[1])) continue;
-        const int all = attni_max32(pos[0], pos[1]) <= b.p_min - late;
-        attni_cu_hip_score<BF, NQ>(a, q, rows, 0, key[0], key[1],
-                                   __all_sync(~0u, all) ? NULL : limit, pos[0], pos[1], m);
+        const int all = attni_max32(pos[0], pos[1]) <= b.p_min - attni_cu_hip_late(a);
+        attni_cu_hip_score<BF, NQ>(a, x.q, rows, 0, key[0], key[1],
+                                   __all_sync(~0u, all) ? NULL : x.limit, pos[0], pos[1], m);
 #pragma unroll
         for (int h = 0; h < 2; h++)
             if (key[h] && (lane & 3) == 0)
-                atomicMax(&child[of[h]].key,
+                atomicMax(x.key + of[h],
                           attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
     }
 }
 
-// Of n children the best k become the groups, in order; whether one of them can be split. s: 258
-// words. All threads call.
-ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_hip_group *child, int n, int k, uint32_t *key,
-                                 attni_cu_hip_group *group, uint32_t *s) {
-    int ties, open = 0;
-    uint32_t done = 0, all;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) key[i] = child[i].key;
-    const uint32_t cut = attni_cu_kth(key, n, k, s, &ties);
-    for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
+// Of so many children the best k (or all) become the groups, in order; whether one of them can be
+// split. All threads call.
+ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_pick &a, attni_cu_hip_rows *x, int there, int k) {
+    int ties = 0, open = 0;
+    uint32_t done = 0, all, cut = 0;
+    if (there > k) cut = attni_cu_kth(x->key, 2 * x->n_groups, k, x->s, &ties);
+    for (int i0 = 0; i0 < x->n_groups; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
-        const uint32_t x = i < n ? key[i] : 0;
-        const uint32_t is = i < n ? (x > cut) | (uint32_t)(x == cut) << 16 : 0;
-        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        uint32_t u[2] = {0, 0};
+        if (i < x->n_groups) u[0] = x->key[2 * i], u[1] = x->key[2 * i + 1];
+        const uint32_t is[2] = {(u[0] > cut) | (uint32_t)(u[0] && u[0] == cut) << 16,
+                                (u[1] > cut) | (uint32_t)(u[1] && u[1] == cut) << 16};
+        uint32_t before = done + attni_cu_count_before(is[0] + is[1], &all, x->s);
         done += all;
-        const int tied = (int)(before >> 16);
-        if (is && (x > cut || tied < ties)) {
-            const attni_cu_hip_group g = child[i];
-            const int at = (int)(before & 65535) + attni_min32(tied, ties);
-            group[at] = g;
-            if (g.rep < 0) group[at].rep = -1 - g.rep;
+#pragma unroll
+        for (int c = 0; c < 2; before += is[c++]) {
+            const int tied = (int)(before >> 16);
+            if (!is[c] || (u[c] == cut && tied >= ties)) continue;
+            attni_cu_hip_group g = x->group[i];
+            int32_t start[2], size[2];
+            attni_cu_hip2_split(a, *x, g, start, size);
+            g.start = start[c], g.size = size[c], g.key = u[c];
+            g.rep = x->rep[2 * i + c];
+            if (g.rep < 0) g.rep = -1 - g.rep;
+            x->next_group[(before & 65535) + attni_min32(tied, ties)] = g;
             open |= g.size > 1;
         }
     }
+    attni_cu_hip_group *last = x->group;
+    x->group = x->next_group, x->next_group = last;
+    x->n_groups = (int)(done & 65535) + attni_min32((int)(done >> 16), ties);
     return __syncthreads_or(open);
 }
 
-// The blocks of k groups, ascending, as entries of a row.
-ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_block &b,
-                                   int32_t row, const attni_cu_hip_group *group, int k,
-                                   int32_t visited, uint32_t *s) {
-    const int64_t base = ((int64_t)b.list * a.x.max_rows + row) * a.x.row_capacity;
-    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
-    const int32_t kv = a.f.kv_block, block = a.f.hip.block;
-    uint32_t done = 0, all;
-    for (int i0 = 0; i0 < k; i0 += (int)blockDim.x) {
+// The rounds of either generation; b's set is left anywhere. Keys read.
+template <int BF, int NQ>
+ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_block b,
+                                       const attni_cu_hip_grid &w, int32_t row,
+                                       attni_cu_hip_rows *x) {
+    const attn_hip &h = a.f.hip;
+    const int first = a.f.kind == ATTN_SELECT_HIP1, lanes = h.head_group, k = h.keep / h.block;
+    const int stride = attni_min32(h.k_stride, h.block);
+    int rows = 0, visited = 0;
+    uint32_t all;
+    x->n_groups = k * lanes, x->w = k;
+    for (int i = (int)threadIdx.x; i < x->n_groups; i += (int)blockDim.x) {
+        attni_cu_hip_group g = {i % k, 1, -1, i / k, attni_cu_order(ATTNI_NINF)};
+        if (!first) g.start = (int32_t)(x->b0 + (int64_t)x->n * (i % k) / k);
+        if (!first) g.size = (int32_t)(x->b0 + (int64_t)x->n * (i % k + 1) / k) - g.start;
+        x->group[i] = g;
+    }
+    __syncthreads();
+    for (int open = 1; open;) {
+        int want = k * lanes, there, score = 1;
+        x->next = (int32_t)attni_min64(2 * (int64_t)x->w, x->n);
+        there = attni_cu_hip2_children(a, *x, b.m);
+        attni_cu_count_before((uint32_t)there, &all, x->s);
+        there = (int)all;
+        if (first) {
+            want = (int)attni_max64(h.patches / h.block, (int64_t)k * x->next / x->n);
+            score = there > want;
+        }
+        for (int set = 0; set < w.n_sets && score; set++) {
+            attni_cu_hip_set(a, set, &b);
+            __syncthreads();
+            if (w.n_sets > 1 || !rows) {
+                rows = attni_cu_hip2_queries<BF, NQ>(a, w, b, row, x->q, x->limit);
+                __syncthreads();
+            }
+            attni_cu_hip2_scores<BF, NQ>(a, b, *x, rows, lanes > 1 ? set : -1);
+        }
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < 2 * x->n_groups && score; i += (int)blockDim.x)
+            visited += x->rep[i] >= 0;
+        if (first && !score) // what they were is what they stay
+            for (int i = (int)threadIdx.x; i < 2 * x->n_groups; i += (int)blockDim.x)
+                if (x->key[i]) x->key[i] = x->group[i / 2].key;
+        open = attni_cu_hip2_keep(a, x, there, want);
+        if (first) open = x->next < x->n;
+        x->w = x->next;
+    }
+    for (int i = (int)threadIdx.x; i < x->n_groups && first; i += (int)blockDim.x)
+        x->group[i].start += x->b0;
+    attni_cu_count_before((uint32_t)visited, &all, x->s);
+    return (int32_t)all * ((h.block + stride - 1) / stride) / lanes;
+}
+
+// Sets bits of the eligible blocks from number `from` to `to`.
+ATTNI_DEV void attni_cu_hip_mark(const attni_cu_pick &a, const attni_cu_hip_rows &x, int64_t from,
+                                 int64_t to) {
+    const int64_t first = (int64_t)x.b0 * a.f.hip.block / a.f.kv_block;
+    for (int64_t i = attni_max64(from, 0); i <= attni_min64(to, x.n - 1); i++) {
+        const int64_t id = (x.b0 + i) * (int64_t)a.f.hip.block / a.f.kv_block - first;
+        atomicOr(x.bits + (id >> 5), 1u << (id & 31));
+    }
+}
+
+// Marks, for the `best` largest of n keys, `before` blocks before and `behind` behind: of entries
+// of `of`, or (NULL) of the keys' own numbers. All threads call.
+ATTNI_DEV_FAR void attni_cu_hip_around(const attni_cu_pick &a, const attni_cu_hip_rows &x,
+                                       const uint32_t *key, int n, int best,
+                                       const attni_cu_hip_group *of, int64_t before,
+                                       int64_t behind) {
+    uint32_t cut = 0, done = 0, all;
+    int ties = n;
+    if (best < 1) return;
+    if (best < n) cut = attni_cu_kth(key, n, best, x.s, &ties);
+    for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
-        const int64_t id = i < k ? (int64_t)group[i].start * block / kv : 0;
-        const uint32_t is = i < k && id * kv <= b.last &&
-                            (i == 0 || id != (int64_t)group[i - 1].start * block / kv);
-        const uint32_t to = done + attni_cu_count_before(is, &all, s);
+        const uint32_t u = i < n ? key[i] : 0, tie = i < n && u == cut;
+        const uint32_t rank = done + attni_cu_count_before(tie, &all, x.s);
+        const int64_t at = of && i < n ? of[i].start - x.b0 : i;
+        done += all;
+        if (i < n && (u > cut || (tie && rank < (uint32_t)ties)))
+            attni_cu_hip_mark(a, x, at - before, at + behind);
+    }
+}
+
+// Marks what extras add to the list of a lane, whose groups' keys are at x.key; its S at `s`. All
+// threads call.
+ATTNI_DEV void attni_cu_hip_extras(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   const attni_cu_hip_rows &x, int32_t lane, const uint32_t *s) {
+    const attn_hip &h = a.f.hip;
+    const int64_t t = (b.p_max - b.p_min + h.block - 1) / h.block;
+    const uint64_t salt = (uint64_t)b.m + ((uint64_t)(b.list + lane + 1) << 32);
+    int from = 0, to = 0; // groups of the lane
+    while (from < x.n_groups && x.group[from].lane < lane) from++;
+    for (to = from; to < x.n_groups && x.group[to].lane == lane;) to++;
+    if (h.near)
+        attni_cu_hip_around(a, x, x.key + from, to - from, h.near, x.group + from, h.near_window,
+                            h.near_window);
+    attni_cu_hip_around(a, x, s, (int)x.n, h.vertical, NULL, 0, 0);
+    attni_cu_hip_around(a, x, s, (int)x.n, h.diagonal, NULL, t, 0);
+    for (int i = (int)threadIdx.x; i < h.random; i += (int)blockDim.x) {
+        const uint64_t z = attni_cu_hip_hash(h.seed, (uint64_t)i, salt);
+        const int64_t at = (int64_t)((z >> 32) * (uint64_t)x.n >> 32);
+        attni_cu_hip_mark(a, x, at, at);
+    }
+}
+
+// The blocks of a lane's groups, ascending, as entries of a row.
+ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   const attni_cu_hip_rows &x, int32_t row, int32_t lane,
+                                   int32_t visited) {
+    const int32_t list = b.list + lane, kv = a.f.kv_block, block = a.f.hip.block;
+    const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    uint32_t done = 0, all;
+    for (int i0 = 0; i0 < x.n_groups; i0 += (int)blockDim.x) {
+        const int i = i0 + (int)threadIdx.x, mine = i < x.n_groups && x.group[i].lane == lane;
+        const int64_t id = mine ? (int64_t)x.group[i].start * block / kv : 0;
+        const uint32_t is = mine && id * kv <= b.last &&
+                            (i == 0 || x.group[i - 1].lane != lane ||
+                             id != (int64_t)x.group[i - 1].start * block / kv);
+        const uint32_t to = done + attni_cu_count_before(is, &all, x.s);
         done += all;
         if (is && to < (uint32_t)a.x.row_capacity) a.x.block[base + to] = (int32_t)id;
     }
@@ -6980,72 +7239,204 @@ ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_bl
     a.x.visited[at] = visited;
 }
 
-// A list row. Shared memory: Q, limits, children, groups, keys.
-template <int BF, int NQ>
-static __global__ void __launch_bounds__(512)
-    attni_cu_hip2(const __grid_constant__ attni_cu_pick a, int max_rows, int n_sets) {
-    extern __shared__ __align__(256) uint8_t smem[];
-    __shared__ uint32_t s[258];
+// The lists of chosen groups and extras.
+ATTNI_DEV void attni_cu_hip2_lists(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   const attni_cu_hip_grid &w, attni_cu_hip_rows &x, int32_t row,
+                                   int64_t read, attni_cu_sums *sums) {
     const attn_hip &h = a.f.hip;
-    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x; // the longest first
-    const int k = h.keep / h.block;
-    attni_cu_hip_block b;
-    if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y, (int64_t)a.f.row_block * h.q_group, &b))
-        return;
-    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
-    if (b.kv_end <= a.f.dense_below) {
-        attni_cu_hip_range(a, b.list, row, b.kv_pos0 / a.f.kv_block,
-                           (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);
-        if (b.state && threadIdx.x == 0) b.state[0] = 0;
-        return;
-    }
-    if (b.from) {
-        if (threadIdx.x == 0) b.state[0]++, a.x.visited[at] = 0;
-        return;
-    }
-    const int64_t late = attni_max32(0, h.window - h.refresh + 1);
-    const int64_t edge = attni_min64(b.end - 1, b.p_max - late);
-    const int64_t b0 = attni_max64(h.sink, b.kv_pos0) / h.block;
-    const int64_t n = edge < 0 ? 0 : attni_max64(0, edge / h.block + 1 - b0);
-    if (n <= k) {
-        const int64_t top = b.last / a.f.kv_block, end = (b0 + n) * h.block;
-        attni_cu_hip_range(a, b.list, row, b0 * h.block / a.f.kv_block,
-                           n ? attni_min64((end - 1) / a.f.kv_block, top) : -1, 0);
-    } else {
-        int32_t *limit = (int32_t *)(void *)(smem + max_rows * attni_cu_hip_row_bytes<NQ>(a));
-        attni_cu_hip_group *group = (attni_cu_hip_group *)(void *)(limit + max_rows);
-        attni_cu_hip_group *child = group + k;
-        uint32_t *key = (uint32_t *)(void *)(child + 2 * k);
-        int32_t visited = 0, rows = 0;
-        for (int i = (int)threadIdx.x; i < k; i += (int)blockDim.x) {
-            group[i].start = (int32_t)(b0 + n * i / k);
-            group[i].size = (int32_t)(b0 + n * (i + 1) / k) - group[i].start;
-            group[i].rep = -1;
+    const int32_t visited = (int32_t)attni_min64(read, INT32_MAX);
+    for (int i = (int)threadIdx.x; i < x.n_groups; i += (int)blockDim.x)
+        x.key[i] = x.group[i].key;
+    for (int32_t lane = 0; lane < h.head_group; lane++) {
+        if (!w.words) {
+            attni_cu_hip2_write(a, b, x, row, lane, visited);
+            continue;
+        }
+        const int64_t first = (int64_t)x.b0 * h.block / a.f.kv_block;
+        const int64_t top = ((int64_t)x.b0 + x.n - 1) * h.block;
+        const int64_t end = attni_min64(top, b.last) / a.f.kv_block + 1;
+        const int n_bits = (int)attni_max64(end - first, 0);
+        if (top / a.f.kv_block - first >= 32 * (int64_t)w.words) {
+            if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            return;
         }
         __syncthreads();
-        for (int open = 1, round = 0; open; round++) {
-            attni_cu_hip2_split(a, group, k, b.m, child);
-            for (int set = 0; set < n_sets; set++) {
-                attni_cu_hip_set(a, set, &b);
-                __syncthreads();
-                if (n_sets > 1 || !round) {
-                    rows = attni_cu_hip2_queries<BF, NQ>(a, b, smem, limit);
-                    __syncthreads();
-                }
-                attni_cu_hip2_scores<BF, NQ>(a, b, smem, rows, limit, child, 2 * k);
-            }
-            __syncthreads();
-            for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x)
-                visited += child[i].rep >= 0;
-            open = attni_cu_hip2_keep(child, 2 * k, k, key, group, s);
-        }
-        uint32_t all;
-        attni_cu_count_before((uint32_t)visited, &all, s);
-        const int stride = attni_min32(h.k_stride, h.block);
-        attni_cu_hip2_write(a, b, row, group, k,
-                            (int32_t)all * ((h.block + stride - 1) / stride), s);
+        for (int i = (int)threadIdx.x; i < w.words; i += (int)blockDim.x) x.bits[i] = 0;
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < x.n_groups; i += (int)blockDim.x)
+            if (x.group[i].lane == lane)
+                attni_cu_hip_mark(a, x, x.group[i].start - x.b0, x.group[i].start - x.b0);
+        attni_cu_hip_extras(a, b, x, lane, attni_cu_hip_all_of(a, w, 1, row, b.list + lane));
+        __syncthreads();
+        attni_cu_emit(a, b.list + lane, row, x.bits, (int32_t)first, n_bits, visited, sums);
     }
-    if (b.state && threadIdx.x == 0) b.state[0] = (int32_t)b.p_min + 1;
+}
+
+// The row's lists. Shared memory: Q, limits, groups twice, children, a bitmap. (Bounds: three
+// blocks of 256 threads on a multiprocessor, or a large one.)
+template <int BF, int NQ>
+static __global__ void __launch_bounds__(768)
+    attni_cu_hip2(const __grid_constant__ attni_cu_pick a, const attni_cu_hip_grid w) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ uint32_t s[ATTNI_CU_KTH];
+    __shared__ attni_cu_sums sums;
+    const attn_hip &h = a.f.hip;
+    const int32_t row = w.row0 + w.n_rows - 1 - (int32_t)blockIdx.x; // the longest first
+    const int k = h.keep / h.block, lanes = h.head_group, most = k * lanes;
+    attni_cu_hip_block b;
+    attni_cu_hip_rows x;
+    if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y * lanes, attni_cu_hip_span(a), &b)) return;
+    const int dense = b.kv_end <= a.f.dense_below;
+    int64_t b0;
+    x.n = (int32_t)attni_cu_hip_eligible(a, b, &b0);
+    x.b0 = (int32_t)b0;
+    if (b.from && !dense) { // the lists stay
+        for (int l = (int)threadIdx.x; l < lanes; l += (int)blockDim.x)
+            a.x.visited[(b.list + l) * ((int64_t)a.x.max_rows + 1) + row] = 0;
+    } else if (dense || x.n <= k) {
+        const int64_t kv = a.f.kv_block, top = b.last / kv, end = (b0 + x.n) * h.block;
+        const int64_t lo = dense ? b.kv_pos0 / kv : b0 * h.block / kv;
+        const int64_t hi = dense ? (attni_min64(b.last + 1, b.kv_end) - 1) / kv
+                                 : x.n ? attni_min64((end - 1) / kv, top) : -1;
+        for (int l = 0; l < lanes; l++) attni_cu_hip_range(a, b.list + l, row, lo, hi, 0);
+    } else {
+        x.q = smem;
+        x.limit = (int32_t *)(void *)(smem + w.q_rows * attni_cu_hip_row_bytes<NQ>(a));
+        x.group = (attni_cu_hip_group *)(void *)(x.limit + w.q_rows);
+        x.next_group = x.group + most;
+        x.key = (uint32_t *)(void *)(x.next_group + most);
+        x.rep = (int32_t *)(void *)(x.key + 2 * most);
+        x.bits = (uint32_t *)(void *)(x.rep + 2 * most);
+        x.s = s;
+        x.all = attni_cu_hip_all_of(a, w, 0, row, b.list);
+        const int stride = attni_min32(h.k_stride, h.block);
+        const int64_t per = (h.block + stride - 1) / stride;
+        int64_t read = attni_cu_hip2_rounds<BF, NQ>(a, b, w, row, &x);
+        if (attni_cu_hip_oracle(a.f)) read += x.n * per;
+        if (h.vertical || h.diagonal) read += (int64_t)x.n * h.block;
+        attni_cu_hip2_lists(a, b, w, x, row, read, &sums);
+    }
+    for (int l = (int)threadIdx.x; l < lanes && b.state; l += (int)blockDim.x)
+        attni_cu_hip_state(a, row, b.list + l)[0] = dense ? 0 : (int32_t)b.p_min + 1;
+}
+
+// ---- S of all blocks
+
+// low_dim: the queries that score once more, zeros in all but the dimensions that count.
+static __global__ void __launch_bounds__(128)
+    attni_cu_hip_thin(const __grid_constant__ attni_cu_pick a, const attni_cu_hip_grid w) {
+    __shared__ float sum[ATTN_MAX_HEAD_DIM];
+    const int32_t row = w.row0 + (int32_t)blockIdx.x, head = (int32_t)blockIdx.y;
+    const int dim = a.d.head_dim, bytes = a.d.q.dtype == ATTN_F32 ? 4 : 2;
+    attni_cu_hip_block b;
+    if (!attni_cu_hip_focus(a, row, 0, attni_cu_hip_span(a), &b)) return;
+    const int n = attni_cu_hip_scorers(a, b);
+    for (int e = (int)threadIdx.x; e < dim; e += 128) {
+        float x = 0;
+        for (int j = 0; j < n; j++) {
+            const int64_t p = attni_cu_hip_scorer(a, b, j);
+            x += fabsf(attni_cu_value_at(attni_cu_query_of(a, b, p, head), a.d.q.dtype, e));
+        }
+        sum[e] = x == x ? x : ATTNI_NINF;
+    }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < dim; e += 128) {
+        int before = 0; // dimensions that count more
+        for (int i = 0; i < dim; i++) before += sum[i] > sum[e] || (sum[i] == sum[e] && i < e);
+        for (int j = 0; j < n; j++) {
+            const uint8_t *q = attni_cu_query_of(a, b, attni_cu_hip_scorer(a, b, j), head);
+            uint8_t *to = attni_cu_hip_thinned(a, w, row, j, head);
+            for (int i = 0; i < bytes; i++)
+                to[e * bytes + i] = before < a.f.hip.low_dim ? q[e * bytes + i] : 0;
+        }
+    }
+}
+
+// LAST: of the last query and every key, else of all those that score. A tile has 128 of them, of
+// `each` list rows of a sequence at most or of a part of one, for one KV head; and a slice of keys.
+template <int LAST>
+static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
+    attni_cu_hip_all(const __grid_constant__ attni_cu_pick a, const attni_cu_hip_grid w, int each) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_keys keys;
+    __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
+    __shared__ uint32_t *out[ATTNI_CU_PICK_ROWS];
+    __shared__ int32_t limit[ATTNI_CU_PICK_ROWS], top, n_q;
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    const int32_t x = w.n_rows - 1 - (int32_t)blockIdx.x, kv_head = blockIdx.y % a.d.n_kv_heads;
+    const int32_t part = (int32_t)blockIdx.y / a.d.n_kv_heads, block = a.f.hip.block;
+    const int32_t seq = a.row_of[w.row0 + x].seq, stride = LAST ? 1 : a.f.hip.k_stride;
+    int64_t b0 = 0;
+    if (seq < 0 || (x % each && a.row_of[w.row0 + x - 1].seq == seq)) return;
+    const attn_plan_seq q = a.seq[seq];
+    if (tid == 0) top = -1, n_q = 0;
+    __syncthreads();
+    if (tid < ATTNI_CU_PICK_ROWS) {
+        const int32_t per = a.group * (LAST ? 1 : w.n_scorers), f = part * ATTNI_CU_PICK_ROWS + tid;
+        const int32_t r = f / per, row = w.row0 + x + r, j = f % per / a.group;
+        const int32_t head = kv_head * a.group + f % a.group, list = head / a.per_list;
+        attni_cu_hip_block b;
+        q_row[tid] = NULL, limit[tid] = -1;
+        if (r < each - x % each && x + r < w.n_rows && a.row_of[row].seq == seq &&
+            attni_cu_hip_focus(a, row, list, attni_cu_hip_span(a), &b) && !b.from &&
+            b.kv_end > a.f.dense_below && (LAST || j < attni_cu_hip_scorers(a, b))) {
+            const int64_t n = attni_cu_hip_eligible(a, b, &b0);
+            const int32_t i = LAST ? attni_cu_hip_scorers(a, b) - 1 : j;
+            const int64_t p = attni_cu_hip_scorer(a, b, i) - attni_cu_hip_late(a);
+            if (n > a.kv_cap && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            if (n > a.f.hip.keep / block && n <= a.kv_cap) {
+                q_row[tid] = attni_cu_hip_scoring(a, w, b, row, i, head);
+                out[tid] = attni_cu_hip_all_of(a, w, LAST, row, list);
+                limit[tid] = (int32_t)attni_min64(p, b.end - 1);
+                atomicMax(&top, limit[tid]);
+                atomicMax(&n_q, (tid + 16) & ~15);
+            }
+        }
+    }
+    __syncthreads();
+    b0 = attni_max64(a.f.hip.sink, q.kv_pos0) / block;
+    const int64_t tiles = (top - b0 * block + ATTNI_CU_PICK_KEYS) / ATTNI_CU_PICK_KEYS;
+    const int64_t per = (tiles + gridDim.z - 1) / gridDim.z;
+    if (top < b0 * block) return;
+    if (a.mode) attni_cu_copy_rows(a, q_row, n_q, a.d.q.dtype, a.odd_q, attni_smem(smem));
+    for (int64_t t = blockIdx.z * per; t < attni_min64(tiles, (blockIdx.z + 1) * per); t++) {
+        uint8_t *k_tile = smem + ATTNI_CU_PICK_ROWS * a.row_bytes;
+        float acc[8][4];
+        __syncthreads();
+        if (tid < ATTNI_CU_PICK_KEYS)
+            attni_cu_find_key(a, q, seq, kv_head, b0 * block + t * ATTNI_CU_PICK_KEYS + tid, &keys,
+                              0, tid);
+        __syncthreads();
+        if (a.mode) {
+            attni_cu_copy_rows(a, keys.row[0], ATTNI_CU_PICK_KEYS, a.k.dtype, a.odd_k,
+                               attni_smem(k_tile));
+            attni_cp_commit();
+            attni_cp_wait<0>();
+            __syncthreads();
+        }
+        attni_cu_products(a, acc, smem, attni_smem(k_tile), q_row, n_q, keys.row[0]);
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            const int r = row0 + 4 * i;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float best = ATTNI_NINF;
+                int64_t at = -1;
+#pragma unroll
+                for (int e = 0; e < 2; e++) { // two keys, often of one block
+                    const int c = 8 * j + 2 * (lane & 3) + e;
+                    const int64_t from = t * ATTNI_CU_PICK_KEYS + c, of = from / block;
+                    const float v = (a.flip ? -acc[j][i + e] : acc[j][i + e]) * keys.scale[0][c];
+                    if (of != at && best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
+                    if (of != at) best = ATTNI_NINF, at = of;
+                    if (keys.row[0][c] && b0 * block + from <= limit[r] &&
+                        (from - of * block) % stride == 0)
+                        best = fmaxf(best, v);
+                }
+                if (best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
+            }
+        }
+    }
 }
 
 // ---- HIP3
@@ -7089,8 +7480,8 @@ ATTNI_DEV int attni_cu_hip3_queries(const attni_cu_pick &a, const attni_cu_hip_b
         const int r = i / share, x = r < rows ? r : rows - 1;
         const int64_t at = b.first + (r0 + x / b.heads) * stride;
         const int64_t p = attni_max64(at, b.p_min), end = attni_min64(at + stride, b.p_max + 1);
-        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, (int)(end - p), b.head + x % b.heads, low,
-                                   i - r * share, share);
+        const uint8_t *from = attni_cu_query_at(a, b.q_begin + p - b.q_pos0, b.head + x % b.heads);
+        attni_cu_hip_query<BF, NQ>(a, q, r, from, (int)(end - p), low, i - r * share, share);
     }
     return n;
 }
@@ -7108,7 +7499,7 @@ static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
     int64_t low, high;
     if (!attni_cu_hip_focus(a, row, a.f.heads == ATTN_SELECT_ALL ? 0 : z, t.q_block, &b)) return;
     if (b.kv_end <= a.f.dense_below || stage < b.from) return;
-    attni_cu_hip_set(a, z, &b);
+    attni_cu_hip_set(a, a.f.heads == ATTN_SELECT_ALL ? z : 0, &b);
     attni_cu_hip3_reach(a, b, stage, &low, &high);
     const int64_t n = attni_cu_hip3_places(a, b, stage, low, high);
     if ((int64_t)blockIdx.y * 64 * turns >= n) return;
@@ -7129,8 +7520,9 @@ static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
             const uint8_t *key[2] = {NULL, NULL};
             float scale[2] = {0, 0}, m[2];
             if (active) {
-                key[0] = attni_cu_hip_key(a, b, l + (lo + mid) / 2, &scale[0]);
-                key[1] = attni_cu_hip_key(a, b, l + (mid + hi) / 2, &scale[1]);
+                key[0] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)(l + (lo + mid) / 2), scale);
+                key[1] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)(l + (mid + hi) / 2),
+                                                    scale + 1);
             }
             attni_cu_hip_score<BF, NQ>(a, smem, rows, low_bytes, key[0], key[1], NULL, 0, 0, m);
             const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
@@ -7158,7 +7550,7 @@ ATTNI_DEV int32_t attni_cu_hip3_reads(const attn_hip_stage &t) {
 // The best candidates of a stage: what the next one admits, or the list.
 static __global__ void __launch_bounds__(256)
     attni_cu_hip3_pick(const __grid_constant__ attni_cu_pick a, int32_t stage) {
-    __shared__ uint32_t s[258];
+    __shared__ uint32_t s[ATTNI_CU_KTH];
     const attn_hip_stage *t = a.f.hip.stage + stage;
     const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
     const int last = stage + 1 == a.f.hip.n_stages, keep = last ? a.f.hip.keep : t[1].keep;
@@ -7444,7 +7836,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
 static __global__ void __launch_bounds__(256)
     attni_cu_exact_pick(const __grid_constant__ attni_cu_pick a) {
     extern __shared__ __align__(256) uint8_t smem[];
-    __shared__ uint32_t s[258];
+    __shared__ uint32_t s[ATTNI_CU_KTH];
     __shared__ attni_cu_sums sums;
     uint32_t *bits = (uint32_t *)(void *)smem, done = 0, counted, cut = 0;
     const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
@@ -7540,6 +7932,11 @@ static void attni_cu_flex_layout(const attn_desc *d, int64_t kv_end, attni_cu_pi
                    attni_cu_up256(aware * d->n_kv_heads * (int64_t)a->n_blocks * d->head_dim * 4);
 }
 
+static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
+    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                                           : d->n_heads;
+}
+
 // HIP3: the most candidates of a stage of sequences that hold so many tokens; per list row scores
 // of candidates and what it remembers. 0: does not fit in `bytes` (-1: any).
 static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, attni_cu_pick *a) {
@@ -7566,6 +7963,40 @@ static void attni_cu_exact_tiles(const attn_cuda *c, const attn_desc *d, const a
     for (n[2] = 1; n[2] < 32 && rows * n[0] * n[2] < 2 * (int64_t)c->n_sm;) n[2] *= 2;
 }
 
+// HIP1, HIP2: what queries that score there are at most; bytes that a list row takes for what is
+// computed of all blocks.
+static int32_t attni_cu_hip_scorers_of(const attn_select *f) {
+    return (int32_t)attni_n_blocks((int64_t)f->row_block * f->hip.q_group, f->hip.q_stride);
+}
+static int64_t attni_cu_hip_row_extra(const attn_desc *d, const attn_select *f, int64_t blocks,
+                                      int64_t size[3]) {
+    const attn_hip *h = &f->hip;
+    memset(size, 0, 3 * sizeof *size);
+    if (attni_cu_hip_oracle(*f)) size[0] = 4 * attni_cu_lists(d, f) * blocks;
+    if (h->vertical || h->diagonal) size[1] = 4 * attni_cu_lists(d, f) * blocks;
+    if (h->low_dim && h->low_dim < d->head_dim)
+        size[2] = (int64_t)d->n_heads * attni_cu_hip_scorers_of(f) * d->head_dim *
+                  (d->q.dtype == ATTN_F32 ? 4 : 2);
+    return size[0] + size[1] + size[2];
+}
+
+// As attni_cu_hip_layout, but list rows may be done some at a time: a->at_once, 0: not even one.
+static int64_t attni_cu_hip2_layout(const attn_desc *d, int64_t tokens, int64_t rows, int64_t bytes,
+                                    attni_cu_pick *a) {
+    int64_t size[3], each, at = 0, n = rows;
+    if (a->f.kind != ATTN_SELECT_HIP1 && a->f.kind != ATTN_SELECT_HIP2) return 0;
+    a->kv_cap = (tokens / a->f.hip.block + 9) & ~(int64_t)7;
+    each = attni_cu_hip_row_extra(d, &a->f, a->kv_cap, size);
+    if (each && bytes < 0) n = attni_max64(1, ((int64_t)256 << 20) / each); // as are worth it
+    if (each && bytes >= 0) n = attni_max64(bytes - 3 * 256, 0) / each;
+    a->at_once = (int32_t)attni_min64(n, rows);
+    for (int i = 0; i < 3; i++) {
+        a->at[ATTNI_CU_HIP_ALL + i] = size[i] ? at : -1;
+        at += attni_cu_up256(a->at_once * size[i]);
+    }
+    return each ? at + 3 * 256 : 0;
+}
+
 // As attni_cu_hip_layout. rows: list rows of all lists.
 static int64_t attni_cu_exact_layout(const attn_cuda *c, const attn_desc *d, int64_t tokens,
                                      int64_t rows, int64_t bytes, attni_cu_pick *a) {
@@ -7588,17 +8019,10 @@ static int64_t attni_cu_pick_fixed(int32_t max_rows, int64_t n_est) {
            attni_cu_up256(n_est * (int64_t)sizeof(attni_cu_est));
 }
 
-static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
-    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
-                                                                           : d->n_heads;
-}
-
 static int attni_cu_pick_supports(const attn_select *f) {
     const attn_hip *h = &f->hip;
     if (f->kind == ATTN_SELECT_FLEX) return f->kv_block <= 4096;
-    if (f->kind == ATTN_SELECT_HIP2)
-        return h->sample != ATTN_HIP_ORACLE && h->head_group == 1 && !h->low_dim && !h->near &&
-               !h->vertical && !h->diagonal && !h->random;
+    if (f->kind == ATTN_SELECT_HIP1 || f->kind == ATTN_SELECT_HIP2) return 1;
     if (f->kind == ATTN_SELECT_EXACT) return !(f->exact.epsilon > 0);
     if (f->kind != ATTN_SELECT_HIP3) return 0;
     for (int i = 0; i < h->n_stages; i++)
@@ -7624,6 +8048,7 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
     return (size_t)(attni_cu_pick_fixed((int32_t)rows, n_est) + n_est * a.est_bytes +
                     attni_cu_hip_layout(attni_cu_kv_end(d, &a.f), rows * attni_cu_lists(d, &a.f),
                                         -1, &a) +
+                    attni_cu_hip2_layout(d, attni_cu_kv_end(d, &a.f), rows, -1, &a) +
                     attni_cu_exact_layout(c, d, attni_cu_kv_end(d, &a.f),
                                           rows * attni_cu_lists(d, &a.f), -1, &a));
 }
@@ -7688,7 +8113,7 @@ static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan
 
 // Kernels of HiP: by dimensions and dtype.
 typedef struct attni_cu_hip_kernels {
-    void (*second)(const attni_cu_pick, int, int);
+    void (*second)(const attni_cu_pick, const attni_cu_hip_grid);
     void (*third)(const attni_cu_pick, int32_t, int, int);
     int row_bytes, wide; // of Q in shared memory; wide: through tensor cores
 } attni_cu_hip_kernels;
@@ -7701,7 +8126,8 @@ static attni_cu_hip_kernels attni_cu_hip_kernels_of(int row_bytes) {
 
 static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
     const int dim = a->d.head_dim, per = 2 * dim + 64;
-    const int wide = a->mode && !a->odd_k && !a->odd_q && !a->flip && !attni_is_scaled(a->k.dtype);
+    const int wide = a->mode && !a->odd_k && !a->odd_q && !a->flip &&
+                     !attni_is_scaled(a->k.dtype) && a->k.page_bytes < (int64_t)1 << 36;
     if (wide && dim == 64)
         return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per)
                             : attni_cu_hip_kernels_of<0, 2>(per);
@@ -7709,6 +8135,61 @@ static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
         return a->mode == 1 ? attni_cu_hip_kernels_of<1, 4>(per)
                             : attni_cu_hip_kernels_of<0, 4>(per);
     return attni_cu_hip_kernels_of<0, 0>(4 * dim);
+}
+
+// S of all blocks for the list rows of a launch.
+static attn_result attni_cu_hip_all_launch(const attn_cuda *c, const attni_cu_pick *a,
+                                           const attni_cu_hip_grid *w, int last,
+                                           attn_cuda_stream stream) {
+    const int64_t at = a->at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL];
+    const int64_t bytes = (int64_t)w->n_rows * a->x.n_lists * a->kv_cap * 4;
+    const int64_t per = (int64_t)a->group * (last ? 1 : w->n_scorers); // of a list row
+    const int32_t each = (int32_t)attni_max64(1, ATTNI_CU_PICK_ROWS / per);
+    const int64_t parts = attni_n_blocks(per, ATTNI_CU_PICK_ROWS) * a->d.n_kv_heads;
+    int64_t slices = 1;
+    if (parts > 65535) return ATTN_ERR_UNSUPPORTED;
+    if (cudaMemsetAsync(a->work + at, 0, (size_t)bytes, stream) != cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    while (slices < 64 && attni_n_blocks(w->n_rows, each) * parts * slices < 4 * (int64_t)c->n_sm)
+        slices *= 2;
+    return attni_cu_pick_launch(last ? attni_cu_hip_all<1> : attni_cu_hip_all<0>,
+                                dim3((unsigned)w->n_rows, (unsigned)parts, (unsigned)slices),
+                                ATTNI_CU_PICK, a->tile_bytes, stream, *a, *w, each);
+}
+
+static attn_result attni_cu_hip2_launch(const attn_cuda *c, attni_cu_pick *a,
+                                        const attni_cu_hip_kernels *k, attn_cuda_stream stream) {
+    const attn_hip *h = &a->f.hip;
+    const int32_t lanes = h->head_group, heads = a->f.heads == ATTN_SELECT_EACH ? 1 : a->group;
+        const unsigned lists = (unsigned)(a->x.n_lists / lanes);
+    const int64_t most = (int64_t)(h->keep / h->block) * lanes;
+    attni_cu_hip_grid w;
+    attn_result r = ATTN_OK;
+    memset(&w, 0, sizeof w);
+    w.n_scorers = attni_cu_hip_scorers_of(&a->f);
+    w.n_sets = a->f.heads == ATTN_SELECT_ALL ? a->d.n_kv_heads : lanes;
+    w.q_rows = (int32_t)(((int64_t)w.n_scorers * heads + 31) / 32 * 32);
+    if (h->near || h->vertical || h->diagonal || h->random)
+        w.words = (int32_t)attni_n_blocks(a->kv_cap * h->block / a->f.kv_block + 2, 32);
+    const int64_t smem = (int64_t)w.q_rows * (k->row_bytes + 4) + 4 * (int64_t)w.words +
+                         most * (2 * (int64_t)sizeof(attni_cu_hip_group) + 16);
+    if (smem > c->smem_bytes - 6144 || most > 16383) return ATTN_ERR_UNSUPPORTED;
+    for (w.row0 = 0; w.row0 < a->x.max_rows && r == ATTN_OK; w.row0 += a->at_once) {
+        w.n_rows = attni_min32(a->at_once, a->x.max_rows - w.row0);
+        if (a->at[ATTNI_CU_HIP_THIN] >= 0)
+            r = attni_cu_pick_launch(attni_cu_hip_thin,
+                                     dim3((unsigned)w.n_rows, (unsigned)a->d.n_heads), 128, 0,
+                                     stream, *a, w);
+        for (int last = 0; last < 2 && r == ATTN_OK; last++)
+            if (a->at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL] >= 0)
+                r = attni_cu_hip_all_launch(c, a, &w, last, stream);
+        // a few lists: one to a multiprocessor
+        const int threads = (int64_t)w.n_rows * lists <= c->n_sm ? 512 : 256;
+        if (r == ATTN_OK)
+            r = attni_cu_pick_launch(k->second, dim3((unsigned)w.n_rows, lists), threads, smem,
+                                     stream, *a, w);
+    }
+    return r;
 }
 
 static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
@@ -7722,20 +8203,12 @@ static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
     if (c->arch < 80) a->mode = 0;
     a->flip = a->scale < 0;
     a->scale = a->flip ? -a->scale : a->scale;
+    a->page16 = (uint32_t)(a->k.page_bytes / 16);
+    a->token16 = (uint32_t)(a->k.token_bytes / 16);
     k = attni_cu_hip_choose(a);
-    if (a->f.kind == ATTN_SELECT_HIP2) {
-        const int64_t n = attni_n_blocks((int64_t)a->f.row_block * h->q_group, h->q_stride) * heads;
-        const int64_t max_rows = (n + 31) / 32 * 32, most = h->keep / h->block;
-        const int64_t smem = max_rows * (k.row_bytes + 4) +
-                             most * (3 * (int64_t)sizeof(attni_cu_hip_group) + 8);
-        const int sets = a->f.heads == ATTN_SELECT_ALL ? a->d.n_kv_heads : 1;
-        if (smem > c->smem_bytes - 2048) return ATTN_ERR_UNSUPPORTED;
-        // a few lists: one to a multiprocessor
-        const int threads = (int64_t)rows * lists <= c->n_sm ? 512 : 256;
-        return attni_cu_pick_launch(k.second, dim3(rows, lists), threads, smem, stream, *a,
-                                    (int)max_rows, sets);
-    }
-    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[1], stream) != cudaSuccess)
+    if (a->f.kind != ATTN_SELECT_HIP3) return attni_cu_hip2_launch(c, a, &k, stream);
+    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[ATTNI_CU_HIP_STATE], stream) !=
+        cudaSuccess)
         return ATTN_ERR_DEVICE;
     for (int i = 0; i < h->n_stages && r == ATTN_OK; i++) {
         const attn_hip_stage *t = h->stage + i;
@@ -7820,6 +8293,9 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
     a->est = (attni_cu_est *)(void *)((uint8_t *)work + n);
     n = attni_cu_pick_fixed(x->max_rows, a->n_est);
     a->work = (uint8_t *)work + n;
+    if (attni_cu_hip2_layout(d, g->cap[2] * d->kv.page_tokens, x->max_rows, bytes - n, a) &&
+        !a->at_once)
+        return ATTN_ERR_BUFFER;
     if (a->f.kind == ATTN_SELECT_HIP3 &&
         !attni_cu_hip_layout(g->cap[2] * d->kv.page_tokens, (int64_t)x->max_rows * x->n_lists,
                              bytes - n, a))

@@ -7,16 +7,26 @@
 #define GUARD DEV_GUARD // its own has the same name
 #include "device.h"
 
-// What CUDA does not do, taken out.
-static void strip(attn_select *s) {
-    attn_hip *h = &s->hip;
-    int i;
-    h->low_dim = h->near = h->vertical = h->diagonal = h->random = 0;
-    h->head_group = 0;
-    if (h->sample == ATTN_HIP_ORACLE) h->sample = ATTN_HIP_MIDDLE;
-    for (i = 0; i < ATTN_HIP_STAGES; i++) h->stage[i].flags &= ATTN_HIP_LAST_SCORE;
-    h->landmark = NULL;
+// What CUDA does not do, and how often it was drawn.
+enum { NO_EPSILON, NO_FLAGS, N_REFUSED };
+static const char *const refusals[N_REFUSED] = {"exact: epsilon",
+                                                "hip3: landmark, centre, keep scores"};
+static long long drawn[6], refused[6], by_reason[N_REFUSED];
+
+// Takes it out of parameters that are refused, but for what must be done.
+static void strip(const attn_desc *d, attn_select *s) {
+    int i, flags = 0;
+    drawn[s->kind]++;
+    if (attn_cuda_select_bytes(&cu, d, s) > 0) return;
+    refused[s->kind]++;
+    by_reason[NO_EPSILON] += s->kind == ATTN_SELECT_EXACT && s->exact.epsilon > 0;
     s->exact.epsilon = 0;
+    for (i = 0; i < ATTN_HIP_STAGES; i++) {
+        flags |= s->hip.stage[i].flags & ~ATTN_HIP_LAST_SCORE;
+        s->hip.stage[i].flags &= ATTN_HIP_LAST_SCORE;
+    }
+    by_reason[NO_FLAGS] += s->kind == ATTN_SELECT_HIP3 && flags;
+    s->hip.landmark = NULL;
 }
 
 typedef struct held { // a selection on the device and its twin on the host
@@ -99,7 +109,7 @@ static void cuda_one(uint64_t seed, int kind, int family) {
     memset(&p, 0, sizeof p);
     cuda_problem(&p, &r, kind, family, kind == ATTN_SELECT_FLEX && test_below(&r, 2));
     make_select(&r, &p, kind, family == F_INTS, &s);
-    strip(&s);
+    strip(&p.d, &s);
     o = oracle_select(&p.d, &s, NULL, NULL);
     twin_make(&t, &p, 1, test_below(&r, 3) ? NULL : &r);
     held_open(&m, &t.d, &s);
@@ -127,7 +137,7 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
     memset(&p, 0, sizeof p);
     cuda_problem(&p, &r, kind, family, 1);
     make_select(&r, &p, kind, family == F_INTS, &s);
-    strip(&s);
+    strip(&p.d, &s);
     s.n_slots = p.d.n_seq + test_below(&r, 3);
     twin_make(&w, &p, 1, NULL);
     held_open(&m, &p.d, &s);
@@ -175,6 +185,7 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
 static void cuda_report(int kind) {
     long long n = 0, excused = 0;
     int f;
+    printf("%-5s refused %lld of %lld\n", kinds[kind], refused[kind], drawn[kind]);
     for (f = 0; f < N_FAMILIES; f++) {
         if (f <= F_SLASH) n += tally[kind][f].n;
         if (f <= F_SLASH) excused += tally[kind][f].excused;
@@ -187,13 +198,13 @@ static void cuda_report(int kind) {
 }
 
 int main(int argc, char **argv) {
-    static const int done[] = {ATTN_SELECT_FLEX, ATTN_SELECT_HIP2, ATTN_SELECT_HIP3,
-                               ATTN_SELECT_EXACT};
+    static const int done[] = {ATTN_SELECT_FLEX, ATTN_SELECT_HIP1, ATTN_SELECT_HIP2,
+                               ATTN_SELECT_HIP3, ATTN_SELECT_EXACT};
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 6), i;
     const char *only = getenv("TEST_SELECT"); // one kind
     int k, f, status = dev_open();
     if (status) return status;
-    for (k = 0; k < 4; k++) {
+    for (k = 0; k < 5; k++) {
         if (only && strcmp(only, kinds[done[k]]) != 0) continue;
         for (i = 0; i < count; i++)
             for (f = 0; f < N_FAMILIES; f++) cuda_one(seed + i, done[k], f);
@@ -202,5 +213,6 @@ int main(int argc, char **argv) {
                 cuda_decode(seed + i, done[k], f);
         cuda_report(done[k]);
     }
+    for (i = 0; i < N_REFUSED; i++) printf("refused %6lld %s\n", by_reason[i], refusals[i]);
     return TEST_END();
 }
