@@ -181,8 +181,8 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
 // from the image, so a captured call follows later uploads; slots of attn_selection_follow too, if
 // the uploaded mask had x's terms (else slot[s] is s). What outgrew the capacities keeps every
 // block, or has rows missing, and sets *c->error (ERR_BUFFER). HiP's slots must have been forgotten
-// once. ERR_UNSUPPORTED: epsilon, HIP1, ORACLE, low_dim, head_group, extras, LANDMARK, CENTRE,
-// KEEP_SCORES; more query rows of a list than fit in shared memory.
+// once; landmarks and rope lie in device memory, and styles are computed in f32. ERR_UNSUPPORTED:
+// epsilon; more query rows of a list, or blocks that HiP chooses, than fit in shared memory.
 ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_select *s,
                                       const attn_summary *y, const attn_selection *x, void *work,
@@ -191,6 +191,12 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
                                              int32_t slot, attn_cuda_stream stream);
+
+// HiP's landmarks of the keys of d's own tokens, after their store: g as for select; s too, with
+// s->hip.landmark = out, device memory. Lengths and tables are read from the image.
+ATTN_DEF attn_result attn_cuda_landmarks(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_select *s, float *out,
+                                         attn_cuda_stream stream);
 
 #endif // ATTN_CUDA_CUH
 
@@ -341,6 +347,9 @@ ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
 ATTNI_DEV void attni_lds8(uint32_t x[2], uint32_t from) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(x[0]), "=r"(x[1]) : "r"(from) : "memory");
+}
+ATTNI_DEV void attni_shared_max(uint32_t at, uint32_t x) {
+    asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
 ATTNI_DEV uint16_t attni_lds2(uint32_t from) {
     uint16_t x;
@@ -6577,10 +6586,11 @@ static __global__ void __launch_bounds__(128)
 // 8 behind it. HIP3 gives the two halves of a chunk's descent to one lane. BF, NQ: bf16, 32
 // dimensions each; NQ 0: anything, in f32.
 
-// In attni_cu_pick.at. HIP3: scores of candidates, what rows remember. HIP1 and HIP2 (-1: nothing):
-// S of all blocks, the same by the last query, queries without the dimensions that do not count.
+// In attni_cu_pick.at. HIP3: scores of candidates, what rows remember, representatives (behind the
+// scores). HIP1 and HIP2 (-1: nothing): S of all blocks, the same by the last query, queries
+// without the dimensions that do not count.
 enum { ATTNI_CU_HIP_KEYS, ATTNI_CU_HIP_STATE, ATTNI_CU_HIP_ALL, ATTNI_CU_HIP_LAST,
-       ATTNI_CU_HIP_THIN };
+       ATTNI_CU_HIP_THIN, ATTNI_CU_HIP_REPS };
 
 typedef struct attni_cu_hip_block { // a q block, as a list row sees it
     int32_t seq, list, head, heads, kv_head; // head: the first of `heads`
@@ -6600,11 +6610,13 @@ ATTNI_DEV int32_t *attni_cu_hip_state(const attni_cu_pick &a, int32_t row, int32
     return (int32_t *)(void *)base;
 }
 
-// Words of stage's admitted chunks in a row's memory.
+// Where in a row's memory a stage's admitted chunks are: their number, the first chunk that each
+// becomes, KEEP_SCORES: the orders of their scores.
 ATTNI_DEV int32_t attni_cu_hip_place(const attni_cu_pick &a, int32_t stage) {
     int32_t at = 1;
     for (int i = 1; i < stage; i++)
-        at += 1 + a.f.hip.stage[i].keep / a.f.hip.stage[i - 1].chunk;
+        at += 1 + (a.f.hip.stage[i].flags & ATTN_HIP_KEEP_SCORES ? 2 : 1) *
+                      (a.f.hip.stage[i].keep / a.f.hip.stage[i - 1].chunk);
     return at;
 }
 
@@ -6654,31 +6666,59 @@ ATTNI_DEV int64_t attni_cu_hip_span(const attni_cu_pick &a) {
 
 // Bytes of a row of Q in shared memory.
 template <int NQ> ATTNI_DEV int attni_cu_hip_row_bytes(const attni_cu_pick &a) {
-    return NQ ? 64 * NQ + 64 : 4 * a.d.head_dim;
+    return NQ ? 64 * NQ : 4 * a.d.head_dim;
+}
+
+// Dimensions 8 c ... of row r of Q to where the lanes that multiply them load 16 bytes at once: of
+// 16 rows, step after step of mma, lane after lane. A step has of each lane 4 dimensions.
+template <int NQ>
+ATTNI_DEV void attni_cu_hip_put(uint8_t *q, int r, int c, const uint32_t u[4]) {
+    const uint32_t to = attni_smem(q) + (uint32_t)(((r >> 4) * 2 * NQ + 2 * (c >> 2)) * 512 +
+                                                   (4 * (r & 7) + (c & 3)) * 16 + (r >> 3 & 1) * 4);
+    attni_sts4(to, u[0]);
+    attni_sts4(to + 8, u[1]);
+    attni_sts4(to + 512, u[2]);
+    attni_sts4(to + 520, u[3]);
+}
+
+// Where a position's rotation is; an element of a row rotated so (NULL: as it is).
+ATTNI_DEV const float *attni_cu_hip_turn(const attni_cu_pick &a, int64_t at) {
+    const attn_hip &h = a.f.hip;
+    return h.rope + attni_max64(0, attni_min64(at, h.rope_len - 1)) * h.rope_dim;
+}
+ATTNI_DEV float attni_cu_hip_element(const attni_cu_pick &a, const uint8_t *row, attn_dtype t,
+                                     int e, const float *turn) {
+    const int half = a.f.hip.rope_dim / 2;
+    const float x = attni_cu_value_at(row, t, e);
+    if (!turn || e >= 2 * half) return x;
+    const int first = e < half, i = first ? e : e - half;
+    const float y = attni_cu_value_at(row, t, first ? e + half : i);
+    return first ? x * turn[i] - y * turn[half + i] : x * turn[i] + y * turn[half + i];
 }
 
 // Row r of Q, the mean of n queries from `from` on, to shared memory; `low` bytes behind it (0:
-// nowhere) what 16 bits leave of it.
+// nowhere) what 16 bits leave of it. turn: in f32 only.
 template <int BF, int NQ>
 ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, uint8_t *q, int r, const uint8_t *from,
-                                  int n, int low, int step, int steps) {
+                                  int n, const float *turn, int low, int step, int steps) {
     const int64_t next = a.d.q.stride_token * (a.d.q.dtype == ATTN_F32 ? 4 : 2);
-    uint8_t *to = q + r * attni_cu_hip_row_bytes<NQ>(a);
     if constexpr (NQ == 0) {
+        float *to = (float *)(void *)q + r * a.d.head_dim;
         for (int e = step; e < a.d.head_dim; e += steps) {
             float x = 0;
             for (int i = 0; i < n; i++)
-                x += attni_cu_value_at(from + i * next, a.d.q.dtype, e);
+                x += attni_cu_hip_element(a, from + i * next, a.d.q.dtype, e, turn);
             x = n > 1 ? x / (float)n : x;
-            ((float *)(void *)to)[e] = a.flip ? -x : x;
+            to[e] = a.flip ? -x : x;
         }
     } else for (int c = step; c < 4 * NQ; c += steps) {
         float x[8];
-        uint32_t u[4], v[4];
+        uint32_t u[4], v[4] = {0, 0, 0, 0};
         if (n == 1) {
-            *(uint4 *)(void *)(to + 16 * c) =
-                *(const uint4 *)(const void *)(from + 16 * c);
-            if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(0, 0, 0, 0);
+            const uint4 y = *(const uint4 *)(const void *)(from + 16 * c);
+            u[0] = y.x, u[1] = y.y, u[2] = y.z, u[3] = y.w;
+            attni_cu_hip_put<NQ>(q, r, c, u);
+            if (low) attni_cu_hip_put<NQ>(q + low, r, c, v);
             continue;
         }
 #pragma unroll
@@ -6699,76 +6739,91 @@ ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, uint8_t *q, int r, con
                                 : attni_half((uint16_t)(u[e] >> 16));
             v[e] = attni_pair<BF>(x[2 * e] - lo, x[2 * e + 1] - hi);
         }
-        *(uint4 *)(void *)(to + 16 * c) = make_uint4(u[0], u[1], u[2], u[3]);
-        if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(v[0], v[1], v[2], v[3]);
+        attni_cu_hip_put<NQ>(q, r, c, u);
+        if (low) attni_cu_hip_put<NQ>(q + low, r, c, v);
     }
 }
 
-// m: the largest product of each of the lane's two keys with 32 n rows; with limits only of rows r
-// that see it: pos <= limit[r].
+typedef struct attni_cu_hip_turns { // of two keys; which come after how many rows of Q
+    const float *turn[2];
+    int32_t skip[2];
+} attni_cu_hip_turns;
+
+// m: the largest product of each of the lane's two keys (lane / 4 of each 8; NULL: anything) with
+// 32 n rows; with limits only of rows r that see it: pos <= limit[r]. turns: in f32, or NULL.
 template <int BF, int NQ>
 ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int n, int low,
-                                  const uint8_t *k0, const uint8_t *k1, const int32_t *limit,
-                                  int32_t pos0, int32_t pos1, float m[2]) {
-    const int lane = (int)threadIdx.x & 31, per = attni_cu_hip_row_bytes<NQ>(a);
+                                  const uint8_t *const key[2], const int32_t *limit,
+                                  const int32_t pos[2], const attni_cu_hip_turns *turns,
+                                  float m[2]) {
+    const int lane = (int)threadIdx.x & 31;
     m[0] = m[1] = ATTNI_NINF;
     if constexpr (NQ > 0) {
-        uint4 x[2][NQ];
+        uint32_t x[2][NQ][4], at = attni_smem(q) + (uint32_t)(16 * lane);
+        float best[2][2] = {{ATTNI_NINF, ATTNI_NINF}, {ATTNI_NINF, ATTNI_NINF}};
 #pragma unroll
-        for (int d = 0; d < NQ; d++) {
-            const int at = 64 * d + 16 * (lane & 3);
-            x[0][d] = x[1][d] = make_uint4(0, 0, 0, 0);
-            if (k0) x[0][d] = __ldg((const uint4 *)(const void *)(k0 + at));
-            if (k1) x[1][d] = __ldg((const uint4 *)(const void *)(k1 + at));
-        }
-        q += (lane >> 2) * per + 16 * (lane & 3);
-        for (int g = 0; g < n; g++, q += 32 * per) {
-            float c[4][4]; // sums of their own, so that products do not wait for each other
-#pragma unroll
-            for (int e = 0; e < 16; e++) c[e >> 2][e & 3] = 0;
+        for (int h = 0; h < 2; h++) {
+            const uint8_t *from = (key[h] ? key[h] : a.k.data) + 16 * (lane & 3);
 #pragma unroll
             for (int d = 0; d < NQ; d++) {
-                const uint32_t s[4] = {x[0][d].x, x[1][d].x, x[0][d].y, x[1][d].y};
-                const uint32_t t[4] = {x[0][d].z, x[1][d].z, x[0][d].w, x[1][d].w};
+                const uint4 y = __ldg((const uint4 *)(const void *)(from + 64 * d));
+                x[h][d][0] = y.x, x[h][d][1] = y.y, x[h][d][2] = y.z, x[h][d][3] = y.w;
+            }
+        }
+        for (int g = 0; g < n; g++, at += 2 * 2 * NQ * 512) {
+            float c[2][2][4]; // 16 rows; 8 keys
+#pragma unroll
+            for (int e = 0; e < 16; e++) c[e >> 3][e >> 2 & 1][e & 3] = 0;
+#pragma unroll
+            for (int d = 0; d < 2 * NQ; d++)
                 for (int part = 0; part <= low; part += low ? low : 1) {
-                    uint4 y[4];
+                    uint32_t y[2][4];
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        attni_lds16(y[i], at + (uint32_t)(part + (i * 2 * NQ + d) * 512));
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        y[i] = *(const uint4 *)(const void *)(q + part + 8 * i * per + 64 * d);
+                        attni_mma<BF>(c[i >> 1][i & 1], y[i >> 1], x[i & 1][d >> 1][2 * (d & 1)],
+                                      x[i & 1][d >> 1][2 * (d & 1) + 1]);
+                }
+            if (limit) {
 #pragma unroll
-                    for (int i = 0; i < 4; i++) attni_mma<BF>(c[i], s, y[i].x, y[i].y);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) attni_mma<BF>(c[i], t, y[i].z, y[i].w);
+                for (int i = 0; i < 16; i++) {
+                    const int column = 2 * (lane & 3) + (i & 1);
+                    const int r = 32 * g + 16 * (i >> 3) + 8 * (i >> 1 & 1) + (lane >> 2);
+                    if (__shfl_sync(~0u, pos[i >> 2 & 1], 4 * column) > limit[r])
+                        c[i >> 3][i >> 2 & 1][i & 3] = ATTNI_NINF;
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (limit) {
-                    const int2 at = *(const int2 *)(const void *)(limit + 32 * g + 8 * i +
-                                                                  2 * (lane & 3));
-                    if (pos0 > at.x) c[i][0] = ATTNI_NINF;
-                    if (pos0 > at.y) c[i][1] = ATTNI_NINF;
-                    if (pos1 > at.x) c[i][2] = ATTNI_NINF;
-                    if (pos1 > at.y) c[i][3] = ATTNI_NINF;
-                }
-                m[0] = fmaxf(m[0], fmaxf(c[i][0], c[i][1]));
-                m[1] = fmaxf(m[1], fmaxf(c[i][2], c[i][3]));
-            }
+            for (int i = 0; i < 16; i++)
+                best[i >> 2 & 1][i & 1] = fmaxf(best[i >> 2 & 1][i & 1],
+                                                c[i >> 3][i >> 2 & 1][i & 3]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) { // over rows, then from columns to the keys' lanes
+            for (int i = 4; i < 32; i *= 2)
+                for (int e = 0; e < 2; e++)
+                    best[h][e] = fmaxf(best[h][e], __shfl_xor_sync(~0u, best[h][e], i));
+            const float even = __shfl_sync(~0u, best[h][0], lane >> 3);
+            const float odd = __shfl_sync(~0u, best[h][1], lane >> 3);
+            m[h] = lane & 4 ? odd : even;
         }
     } else {
         for (int r = lane & 3; r < 32 * n; r += 4) {
-            const float *y = (const float *)(const void *)(q + r * per);
-            float c0 = 0, c1 = 0;
-            for (int e = 0; e < a.d.head_dim; e++) {
-                if (k0) c0 = __fmaf_rn(y[e], attni_cu_value_at(k0, a.k.dtype, e), c0);
-                if (k1) c1 = __fmaf_rn(y[e], attni_cu_value_at(k1, a.k.dtype, e), c1);
+            for (int h = 0; h < 2; h++) {
+                const float *turn = turns ? turns->turn[h] : NULL;
+                const float *y = (const float *)(const void *)q +
+                                 (r + (turns ? turns->skip[h] : 0)) * a.d.head_dim;
+                float c = 0;
+                for (int e = 0; e < a.d.head_dim && key[h]; e++)
+                    c = __fmaf_rn(y[e], attni_cu_hip_element(a, key[h], a.k.dtype, e, turn), c);
+                if (!limit || pos[h] <= limit[r]) m[h] = fmaxf(m[h], c);
             }
-            if (!limit || pos0 <= limit[r]) m[0] = fmaxf(m[0], c0);
-            if (!limit || pos1 <= limit[r]) m[1] = fmaxf(m[1], c1);
         }
+        m[0] = attni_quad_max(m[0]);
+        m[1] = attni_quad_max(m[1]);
     }
-    m[0] = attni_quad_max(m[0]);
-    m[1] = attni_quad_max(m[1]);
 }
 
 // Where the key at pos lies, if rows may see it. WIDE: rows of 16-byte pieces without scales.
@@ -6800,7 +6855,8 @@ ATTNI_DEV float attni_cu_hip_value(float m, const uint8_t *key, float scale) {
 }
 
 // Exclusive sums over the block of x (two 16-bit counts), and of all. All threads call.
-ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all, uint32_t *s) {
+ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all) {
+    __shared__ uint32_t s[32];
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     uint32_t n = x, before = 0;
     for (int i = 1; i < 32; i *= 2) {
@@ -6818,16 +6874,16 @@ ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all, uint32_t *s)
     return before + n - x;
 }
 
-enum { ATTNI_CU_KTH = 4 * 256 }; // words that the search below needs
-
 // Of n keys the k-th largest (1 <= k <= n), and how many that equal it are among the first k; or
-// what is below exactly these, and 0. By digits of 8 bits, each with its own counts at s, which
-// every warp looks through. All threads call.
-ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, uint32_t *s, int *ties) {
+// what is below exactly these, and 0. By digits of 8 bits, each with its own counts, which every
+// warp looks through. All threads call.
+ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, int *ties) {
+    __shared__ uint32_t count[4 * 256];
+    uint32_t *s = count;
     const int lane = (int)threadIdx.x & 31, n32 = (n + 31) & ~31;
     uint32_t low = 0, fixed = 0;
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < ATTNI_CU_KTH; i += (int)blockDim.x) s[i] = 0;
+    for (int i = (int)threadIdx.x; i < 4 * 256; i += (int)blockDim.x) count[i] = 0;
     __syncthreads();
     for (int shift = 24; shift >= 0; shift -= 8, s += 256) {
         for (int i = (int)threadIdx.x; i < n32; i += (int)blockDim.x) {
@@ -6835,7 +6891,8 @@ ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, uint32_t 
             const uint32_t digit = is ? key[i] >> shift & 255 : 256;
             if (shift == 24) { // signs and exponents: many are the same
                 const uint32_t same = __match_any_sync(~0u, digit);
-                if (is && lane == __ffs((int)same) - 1) atomicAdd(s + digit, (uint32_t)__popc(same));
+                if (is && lane == __ffs((int)same) - 1)
+                    atomicAdd(s + digit, (uint32_t)__popc(same));
             } else if (is) {
                 atomicAdd(s + digit, 1);
             }
@@ -6899,7 +6956,7 @@ typedef struct attni_cu_hip_rows { // a list row in shared memory
     attni_cu_hip_group *group, *next_group;
     uint32_t *key;             // of children, two places a group; 0: there is none
     int32_t *rep;              // below 0: not to be scored
-    uint32_t *bits, *s;        // blocks listed; ATTNI_CU_KTH words
+    uint32_t *bits;            // blocks listed
     const uint32_t *all;       // S of eligible blocks of the first list, or NULL
     int32_t b0, n, w, next;    // eligible blocks; HIP1: the grid, the one after it
     int32_t n_groups;
@@ -6972,8 +7029,8 @@ ATTNI_DEV const uint8_t *attni_cu_hip_scoring(const attni_cu_pick &a, const attn
 }
 
 // S of a list's eligible blocks: by all queries that score, or by the last one alone.
-ATTNI_DEV uint32_t *attni_cu_hip_all_of(const attni_cu_pick &a, const attni_cu_hip_grid &w, int last,
-                                        int32_t row, int32_t list) {
+ATTNI_DEV uint32_t *attni_cu_hip_all_of(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                        int last, int32_t row, int32_t list) {
     return (uint32_t *)(void *)(a.work + a.at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL]) +
            ((int64_t)(row - w.row0) * a.x.n_lists + list) * a.kv_cap;
 }
@@ -6989,7 +7046,7 @@ ATTNI_DEV int attni_cu_hip2_queries(const attni_cu_pick &a, const attni_cu_hip_g
         const int x = r < rows ? r : rows - 1, j = x / b.heads;
         attni_cu_hip_query<BF, NQ>(a, q, r,
                                    attni_cu_hip_scoring(a, w, b, row, j, b.head + x % b.heads), 1,
-                                   0, lane, 32);
+                                   NULL, 0, lane, 32);
         if (lane == 0)
             limit[r] = (int32_t)(attni_cu_hip_scorer(a, b, j) - attni_cu_hip_late(a));
     }
@@ -7049,6 +7106,7 @@ ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_b
     const int lane = (int)threadIdx.x & 31, block = a.f.hip.block;
     const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
     const int n = 2 * x.n_groups * per;
+    const int32_t seen = (int32_t)(b.p_min - attni_cu_hip_late(a)); // by all rows
     for (int t = (int)threadIdx.x >> 5; 16 * t < n; t += (int)blockDim.x >> 5) {
         const uint8_t *key[2];
         int32_t pos[2], of[2];
@@ -7056,7 +7114,7 @@ ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_b
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int i = 16 * t + 8 * h + (lane >> 2);
-            of[h] = i < n ? i / per : 0;
+            of[h] = i >= n ? 0 : per == 1 ? i : per == 2 ? i >> 1 : i / per;
             int32_t rep = i < n ? x.rep[of[h]] : -1;
             if (only >= 0 && x.group[of[h] >> 1].lane != only) rep = -1;
             pos[h] = rep < 0 ? 0 : rep * block + (i - of[h] * per) * stride;
@@ -7064,14 +7122,14 @@ ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_b
             if (rep >= 0) key[h] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)pos[h], &scale[h]);
         }
         if (!__any_sync(~0u, key[0] || key[1])) continue;
-        const int all = attni_max32(pos[0], pos[1]) <= b.p_min - attni_cu_hip_late(a);
-        attni_cu_hip_score<BF, NQ>(a, x.q, rows, 0, key[0], key[1],
-                                   __all_sync(~0u, all) ? NULL : x.limit, pos[0], pos[1], m);
+        const int all = __all_sync(~0u, attni_max32(pos[0], pos[1]) <= seen);
+        attni_cu_hip_score<BF, NQ>(a, x.q, rows, 0, key, all ? NULL : x.limit, pos, NULL,
+                                   m);
 #pragma unroll
         for (int h = 0; h < 2; h++)
             if (key[h] && (lane & 3) == 0)
-                atomicMax(x.key + of[h],
-                          attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
+                attni_shared_max(attni_smem(x.key + of[h]),
+                                 attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
     }
 }
 
@@ -7080,14 +7138,14 @@ ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_b
 ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_pick &a, attni_cu_hip_rows *x, int there, int k) {
     int ties = 0, open = 0;
     uint32_t done = 0, all, cut = 0;
-    if (there > k) cut = attni_cu_kth(x->key, 2 * x->n_groups, k, x->s, &ties);
+    if (there > k) cut = attni_cu_kth(x->key, 2 * x->n_groups, k, &ties);
     for (int i0 = 0; i0 < x->n_groups; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
         uint32_t u[2] = {0, 0};
         if (i < x->n_groups) u[0] = x->key[2 * i], u[1] = x->key[2 * i + 1];
         const uint32_t is[2] = {(u[0] > cut) | (uint32_t)(u[0] && u[0] == cut) << 16,
                                 (u[1] > cut) | (uint32_t)(u[1] && u[1] == cut) << 16};
-        uint32_t before = done + attni_cu_count_before(is[0] + is[1], &all, x->s);
+        uint32_t before = done + attni_cu_count_before(is[0] + is[1], &all);
         done += all;
 #pragma unroll
         for (int c = 0; c < 2; before += is[c++]) {
@@ -7131,7 +7189,7 @@ ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_bloc
         int want = k * lanes, there, score = 1;
         x->next = (int32_t)attni_min64(2 * (int64_t)x->w, x->n);
         there = attni_cu_hip2_children(a, *x, b.m);
-        attni_cu_count_before((uint32_t)there, &all, x->s);
+        attni_cu_count_before((uint32_t)there, &all);
         there = (int)all;
         if (first) {
             want = (int)attni_max64(h.patches / h.block, (int64_t)k * x->next / x->n);
@@ -7158,7 +7216,7 @@ ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_bloc
     }
     for (int i = (int)threadIdx.x; i < x->n_groups && first; i += (int)blockDim.x)
         x->group[i].start += x->b0;
-    attni_cu_count_before((uint32_t)visited, &all, x->s);
+    attni_cu_count_before((uint32_t)visited, &all);
     return (int32_t)all * ((h.block + stride - 1) / stride) / lanes;
 }
 
@@ -7174,18 +7232,18 @@ ATTNI_DEV void attni_cu_hip_mark(const attni_cu_pick &a, const attni_cu_hip_rows
 
 // Marks, for the `best` largest of n keys, `before` blocks before and `behind` behind: of entries
 // of `of`, or (NULL) of the keys' own numbers. All threads call.
-ATTNI_DEV_FAR void attni_cu_hip_around(const attni_cu_pick &a, const attni_cu_hip_rows &x,
+ATTNI_DEV_FAR void attni_cu_hip_around(const attni_cu_pick &a, attni_cu_hip_rows x,
                                        const uint32_t *key, int n, int best,
                                        const attni_cu_hip_group *of, int64_t before,
                                        int64_t behind) {
     uint32_t cut = 0, done = 0, all;
     int ties = n;
     if (best < 1) return;
-    if (best < n) cut = attni_cu_kth(key, n, best, x.s, &ties);
+    if (best < n) cut = attni_cu_kth(key, n, best, &ties);
     for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
         const uint32_t u = i < n ? key[i] : 0, tie = i < n && u == cut;
-        const uint32_t rank = done + attni_cu_count_before(tie, &all, x.s);
+        const uint32_t rank = done + attni_cu_count_before(tie, &all);
         const int64_t at = of && i < n ? of[i].start - x.b0 : i;
         done += all;
         if (i < n && (u > cut || (tie && rank < (uint32_t)ties)))
@@ -7229,7 +7287,7 @@ ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_bl
         const uint32_t is = mine && id * kv <= b.last &&
                             (i == 0 || x.group[i - 1].lane != lane ||
                              id != (int64_t)x.group[i - 1].start * block / kv);
-        const uint32_t to = done + attni_cu_count_before(is, &all, x.s);
+        const uint32_t to = done + attni_cu_count_before(is, &all);
         done += all;
         if (is && to < (uint32_t)a.x.row_capacity) a.x.block[base + to] = (int32_t)id;
     }
@@ -7272,13 +7330,11 @@ ATTNI_DEV void attni_cu_hip2_lists(const attni_cu_pick &a, const attni_cu_hip_bl
     }
 }
 
-// The row's lists. Shared memory: Q, limits, groups twice, children, a bitmap. (Bounds: three
-// blocks of 256 threads on a multiprocessor, or a large one.)
+// The row's lists. Shared memory: Q, limits, groups twice, children, a bitmap.
 template <int BF, int NQ>
-static __global__ void __launch_bounds__(768)
+static __global__ void __launch_bounds__(512)
     attni_cu_hip2(const __grid_constant__ attni_cu_pick a, const attni_cu_hip_grid w) {
     extern __shared__ __align__(256) uint8_t smem[];
-    __shared__ uint32_t s[ATTNI_CU_KTH];
     __shared__ attni_cu_sums sums;
     const attn_hip &h = a.f.hip;
     const int32_t row = w.row0 + w.n_rows - 1 - (int32_t)blockIdx.x; // the longest first
@@ -7307,7 +7363,6 @@ static __global__ void __launch_bounds__(768)
         x.key = (uint32_t *)(void *)(x.next_group + most);
         x.rep = (int32_t *)(void *)(x.key + 2 * most);
         x.bits = (uint32_t *)(void *)(x.rep + 2 * most);
-        x.s = s;
         x.all = attni_cu_hip_all_of(a, w, 0, row, b.list);
         const int stride = attni_min32(h.k_stride, h.block);
         const int64_t per = (h.block + stride - 1) / stride;
@@ -7469,21 +7524,151 @@ ATTNI_DEV int64_t attni_cu_hip3_chunk(const attni_cu_pick &a, const attni_cu_hip
     return (int64_t)b.state[attni_cu_hip_place(a, stage) + 1 + i / ratio] + i % ratio;
 }
 
-// Means of the runs of a set of heads, 32 n rows.
-template <int BF, int NQ>
-ATTNI_DEV int attni_cu_hip3_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, int stride,
-                                    uint8_t *q, int low) {
-    const int64_t r0 = (b.p_min - b.first) / stride;
-    const int runs = (int)((b.p_max - b.first) / stride - r0) + 1, rows = runs * b.heads;
-    const int n = (rows + 31) / 32, share = NQ ? 4 * NQ : 32; // lanes of a row
-    for (int i = (int)threadIdx.x; i < 32 * n * share; i += (int)blockDim.x) {
-        const int r = i / share, x = r < rows ? r : rows - 1;
-        const int64_t at = b.first + (r0 + x / b.heads) * stride;
-        const int64_t p = attni_max64(at, b.p_min), end = attni_min64(at + stride, b.p_max + 1);
-        const uint8_t *from = attni_cu_query_at(a, b.q_begin + p - b.q_pos0, b.head + x % b.heads);
-        attni_cu_hip_query<BF, NQ>(a, q, r, from, (int)(end - p), low, i - r * share, share);
+// Is a candidate's chunk one, which no place before has (CENTRE)?
+ATTNI_DEV int attni_cu_hip3_is(const attni_cu_pick &a, const attni_cu_hip_block &b, int32_t stage,
+                               int64_t low, int64_t high, int64_t i, int64_t y) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    if (y < low || y > high) return 0;
+    if (!(t->flags & ATTN_HIP_CENTRE)) return 1;
+    const int32_t ratio = t[-1].chunk / t->chunk;
+    return i < ratio || y >= b.state[attni_cu_hip_place(a, stage) + i / ratio] + ratio;
+}
+
+// How many candidates there are before place i.
+ATTNI_DEV int32_t attni_cu_hip3_rank(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                     int32_t stage, int64_t low, int64_t high, int64_t i) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    int32_t n = 0;
+    if (!stage) return (int32_t)i;
+    const int32_t *first = b.state + attni_cu_hip_place(a, stage) + 1;
+    const int32_t ratio = t[-1].chunk / t->chunk;
+    int64_t next = low;
+    for (int64_t j = 0; j * ratio < i; j++) {
+        const int64_t stop = attni_min64((int64_t)first[j] + attni_min64(ratio, i - j * ratio),
+                                         high + 1);
+        n += (int32_t)attni_max64(0, stop - attni_max64(first[j], next));
+        next = attni_max64(next, stop);
     }
     return n;
+}
+
+// Where a stage's style puts a query at position q (far: for keys far away) ...
+ATTNI_DEV int64_t attni_cu_hip3_query_at(const attni_cu_pick &a, const attn_hip_stage &t, int64_t q,
+                                         int far, int32_t candidates) {
+    const int64_t window = attni_max32(0, a.f.hip.window - a.f.hip.stage[0].chunk);
+    switch ((int)t.style) {
+    case ATTN_ROPE_RELATIVE: return window + 1;
+    case ATTN_ROPE_CHUNK: return attni_min64(q, candidates + window);
+    case ATTN_ROPE_INFLLM: return window;
+    case ATTN_ROPE_SELF_EXTEND: return far ? q / 16 + 8192 - 512 : q;
+    default: return q;
+    }
+}
+// ... and a key of the place'th candidate, probed on the left or the right.
+ATTNI_DEV int64_t attni_cu_hip3_key_at(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                       const attn_hip_stage &t, int64_t key, int32_t place,
+                                       int right) {
+    const int64_t x = a.f.hip.context, recent = x / 4, n = b.end;
+    switch ((int)t.style) {
+    case ATTN_ROPE_RELATIVE: return right;
+    case ATTN_ROPE_CHUNK: return place;
+    case ATTN_ROPE_INFLLM: return 0;
+    case ATTN_ROPE_DYNAMIC:
+        if (key >= n - recent || n <= x) return key;
+        return n - recent - 1 - (n - recent - 1 - key) * (x - recent) / (n - recent);
+    case ATTN_ROPE_SELF_EXTEND: return b.p_min - key >= 8192 ? key / 16 : key;
+    default: return key;
+    }
+}
+
+// Means of the runs of a set of heads, 32 n rows; SELF_EXTEND: then those for keys far away.
+template <int BF, int NQ>
+ATTNI_DEV int attni_cu_hip3_queries(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                    const attn_hip_stage &t, int32_t candidates, uint8_t *q,
+                                    int low) {
+    const int64_t stride = t.q_stride, r0 = (b.p_min - b.first) / stride;
+    const int runs = (int)((b.p_max - b.first) / stride - r0) + 1, rows = runs * b.heads;
+    const int n = (rows + 31) / 32, share = NQ ? 4 * NQ : 32; // lanes of a row
+    const int sets = t.style == ATTN_ROPE_SELF_EXTEND ? 2 : 1;
+    for (int i = (int)threadIdx.x; i < sets * 32 * n * share; i += (int)blockDim.x) {
+        const int r = i / share, far = r >= 32 * n, x = attni_min32(r - 32 * n * far, rows - 1);
+        const int64_t at = b.first + (r0 + x / b.heads) * stride;
+        const int64_t p = attni_max64(at, b.p_min), end = attni_min64(at + stride, b.p_max + 1);
+        const float *turn = NQ || !t.style ? NULL : attni_cu_hip_turn(
+                                a, attni_cu_hip3_query_at(a, t, p, far, candidates));
+        attni_cu_hip_query<BF, NQ>(
+            a, q, r, attni_cu_query_at(a, b.q_begin + p - b.q_pos0, b.head + x % b.heads),
+            (int)(end - p), turn, low, i - r * share, share);
+    }
+    return n;
+}
+
+// LANDMARK: the key that stands for the chunk at l. Four lanes have the same chunk.
+ATTNI_DEV int64_t attni_cu_hip3_landmark(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                         int64_t l, int32_t chunk) {
+    const int32_t pt = a.d.kv.page_tokens, *table = a.d.kv.page_table;
+    const int64_t from = attni_max64(l, b.kv_pos0), end = attni_min64(l + chunk, b.end);
+    int64_t rep = from;
+    float best = ATTNI_NINF;
+    for (int64_t p = from + (threadIdx.x & 3); p < end; p += 4) {
+        const int32_t j = (int32_t)(p - b.kv_pos0), page = j / pt;
+        const int32_t id = table ? table[b.seq * a.d.kv.page_table_stride + page] : b.seq;
+        if ((uint32_t)id >= (uint32_t)a.d.kv.n_pages) {
+            if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+            continue;
+        }
+        const float v = a.f.hip.landmark[((int64_t)id * a.d.n_kv_heads + b.kv_head) * pt +
+                                         (j - page * pt)];
+        if (v > best) best = v, rep = p;
+    }
+    for (int i = 1; i < 4; i *= 2) {
+        const float v = __shfl_xor_sync(~0u, best, i);
+        const int64_t p = __shfl_xor_sync(~0u, (long long)rep, i);
+        if (v > best || (v == best && p < rep)) best = v, rep = p;
+    }
+    return rep;
+}
+
+// Score of the chunk at l (active: if there is one) by descent, 8 chunks a warp; what stands for it.
+template <int BF, int NQ>
+ATTNI_DEV float attni_cu_hip3_descend(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                      const attn_hip_stage &t, const uint8_t *q, int rows, int low,
+                                      int64_t l, int active, int32_t place, int64_t *rep) {
+    const int32_t least = attni_max32(2, t.terminate), marked = t.flags & ATTN_HIP_LANDMARK;
+    int32_t lo = 0, hi = t.chunk;
+    float best = ATTNI_NINF;
+    if (marked) *rep = attni_cu_hip3_landmark(a, b, l, active ? t.chunk : 0);
+    while (__any_sync(~0u, active)) {
+        const int32_t mid = (lo + hi) / 2;
+        const int64_t pos[2] = {marked ? *rep : l + (lo + mid) / 2, l + (mid + hi) / 2};
+        const uint8_t *key[2] = {NULL, NULL};
+        float scale[2] = {0, 0}, m[2];
+        attni_cu_hip_turns turns;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (active && !(h && marked))
+                key[h] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)pos[h], scale + h);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if (NQ || !t.style) continue;
+            turns.turn[h] = attni_cu_hip_turn(a, attni_cu_hip3_key_at(a, b, t, pos[h], place, h));
+            turns.skip[h] = t.style == ATTN_ROPE_SELF_EXTEND && b.p_min - pos[h] >= 8192
+                                ? 32 * rows : 0;
+        }
+        attni_cu_hip_score<BF, NQ>(a, q, rows, low, key, NULL, NULL,
+                                   !NQ && t.style ? &turns : NULL, m);
+        const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
+        const float right = attni_cu_hip_value(m[1], key[1], scale[1]);
+        if (!active) continue;
+        const int to_left = marked || left > right;
+        const float won = to_left ? left : right;
+        if (to_left) hi = mid;
+        else lo = mid;
+        *rep = to_left ? pos[0] : pos[1];
+        if (won > best || t.flags & ATTN_HIP_LAST_SCORE) best = won;
+        active = hi - lo >= least && !marked;
+    }
+    return best;
 }
 
 // Scores of a slice of a stage's candidates for one KV head: 8 chunks a warp at a time. low: bytes
@@ -7495,6 +7680,9 @@ static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
     const attn_hip_stage t = a.f.hip.stage[stage];
     const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x, z = (int32_t)blockIdx.z;
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    const int placed = !NQ && t.style == ATTN_ROPE_CHUNK;
+    const int centre = stage + 1 < a.f.hip.n_stages &&
+                       a.f.hip.stage[stage + 1].flags & ATTN_HIP_CENTRE;
     attni_cu_hip_block b;
     int64_t low, high;
     if (!attni_cu_hip_focus(a, row, a.f.heads == ATTN_SELECT_ALL ? 0 : z, t.q_block, &b)) return;
@@ -7503,45 +7691,43 @@ static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
     attni_cu_hip3_reach(a, b, stage, &low, &high);
     const int64_t n = attni_cu_hip3_places(a, b, stage, low, high);
     if ((int64_t)blockIdx.y * 64 * turns >= n) return;
-    const int rows = attni_cu_hip3_queries<BF, NQ>(a, b, t.q_stride, smem, low_bytes);
+    const int32_t candidates = placed ? attni_cu_hip3_rank(a, b, stage, low, high, n) : 0;
+    const int rows = attni_cu_hip3_queries<BF, NQ>(a, b, t, candidates, smem, low_bytes);
     __syncthreads();
-    uint32_t *keys = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
-                     ((int64_t)row * a.x.n_lists + b.list) * a.kv_cap;
-    const int32_t least = attni_max32(2, t.terminate);
+    const int64_t at = ((int64_t)row * a.x.n_lists + b.list) * a.kv_cap;
+    uint32_t *keys = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) + at;
     for (int turn = 0; turn < turns; turn++) {
         const int64_t i = (((int64_t)blockIdx.y * turns + turn) * 8 + warp) * 8 + (lane >> 2);
         const int64_t y = i < n ? attni_cu_hip3_chunk(a, b, stage, low, i) : -1;
-        const int eligible = i < n && y >= low && y <= high;
+        const int there = i < n && attni_cu_hip3_is(a, b, stage, low, high, i, y);
         const int64_t l = a.f.hip.sink + y * t.chunk;
-        int32_t lo = 0, hi = t.chunk, active = eligible;
-        float best = ATTNI_NINF;
-        while (__any_sync(~0u, active)) {
-            const int32_t mid = (lo + hi) / 2;
-            const uint8_t *key[2] = {NULL, NULL};
-            float scale[2] = {0, 0}, m[2];
-            if (active) {
-                key[0] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)(l + (lo + mid) / 2), scale);
-                key[1] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)(l + (mid + hi) / 2),
-                                                    scale + 1);
-            }
-            attni_cu_hip_score<BF, NQ>(a, smem, rows, low_bytes, key[0], key[1], NULL, 0, 0, m);
-            const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
-            const float right = attni_cu_hip_value(m[1], key[1], scale[1]);
-            if (!active) continue;
-            const float won = left > right ? left : right;
-            if (left > right) hi = mid;
-            else lo = mid;
-            if (won > best || t.flags & ATTN_HIP_LAST_SCORE) best = won;
-            active = hi - lo >= least;
+        const int32_t place = placed && there ? attni_cu_hip3_rank(a, b, stage, low, high, i) : 0;
+        int64_t rep = l;
+        const float best = attni_cu_hip3_descend<BF, NQ>(a, b, t, smem, rows, low_bytes, l, there,
+                                                         place, &rep);
+        uint32_t key = attni_cu_order(best);
+        if (!there || (lane & 3)) continue;
+        if (i >= a.kv_cap) {
+            if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            continue;
         }
-        if (!eligible || (lane & 3)) continue;
-        if (i < a.kv_cap) atomicMax(keys + i, attni_cu_order(best));
-        else if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+        if (centre) // the first KV head with the largest score has a say
+            atomicMax((unsigned long long *)(void *)(a.work + a.at[ATTNI_CU_HIP_REPS]) + at + i,
+                      (unsigned long long)key << 32 |
+                          (uint32_t)((a.d.n_kv_heads - 1 - b.kv_head) * t.chunk + (rep - l)));
+        if (t.flags & ATTN_HIP_KEEP_SCORES) {
+            const int32_t most = t.keep / a.f.hip.stage[stage - 1].chunk;
+            const int64_t from = i / (a.f.hip.stage[stage - 1].chunk / t.chunk);
+            const uint32_t was = (uint32_t)b.state[attni_cu_hip_place(a, stage) + 1 + most + from];
+            key = was > key ? was : key;
+        }
+        atomicMax(keys + i, key);
     }
 }
 
 // Keys read for a chunk.
 ATTNI_DEV int32_t attni_cu_hip3_reads(const attn_hip_stage &t) {
+    if (t.flags & ATTN_HIP_LANDMARK) return 1;
     int32_t n = 2, width = (t.chunk + 1) / 2;
     while (width >= attni_max32(2, t.terminate)) n += 2, width = (width + 1) / 2;
     return n;
@@ -7550,7 +7736,6 @@ ATTNI_DEV int32_t attni_cu_hip3_reads(const attn_hip_stage &t) {
 // The best candidates of a stage: what the next one admits, or the list.
 static __global__ void __launch_bounds__(256)
     attni_cu_hip3_pick(const __grid_constant__ attni_cu_pick a, int32_t stage) {
-    __shared__ uint32_t s[ATTNI_CU_KTH];
     const attn_hip_stage *t = a.f.hip.stage + stage;
     const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
     const int last = stage + 1 == a.f.hip.n_stages, keep = last ? a.f.hip.keep : t[1].keep;
@@ -7574,33 +7759,40 @@ static __global__ void __launch_bounds__(256)
     }
     attni_cu_hip3_reach(a, b, stage, &low, &high);
     const int n = (int)attni_min64(attni_cu_hip3_places(a, b, stage, low, high), a.kv_cap);
-    uint32_t *key = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
-                    ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    const int64_t of = ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    uint32_t *key = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) + of;
+    unsigned long long *reps =
+        (unsigned long long *)(void *)(a.work + a.at[ATTNI_CU_HIP_REPS]) + of;
     uint32_t there = 0;
     for (int i = (int)threadIdx.x; i < n; i += 256) there += key[i] != 0;
-    for (int i = 16; i; i >>= 1) there += __shfl_xor_sync(~0u, there, i);
-    if (threadIdx.x == 0) s[256] = 0;
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) atomicAdd(s + 256, there);
-    __syncthreads();
-    there = s[256];
-    __syncthreads();
+    attni_cu_count_before(there, &all);
+    there = all;
     const int k = keep / t->chunk;
     if (k < 1) cut = ~0u;
-    else if ((int)there > k) cut = attni_cu_kth(key, n, k, s, &ties);
+    else if ((int)there > k) cut = attni_cu_kth(key, n, k, &ties);
     int32_t *admitted = b.state + attni_cu_hip_place(a, stage + 1);
     const int32_t ratio = last ? 1 : t->chunk / t[1].chunk;
     uint32_t kept = 0;
     for (int i0 = 0; i0 < n; i0 += 256) {
         const int i = i0 + (int)threadIdx.x;
         const uint32_t x = i < n ? key[i] : 0, is = (x > cut) | (uint32_t)(x && x == cut) << 16;
-        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        const uint32_t before = done + attni_cu_count_before(is, &all);
         done += all;
         const int tied = (int)(before >> 16);
         uint32_t mine = is && (x > cut || tied < ties);
         const int to = (int)(before & 65535) + attni_min32(tied, ties);
         const int64_t y = mine ? attni_cu_hip3_chunk(a, b, stage, low, i) : 0;
-        if (mine && !last) admitted[1 + to] = (int32_t)(y * ratio);
+        if (mine && !last) {
+            const int32_t most = t[1].keep / t->chunk;
+            int64_t first = y * ratio;
+            if (t[1].flags & ATTN_HIP_CENTRE) {
+                first = y * t->chunk + (uint32_t)reps[i] % (uint32_t)t->chunk - t->chunk / 2;
+                first = attni_max64(first, 0) / t[1].chunk;
+            }
+            admitted[1 + to] = (int32_t)first;
+            if (t[1].flags & ATTN_HIP_KEEP_SCORES) admitted[1 + most + to] = (int32_t)x;
+        }
+        if (i < n && !last && t[1].flags & ATTN_HIP_CENTRE) reps[i] = 0;
         if (mine && last) {
             const int64_t id = a.f.hip.sink / a.f.kv_block + y;
             mine = id * a.f.kv_block <= b.last && to < a.x.row_capacity;
@@ -7609,7 +7801,7 @@ static __global__ void __launch_bounds__(256)
         kept += mine;
         if (i < n) key[i] = 0; // for the next stage
     }
-    attni_cu_count_before(kept, &all, s);
+    attni_cu_count_before(kept, &all);
     if (threadIdx.x) return;
     const int64_t read = (int64_t)there * attni_cu_hip3_reads(*t) +
                          (stage == b.from ? 0 : a.x.visited[at]);
@@ -7621,6 +7813,71 @@ static __global__ void __launch_bounds__(256)
     a.x.row_start[at] = base;
     a.x.row_end[at] = base + all;
     if (row < a.f.n_slots) b.state[0] = (int32_t)b.p_min + 1;
+}
+
+// ---- landmarks
+
+enum { ATTNI_CU_MARKS = 128 }; // keys of a block of threads, of one KV head
+
+// A thread has dimensions 256 apart: their sums over the queries that the key at hand counts.
+static __global__ void __launch_bounds__(256)
+    attni_cu_landmarks(const __grid_constant__ attni_cu_pick a, float *out) {
+    enum { OWN = (ATTN_MAX_HEAD_DIM + 255) / 256 };
+    __shared__ float part[8];
+    const int32_t kv_head = (int32_t)blockIdx.y, n_seq = a.header->n_seq, dim = a.d.head_dim;
+    const int32_t pt = a.d.kv.page_tokens;
+    const int tid = (int)threadIdx.x;
+    const attn_plan_seq last = a.seq[n_seq - 1];
+    int64_t t = (int64_t)blockIdx.x * ATTNI_CU_MARKS;
+    const int64_t end = attni_min64(t + ATTNI_CU_MARKS, (int64_t)last.q_begin + last.q_len);
+    while (t < end) {
+        int32_t s = 0, high = n_seq - 1; // the last sequence that begins at t or before
+        while (s < high) {
+            const int32_t mid = (s + high + 1) / 2;
+            if (a.seq[mid].q_begin <= t) s = mid;
+            else high = mid - 1;
+        }
+        const attn_plan_seq q = a.seq[s];
+        const int64_t q_end = (int64_t)q.q_begin + q.q_len, stop = attni_min64(end, q_end);
+        const uint8_t *row = attni_cu_query_at(a, 0, kv_head * a.group);
+        const int64_t to_head = attni_cu_query_at(a, 0, 1) - attni_cu_query_at(a, 0, 0);
+        const int64_t to_token = attni_cu_query_at(a, 1, 0) - attni_cu_query_at(a, 0, 0);
+        double sum[OWN] = {0};
+        for (int64_t in = t; t < stop; in++) { // queries come in until the key at t has all of its
+            for (int32_t h = 0; h < a.group; h++)
+                for (int i = 0; i < OWN; i++)
+                    if (tid + 256 * i < dim && in < q_end)
+                        sum[i] += (double)attni_cu_value_at(row + in * to_token + h * to_head,
+                                                            a.d.q.dtype, tid + 256 * i);
+            if (in < attni_min64(t + 511, q_end - 1)) continue;
+            const int64_t j = (int64_t)q.q_pos0 + t - q.q_begin - q.kv_pos0;
+            float scale = 0, x = 0;
+            const uint8_t *key = j < 0 || j >= q.kv_len
+                                     ? NULL
+                                     : attni_cu_token_at(a, s, kv_head, (int32_t)j, &scale);
+            for (int i = 0; i < OWN && key; i++)
+                if (tid + 256 * i < dim)
+                    x += attni_cu_value_at(key, a.k.dtype, tid + 256 * i) * (float)sum[i];
+            for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+            __syncthreads();
+            if (tid % 32 == 0) part[tid / 32] = x;
+            __syncthreads();
+            if (tid == 0 && key) {
+                const float n = (float)(attni_min64(512, q_end - t) * a.group);
+                const int32_t page = (int32_t)j / pt, *table = a.d.kv.page_table;
+                const int64_t id = table ? table[s * a.d.kv.page_table_stride + page] : s;
+                for (int i = 1; i < 8; i++) x += part[i];
+                out[(id * a.d.n_kv_heads + kv_head) * pt + ((int32_t)j - page * pt)] =
+                    x * scale / n;
+            }
+            for (int32_t h = 0; h < a.group; h++) // the query of the key goes
+                for (int i = 0; i < OWN; i++)
+                    if (tid + 256 * i < dim)
+                        sum[i] -= (double)attni_cu_value_at(row + t * to_token + h * to_head,
+                                                            a.d.q.dtype, tid + 256 * i);
+            t++;
+        }
+    }
 }
 
 // ==== >>impl-select-exact  The blocks that matter most ===========================================
@@ -7836,7 +8093,6 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
 static __global__ void __launch_bounds__(256)
     attni_cu_exact_pick(const __grid_constant__ attni_cu_pick a) {
     extern __shared__ __align__(256) uint8_t smem[];
-    __shared__ uint32_t s[ATTNI_CU_KTH];
     __shared__ attni_cu_sums sums;
     uint32_t *bits = (uint32_t *)(void *)smem, done = 0, counted, cut = 0;
     const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
@@ -7855,11 +8111,11 @@ static __global__ void __launch_bounds__(256)
         if (i == 0 || x.first + i >= x.always || want == n)
             atomicOr(bits + (i >> 5), 1u << (i & 31));
     if (want > 0 && want < n) {
-        cut = attni_cu_kth(value + 1, n, want, s, &ties);
+        cut = attni_cu_kth(value + 1, n, want, &ties);
         for (int i0 = 0; i0 < n; i0 += 256) {
             const int i = i0 + (int)threadIdx.x;
             const uint32_t v = i < n ? value[1 + i] : 0;
-            const uint32_t before = done + attni_cu_count_before(i < n && v == cut, &counted, s);
+            const uint32_t before = done + attni_cu_count_before(i < n && v == cut, &counted);
             done += counted;
             if (i < n && (v > cut || (v == cut && (int)before < ties)))
                 atomicOr(bits + ((1 + i) >> 5), 1u << ((1 + i) & 31));
@@ -7942,16 +8198,21 @@ static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
 static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, attni_cu_pick *a) {
     const attn_hip *h = &a->f.hip;
     const int64_t state = attni_cu_up256(rows * attni_state_bytes(&a->f));
-    int64_t most = tokens / h->stage[0].chunk + 2;
+    int64_t most = tokens / h->stage[0].chunk + 2, each = 4; // bytes of a candidate
     if (a->f.kind != ATTN_SELECT_HIP3) return 0;
     for (int i = 1; i < h->n_stages; i++)
         most = attni_max64(most, (int64_t)h->stage[i].keep / h->stage[i].chunk);
+    for (int i = 1; i < h->n_stages; i++)
+        if (h->stage[i].flags & ATTN_HIP_CENTRE) each = 12;
     if (bytes >= 0)
-        most = attni_min64(most, attni_max64((bytes - state) & ~(int64_t)255, 0) / (4 * rows));
+        most = attni_min64(most, attni_max64((bytes - state - 256) & ~(int64_t)255, 0) /
+                                     (each * rows));
     a->kv_cap = most;
     a->at[ATTNI_CU_HIP_KEYS] = 0;
-    a->at[1] = attni_cu_up256(4 * rows * most);
-    return most ? a->at[1] + state : 0;
+    a->at[ATTNI_CU_HIP_REPS] = attni_cu_up256(4 * rows * most);
+    a->at[ATTNI_CU_HIP_STATE] =
+        a->at[ATTNI_CU_HIP_REPS] + attni_cu_up256((each - 4) * rows * most);
+    return most ? a->at[ATTNI_CU_HIP_STATE] + state + 256 : 0;
 }
 
 // EXACT: tiles of 128 query rows of a list row, those of one KV head, and slices of its blocks.
@@ -8020,14 +8281,10 @@ static int64_t attni_cu_pick_fixed(int32_t max_rows, int64_t n_est) {
 }
 
 static int attni_cu_pick_supports(const attn_select *f) {
-    const attn_hip *h = &f->hip;
     if (f->kind == ATTN_SELECT_FLEX) return f->kv_block <= 4096;
     if (f->kind == ATTN_SELECT_HIP1 || f->kind == ATTN_SELECT_HIP2) return 1;
     if (f->kind == ATTN_SELECT_EXACT) return !(f->exact.epsilon > 0);
-    if (f->kind != ATTN_SELECT_HIP3) return 0;
-    for (int i = 0; i < h->n_stages; i++)
-        if ((h->stage[i].flags & ~ATTN_HIP_LAST_SCORE) || h->stage[i].style) return 0;
-    return 1;
+    return f->kind == ATTN_SELECT_HIP3;
 }
 
 ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
@@ -8125,8 +8382,11 @@ static attni_cu_hip_kernels attni_cu_hip_kernels_of(int row_bytes) {
 }
 
 static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
-    const int dim = a->d.head_dim, per = 2 * dim + 64;
-    const int wide = a->mode && !a->odd_k && !a->odd_q && !a->flip &&
+    const int dim = a->d.head_dim, per = 2 * dim;
+    int styled = 0; // positions of its own: in f32
+    for (int i = 0; a->f.kind == ATTN_SELECT_HIP3 && i < a->f.hip.n_stages; i++)
+        styled |= a->f.hip.stage[i].style != ATTN_ROPE_NONE;
+    const int wide = !styled && a->mode && !a->odd_k && !a->odd_q && !a->flip &&
                      !attni_is_scaled(a->k.dtype) && a->k.page_bytes < (int64_t)1 << 36;
     if (wide && dim == 64)
         return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per)
@@ -8218,7 +8478,10 @@ static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
         const int64_t places = i ? (int64_t)t->keep / t->chunk : a->kv_cap;
         const int low = k.wide && t->q_stride > 1 ? (int)(n * k.row_bytes) : 0;
         const int turns = (int64_t)rows * z >= 4 * (int64_t)c->n_sm ? 4 : 1;
-        const int64_t smem = n * k.row_bytes + low, slices = attni_n_blocks(places, 64 * turns);
+        const int64_t far = t->style == ATTN_ROPE_SELF_EXTEND ? n * k.row_bytes : 0;
+        const int64_t smem = n * k.row_bytes + low + far;
+        const int64_t slices = attni_n_blocks(places, 64 * turns);
+        if ((int64_t)t->chunk * a->d.n_kv_heads > UINT32_MAX) return ATTN_ERR_UNSUPPORTED;
         if (smem > c->smem_bytes - 2048 || slices > 65535) return ATTN_ERR_UNSUPPORTED;
         r = attni_cu_pick_launch(k.third, dim3(rows, (unsigned)slices, z), 256, smem, stream, *a,
                                  (int32_t)i, turns, low);
@@ -8252,6 +8515,23 @@ static attn_result attni_cu_exact_launch(const attn_cuda *c, attni_cu_pick *a,
     return r;
 }
 
+// What kernels are told of a problem and its image.
+static void attni_cu_pick_problem(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
+                                  attni_cu_pick *a) {
+    const uint8_t *m = (const uint8_t *)g->device;
+    a->d = attni_cu_resolved(d);
+    attni_cu_device_tables(g, &a->d);
+    (void)attni_side_init(d, 0, &a->k);
+    a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
+    a->seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
+    a->error = c->error;
+    a->group = d->n_heads / d->n_kv_heads;
+    for (a->page_shift = 0; a->page_shift < 31 && d->kv.page_tokens >> a->page_shift > 1;)
+        a->page_shift++;
+    if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a->page_shift = -1;
+    a->scale = attni_scale(d);
+}
+
 // Everything that kernels are told but the method's own.
 static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_summary *y,
@@ -8260,23 +8540,13 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
     const uint8_t *m = (const uint8_t *)g->device;
     const attn_block_list *b = &g->mask.blocks;
     int64_t n;
-    a->d = attni_cu_resolved(d);
-    attni_cu_device_tables(g, &a->d);
-    (void)attni_side_init(d, 0, &a->k);
+    attni_cu_pick_problem(c, d, g, a);
     a->x = *x;
     if (y) a->y = *y;
-    a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
-    a->seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
     if (b->row_start && b->seq_row && b->n_rows == x->list.n_rows &&
         b->row_block == x->list.row_block && b->kv_block == x->list.kv_block)
         a->seq_row = ATTNI_AT(int32_t, ATTNI_CU_SEQ_ROW);
-    a->error = c->error;
-    a->group = d->n_heads / d->n_kv_heads;
     a->per_list = d->n_heads / x->n_lists;
-    for (a->page_shift = 0; a->page_shift < 31 && d->kv.page_tokens >> a->page_shift > 1;)
-        a->page_shift++;
-    if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a->page_shift = -1;
-    a->scale = attni_scale(d);
     a->row_of = (attni_cu_row_of *)work;
     n = attni_cu_pick_fixed(x->max_rows, 0);
     if (bytes < n) return ATTN_ERR_BUFFER;
@@ -8337,6 +8607,25 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
 static __global__ void attni_cu_forget(uint8_t *state, size_t bytes, int32_t n) {
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
         *(int32_t *)(void *)(state + (size_t)i * bytes) = -2;
+}
+
+ATTN_DEF attn_result attn_cuda_landmarks(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_select *s, float *out,
+                                         attn_cuda_stream stream) {
+    attni_cu_pick a;
+    attn_result r = attn_select_check(d, s);
+    if (r != ATTN_OK) return r;
+    if (!c || !g || !g->device || !out) return ATTN_ERR_ARGUMENT;
+    if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
+    if (!d->q.data || !d->kv.k.data) return ATTN_ERR_ARGUMENT;
+    if (!attni_is_float(d->q.dtype)) return ATTN_ERR_DTYPE;
+    if (d->n_seq != g->n[ATTNI_CU_N_SEQS]) return ATTN_ERR_STALE;
+    memset(&a, 0, sizeof a);
+    if (!attni_select_fill(s, &a.f) || a.f.kind != ATTN_SELECT_HIP3) return ATTN_ERR_ARGUMENT;
+    attni_cu_pick_problem(c, d, g, &a);
+    return attni_cu_pick_launch(attni_cu_landmarks,
+                                dim3((unsigned)attni_n_blocks(g->cap[1], ATTNI_CU_MARKS),
+                                     (unsigned)d->n_kv_heads), 256, 0, stream, a, out);
 }
 
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
