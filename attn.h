@@ -724,7 +724,7 @@ typedef struct attn_hip {
     attn_hip_stage stage[ATTN_HIP_STAGES];
     const float *landmark; // for LANDMARK: (n_pages, n_kv_heads, page_tokens), memory of the
                            // backend, filled by attn_<dev>_landmarks after each store
-    const float *rope;       // for styles: (rope_len, 2, rope_dim / 2) cos, then sin
+    const float *rope;     // for styles: (rope_len, 2, rope_dim / 2) cos, then sin; likewise
     int32_t rope_len, rope_dim, context; // rope_dim: even; context: tokens the model was made for
 } attn_hip;
 

@@ -206,8 +206,8 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
 // from the image, so a captured call follows later uploads; slots of attn_selection_follow too, if
 // the uploaded mask had x's terms (else slot[s] is s). What outgrew the capacities keeps every
 // block, or has rows missing, and sets *c->error (ERR_BUFFER). HiP's slots must have been forgotten
-// once. ERR_UNSUPPORTED: epsilon, HIP1, ORACLE, low_dim, head_group, extras, LANDMARK, CENTRE,
-// KEEP_SCORES; more query rows of a list than fit in shared memory.
+// once; landmarks and rope lie in device memory, and styles are computed in f32. ERR_UNSUPPORTED:
+// epsilon; more query rows of a list, or blocks that HiP chooses, than fit in shared memory.
 ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_select *s,
                                       const attn_summary *y, const attn_selection *x, void *work,
@@ -222,6 +222,12 @@ ATTN_DEF attn_result attn_cuda_summarize(const attn_cuda *c, const attn_desc *d,
 // A sequence moved into a slot: its first step selects anew.
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,
                                              int32_t slot, attn_cuda_stream stream);
+
+// HiP's landmarks of the keys of d's own tokens, after their store: g as for select; s too, with
+// s->hip.landmark = out, device memory. Lengths and tables are read from the image.
+ATTN_DEF attn_result attn_cuda_landmarks(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_select *s, float *out,
+                                         attn_cuda_stream stream);
 
 #endif // ATTN_CUDA_CUH
 
@@ -373,6 +379,9 @@ ATTNI_DEV void attni_lds16(uint32_t x[4], uint32_t from) {
 ATTNI_DEV void attni_lds8(uint32_t x[2], uint32_t from) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(x[0]), "=r"(x[1]) : "r"(from) : "memory");
+}
+ATTNI_DEV void attni_shared_max(uint32_t at, uint32_t x) {
+    asm volatile("red.shared.max.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }
 ATTNI_DEV uint16_t attni_lds2(uint32_t from) {
     uint16_t x;
@@ -4800,20 +4809,21 @@ ATTN_DEF void attn_cuda_plan_params(const attn_cuda *c, const attn_desc *d, attn
     const int32_t whole = 1 << 30;
     attni_cu_choice k;
     int64_t rows, bytes, must = 0, most = (int64_t)256 << 20, least = (int64_t)16 << 20;
-    int32_t s, i, h, tile, codes;
+    int32_t s, i, h, tile, codes, size;
     int n = 0;
     if (!out) return;
     memset(out, 0, sizeof *out);
     if (attni_cu_choose(c, d, &k) != ATTN_OK) return;
     // a lone sequence should keep the device busy; more sequences do so by themselves. Codes of a
-    // span are of half the bytes.
+    // span are of half the bytes. A list for each head makes as many tiles of a span.
     h = 1;
     while (h < 8 && 2 * h * d->n_kv_heads <= 8) h *= 2;
     codes = 1 + (attni_is_scaled(d->kv.k.dtype) && attni_is_scaled(d->kv.v.dtype));
     tile = attni_cu_split(d, &k);
+    for (size = codes; attni_per_head(d) && size < codes * tile;) size *= 2;
     for (i = 0; i < 6; i++)
         attni_cu_rule(out, &n, k.kernel[ATTNI_CU_MANY] ? ATTNI_CU_FEW_Q : 0, few[i][0],
-                      attni_max32(64, codes * few[i][1] / h), tile * attni_cu_few_rows(&k),
+                      attni_max32(64, size * few[i][1] / h), tile * attni_cu_few_rows(&k),
                       k.id < 16);
     if (k.kernel[ATTNI_CU_MANY]) {
         tile *= k.rows[ATTNI_CU_MANY];
@@ -6175,6 +6185,8 @@ typedef struct attni_cu_pick {
     int32_t tile_bytes;        // of the tiles in shared memory
     float scale;
     int32_t flip;              // HiP: the scale is negative, so queries are turned round
+    uint32_t page16, token16;  // HiP: of K, 16-byte pieces from a page, a token to the next
+    int32_t at_once;           // HIP1, HIP2: list rows of a launch
 } attni_cu_pick;
 
 typedef struct attni_cu_keys { // where the keys of four tiles lie; 64 of each
@@ -7515,7 +7527,7 @@ static __global__ void __launch_bounds__(256)
     attni_cu_emit(a, list, first + warp, bits, 0, n, visited);
 }
 
-// ==== >>impl-select-hip  HiP, second and third generation ========================================
+// ==== >>impl-select-hip  HiP, three generations ==================================================
 //
 // A warp scores 16 keys anywhere against the rows of a list in shared memory: K goes from global
 // memory to registers as it lies, 16 bytes of a row to each of four lanes, and Q is laid out
@@ -7523,13 +7535,18 @@ static __global__ void __launch_bounds__(256)
 // 8 behind it. HIP3 gives the two halves of a chunk's descent to one lane. BF, NQ: bf16, 32
 // dimensions each; NQ 0: anything, in f32.
 
-enum { ATTNI_CU_HIP_KEYS = 0 }; // in attni_cu_pick.at: scores of candidates; rows' memory is at 1
+// In attni_cu_pick.at. HIP3: scores of candidates, what rows remember, representatives (behind the
+// scores). HIP1 and HIP2 (-1: nothing): S of all blocks, the same by the last query, queries
+// without the dimensions that do not count.
+enum { ATTNI_CU_HIP_KEYS, ATTNI_CU_HIP_STATE, ATTNI_CU_HIP_ALL, ATTNI_CU_HIP_LAST,
+       ATTNI_CU_HIP_THIN, ATTNI_CU_HIP_REPS };
 
 typedef struct attni_cu_hip_block { // a q block, as a list row sees it
     int32_t seq, list, head, heads, kv_head; // head: the first of `heads`
     int64_t m, first;                 // first: position it begins at
     int64_t p_min, p_max, end, last;  // last: of the row block's own queries
     int64_t kv_pos0, kv_end;
+    uint32_t held;                    // keys in [kv_pos0, end)
     int32_t q_begin, q_pos0;
     int32_t from;                     // first stage that is scanned
     int32_t *state;
@@ -7537,16 +7554,18 @@ typedef struct attni_cu_hip_block { // a q block, as a list row sees it
 
 // The row's memory: of a slot in x, else in the workspace.
 ATTNI_DEV int32_t *attni_cu_hip_state(const attni_cu_pick &a, int32_t row, int32_t list) {
-    uint8_t *base = row < a.f.n_slots ? a.x.state : a.work + a.at[1];
+    uint8_t *base = row < a.f.n_slots ? a.x.state : a.work + a.at[ATTNI_CU_HIP_STATE];
     base += ((int64_t)row * a.x.n_lists + list) * (int64_t)a.x.state_bytes;
     return (int32_t *)(void *)base;
 }
 
-// Words of stage's admitted chunks in a row's memory.
+// Where in a row's memory a stage's admitted chunks are: their number, the first chunk that each
+// becomes, KEEP_SCORES: the orders of their scores.
 ATTNI_DEV int32_t attni_cu_hip_place(const attni_cu_pick &a, int32_t stage) {
     int32_t at = 1;
     for (int i = 1; i < stage; i++)
-        at += 1 + a.f.hip.stage[i].keep / a.f.hip.stage[i - 1].chunk;
+        at += 1 + (a.f.hip.stage[i].flags & ATTN_HIP_KEEP_SCORES ? 2 : 1) *
+                      (a.f.hip.stage[i].keep / a.f.hip.stage[i - 1].chunk);
     return at;
 }
 
@@ -7569,6 +7588,7 @@ ATTNI_DEV int attni_cu_hip_focus(const attni_cu_pick &a, int32_t row, int32_t li
     b->p_max = attni_min64(b->first + n, (int64_t)q.q_pos0 + q.q_len) - 1;
     b->last = attni_min64(at + a.f.row_block - 1, b->p_max);
     b->end = attni_min64(b->p_max + 1, b->kv_end);
+    b->held = (uint32_t)attni_max64(b->end - b->kv_pos0, 0);
     b->from = 0;
     b->state = NULL;
     if (row >= a.f.n_slots && a.f.kind != ATTN_SELECT_HIP3) return 1;
@@ -7580,48 +7600,80 @@ ATTNI_DEV int attni_cu_hip_focus(const attni_cu_pick &a, int32_t row, int32_t li
     return 1;
 }
 
-// The set-th of a list's KV heads.
+// The set-th of a list's KV heads (ALL), or of the lists from the block's on (EACH).
 ATTNI_DEV void attni_cu_hip_set(const attni_cu_pick &a, int32_t set, attni_cu_hip_block *b) {
     const int each = a.f.heads == ATTN_SELECT_EACH;
-    b->kv_head = each ? b->list / a.group : a.f.heads == ATTN_SELECT_ALL ? set : b->list;
-    b->head = each ? b->list : b->kv_head * a.group;
+    b->kv_head = each ? (b->list + set) / a.group : a.f.heads == ATTN_SELECT_ALL ? set : b->list;
+    b->head = each ? b->list + set : b->kv_head * a.group;
     b->heads = each ? 1 : a.group;
+}
+
+// Positions of a q block of the first two generations.
+ATTNI_DEV int64_t attni_cu_hip_span(const attni_cu_pick &a) {
+    return (int64_t)a.f.row_block * a.f.hip.q_group;
 }
 
 // Bytes of a row of Q in shared memory.
 template <int NQ> ATTNI_DEV int attni_cu_hip_row_bytes(const attni_cu_pick &a) {
-    return NQ ? 64 * NQ + 64 : 4 * a.d.head_dim;
+    return NQ ? 64 * NQ : 4 * a.d.head_dim;
 }
 
-// Row r of Q, the mean of the queries at positions [p, p + n), to shared memory; `low` bytes behind
-// it (0: nowhere) what 16 bits leave of it.
+// Dimensions 8 c ... of row r of Q to where the lanes that multiply them load 16 bytes at once: of
+// 16 rows, step after step of mma, lane after lane. A step has of each lane 4 dimensions.
+template <int NQ>
+ATTNI_DEV void attni_cu_hip_put(uint8_t *q, int r, int c, const uint32_t u[4]) {
+    const uint32_t to = attni_smem(q) + (uint32_t)(((r >> 4) * 2 * NQ + 2 * (c >> 2)) * 512 +
+                                                   (4 * (r & 7) + (c & 3)) * 16 + (r >> 3 & 1) * 4);
+    attni_sts4(to, u[0]);
+    attni_sts4(to + 8, u[1]);
+    attni_sts4(to + 512, u[2]);
+    attni_sts4(to + 520, u[3]);
+}
+
+// Where a position's rotation is; an element of a row rotated so (NULL: as it is).
+ATTNI_DEV const float *attni_cu_hip_turn(const attni_cu_pick &a, int64_t at) {
+    const attn_hip &h = a.f.hip;
+    return h.rope + attni_max64(0, attni_min64(at, h.rope_len - 1)) * h.rope_dim;
+}
+ATTNI_DEV float attni_cu_hip_element(const attni_cu_pick &a, const uint8_t *row, attn_dtype t,
+                                     int e, const float *turn) {
+    const int half = a.f.hip.rope_dim / 2;
+    const float x = attni_cu_value_at(row, t, e);
+    if (!turn || e >= 2 * half) return x;
+    const int first = e < half, i = first ? e : e - half;
+    const float y = attni_cu_value_at(row, t, first ? e + half : i);
+    return first ? x * turn[i] - y * turn[half + i] : x * turn[i] + y * turn[half + i];
+}
+
+// Row r of Q, the mean of n queries from `from` on, to shared memory; `low` bytes behind it (0:
+// nowhere) what 16 bits leave of it. turn: in f32 only.
 template <int BF, int NQ>
-ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
-                                  int r, int64_t p, int n, int32_t head, int low, int step,
-                                  int steps) {
-    const int64_t token = b.q_begin + p - b.q_pos0;
-    uint8_t *to = q + r * attni_cu_hip_row_bytes<NQ>(a);
+ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, uint8_t *q, int r, const uint8_t *from,
+                                  int n, const float *turn, int low, int step, int steps) {
+    const int64_t next = a.d.q.stride_token * (a.d.q.dtype == ATTN_F32 ? 4 : 2);
     if constexpr (NQ == 0) {
+        float *to = (float *)(void *)q + r * a.d.head_dim;
         for (int e = step; e < a.d.head_dim; e += steps) {
             float x = 0;
             for (int i = 0; i < n; i++)
-                x += attni_cu_value_at(attni_cu_query_at(a, token + i, head), a.d.q.dtype, e);
+                x += attni_cu_hip_element(a, from + i * next, a.d.q.dtype, e, turn);
             x = n > 1 ? x / (float)n : x;
-            ((float *)(void *)to)[e] = a.flip ? -x : x;
+            to[e] = a.flip ? -x : x;
         }
     } else for (int c = step; c < 4 * NQ; c += steps) {
         float x[8];
-        uint32_t u[4], v[4];
+        uint32_t u[4], v[4] = {0, 0, 0, 0};
         if (n == 1) {
-            *(uint4 *)(void *)(to + 16 * c) =
-                *(const uint4 *)(const void *)(attni_cu_query_at(a, token, head) + 16 * c);
-            if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(0, 0, 0, 0);
+            const uint4 y = *(const uint4 *)(const void *)(from + 16 * c);
+            u[0] = y.x, u[1] = y.y, u[2] = y.z, u[3] = y.w;
+            attni_cu_hip_put<NQ>(q, r, c, u);
+            if (low) attni_cu_hip_put<NQ>(q + low, r, c, v);
             continue;
         }
 #pragma unroll
         for (int e = 0; e < 8; e++) x[e] = 0;
         for (int i = 0; i < n; i++) {
-            const uint8_t *src = attni_cu_query_at(a, token + i, head) + 16 * c;
+            const uint8_t *src = from + i * next + 16 * c;
 #pragma unroll
             for (int e = 0; e < 8; e++)
                 x[e] += attni_cu_value_at(src, BF ? ATTN_BF16 : ATTN_F16, e);
@@ -7636,75 +7688,113 @@ ATTNI_DEV void attni_cu_hip_query(const attni_cu_pick &a, const attni_cu_hip_blo
                                 : attni_half((uint16_t)(u[e] >> 16));
             v[e] = attni_pair<BF>(x[2 * e] - lo, x[2 * e + 1] - hi);
         }
-        *(uint4 *)(void *)(to + 16 * c) = make_uint4(u[0], u[1], u[2], u[3]);
-        if (low) *(uint4 *)(void *)(to + low + 16 * c) = make_uint4(v[0], v[1], v[2], v[3]);
+        attni_cu_hip_put<NQ>(q, r, c, u);
+        if (low) attni_cu_hip_put<NQ>(q + low, r, c, v);
     }
 }
 
-// m: the largest product of each of the lane's two keys with 32 n rows; with limits only of rows r
-// that see it: pos <= limit[r].
+typedef struct attni_cu_hip_turns { // of two keys; which come after how many rows of Q
+    const float *turn[2];
+    int32_t skip[2];
+} attni_cu_hip_turns;
+
+// m: the largest product of each of the lane's two keys (lane / 4 of each 8; NULL: anything) with
+// 32 n rows; with limits only of rows r that see it: pos <= limit[r]. turns: in f32, or NULL.
 template <int BF, int NQ>
 ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int n, int low,
-                                  const uint8_t *k0, const uint8_t *k1, const int32_t *limit,
-                                  int32_t pos0, int32_t pos1, float m[2]) {
-    const int lane = (int)threadIdx.x & 31, per = attni_cu_hip_row_bytes<NQ>(a);
+                                  const uint8_t *const key[2], const int32_t *limit,
+                                  const int32_t pos[2], const attni_cu_hip_turns *turns,
+                                  float m[2]) {
+    const int lane = (int)threadIdx.x & 31;
     m[0] = m[1] = ATTNI_NINF;
     if constexpr (NQ > 0) {
-        uint4 x[2][NQ];
+        uint32_t x[2][NQ][4], at = attni_smem(q) + (uint32_t)(16 * lane);
+        float best[2][2] = {{ATTNI_NINF, ATTNI_NINF}, {ATTNI_NINF, ATTNI_NINF}};
 #pragma unroll
-        for (int d = 0; d < NQ; d++) {
-            const int at = 64 * d + 16 * (lane & 3);
-            x[0][d] = x[1][d] = make_uint4(0, 0, 0, 0);
-            if (k0) x[0][d] = __ldg((const uint4 *)(const void *)(k0 + at));
-            if (k1) x[1][d] = __ldg((const uint4 *)(const void *)(k1 + at));
+        for (int h = 0; h < 2; h++) {
+            const uint8_t *from = (key[h] ? key[h] : a.k.data) + 16 * (lane & 3);
+#pragma unroll
+            for (int d = 0; d < NQ; d++) {
+                const uint4 y = __ldg((const uint4 *)(const void *)(from + 64 * d));
+                x[h][d][0] = y.x, x[h][d][1] = y.y, x[h][d][2] = y.z, x[h][d][3] = y.w;
+            }
         }
-        q += (lane >> 2) * per + 16 * (lane & 3);
-        for (int g = 0; g < n; g++, q += 32 * per) {
+        for (int g = 0; g < n; g++, at += 2 * 2 * NQ * 512) {
+            float c[2][2][4]; // 16 rows; 8 keys
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float c[4] = {0, 0, 0, 0};
+            for (int e = 0; e < 16; e++) c[e >> 3][e >> 2 & 1][e & 3] = 0;
 #pragma unroll
-                for (int d = 0; d < NQ; d++) {
-                    uint4 y = *(const uint4 *)(const void *)(q + 8 * i * per + 64 * d);
-                    const uint32_t s[4] = {x[0][d].x, x[1][d].x, x[0][d].y, x[1][d].y};
-                    const uint32_t t[4] = {x[0][d].z, x[1][d].z, x[0][d].w, x[1][d].w};
-                    attni_mma<BF>(c, s, y.x, y.y);
-                    attni_mma<BF>(c, t, y.z, y.w);
-                    if (!low) continue;
-                    y = *(const uint4 *)(const void *)(q + low + 8 * i * per + 64 * d);
-                    attni_mma<BF>(c, s, y.x, y.y);
-                    attni_mma<BF>(c, t, y.z, y.w);
+            for (int d = 0; d < 2 * NQ; d++)
+                for (int part = 0; part <= low; part += low ? low : 1) {
+                    uint32_t y[2][4];
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+                        attni_lds16(y[i], at + (uint32_t)(part + (i * 2 * NQ + d) * 512));
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        attni_mma<BF>(c[i >> 1][i & 1], y[i >> 1], x[i & 1][d >> 1][2 * (d & 1)],
+                                      x[i & 1][d >> 1][2 * (d & 1) + 1]);
                 }
+            if (limit) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int r = 32 * g + 8 * i + 2 * (lane & 3) + (e & 1);
-                    if (!limit || (e < 2 ? pos0 : pos1) <= limit[r])
-                        m[e >> 1] = fmaxf(m[e >> 1], c[e]);
+                for (int i = 0; i < 16; i++) {
+                    const int column = 2 * (lane & 3) + (i & 1);
+                    const int r = 32 * g + 16 * (i >> 3) + 8 * (i >> 1 & 1) + (lane >> 2);
+                    if (__shfl_sync(~0u, pos[i >> 2 & 1], 4 * column) > limit[r])
+                        c[i >> 3][i >> 2 & 1][i & 3] = ATTNI_NINF;
                 }
             }
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                best[i >> 2 & 1][i & 1] = fmaxf(best[i >> 2 & 1][i & 1],
+                                                c[i >> 3][i >> 2 & 1][i & 3]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) { // over rows, then from columns to the keys' lanes
+            for (int i = 4; i < 32; i *= 2)
+                for (int e = 0; e < 2; e++)
+                    best[h][e] = fmaxf(best[h][e], __shfl_xor_sync(~0u, best[h][e], i));
+            const float even = __shfl_sync(~0u, best[h][0], lane >> 3);
+            const float odd = __shfl_sync(~0u, best[h][1], lane >> 3);
+            m[h] = lane & 4 ? odd : even;
         }
     } else {
         for (int r = lane & 3; r < 32 * n; r += 4) {
-            const float *y = (const float *)(const void *)(q + r * per);
-            float c0 = 0, c1 = 0;
-            for (int e = 0; e < a.d.head_dim; e++) {
-                if (k0) c0 = __fmaf_rn(y[e], attni_cu_value_at(k0, a.k.dtype, e), c0);
-                if (k1) c1 = __fmaf_rn(y[e], attni_cu_value_at(k1, a.k.dtype, e), c1);
+            for (int h = 0; h < 2; h++) {
+                const float *turn = turns ? turns->turn[h] : NULL;
+                const float *y = (const float *)(const void *)q +
+                                 (r + (turns ? turns->skip[h] : 0)) * a.d.head_dim;
+                float c = 0;
+                for (int e = 0; e < a.d.head_dim && key[h]; e++)
+                    c = __fmaf_rn(y[e], attni_cu_hip_element(a, key[h], a.k.dtype, e, turn), c);
+                if (!limit || pos[h] <= limit[r]) m[h] = fmaxf(m[h], c);
             }
-            if (!limit || pos0 <= limit[r]) m[0] = fmaxf(m[0], c0);
-            if (!limit || pos1 <= limit[r]) m[1] = fmaxf(m[1], c1);
         }
+        m[0] = attni_quad_max(m[0]);
+        m[1] = attni_quad_max(m[1]);
     }
-    m[0] = attni_quad_max(m[0]);
-    m[1] = attni_quad_max(m[1]);
 }
 
-// Where the key at pos lies, if rows may see it.
+// Where the key at pos lies, if rows may see it. WIDE: rows of 16-byte pieces without scales.
+template <int WIDE>
 ATTNI_DEV const uint8_t *attni_cu_hip_key(const attni_cu_pick &a, const attni_cu_hip_block &b,
-                                          int64_t pos, float *scale) {
+                                          uint32_t pos, float *scale) {
+    const uint32_t j = pos - (uint32_t)b.kv_pos0;
     *scale = 0;
-    if (pos < b.kv_pos0 || pos >= b.end) return NULL;
-    return attni_cu_token_at(a, b.seq, b.kv_head, (int32_t)(pos - b.kv_pos0), scale);
+    if (j >= b.held) return NULL;
+    if (!WIDE) return attni_cu_token_at(a, b.seq, b.kv_head, (int32_t)j, scale);
+    const uint32_t tokens = (uint32_t)a.d.kv.page_tokens;
+    const uint32_t page = a.page_shift >= 0 ? j >> a.page_shift : j / tokens;
+    uint32_t id = (uint32_t)b.seq;
+    if (a.d.kv.page_table)
+        id = (uint32_t)__ldg(a.d.kv.page_table + b.seq * a.d.kv.page_table_stride + page);
+    if (id >= (uint32_t)a.d.kv.n_pages) {
+        if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+        return NULL;
+    }
+    *scale = a.scale;
+    return a.k.data + b.kv_head * a.k.head_bytes +
+           ((uint64_t)id * a.page16 + (uint64_t)(j - page * tokens) * a.token16) * 16;
 }
 
 // The largest product as a score: -infinity of a key that is not there or no number.
@@ -7714,7 +7804,8 @@ ATTNI_DEV float attni_cu_hip_value(float m, const uint8_t *key, float scale) {
 }
 
 // Exclusive sums over the block of x (two 16-bit counts), and of all. All threads call.
-ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all, uint32_t *s) {
+ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all) {
+    __shared__ uint32_t s[32];
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
     uint32_t n = x, before = 0;
     for (int i = 1; i < 32; i *= 2) {
@@ -7732,38 +7823,50 @@ ATTNI_DEV uint32_t attni_cu_count_before(uint32_t x, uint32_t *all, uint32_t *s)
     return before + n - x;
 }
 
-// Of n keys the k-th largest (1 <= k <= n), and how many that equal it are among the first k. s:
-// 258 words of shared memory. All threads call.
-ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, uint32_t *s, int *ties) {
+// Of n keys the k-th largest (1 <= k <= n), and how many that equal it are among the first k; or
+// what is below exactly these, and 0. By digits of 8 bits, each with its own counts, which every
+// warp looks through. All threads call.
+ATTNI_DEV_FAR uint32_t attni_cu_kth(const uint32_t *key, int n, int k, int *ties) {
+    __shared__ uint32_t count[4 * 256];
+    uint32_t *s = count;
+    const int lane = (int)threadIdx.x & 31, n32 = (n + 31) & ~31;
     uint32_t low = 0, fixed = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        __syncthreads();
-        for (int i = (int)threadIdx.x; i < 256; i += (int)blockDim.x) s[i] = 0;
-        __syncthreads();
-        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
-            if ((key[i] & fixed) == low) atomicAdd(s + (key[i] >> shift & 255), 1);
-        __syncthreads();
-        if (threadIdx.x < 32) { // lane l: bins from 255 - 8 l down
-            const int lane = (int)threadIdx.x, top = 255 - 8 * lane;
-            int sum = 0;
-            for (int j = 0; j < 8; j++) sum += (int)s[top - j];
-            int upto = sum;
-            for (int i = 1; i < 32; i *= 2) {
-                const int y = __shfl_up_sync(~0u, upto, i);
-                if (lane >= i) upto += y;
-            }
-            if (upto >= k && upto - sum < k) {
-                int left = k - (upto - sum), j = 0;
-                while ((int)s[top - j] < left) left -= (int)s[top - j], j++;
-                s[256] = (uint32_t)(top - j), s[257] = (uint32_t)left;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < 4 * 256; i += (int)blockDim.x) count[i] = 0;
+    __syncthreads();
+    for (int shift = 24; shift >= 0; shift -= 8, s += 256) {
+        for (int i = (int)threadIdx.x; i < n32; i += (int)blockDim.x) {
+            const int is = i < n && (key[i] & fixed) == low;
+            const uint32_t digit = is ? key[i] >> shift & 255 : 256;
+            if (shift == 24) { // signs and exponents: many are the same
+                const uint32_t same = __match_any_sync(~0u, digit);
+                if (is && lane == __ffs((int)same) - 1)
+                    atomicAdd(s + digit, (uint32_t)__popc(same));
+            } else if (is) {
+                atomicAdd(s + digit, 1);
             }
         }
         __syncthreads();
-        low |= s[256] << shift;
+        const int top = 255 - 8 * lane; // lane l: bins from 255 - 8 l down
+        int sum = 0, left, j = 0;
+        for (int i = 0; i < 8; i++) sum += (int)s[top - i];
+        int upto = sum;
+        for (int i = 1; i < 32; i *= 2) {
+            const int y = __shfl_up_sync(~0u, upto, i);
+            if (lane >= i) upto += y;
+        }
+        const int has = upto >= k && upto - sum < k;
+        for (left = k - (upto - sum); has && (int)s[top - j] < left; j++) left -= (int)s[top - j];
+        const int who = __ffs((int)__ballot_sync(~0u, has)) - 1;
+        const int all = __shfl_sync(~0u, has && (int)s[top - j] == left, who);
+        k = __shfl_sync(~0u, left, who);
+        low |= (uint32_t)__shfl_sync(~0u, top - j, who) << shift;
         fixed |= (uint32_t)255 << shift;
-        k = (int)s[257];
+        if (all && low) {
+            *ties = 0;
+            return low - 1;
+        }
     }
-    __syncthreads();
     *ties = k;
     return low;
 }
@@ -7782,12 +7885,31 @@ ATTNI_DEV void attni_cu_hip_range(const attni_cu_pick &a, int32_t list, int32_t 
     if (hi - lo + 1 > a.x.row_capacity && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
 }
 
-// ---- HIP2
+// ---- HIP1 and HIP2
 
 typedef struct attni_cu_hip_group {
-    int32_t start, size, rep; // blocks; rep < 0: as its parent's (-1 - rep), or none
-    uint32_t key;             // order of its score; 0: no group
+    int32_t start, size, rep; // blocks (HIP1: start is a cell of the grid); what stands for it
+    int32_t lane;             // of the lists at hand, which
+    uint32_t key;             // order of its score
 } attni_cu_hip_group;
+
+typedef struct attni_cu_hip_grid { // which list rows a launch is for, what it has room for
+    int32_t row0, n_rows;
+    int32_t q_rows, words;         // of Q; of a bitmap
+    int32_t n_sets, n_scorers;     // of heads; queries of a q block that score, at most
+} attni_cu_hip_grid;
+
+typedef struct attni_cu_hip_rows { // a list row in shared memory
+    uint8_t *q;
+    int32_t *limit;            // the last position that a row of Q scores
+    attni_cu_hip_group *group, *next_group;
+    uint32_t *key;             // of children, two places a group; 0: there is none
+    int32_t *rep;              // below 0: not to be scored
+    uint32_t *bits;            // blocks listed
+    const uint32_t *all;       // S of eligible blocks of the first list, or NULL
+    int32_t b0, n, w, next;    // eligible blocks; HIP1: the grid, the one after it
+    int32_t n_groups;
+} attni_cu_hip_rows;
 
 ATTNI_DEV uint64_t attni_cu_hip_hash(uint64_t seed, uint64_t a, uint64_t c) {
     uint64_t z = seed * 0x9e3779b97f4a7c15u + a * 0xbf58476d1ce4e5b9u + c * 0x94d049bb133111ebu;
@@ -7809,116 +7931,312 @@ ATTNI_DEV int32_t attni_cu_hip_rep(const attn_hip &h, int32_t start, int32_t siz
     return start + size / 2;
 }
 
-// The queries that score, 32 n rows of a set of heads; what is behind the last repeats it.
+__host__ __device__ static inline int attni_cu_hip_oracle(const attn_select &f) {
+    return f.kind == ATTN_SELECT_HIP2 && f.hip.sample == ATTN_HIP_ORACLE;
+}
+
+// How much of the window stays until the next scan.
+ATTNI_DEV int64_t attni_cu_hip_late(const attni_cu_pick &a) {
+    return attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
+}
+
+// The eligible blocks: how many, and the first one.
+ATTNI_DEV int64_t attni_cu_hip_eligible(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                        int64_t *b0) {
+    const int64_t edge = attni_min64(b.end - 1, b.p_max - attni_cu_hip_late(a));
+    *b0 = attni_max64(a.f.hip.sink, b.kv_pos0) / a.f.hip.block;
+    return edge < 0 ? 0 : attni_max64(0, edge / a.f.hip.block + 1 - *b0);
+}
+
+// The queries that score: how many, and the position of the j-th.
+ATTNI_DEV int attni_cu_hip_scorers(const attni_cu_pick &a, const attni_cu_hip_block &b) {
+    const int64_t stride = a.f.hip.q_stride, end = b.p_max - b.first + 1;
+    return (int)(end / stride - (b.p_min - b.first) / stride) + (end % stride != 0);
+}
+ATTNI_DEV int64_t attni_cu_hip_scorer(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                      int32_t j) {
+    const int64_t stride = a.f.hip.q_stride, at = (b.p_min - b.first) / stride + j + 1;
+    return attni_min64(b.first + at * stride - 1, b.p_max);
+}
+
+// ... where it lies: low_dim has a copy.
+ATTNI_DEV const uint8_t *attni_cu_query_of(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                           int64_t p, int32_t head) {
+    return attni_cu_query_at(a, b.q_begin + p - b.q_pos0, head);
+}
+ATTNI_DEV uint8_t *attni_cu_hip_thinned(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                        int32_t row, int32_t j, int32_t head) {
+    const int64_t at = (int64_t)(row - w.row0) * a.d.n_heads + head;
+    return a.work + a.at[ATTNI_CU_HIP_THIN] +
+           (at * w.n_scorers + j) * a.d.head_dim * (a.d.q.dtype == ATTN_F32 ? 4 : 2);
+}
+ATTNI_DEV const uint8_t *attni_cu_hip_scoring(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                              const attni_cu_hip_block &b, int32_t row, int32_t j,
+                                              int32_t head) {
+    if (a.at[ATTNI_CU_HIP_THIN] >= 0) return attni_cu_hip_thinned(a, w, row, j, head);
+    return attni_cu_query_of(a, b, attni_cu_hip_scorer(a, b, j), head);
+}
+
+// S of a list's eligible blocks: by all queries that score, or by the last one alone.
+ATTNI_DEV uint32_t *attni_cu_hip_all_of(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                        int last, int32_t row, int32_t list) {
+    return (uint32_t *)(void *)(a.work + a.at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL]) +
+           ((int64_t)(row - w.row0) * a.x.n_lists + list) * a.kv_cap;
+}
+
+// Those, 32 n rows of a set of heads; what is behind the last repeats it.
 template <int BF, int NQ>
-ATTNI_DEV int attni_cu_hip2_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, uint8_t *q,
+ATTNI_DEV int attni_cu_hip2_queries(const attni_cu_pick &a, const attni_cu_hip_grid &w,
+                                    const attni_cu_hip_block &b, int32_t row, uint8_t *q,
                                     int32_t *limit) {
-    const int64_t stride = a.f.hip.q_stride, late = attni_max32(0, a.f.hip.window -
-                                                                   a.f.hip.refresh + 1);
-    const int64_t lo = b.p_min - b.first, hi = b.p_max - b.first; // in the q block
-    const int64_t j0 = lo / stride, j1 = (hi + 1) / stride;       // those in [j0, j1) score
-    const int n_pos = (int)(j1 - j0) + ((hi + 1) % stride != 0);
-    const int rows = n_pos * b.heads, n = (rows + 31) / 32;
+    const int rows = attni_cu_hip_scorers(a, b) * b.heads, n = (rows + 31) / 32;
     const int warp = (int)threadIdx.x >> 5, lane = (int)threadIdx.x & 31;
     for (int r = warp; r < 32 * n; r += (int)blockDim.x >> 5) {
-        const int x = r < rows ? r : rows - 1, i = x / b.heads;
-        const int64_t p = attni_min64(b.first + (j0 + i + 1) * stride - 1, b.p_max);
-        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, 1, b.head + x % b.heads, 0, lane, 32);
-        if (lane == 0) limit[r] = (int32_t)(p - late);
+        const int x = r < rows ? r : rows - 1, j = x / b.heads;
+        attni_cu_hip_query<BF, NQ>(a, q, r,
+                                   attni_cu_hip_scoring(a, w, b, row, j, b.head + x % b.heads), 1,
+                                   NULL, 0, lane, 32);
+        if (lane == 0)
+            limit[r] = (int32_t)(attni_cu_hip_scorer(a, b, j) - attni_cu_hip_late(a));
     }
     return n;
 }
 
-// Children of k groups, two places each.
-ATTNI_DEV void attni_cu_hip2_split(const attni_cu_pick &a, const attni_cu_hip_group *group, int k,
-                                   int64_t m, attni_cu_hip_group *child) {
-    for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x) {
-        const attni_cu_hip_group g = group[i >> 1];
-        const int32_t half = g.size / 2;
-        attni_cu_hip_group c = {i & 1 ? g.start + half : g.start, i & 1 ? g.size - half : half,
-                                INT32_MIN, 0};
-        if (c.size) {
-            const int32_t rep = attni_cu_hip_rep(a.f.hip, c.start, c.size, m);
-            c.rep = rep == g.rep ? -1 - rep : rep;
-            c.key = rep == g.rep ? g.key : attni_cu_order(ATTNI_NINF);
-        }
-        child[i] = c;
+// The two children of a group, of size 0 where there is none (HIP1: else of 1).
+ATTNI_DEV void attni_cu_hip2_split(const attni_cu_pick &a, const attni_cu_hip_rows &x,
+                                   const attni_cu_hip_group &g, int32_t start[2], int32_t size[2]) {
+    if (a.f.kind == ATTN_SELECT_HIP1) {
+        const int64_t from = ((int64_t)g.start * x.next + x.w - 1) / x.w;
+        const int64_t to = ((g.start + (int64_t)1) * x.next + x.w - 1) / x.w;
+        start[0] = (int32_t)from, size[0] = from < to;
+        start[1] = start[0] + 1, size[1] = from + 1 < to;
+    } else {
+        start[0] = g.start, size[0] = g.size / 2;
+        start[1] = g.start + size[0], size[1] = g.size - size[0];
     }
 }
 
-// Scores of the n children whose rep says so, for one set of heads. A warp takes 16 keys at a time.
+// What stands for the children and, until they are scored, their keys. Their number, of the
+// thread's.
+ATTNI_DEV int attni_cu_hip2_children(const attni_cu_pick &a, const attni_cu_hip_rows &x,
+                                     int64_t m) {
+    const uint32_t none = attni_cu_order(ATTNI_NINF);
+    int there = 0;
+    for (int i = (int)threadIdx.x; i < x.n_groups; i += (int)blockDim.x) {
+        const attni_cu_hip_group g = x.group[i];
+        int32_t start[2], size[2];
+        attni_cu_hip2_split(a, x, g, start, size);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            int32_t rep = -1;
+            uint32_t key = size[c] ? none : 0;
+            there += size[c] > 0;
+            if (size[c] && a.f.kind == ATTN_SELECT_HIP1) {
+                rep = (int32_t)(x.b0 + (int64_t)start[c] * x.n / x.next);
+            } else if (size[c] && attni_cu_hip_oracle(a.f)) {
+                const uint32_t *s = x.all + g.lane * a.kv_cap + (start[c] - x.b0);
+                for (int32_t e = 0; e < size[c]; e++) key = s[e] > key ? s[e] : key;
+            } else if (size[c]) {
+                rep = attni_cu_hip_rep(a.f.hip, start[c], size[c], m);
+                // what stood for its parent too is not scored again
+                if (rep == g.rep) key = g.key, rep = -1 - rep;
+            }
+            x.rep[2 * i + c] = rep, x.key[2 * i + c] = key;
+        }
+    }
+    return there;
+}
+
+// Scores of the children that are to be scored, for a set of heads; lane: of a list alone, -1: all.
+// A warp takes 16 keys at a time.
 template <int BF, int NQ>
 ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_block &b,
-                                    const uint8_t *q, int rows, const int32_t *limit,
-                                    attni_cu_hip_group *child, int n) {
+                                    const attni_cu_hip_rows &x, int rows, int32_t only) {
     const int lane = (int)threadIdx.x & 31, block = a.f.hip.block;
     const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
-    const int64_t late = attni_max32(0, a.f.hip.window - a.f.hip.refresh + 1);
-    for (int t = (int)threadIdx.x >> 5; 16 * t < n * per; t += (int)blockDim.x >> 5) {
+    const int n = 2 * x.n_groups * per;
+    const int32_t seen = (int32_t)(b.p_min - attni_cu_hip_late(a)); // by all rows
+    for (int t = (int)threadIdx.x >> 5; 16 * t < n; t += (int)blockDim.x >> 5) {
         const uint8_t *key[2];
         int32_t pos[2], of[2];
         float scale[2], m[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const int i = 16 * t + 8 * h + (lane >> 2);
-            of[h] = i < n * per ? i / per : 0;
-            const int32_t rep = i < n * per ? child[of[h]].rep : -1;
+            of[h] = i >= n ? 0 : per == 1 ? i : per == 2 ? i >> 1 : i / per;
+            int32_t rep = i < n ? x.rep[of[h]] : -1;
+            if (only >= 0 && x.group[of[h] >> 1].lane != only) rep = -1;
             pos[h] = rep < 0 ? 0 : rep * block + (i - of[h] * per) * stride;
             key[h] = NULL, scale[h] = 0;
-            if (rep >= 0) key[h] = attni_cu_hip_key(a, b, pos[h], &scale[h]);
+            if (rep >= 0) key[h] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)pos[h], &scale[h]);
         }
         if (!__any_sync(~0u, key[0] || key[1])) continue;
-        const int all = attni_max32(pos[0], pos[1]) <= b.p_min - late;
-        attni_cu_hip_score<BF, NQ>(a, q, rows, 0, key[0], key[1],
-                                   __all_sync(~0u, all) ? NULL : limit, pos[0], pos[1], m);
+        const int all = __all_sync(~0u, attni_max32(pos[0], pos[1]) <= seen);
+        attni_cu_hip_score<BF, NQ>(a, x.q, rows, 0, key, all ? NULL : x.limit, pos, NULL,
+                                   m);
 #pragma unroll
         for (int h = 0; h < 2; h++)
             if (key[h] && (lane & 3) == 0)
-                atomicMax(&child[of[h]].key,
-                          attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
+                attni_shared_max(attni_smem(x.key + of[h]),
+                                 attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
     }
 }
 
-// Of n children the best k become the groups, in order; whether one of them can be split. s: 258
-// words. All threads call.
-ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_hip_group *child, int n, int k, uint32_t *key,
-                                 attni_cu_hip_group *group, uint32_t *s) {
-    int ties, open = 0;
-    uint32_t done = 0, all;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) key[i] = child[i].key;
-    const uint32_t cut = attni_cu_kth(key, n, k, s, &ties);
-    for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
+// Of so many children the best k (or all) become the groups, in order; whether one of them can be
+// split. All threads call.
+ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_pick &a, attni_cu_hip_rows *x, int there, int k) {
+    int ties = 0, open = 0;
+    uint32_t done = 0, all, cut = 0;
+    if (there > k) cut = attni_cu_kth(x->key, 2 * x->n_groups, k, &ties);
+    for (int i0 = 0; i0 < x->n_groups; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
-        const uint32_t x = i < n ? key[i] : 0;
-        const uint32_t is = i < n ? (x > cut) | (uint32_t)(x == cut) << 16 : 0;
-        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        uint32_t u[2] = {0, 0};
+        if (i < x->n_groups) u[0] = x->key[2 * i], u[1] = x->key[2 * i + 1];
+        const uint32_t is[2] = {(u[0] > cut) | (uint32_t)(u[0] && u[0] == cut) << 16,
+                                (u[1] > cut) | (uint32_t)(u[1] && u[1] == cut) << 16};
+        uint32_t before = done + attni_cu_count_before(is[0] + is[1], &all);
         done += all;
-        const int tied = (int)(before >> 16);
-        if (is && (x > cut || tied < ties)) {
-            const attni_cu_hip_group g = child[i];
-            const int at = (int)(before & 65535) + attni_min32(tied, ties);
-            group[at] = g;
-            if (g.rep < 0) group[at].rep = -1 - g.rep;
+#pragma unroll
+        for (int c = 0; c < 2; before += is[c++]) {
+            const int tied = (int)(before >> 16);
+            if (!is[c] || (u[c] == cut && tied >= ties)) continue;
+            attni_cu_hip_group g = x->group[i];
+            int32_t start[2], size[2];
+            attni_cu_hip2_split(a, *x, g, start, size);
+            g.start = start[c], g.size = size[c], g.key = u[c];
+            g.rep = x->rep[2 * i + c];
+            if (g.rep < 0) g.rep = -1 - g.rep;
+            x->next_group[(before & 65535) + attni_min32(tied, ties)] = g;
             open |= g.size > 1;
         }
     }
+    attni_cu_hip_group *last = x->group;
+    x->group = x->next_group, x->next_group = last;
+    x->n_groups = (int)(done & 65535) + attni_min32((int)(done >> 16), ties);
     return __syncthreads_or(open);
 }
 
-// The blocks of k groups, ascending, as entries of a row.
-ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_block &b,
-                                   int32_t row, const attni_cu_hip_group *group, int k,
-                                   int32_t visited, uint32_t *s) {
-    const int64_t base = ((int64_t)b.list * a.x.max_rows + row) * a.x.row_capacity;
-    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
-    const int32_t kv = a.f.kv_block, block = a.f.hip.block;
-    uint32_t done = 0, all;
-    for (int i0 = 0; i0 < k; i0 += (int)blockDim.x) {
+// The rounds of either generation; b's set is left anywhere. Keys read.
+template <int BF, int NQ>
+ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_block b,
+                                       const attni_cu_hip_grid &w, int32_t row,
+                                       attni_cu_hip_rows *x) {
+    const attn_hip &h = a.f.hip;
+    const int first = a.f.kind == ATTN_SELECT_HIP1, lanes = h.head_group, k = h.keep / h.block;
+    const int stride = attni_min32(h.k_stride, h.block);
+    int rows = 0, visited = 0;
+    uint32_t all;
+    x->n_groups = k * lanes, x->w = k;
+    for (int i = (int)threadIdx.x; i < x->n_groups; i += (int)blockDim.x) {
+        attni_cu_hip_group g = {i % k, 1, -1, i / k, attni_cu_order(ATTNI_NINF)};
+        if (!first) g.start = (int32_t)(x->b0 + (int64_t)x->n * (i % k) / k);
+        if (!first) g.size = (int32_t)(x->b0 + (int64_t)x->n * (i % k + 1) / k) - g.start;
+        x->group[i] = g;
+    }
+    __syncthreads();
+    for (int open = 1; open;) {
+        int want = k * lanes, there, score = 1;
+        x->next = (int32_t)attni_min64(2 * (int64_t)x->w, x->n);
+        there = attni_cu_hip2_children(a, *x, b.m);
+        attni_cu_count_before((uint32_t)there, &all);
+        there = (int)all;
+        if (first) {
+            want = (int)attni_max64(h.patches / h.block, (int64_t)k * x->next / x->n);
+            score = there > want;
+        }
+        for (int set = 0; set < w.n_sets && score; set++) {
+            attni_cu_hip_set(a, set, &b);
+            __syncthreads();
+            if (w.n_sets > 1 || !rows) {
+                rows = attni_cu_hip2_queries<BF, NQ>(a, w, b, row, x->q, x->limit);
+                __syncthreads();
+            }
+            attni_cu_hip2_scores<BF, NQ>(a, b, *x, rows, lanes > 1 ? set : -1);
+        }
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < 2 * x->n_groups && score; i += (int)blockDim.x)
+            visited += x->rep[i] >= 0;
+        if (first && !score) // what they were is what they stay
+            for (int i = (int)threadIdx.x; i < 2 * x->n_groups; i += (int)blockDim.x)
+                if (x->key[i]) x->key[i] = x->group[i / 2].key;
+        open = attni_cu_hip2_keep(a, x, there, want);
+        if (first) open = x->next < x->n;
+        x->w = x->next;
+    }
+    for (int i = (int)threadIdx.x; i < x->n_groups && first; i += (int)blockDim.x)
+        x->group[i].start += x->b0;
+    attni_cu_count_before((uint32_t)visited, &all);
+    return (int32_t)all * ((h.block + stride - 1) / stride) / lanes;
+}
+
+// Sets bits of the eligible blocks from number `from` to `to`.
+ATTNI_DEV void attni_cu_hip_mark(const attni_cu_pick &a, const attni_cu_hip_rows &x, int64_t from,
+                                 int64_t to) {
+    const int64_t first = (int64_t)x.b0 * a.f.hip.block / a.f.kv_block;
+    for (int64_t i = attni_max64(from, 0); i <= attni_min64(to, x.n - 1); i++) {
+        const int64_t id = (x.b0 + i) * (int64_t)a.f.hip.block / a.f.kv_block - first;
+        atomicOr(x.bits + (id >> 5), 1u << (id & 31));
+    }
+}
+
+// Marks, for the `best` largest of n keys, `before` blocks before and `behind` behind: of entries
+// of `of`, or (NULL) of the keys' own numbers. All threads call.
+ATTNI_DEV_FAR void attni_cu_hip_around(const attni_cu_pick &a, attni_cu_hip_rows x,
+                                       const uint32_t *key, int n, int best,
+                                       const attni_cu_hip_group *of, int64_t before,
+                                       int64_t behind) {
+    uint32_t cut = 0, done = 0, all;
+    int ties = n;
+    if (best < 1) return;
+    if (best < n) cut = attni_cu_kth(key, n, best, &ties);
+    for (int i0 = 0; i0 < n; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
-        const int64_t id = i < k ? (int64_t)group[i].start * block / kv : 0;
-        const uint32_t is = i < k && id * kv <= b.last &&
-                            (i == 0 || id != (int64_t)group[i - 1].start * block / kv);
-        const uint32_t to = done + attni_cu_count_before(is, &all, s);
+        const uint32_t u = i < n ? key[i] : 0, tie = i < n && u == cut;
+        const uint32_t rank = done + attni_cu_count_before(tie, &all);
+        const int64_t at = of && i < n ? of[i].start - x.b0 : i;
+        done += all;
+        if (i < n && (u > cut || (tie && rank < (uint32_t)ties)))
+            attni_cu_hip_mark(a, x, at - before, at + behind);
+    }
+}
+
+// Marks what extras add to the list of a lane, whose groups' keys are at x.key; its S at `s`. All
+// threads call.
+ATTNI_DEV void attni_cu_hip_extras(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   const attni_cu_hip_rows &x, int32_t lane, const uint32_t *s) {
+    const attn_hip &h = a.f.hip;
+    const int64_t t = (b.p_max - b.p_min + h.block - 1) / h.block;
+    const uint64_t salt = (uint64_t)b.m + ((uint64_t)(b.list + lane + 1) << 32);
+    int from = 0, to = 0; // groups of the lane
+    while (from < x.n_groups && x.group[from].lane < lane) from++;
+    for (to = from; to < x.n_groups && x.group[to].lane == lane;) to++;
+    if (h.near)
+        attni_cu_hip_around(a, x, x.key + from, to - from, h.near, x.group + from, h.near_window,
+                            h.near_window);
+    attni_cu_hip_around(a, x, s, (int)x.n, h.vertical, NULL, 0, 0);
+    attni_cu_hip_around(a, x, s, (int)x.n, h.diagonal, NULL, t, 0);
+    for (int i = (int)threadIdx.x; i < h.random; i += (int)blockDim.x) {
+        const uint64_t z = attni_cu_hip_hash(h.seed, (uint64_t)i, salt);
+        const int64_t at = (int64_t)((z >> 32) * (uint64_t)x.n >> 32);
+        attni_cu_hip_mark(a, x, at, at);
+    }
+}
+
+// The blocks of a lane's groups, ascending, as entries of a row.
+ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   const attni_cu_hip_rows &x, int32_t row, int32_t lane,
+                                   int32_t visited) {
+    const int32_t list = b.list + lane, kv = a.f.kv_block, block = a.f.hip.block;
+    const int64_t base = ((int64_t)list * a.x.max_rows + row) * a.x.row_capacity;
+    const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
+    uint32_t done = 0, all;
+    for (int i0 = 0; i0 < x.n_groups; i0 += (int)blockDim.x) {
+        const int i = i0 + (int)threadIdx.x, mine = i < x.n_groups && x.group[i].lane == lane;
+        const int64_t id = mine ? (int64_t)x.group[i].start * block / kv : 0;
+        const uint32_t is = mine && id * kv <= b.last &&
+                            (i == 0 || x.group[i - 1].lane != lane ||
+                             id != (int64_t)x.group[i - 1].start * block / kv);
+        const uint32_t to = done + attni_cu_count_before(is, &all);
         done += all;
         if (is && to < (uint32_t)a.x.row_capacity) a.x.block[base + to] = (int32_t)id;
     }
@@ -7928,72 +8246,203 @@ ATTNI_DEV void attni_cu_hip2_write(const attni_cu_pick &a, const attni_cu_hip_bl
     a.x.visited[at] = visited;
 }
 
-// A list row. Shared memory: Q, limits, children, groups, keys.
-template <int BF, int NQ>
-static __global__ void __launch_bounds__(512)
-    attni_cu_hip2(const __grid_constant__ attni_cu_pick a, int max_rows, int n_sets) {
-    extern __shared__ __align__(256) uint8_t smem[];
-    __shared__ uint32_t s[258];
+// The lists of chosen groups and extras.
+ATTNI_DEV void attni_cu_hip2_lists(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                   const attni_cu_hip_grid &w, attni_cu_hip_rows &x, int32_t row,
+                                   int64_t read) {
     const attn_hip &h = a.f.hip;
-    const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x; // the longest first
-    const int k = h.keep / h.block;
-    attni_cu_hip_block b;
-    if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y, (int64_t)a.f.row_block * h.q_group, &b))
-        return;
-    const int64_t at = b.list * ((int64_t)a.x.max_rows + 1) + row;
-    if (b.kv_end - b.kv_pos0 <= a.f.dense_below) {
-        attni_cu_hip_range(a, b.list, row, b.kv_pos0 / a.f.kv_block,
-                           (attni_min64(b.last + 1, b.kv_end) - 1) / a.f.kv_block, 0);
-        if (b.state && threadIdx.x == 0) b.state[0] = 0;
-        return;
-    }
-    if (b.from) {
-        if (threadIdx.x == 0) b.state[0]++, a.x.visited[at] = 0;
-        return;
-    }
-    const int64_t late = attni_max32(0, h.window - h.refresh + 1);
-    const int64_t edge = attni_min64(b.end - 1, b.p_max - late);
-    const int64_t b0 = attni_max64(h.sink, b.kv_pos0) / h.block;
-    const int64_t n = edge < 0 ? 0 : attni_max64(0, edge / h.block + 1 - b0);
-    if (n <= k) {
-        const int64_t top = b.last / a.f.kv_block, end = (b0 + n) * h.block;
-        attni_cu_hip_range(a, b.list, row, b0 * h.block / a.f.kv_block,
-                           n ? attni_min64((end - 1) / a.f.kv_block, top) : -1, 0);
-    } else {
-        int32_t *limit = (int32_t *)(void *)(smem + max_rows * attni_cu_hip_row_bytes<NQ>(a));
-        attni_cu_hip_group *group = (attni_cu_hip_group *)(void *)(limit + max_rows);
-        attni_cu_hip_group *child = group + k;
-        uint32_t *key = (uint32_t *)(void *)(child + 2 * k);
-        int32_t visited = 0, rows = 0;
-        for (int i = (int)threadIdx.x; i < k; i += (int)blockDim.x) {
-            group[i].start = (int32_t)(b0 + n * i / k);
-            group[i].size = (int32_t)(b0 + n * (i + 1) / k) - group[i].start;
-            group[i].rep = -1;
+    const int32_t visited = (int32_t)attni_min64(read, INT32_MAX);
+    for (int i = (int)threadIdx.x; i < x.n_groups; i += (int)blockDim.x)
+        x.key[i] = x.group[i].key;
+    for (int32_t lane = 0; lane < h.head_group; lane++) {
+        if (!w.words) {
+            attni_cu_hip2_write(a, b, x, row, lane, visited);
+            continue;
+        }
+        const int64_t first = (int64_t)x.b0 * h.block / a.f.kv_block;
+        const int64_t top = ((int64_t)x.b0 + x.n - 1) * h.block;
+        const int64_t end = attni_min64(top, b.last) / a.f.kv_block + 1;
+        const int n_bits = (int)attni_max64(end - first, 0);
+        if (top / a.f.kv_block - first >= 32 * (int64_t)w.words) {
+            if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            return;
         }
         __syncthreads();
-        for (int open = 1, round = 0; open; round++) {
-            attni_cu_hip2_split(a, group, k, b.m, child);
-            for (int set = 0; set < n_sets; set++) {
-                attni_cu_hip_set(a, set, &b);
-                __syncthreads();
-                if (n_sets > 1 || !round) {
-                    rows = attni_cu_hip2_queries<BF, NQ>(a, b, smem, limit);
-                    __syncthreads();
-                }
-                attni_cu_hip2_scores<BF, NQ>(a, b, smem, rows, limit, child, 2 * k);
-            }
-            __syncthreads();
-            for (int i = (int)threadIdx.x; i < 2 * k; i += (int)blockDim.x)
-                visited += child[i].rep >= 0;
-            open = attni_cu_hip2_keep(child, 2 * k, k, key, group, s);
-        }
-        uint32_t all;
-        attni_cu_count_before((uint32_t)visited, &all, s);
-        const int stride = attni_min32(h.k_stride, h.block);
-        attni_cu_hip2_write(a, b, row, group, k,
-                            (int32_t)all * ((h.block + stride - 1) / stride), s);
+        for (int i = (int)threadIdx.x; i < w.words; i += (int)blockDim.x) x.bits[i] = 0;
+        __syncthreads();
+        for (int i = (int)threadIdx.x; i < x.n_groups; i += (int)blockDim.x)
+            if (x.group[i].lane == lane)
+                attni_cu_hip_mark(a, x, x.group[i].start - x.b0, x.group[i].start - x.b0);
+        attni_cu_hip_extras(a, b, x, lane, attni_cu_hip_all_of(a, w, 1, row, b.list + lane));
+        __syncthreads();
+        if (threadIdx.x < 32)
+            attni_cu_emit(a, b.list + lane, row, x.bits, (int32_t)first, n_bits, visited);
     }
-    if (b.state && threadIdx.x == 0) b.state[0] = (int32_t)b.p_min + 1;
+}
+
+// The row's lists. Shared memory: Q, limits, groups twice, children, a bitmap.
+template <int BF, int NQ>
+static __global__ void __launch_bounds__(512)
+    attni_cu_hip2(const __grid_constant__ attni_cu_pick a, const attni_cu_hip_grid w) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    const attn_hip &h = a.f.hip;
+    const int32_t row = w.row0 + w.n_rows - 1 - (int32_t)blockIdx.x; // the longest first
+    const int k = h.keep / h.block, lanes = h.head_group, most = k * lanes;
+    attni_cu_hip_block b;
+    attni_cu_hip_rows x;
+    if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y * lanes, attni_cu_hip_span(a), &b)) return;
+    const int dense = b.kv_end - b.kv_pos0 <= a.f.dense_below;
+    int64_t b0;
+    x.n = (int32_t)attni_cu_hip_eligible(a, b, &b0);
+    x.b0 = (int32_t)b0;
+    if (b.from && !dense) { // the lists stay
+        for (int l = (int)threadIdx.x; l < lanes; l += (int)blockDim.x)
+            a.x.visited[(b.list + l) * ((int64_t)a.x.max_rows + 1) + row] = 0;
+    } else if (dense || x.n <= k) {
+        const int64_t kv = a.f.kv_block, top = b.last / kv, end = (b0 + x.n) * h.block;
+        const int64_t lo = dense ? b.kv_pos0 / kv : b0 * h.block / kv;
+        const int64_t hi = dense ? (attni_min64(b.last + 1, b.kv_end) - 1) / kv
+                                 : x.n ? attni_min64((end - 1) / kv, top) : -1;
+        for (int l = 0; l < lanes; l++) attni_cu_hip_range(a, b.list + l, row, lo, hi, 0);
+    } else {
+        x.q = smem;
+        x.limit = (int32_t *)(void *)(smem + w.q_rows * attni_cu_hip_row_bytes<NQ>(a));
+        x.group = (attni_cu_hip_group *)(void *)(x.limit + w.q_rows);
+        x.next_group = x.group + most;
+        x.key = (uint32_t *)(void *)(x.next_group + most);
+        x.rep = (int32_t *)(void *)(x.key + 2 * most);
+        x.bits = (uint32_t *)(void *)(x.rep + 2 * most);
+        x.all = attni_cu_hip_all_of(a, w, 0, row, b.list);
+        const int stride = attni_min32(h.k_stride, h.block);
+        const int64_t per = (h.block + stride - 1) / stride;
+        int64_t read = attni_cu_hip2_rounds<BF, NQ>(a, b, w, row, &x);
+        if (attni_cu_hip_oracle(a.f)) read += x.n * per;
+        if (h.vertical || h.diagonal) read += (int64_t)x.n * h.block;
+        attni_cu_hip2_lists(a, b, w, x, row, read);
+    }
+    for (int l = (int)threadIdx.x; l < lanes && b.state; l += (int)blockDim.x)
+        attni_cu_hip_state(a, row, b.list + l)[0] = dense ? 0 : (int32_t)b.p_min + 1;
+}
+
+// ---- S of all blocks
+
+// low_dim: the queries that score once more, zeros in all but the dimensions that count.
+static __global__ void __launch_bounds__(128)
+    attni_cu_hip_thin(const __grid_constant__ attni_cu_pick a, const attni_cu_hip_grid w) {
+    __shared__ float sum[ATTN_MAX_HEAD_DIM];
+    const int32_t row = w.row0 + (int32_t)blockIdx.x, head = (int32_t)blockIdx.y;
+    const int dim = a.d.head_dim, bytes = a.d.q.dtype == ATTN_F32 ? 4 : 2;
+    attni_cu_hip_block b;
+    if (!attni_cu_hip_focus(a, row, 0, attni_cu_hip_span(a), &b)) return;
+    const int n = attni_cu_hip_scorers(a, b);
+    for (int e = (int)threadIdx.x; e < dim; e += 128) {
+        float x = 0;
+        for (int j = 0; j < n; j++) {
+            const int64_t p = attni_cu_hip_scorer(a, b, j);
+            x += fabsf(attni_cu_value_at(attni_cu_query_of(a, b, p, head), a.d.q.dtype, e));
+        }
+        sum[e] = x == x ? x : ATTNI_NINF;
+    }
+    __syncthreads();
+    for (int e = (int)threadIdx.x; e < dim; e += 128) {
+        int before = 0; // dimensions that count more
+        for (int i = 0; i < dim; i++) before += sum[i] > sum[e] || (sum[i] == sum[e] && i < e);
+        for (int j = 0; j < n; j++) {
+            const uint8_t *q = attni_cu_query_of(a, b, attni_cu_hip_scorer(a, b, j), head);
+            uint8_t *to = attni_cu_hip_thinned(a, w, row, j, head);
+            for (int i = 0; i < bytes; i++)
+                to[e * bytes + i] = before < a.f.hip.low_dim ? q[e * bytes + i] : 0;
+        }
+    }
+}
+
+// LAST: of the last query and every key, else of all those that score. A tile has 128 of them, of
+// `each` list rows of a sequence at most or of a part of one, for one KV head; and a slice of keys.
+template <int LAST>
+static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
+    attni_cu_hip_all(const __grid_constant__ attni_cu_pick a, const attni_cu_hip_grid w, int each) {
+    extern __shared__ __align__(256) uint8_t smem[];
+    __shared__ attni_cu_keys keys;
+    __shared__ const uint8_t *q_row[ATTNI_CU_PICK_ROWS];
+    __shared__ uint32_t *out[ATTNI_CU_PICK_ROWS];
+    __shared__ int32_t limit[ATTNI_CU_PICK_ROWS], top, n_q;
+    const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
+    const int32_t x = w.n_rows - 1 - (int32_t)blockIdx.x, kv_head = blockIdx.y % a.d.n_kv_heads;
+    const int32_t part = (int32_t)blockIdx.y / a.d.n_kv_heads, block = a.f.hip.block;
+    const int32_t seq = a.row_of[w.row0 + x].seq, stride = LAST ? 1 : a.f.hip.k_stride;
+    int64_t b0 = 0;
+    if (seq < 0 || (x % each && a.row_of[w.row0 + x - 1].seq == seq)) return;
+    const attn_plan_seq q = a.seq[seq];
+    if (tid == 0) top = -1, n_q = 0;
+    __syncthreads();
+    if (tid < ATTNI_CU_PICK_ROWS) {
+        const int32_t per = a.group * (LAST ? 1 : w.n_scorers), f = part * ATTNI_CU_PICK_ROWS + tid;
+        const int32_t r = f / per, row = w.row0 + x + r, j = f % per / a.group;
+        const int32_t head = kv_head * a.group + f % a.group, list = head / a.per_list;
+        attni_cu_hip_block b;
+        q_row[tid] = NULL, limit[tid] = -1;
+        if (r < each - x % each && x + r < w.n_rows && a.row_of[row].seq == seq &&
+            attni_cu_hip_focus(a, row, list, attni_cu_hip_span(a), &b) && !b.from &&
+            b.kv_end - b.kv_pos0 > a.f.dense_below && (LAST || j < attni_cu_hip_scorers(a, b))) {
+            const int64_t n = attni_cu_hip_eligible(a, b, &b0);
+            const int32_t i = LAST ? attni_cu_hip_scorers(a, b) - 1 : j;
+            const int64_t p = attni_cu_hip_scorer(a, b, i) - attni_cu_hip_late(a);
+            if (n > a.kv_cap && a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            if (n > a.f.hip.keep / block && n <= a.kv_cap) {
+                q_row[tid] = attni_cu_hip_scoring(a, w, b, row, i, head);
+                out[tid] = attni_cu_hip_all_of(a, w, LAST, row, list);
+                limit[tid] = (int32_t)attni_min64(p, b.end - 1);
+                atomicMax(&top, limit[tid]);
+                atomicMax(&n_q, (tid + 16) & ~15);
+            }
+        }
+    }
+    __syncthreads();
+    b0 = attni_max64(a.f.hip.sink, q.kv_pos0) / block;
+    const int64_t tiles = (top - b0 * block + ATTNI_CU_PICK_KEYS) / ATTNI_CU_PICK_KEYS;
+    const int64_t per = (tiles + gridDim.z - 1) / gridDim.z;
+    if (top < b0 * block) return;
+    if (a.mode) attni_cu_copy_rows(a, q_row, n_q, a.d.q.dtype, a.odd_q, attni_smem(smem));
+    for (int64_t t = blockIdx.z * per; t < attni_min64(tiles, (blockIdx.z + 1) * per); t++) {
+        uint8_t *k_tile = smem + ATTNI_CU_PICK_ROWS * a.row_bytes;
+        float acc[1][8][4];
+        __syncthreads();
+        if (tid < ATTNI_CU_PICK_KEYS)
+            attni_cu_find_key(a, q, seq, kv_head, b0 * block + t * ATTNI_CU_PICK_KEYS + tid, &keys,
+                              0, tid);
+        __syncthreads();
+        if (a.mode) {
+            attni_cu_copy_rows(a, keys.row[0], ATTNI_CU_PICK_KEYS, a.k.dtype, a.odd_k,
+                               attni_smem(k_tile));
+            attni_cp_commit();
+            attni_cp_wait<0>();
+            __syncthreads();
+        }
+        if (a.mode && 16 * (tid >> 5) >= n_q) continue;
+        attni_cu_products<1>(a, acc, smem, ATTNI_CU_PICK_ROWS, attni_smem(k_tile), q_row,
+                             keys.row[0]);
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            const int r = row0 + 4 * i;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                float best = ATTNI_NINF;
+                int64_t at = -1;
+#pragma unroll
+                for (int e = 0; e < 2; e++) { // two keys, often of one block
+                    const int c = 8 * j + 2 * (lane & 3) + e;
+                    const int64_t from = t * ATTNI_CU_PICK_KEYS + c, of = from / block;
+                    const float v = (a.flip ? -acc[0][j][i + e] : acc[0][j][i + e]) * keys.scale[0][c];
+                    if (of != at && best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
+                    if (of != at) best = ATTNI_NINF, at = of;
+                    if (keys.row[0][c] && b0 * block + from <= limit[r] &&
+                        (from - of * block) % stride == 0)
+                        best = fmaxf(best, v);
+                }
+                if (best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
+            }
+        }
+    }
 }
 
 // ---- HIP3
@@ -8026,21 +8475,151 @@ ATTNI_DEV int64_t attni_cu_hip3_chunk(const attni_cu_pick &a, const attni_cu_hip
     return (int64_t)b.state[attni_cu_hip_place(a, stage) + 1 + i / ratio] + i % ratio;
 }
 
-// Means of the runs of a set of heads, 32 n rows.
-template <int BF, int NQ>
-ATTNI_DEV int attni_cu_hip3_queries(const attni_cu_pick &a, const attni_cu_hip_block &b, int stride,
-                                    uint8_t *q, int low) {
-    const int64_t r0 = (b.p_min - b.first) / stride;
-    const int runs = (int)((b.p_max - b.first) / stride - r0) + 1, rows = runs * b.heads;
-    const int n = (rows + 31) / 32, share = NQ ? 4 * NQ : 32; // lanes of a row
-    for (int i = (int)threadIdx.x; i < 32 * n * share; i += (int)blockDim.x) {
-        const int r = i / share, x = r < rows ? r : rows - 1;
-        const int64_t at = b.first + (r0 + x / b.heads) * stride;
-        const int64_t p = attni_max64(at, b.p_min), end = attni_min64(at + stride, b.p_max + 1);
-        attni_cu_hip_query<BF, NQ>(a, b, q, r, p, (int)(end - p), b.head + x % b.heads, low,
-                                   i - r * share, share);
+// Is a candidate's chunk one, which no place before has (CENTRE)?
+ATTNI_DEV int attni_cu_hip3_is(const attni_cu_pick &a, const attni_cu_hip_block &b, int32_t stage,
+                               int64_t low, int64_t high, int64_t i, int64_t y) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    if (y < low || y > high) return 0;
+    if (!(t->flags & ATTN_HIP_CENTRE)) return 1;
+    const int32_t ratio = t[-1].chunk / t->chunk;
+    return i < ratio || y >= b.state[attni_cu_hip_place(a, stage) + i / ratio] + ratio;
+}
+
+// How many candidates there are before place i.
+ATTNI_DEV int32_t attni_cu_hip3_rank(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                     int32_t stage, int64_t low, int64_t high, int64_t i) {
+    const attn_hip_stage *t = a.f.hip.stage + stage;
+    int32_t n = 0;
+    if (!stage) return (int32_t)i;
+    const int32_t *first = b.state + attni_cu_hip_place(a, stage) + 1;
+    const int32_t ratio = t[-1].chunk / t->chunk;
+    int64_t next = low;
+    for (int64_t j = 0; j * ratio < i; j++) {
+        const int64_t stop = attni_min64((int64_t)first[j] + attni_min64(ratio, i - j * ratio),
+                                         high + 1);
+        n += (int32_t)attni_max64(0, stop - attni_max64(first[j], next));
+        next = attni_max64(next, stop);
     }
     return n;
+}
+
+// Where a stage's style puts a query at position q (far: for keys far away) ...
+ATTNI_DEV int64_t attni_cu_hip3_query_at(const attni_cu_pick &a, const attn_hip_stage &t, int64_t q,
+                                         int far, int32_t candidates) {
+    const int64_t window = attni_max32(0, a.f.hip.window - a.f.hip.stage[0].chunk);
+    switch ((int)t.style) {
+    case ATTN_ROPE_RELATIVE: return window + 1;
+    case ATTN_ROPE_CHUNK: return attni_min64(q, candidates + window);
+    case ATTN_ROPE_INFLLM: return window;
+    case ATTN_ROPE_SELF_EXTEND: return far ? q / 16 + 8192 - 512 : q;
+    default: return q;
+    }
+}
+// ... and a key of the place'th candidate, probed on the left or the right.
+ATTNI_DEV int64_t attni_cu_hip3_key_at(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                       const attn_hip_stage &t, int64_t key, int32_t place,
+                                       int right) {
+    const int64_t x = a.f.hip.context, recent = x / 4, n = b.end;
+    switch ((int)t.style) {
+    case ATTN_ROPE_RELATIVE: return right;
+    case ATTN_ROPE_CHUNK: return place;
+    case ATTN_ROPE_INFLLM: return 0;
+    case ATTN_ROPE_DYNAMIC:
+        if (key >= n - recent || n <= x) return key;
+        return n - recent - 1 - (n - recent - 1 - key) * (x - recent) / (n - recent);
+    case ATTN_ROPE_SELF_EXTEND: return b.p_min - key >= 8192 ? key / 16 : key;
+    default: return key;
+    }
+}
+
+// Means of the runs of a set of heads, 32 n rows; SELF_EXTEND: then those for keys far away.
+template <int BF, int NQ>
+ATTNI_DEV int attni_cu_hip3_queries(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                    const attn_hip_stage &t, int32_t candidates, uint8_t *q,
+                                    int low) {
+    const int64_t stride = t.q_stride, r0 = (b.p_min - b.first) / stride;
+    const int runs = (int)((b.p_max - b.first) / stride - r0) + 1, rows = runs * b.heads;
+    const int n = (rows + 31) / 32, share = NQ ? 4 * NQ : 32; // lanes of a row
+    const int sets = t.style == ATTN_ROPE_SELF_EXTEND ? 2 : 1;
+    for (int i = (int)threadIdx.x; i < sets * 32 * n * share; i += (int)blockDim.x) {
+        const int r = i / share, far = r >= 32 * n, x = attni_min32(r - 32 * n * far, rows - 1);
+        const int64_t at = b.first + (r0 + x / b.heads) * stride;
+        const int64_t p = attni_max64(at, b.p_min), end = attni_min64(at + stride, b.p_max + 1);
+        const float *turn = NQ || !t.style ? NULL : attni_cu_hip_turn(
+                                a, attni_cu_hip3_query_at(a, t, p, far, candidates));
+        attni_cu_hip_query<BF, NQ>(
+            a, q, r, attni_cu_query_at(a, b.q_begin + p - b.q_pos0, b.head + x % b.heads),
+            (int)(end - p), turn, low, i - r * share, share);
+    }
+    return n;
+}
+
+// LANDMARK: the key that stands for the chunk at l. Four lanes have the same chunk.
+ATTNI_DEV int64_t attni_cu_hip3_landmark(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                         int64_t l, int32_t chunk) {
+    const int32_t pt = a.d.kv.page_tokens, *table = a.d.kv.page_table;
+    const int64_t from = attni_max64(l, b.kv_pos0), end = attni_min64(l + chunk, b.end);
+    int64_t rep = from;
+    float best = ATTNI_NINF;
+    for (int64_t p = from + (threadIdx.x & 3); p < end; p += 4) {
+        const int32_t j = (int32_t)(p - b.kv_pos0), page = j / pt;
+        const int32_t id = table ? table[b.seq * a.d.kv.page_table_stride + page] : b.seq;
+        if ((uint32_t)id >= (uint32_t)a.d.kv.n_pages) {
+            if (a.error) *a.error = (int32_t)ATTN_ERR_PAGE;
+            continue;
+        }
+        const float v = a.f.hip.landmark[((int64_t)id * a.d.n_kv_heads + b.kv_head) * pt +
+                                         (j - page * pt)];
+        if (v > best) best = v, rep = p;
+    }
+    for (int i = 1; i < 4; i *= 2) {
+        const float v = __shfl_xor_sync(~0u, best, i);
+        const int64_t p = __shfl_xor_sync(~0u, (long long)rep, i);
+        if (v > best || (v == best && p < rep)) best = v, rep = p;
+    }
+    return rep;
+}
+
+// Score of the chunk at l (active: if there is one) by descent, 8 chunks a warp; what stands for it.
+template <int BF, int NQ>
+ATTNI_DEV float attni_cu_hip3_descend(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                      const attn_hip_stage &t, const uint8_t *q, int rows, int low,
+                                      int64_t l, int active, int32_t place, int64_t *rep) {
+    const int32_t least = attni_max32(2, t.terminate), marked = t.flags & ATTN_HIP_LANDMARK;
+    int32_t lo = 0, hi = t.chunk;
+    float best = ATTNI_NINF;
+    if (marked) *rep = attni_cu_hip3_landmark(a, b, l, active ? t.chunk : 0);
+    while (__any_sync(~0u, active)) {
+        const int32_t mid = (lo + hi) / 2;
+        const int64_t pos[2] = {marked ? *rep : l + (lo + mid) / 2, l + (mid + hi) / 2};
+        const uint8_t *key[2] = {NULL, NULL};
+        float scale[2] = {0, 0}, m[2];
+        attni_cu_hip_turns turns;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            if (active && !(h && marked))
+                key[h] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)pos[h], scale + h);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            if (NQ || !t.style) continue;
+            turns.turn[h] = attni_cu_hip_turn(a, attni_cu_hip3_key_at(a, b, t, pos[h], place, h));
+            turns.skip[h] = t.style == ATTN_ROPE_SELF_EXTEND && b.p_min - pos[h] >= 8192
+                                ? 32 * rows : 0;
+        }
+        attni_cu_hip_score<BF, NQ>(a, q, rows, low, key, NULL, NULL,
+                                   !NQ && t.style ? &turns : NULL, m);
+        const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
+        const float right = attni_cu_hip_value(m[1], key[1], scale[1]);
+        if (!active) continue;
+        const int to_left = marked || left > right;
+        const float won = to_left ? left : right;
+        if (to_left) hi = mid;
+        else lo = mid;
+        *rep = to_left ? pos[0] : pos[1];
+        if (won > best || t.flags & ATTN_HIP_LAST_SCORE) best = won;
+        active = hi - lo >= least && !marked;
+    }
+    return best;
 }
 
 // Scores of a slice of a stage's candidates for one KV head: 8 chunks a warp at a time. low: bytes
@@ -8052,52 +8631,54 @@ static __global__ void __launch_bounds__(256, 2) attni_cu_hip3_scan(
     const attn_hip_stage t = a.f.hip.stage[stage];
     const int32_t row = a.x.max_rows - 1 - (int32_t)blockIdx.x, z = (int32_t)blockIdx.z;
     const int lane = (int)threadIdx.x & 31, warp = (int)threadIdx.x >> 5;
+    const int placed = !NQ && t.style == ATTN_ROPE_CHUNK;
+    const int centre = stage + 1 < a.f.hip.n_stages &&
+                       a.f.hip.stage[stage + 1].flags & ATTN_HIP_CENTRE;
     attni_cu_hip_block b;
     int64_t low, high;
     if (!attni_cu_hip_focus(a, row, a.f.heads == ATTN_SELECT_ALL ? 0 : z, t.q_block, &b)) return;
     if (b.kv_end - b.kv_pos0 <= a.f.dense_below || stage < b.from) return;
-    attni_cu_hip_set(a, z, &b);
+    attni_cu_hip_set(a, a.f.heads == ATTN_SELECT_ALL ? z : 0, &b);
     attni_cu_hip3_reach(a, b, stage, &low, &high);
     const int64_t n = attni_cu_hip3_places(a, b, stage, low, high);
     if ((int64_t)blockIdx.y * 64 * turns >= n) return;
-    const int rows = attni_cu_hip3_queries<BF, NQ>(a, b, t.q_stride, smem, low_bytes);
+    const int32_t candidates = placed ? attni_cu_hip3_rank(a, b, stage, low, high, n) : 0;
+    const int rows = attni_cu_hip3_queries<BF, NQ>(a, b, t, candidates, smem, low_bytes);
     __syncthreads();
-    uint32_t *keys = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
-                     ((int64_t)row * a.x.n_lists + b.list) * a.kv_cap;
-    const int32_t least = attni_max32(2, t.terminate);
+    const int64_t at = ((int64_t)row * a.x.n_lists + b.list) * a.kv_cap;
+    uint32_t *keys = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) + at;
     for (int turn = 0; turn < turns; turn++) {
         const int64_t i = (((int64_t)blockIdx.y * turns + turn) * 8 + warp) * 8 + (lane >> 2);
         const int64_t y = i < n ? attni_cu_hip3_chunk(a, b, stage, low, i) : -1;
-        const int eligible = i < n && y >= low && y <= high;
+        const int there = i < n && attni_cu_hip3_is(a, b, stage, low, high, i, y);
         const int64_t l = a.f.hip.sink + y * t.chunk;
-        int32_t lo = 0, hi = t.chunk, active = eligible;
-        float best = ATTNI_NINF;
-        while (__any_sync(~0u, active)) {
-            const int32_t mid = (lo + hi) / 2;
-            const uint8_t *key[2] = {NULL, NULL};
-            float scale[2] = {0, 0}, m[2];
-            if (active) {
-                key[0] = attni_cu_hip_key(a, b, l + (lo + mid) / 2, &scale[0]);
-                key[1] = attni_cu_hip_key(a, b, l + (mid + hi) / 2, &scale[1]);
-            }
-            attni_cu_hip_score<BF, NQ>(a, smem, rows, low_bytes, key[0], key[1], NULL, 0, 0, m);
-            const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
-            const float right = attni_cu_hip_value(m[1], key[1], scale[1]);
-            if (!active) continue;
-            const float won = left > right ? left : right;
-            if (left > right) hi = mid;
-            else lo = mid;
-            if (won > best || t.flags & ATTN_HIP_LAST_SCORE) best = won;
-            active = hi - lo >= least;
+        const int32_t place = placed && there ? attni_cu_hip3_rank(a, b, stage, low, high, i) : 0;
+        int64_t rep = l;
+        const float best = attni_cu_hip3_descend<BF, NQ>(a, b, t, smem, rows, low_bytes, l, there,
+                                                         place, &rep);
+        uint32_t key = attni_cu_order(best);
+        if (!there || (lane & 3)) continue;
+        if (i >= a.kv_cap) {
+            if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+            continue;
         }
-        if (!eligible || (lane & 3)) continue;
-        if (i < a.kv_cap) atomicMax(keys + i, attni_cu_order(best));
-        else if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
+        if (centre) // the first KV head with the largest score has a say
+            atomicMax((unsigned long long *)(void *)(a.work + a.at[ATTNI_CU_HIP_REPS]) + at + i,
+                      (unsigned long long)key << 32 |
+                          (uint32_t)((a.d.n_kv_heads - 1 - b.kv_head) * t.chunk + (rep - l)));
+        if (t.flags & ATTN_HIP_KEEP_SCORES) {
+            const int32_t most = t.keep / a.f.hip.stage[stage - 1].chunk;
+            const int64_t from = i / (a.f.hip.stage[stage - 1].chunk / t.chunk);
+            const uint32_t was = (uint32_t)b.state[attni_cu_hip_place(a, stage) + 1 + most + from];
+            key = was > key ? was : key;
+        }
+        atomicMax(keys + i, key);
     }
 }
 
 // Keys read for a chunk.
 ATTNI_DEV int32_t attni_cu_hip3_reads(const attn_hip_stage &t) {
+    if (t.flags & ATTN_HIP_LANDMARK) return 1;
     int32_t n = 2, width = (t.chunk + 1) / 2;
     while (width >= attni_max32(2, t.terminate)) n += 2, width = (width + 1) / 2;
     return n;
@@ -8106,7 +8687,6 @@ ATTNI_DEV int32_t attni_cu_hip3_reads(const attn_hip_stage &t) {
 // The best candidates of a stage: what the next one admits, or the list.
 static __global__ void __launch_bounds__(256)
     attni_cu_hip3_pick(const __grid_constant__ attni_cu_pick a, int32_t stage) {
-    __shared__ uint32_t s[258];
     const attn_hip_stage *t = a.f.hip.stage + stage;
     const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
     const int last = stage + 1 == a.f.hip.n_stages, keep = last ? a.f.hip.keep : t[1].keep;
@@ -8130,33 +8710,40 @@ static __global__ void __launch_bounds__(256)
     }
     attni_cu_hip3_reach(a, b, stage, &low, &high);
     const int n = (int)attni_min64(attni_cu_hip3_places(a, b, stage, low, high), a.kv_cap);
-    uint32_t *key = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) +
-                    ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    const int64_t of = ((int64_t)row * a.x.n_lists + list) * a.kv_cap;
+    uint32_t *key = (uint32_t *)(void *)(a.work + a.at[ATTNI_CU_HIP_KEYS]) + of;
+    unsigned long long *reps =
+        (unsigned long long *)(void *)(a.work + a.at[ATTNI_CU_HIP_REPS]) + of;
     uint32_t there = 0;
     for (int i = (int)threadIdx.x; i < n; i += 256) there += key[i] != 0;
-    for (int i = 16; i; i >>= 1) there += __shfl_xor_sync(~0u, there, i);
-    if (threadIdx.x == 0) s[256] = 0;
-    __syncthreads();
-    if ((threadIdx.x & 31) == 0) atomicAdd(s + 256, there);
-    __syncthreads();
-    there = s[256];
-    __syncthreads();
+    attni_cu_count_before(there, &all);
+    there = all;
     const int k = keep / t->chunk;
     if (k < 1) cut = ~0u;
-    else if ((int)there > k) cut = attni_cu_kth(key, n, k, s, &ties);
+    else if ((int)there > k) cut = attni_cu_kth(key, n, k, &ties);
     int32_t *admitted = b.state + attni_cu_hip_place(a, stage + 1);
     const int32_t ratio = last ? 1 : t->chunk / t[1].chunk;
     uint32_t kept = 0;
     for (int i0 = 0; i0 < n; i0 += 256) {
         const int i = i0 + (int)threadIdx.x;
         const uint32_t x = i < n ? key[i] : 0, is = (x > cut) | (uint32_t)(x && x == cut) << 16;
-        const uint32_t before = done + attni_cu_count_before(is, &all, s);
+        const uint32_t before = done + attni_cu_count_before(is, &all);
         done += all;
         const int tied = (int)(before >> 16);
         uint32_t mine = is && (x > cut || tied < ties);
         const int to = (int)(before & 65535) + attni_min32(tied, ties);
         const int64_t y = mine ? attni_cu_hip3_chunk(a, b, stage, low, i) : 0;
-        if (mine && !last) admitted[1 + to] = (int32_t)(y * ratio);
+        if (mine && !last) {
+            const int32_t most = t[1].keep / t->chunk;
+            int64_t first = y * ratio;
+            if (t[1].flags & ATTN_HIP_CENTRE) {
+                first = y * t->chunk + (uint32_t)reps[i] % (uint32_t)t->chunk - t->chunk / 2;
+                first = attni_max64(first, 0) / t[1].chunk;
+            }
+            admitted[1 + to] = (int32_t)first;
+            if (t[1].flags & ATTN_HIP_KEEP_SCORES) admitted[1 + most + to] = (int32_t)x;
+        }
+        if (i < n && !last && t[1].flags & ATTN_HIP_CENTRE) reps[i] = 0;
         if (mine && last) {
             const int64_t id = a.f.hip.sink / a.f.kv_block + y;
             mine = id * a.f.kv_block <= b.last && to < a.x.row_capacity;
@@ -8165,7 +8752,7 @@ static __global__ void __launch_bounds__(256)
         kept += mine;
         if (i < n) key[i] = 0; // for the next stage
     }
-    attni_cu_count_before(kept, &all, s);
+    attni_cu_count_before(kept, &all);
     if (threadIdx.x) return;
     const int64_t read = (int64_t)there * attni_cu_hip3_reads(*t) +
                          (stage == b.from ? 0 : a.x.visited[at]);
@@ -8177,6 +8764,71 @@ static __global__ void __launch_bounds__(256)
     a.x.row_start[at] = base;
     a.x.row_end[at] = base + all;
     if (row < a.f.n_slots) b.state[0] = (int32_t)b.p_min + 1;
+}
+
+// ---- landmarks
+
+enum { ATTNI_CU_MARKS = 128 }; // keys of a block of threads, of one KV head
+
+// A thread has dimensions 256 apart: their sums over the queries that the key at hand counts.
+static __global__ void __launch_bounds__(256)
+    attni_cu_landmarks(const __grid_constant__ attni_cu_pick a, float *out) {
+    enum { OWN = (ATTN_MAX_HEAD_DIM + 255) / 256 };
+    __shared__ float part[8];
+    const int32_t kv_head = (int32_t)blockIdx.y, n_seq = a.header->n_seq, dim = a.d.head_dim;
+    const int32_t pt = a.d.kv.page_tokens;
+    const int tid = (int)threadIdx.x;
+    const attn_plan_seq last = a.seq[n_seq - 1];
+    int64_t t = (int64_t)blockIdx.x * ATTNI_CU_MARKS;
+    const int64_t end = attni_min64(t + ATTNI_CU_MARKS, (int64_t)last.q_begin + last.q_len);
+    while (t < end) {
+        int32_t s = 0, high = n_seq - 1; // the last sequence that begins at t or before
+        while (s < high) {
+            const int32_t mid = (s + high + 1) / 2;
+            if (a.seq[mid].q_begin <= t) s = mid;
+            else high = mid - 1;
+        }
+        const attn_plan_seq q = a.seq[s];
+        const int64_t q_end = (int64_t)q.q_begin + q.q_len, stop = attni_min64(end, q_end);
+        const uint8_t *row = attni_cu_query_at(a, 0, kv_head * a.group);
+        const int64_t to_head = attni_cu_query_at(a, 0, 1) - attni_cu_query_at(a, 0, 0);
+        const int64_t to_token = attni_cu_query_at(a, 1, 0) - attni_cu_query_at(a, 0, 0);
+        double sum[OWN] = {0};
+        for (int64_t in = t; t < stop; in++) { // queries come in until the key at t has all of its
+            for (int32_t h = 0; h < a.group; h++)
+                for (int i = 0; i < OWN; i++)
+                    if (tid + 256 * i < dim && in < q_end)
+                        sum[i] += (double)attni_cu_value_at(row + in * to_token + h * to_head,
+                                                            a.d.q.dtype, tid + 256 * i);
+            if (in < attni_min64(t + 511, q_end - 1)) continue;
+            const int64_t j = (int64_t)q.q_pos0 + t - q.q_begin - q.kv_pos0;
+            float scale = 0, x = 0;
+            const uint8_t *key = j < 0 || j >= q.kv_len
+                                     ? NULL
+                                     : attni_cu_token_at(a, s, kv_head, (int32_t)j, &scale);
+            for (int i = 0; i < OWN && key; i++)
+                if (tid + 256 * i < dim)
+                    x += attni_cu_value_at(key, a.k.dtype, tid + 256 * i) * (float)sum[i];
+            for (int i = 16; i; i >>= 1) x += __shfl_xor_sync(~0u, x, i);
+            __syncthreads();
+            if (tid % 32 == 0) part[tid / 32] = x;
+            __syncthreads();
+            if (tid == 0 && key) {
+                const float n = (float)(attni_min64(512, q_end - t) * a.group);
+                const int32_t page = (int32_t)j / pt, *table = a.d.kv.page_table;
+                const int64_t id = table ? table[s * a.d.kv.page_table_stride + page] : s;
+                for (int i = 1; i < 8; i++) x += part[i];
+                out[(id * a.d.n_kv_heads + kv_head) * pt + ((int32_t)j - page * pt)] =
+                    x * scale / n;
+            }
+            for (int32_t h = 0; h < a.group; h++) // the query of the key goes
+                for (int i = 0; i < OWN; i++)
+                    if (tid + 256 * i < dim)
+                        sum[i] -= (double)attni_cu_value_at(row + t * to_token + h * to_head,
+                                                            a.d.q.dtype, tid + 256 * i);
+            t++;
+        }
+    }
 }
 
 // ==== >>impl-select-exact  The blocks that matter most ===========================================
@@ -8616,7 +9268,6 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK_ROWS)
 static __global__ void __launch_bounds__(256)
     attni_cu_exact_pick(const __grid_constant__ attni_cu_pick a) {
     extern __shared__ __align__(256) uint8_t smem[];
-    __shared__ uint32_t s[258];
     uint32_t *bits = (uint32_t *)(void *)smem, done = 0, counted, cut = 0;
     const int32_t row = (int32_t)blockIdx.x, list = (int32_t)blockIdx.y;
     const int64_t at = list * ((int64_t)a.x.max_rows + 1) + row;
@@ -8634,11 +9285,11 @@ static __global__ void __launch_bounds__(256)
         if (i == 0 || x.first + i >= x.always || want == n)
             atomicOr(bits + (i >> 5), 1u << (i & 31));
     if (want > 0 && want < n) {
-        cut = attni_cu_kth(value + 1, n, want, s, &ties);
+        cut = attni_cu_kth(value + 1, n, want, &ties);
         for (int i0 = 0; i0 < n; i0 += 256) {
             const int i = i0 + (int)threadIdx.x;
             const uint32_t v = i < n ? value[1 + i] : 0;
-            const uint32_t before = done + attni_cu_count_before(i < n && v == cut, &counted, s);
+            const uint32_t before = done + attni_cu_count_before(i < n && v == cut, &counted);
             done += counted;
             if (i < n && (v > cut || (v == cut && (int)before < ties)))
                 atomicOr(bits + ((1 + i) >> 5), 1u << ((1 + i) & 31));
@@ -8712,21 +9363,31 @@ static void attni_cu_flex_layout(const attn_desc *d, int64_t kv_end, attni_cu_pi
                    attni_cu_up256(aware * d->n_kv_heads * (int64_t)a->n_blocks * d->head_dim * 4);
 }
 
+static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
+    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
+                                                                           : d->n_heads;
+}
+
 // HIP3: the most candidates of a stage of sequences that hold so many tokens; per list row scores
 // of candidates and what it remembers. 0: does not fit in `bytes` (-1: any).
 static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, attni_cu_pick *a) {
     const attn_hip *h = &a->f.hip;
     const int64_t state = attni_cu_up256(rows * attni_state_bytes(&a->f));
-    int64_t most = tokens / h->stage[0].chunk + 2;
+    int64_t most = tokens / h->stage[0].chunk + 2, each = 4; // bytes of a candidate
     if (a->f.kind != ATTN_SELECT_HIP3) return 0;
     for (int i = 1; i < h->n_stages; i++)
         most = attni_max64(most, (int64_t)h->stage[i].keep / h->stage[i].chunk);
+    for (int i = 1; i < h->n_stages; i++)
+        if (h->stage[i].flags & ATTN_HIP_CENTRE) each = 12;
     if (bytes >= 0)
-        most = attni_min64(most, attni_max64((bytes - state) & ~(int64_t)255, 0) / (4 * rows));
+        most = attni_min64(most, attni_max64((bytes - state - 256) & ~(int64_t)255, 0) /
+                                     (each * rows));
     a->kv_cap = most;
     a->at[ATTNI_CU_HIP_KEYS] = 0;
-    a->at[1] = attni_cu_up256(4 * rows * most);
-    return most ? a->at[1] + state : 0;
+    a->at[ATTNI_CU_HIP_REPS] = attni_cu_up256(4 * rows * most);
+    a->at[ATTNI_CU_HIP_STATE] =
+        a->at[ATTNI_CU_HIP_REPS] + attni_cu_up256((each - 4) * rows * most);
+    return most ? a->at[ATTNI_CU_HIP_STATE] + state + 256 : 0;
 }
 
 // EXACT: tiles of 128 query rows of a list row, those of one KV head, and slices of its blocks.
@@ -8739,6 +9400,40 @@ static attni_cu_exact_grid attni_cu_exact_cut(const attn_cuda *c, const attn_des
     for (g.slices = 1; g.slices < 128 && rows * g.tiles * g.slices < 8 * (int64_t)c->n_sm;)
         g.slices *= 2;
     return g;
+}
+
+// HIP1, HIP2: what queries that score there are at most; bytes that a list row takes for what is
+// computed of all blocks.
+static int32_t attni_cu_hip_scorers_of(const attn_select *f) {
+    return (int32_t)attni_n_blocks((int64_t)f->row_block * f->hip.q_group, f->hip.q_stride);
+}
+static int64_t attni_cu_hip_row_extra(const attn_desc *d, const attn_select *f, int64_t blocks,
+                                      int64_t size[3]) {
+    const attn_hip *h = &f->hip;
+    memset(size, 0, 3 * sizeof *size);
+    if (attni_cu_hip_oracle(*f)) size[0] = 4 * attni_cu_lists(d, f) * blocks;
+    if (h->vertical || h->diagonal) size[1] = 4 * attni_cu_lists(d, f) * blocks;
+    if (h->low_dim && h->low_dim < d->head_dim)
+        size[2] = (int64_t)d->n_heads * attni_cu_hip_scorers_of(f) * d->head_dim *
+                  (d->q.dtype == ATTN_F32 ? 4 : 2);
+    return size[0] + size[1] + size[2];
+}
+
+// As attni_cu_hip_layout, but list rows may be done some at a time: a->at_once, 0: not even one.
+static int64_t attni_cu_hip2_layout(const attn_desc *d, int64_t tokens, int64_t rows, int64_t bytes,
+                                    attni_cu_pick *a) {
+    int64_t size[3], each, at = 0, n = rows;
+    if (a->f.kind != ATTN_SELECT_HIP1 && a->f.kind != ATTN_SELECT_HIP2) return 0;
+    a->kv_cap = (tokens / a->f.hip.block + 9) & ~(int64_t)7;
+    each = attni_cu_hip_row_extra(d, &a->f, a->kv_cap, size);
+    if (each && bytes < 0) n = attni_max64(1, ((int64_t)256 << 20) / each); // as are worth it
+    if (each && bytes >= 0) n = attni_max64(bytes - 3 * 256, 0) / each;
+    a->at_once = (int32_t)attni_min64(n, rows);
+    for (int i = 0; i < 3; i++) {
+        a->at[ATTNI_CU_HIP_ALL + i] = size[i] ? at : -1;
+        at += attni_cu_up256(a->at_once * size[i]);
+    }
+    return each ? at + 3 * 256 : 0;
 }
 
 // As attni_cu_hip_layout. rows: list rows of all lists.
@@ -8766,22 +9461,11 @@ static int64_t attni_cu_pick_fixed(int32_t max_rows, int64_t n_est) {
            attni_cu_up256(n_est * (int64_t)sizeof(attni_cu_est));
 }
 
-static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
-    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
-                                                                           : d->n_heads;
-}
-
 static int attni_cu_pick_supports(const attn_select *f) {
-    const attn_hip *h = &f->hip;
     if (f->kind == ATTN_SELECT_FLEX) return f->kv_block <= 4096;
-    if (f->kind == ATTN_SELECT_HIP2)
-        return h->sample != ATTN_HIP_ORACLE && h->head_group == 1 && !h->low_dim && !h->near &&
-               !h->vertical && !h->diagonal && !h->random;
+    if (f->kind == ATTN_SELECT_HIP1 || f->kind == ATTN_SELECT_HIP2) return 1;
     if (f->kind == ATTN_SELECT_EXACT) return !(f->exact.epsilon > 0);
-    if (f->kind != ATTN_SELECT_HIP3) return 0;
-    for (int i = 0; i < h->n_stages; i++)
-        if ((h->stage[i].flags & ~ATTN_HIP_LAST_SCORE) || h->stage[i].style) return 0;
-    return 1;
+    return f->kind == ATTN_SELECT_HIP3;
 }
 
 ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
@@ -8802,6 +9486,7 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
     return (size_t)(attni_cu_pick_fixed((int32_t)rows, n_est) + n_est * a.est_bytes +
                     attni_cu_hip_layout(attni_cu_kv_end(d, &a.f), rows * attni_cu_lists(d, &a.f),
                                         -1, &a) +
+                    attni_cu_hip2_layout(d, attni_cu_kv_end(d, &a.f), rows, -1, &a) +
                     attni_cu_exact_layout(c, d, attni_cu_kv_end(d, &a.f),
                                           rows * attni_cu_lists(d, &a.f), -1, &a));
 }
@@ -8896,7 +9581,7 @@ static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan
 
 // Kernels of HiP: by dimensions and dtype.
 typedef struct attni_cu_hip_kernels {
-    void (*second)(const attni_cu_pick, int, int);
+    void (*second)(const attni_cu_pick, const attni_cu_hip_grid);
     void (*third)(const attni_cu_pick, int32_t, int, int);
     int row_bytes, wide; // of Q in shared memory; wide: through tensor cores
 } attni_cu_hip_kernels;
@@ -8908,8 +9593,12 @@ static attni_cu_hip_kernels attni_cu_hip_kernels_of(int row_bytes) {
 }
 
 static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
-    const int dim = a->d.head_dim, per = 2 * dim + 64;
-    const int wide = a->mode && !a->odd_k && !a->odd_q && !a->flip && !attni_is_scaled(a->k.dtype);
+    const int dim = a->d.head_dim, per = 2 * dim;
+    int styled = 0; // positions of its own: in f32
+    for (int i = 0; a->f.kind == ATTN_SELECT_HIP3 && i < a->f.hip.n_stages; i++)
+        styled |= a->f.hip.stage[i].style != ATTN_ROPE_NONE;
+    const int wide = !styled && a->mode && !a->odd_k && !a->odd_q && !a->flip &&
+                     !attni_is_scaled(a->k.dtype) && a->k.page_bytes < (int64_t)1 << 36;
     if (wide && dim == 64)
         return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per)
                             : attni_cu_hip_kernels_of<0, 2>(per);
@@ -8917,6 +9606,61 @@ static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
         return a->mode == 1 ? attni_cu_hip_kernels_of<1, 4>(per)
                             : attni_cu_hip_kernels_of<0, 4>(per);
     return attni_cu_hip_kernels_of<0, 0>(4 * dim);
+}
+
+// S of all blocks for the list rows of a launch.
+static attn_result attni_cu_hip_all_launch(const attn_cuda *c, const attni_cu_pick *a,
+                                           const attni_cu_hip_grid *w, int last,
+                                           attn_cuda_stream stream) {
+    const int64_t at = a->at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL];
+    const int64_t bytes = (int64_t)w->n_rows * a->x.n_lists * a->kv_cap * 4;
+    const int64_t per = (int64_t)a->group * (last ? 1 : w->n_scorers); // of a list row
+    const int32_t each = (int32_t)attni_max64(1, ATTNI_CU_PICK_ROWS / per);
+    const int64_t parts = attni_n_blocks(per, ATTNI_CU_PICK_ROWS) * a->d.n_kv_heads;
+    int64_t slices = 1;
+    if (parts > 65535) return ATTN_ERR_UNSUPPORTED;
+    if (cudaMemsetAsync(a->work + at, 0, (size_t)bytes, stream) != cudaSuccess)
+        return ATTN_ERR_DEVICE;
+    while (slices < 64 && attni_n_blocks(w->n_rows, each) * parts * slices < 4 * (int64_t)c->n_sm)
+        slices *= 2;
+    return attni_cu_pick_launch(last ? attni_cu_hip_all<1> : attni_cu_hip_all<0>,
+                                dim3((unsigned)w->n_rows, (unsigned)parts, (unsigned)slices),
+                                ATTNI_CU_PICK, a->tile_bytes, stream, *a, *w, each);
+}
+
+static attn_result attni_cu_hip2_launch(const attn_cuda *c, attni_cu_pick *a,
+                                        const attni_cu_hip_kernels *k, attn_cuda_stream stream) {
+    const attn_hip *h = &a->f.hip;
+    const int32_t lanes = h->head_group, heads = a->f.heads == ATTN_SELECT_EACH ? 1 : a->group;
+        const unsigned lists = (unsigned)(a->x.n_lists / lanes);
+    const int64_t most = (int64_t)(h->keep / h->block) * lanes;
+    attni_cu_hip_grid w;
+    attn_result r = ATTN_OK;
+    memset(&w, 0, sizeof w);
+    w.n_scorers = attni_cu_hip_scorers_of(&a->f);
+    w.n_sets = a->f.heads == ATTN_SELECT_ALL ? a->d.n_kv_heads : lanes;
+    w.q_rows = (int32_t)(((int64_t)w.n_scorers * heads + 31) / 32 * 32);
+    if (h->near || h->vertical || h->diagonal || h->random)
+        w.words = (int32_t)attni_n_blocks(a->kv_cap * h->block / a->f.kv_block + 2, 32);
+    const int64_t smem = (int64_t)w.q_rows * (k->row_bytes + 4) + 4 * (int64_t)w.words +
+                         most * (2 * (int64_t)sizeof(attni_cu_hip_group) + 16);
+    if (smem > c->smem_bytes - 6144 || most > 16383) return ATTN_ERR_UNSUPPORTED;
+    for (w.row0 = 0; w.row0 < a->x.max_rows && r == ATTN_OK; w.row0 += a->at_once) {
+        w.n_rows = attni_min32(a->at_once, a->x.max_rows - w.row0);
+        if (a->at[ATTNI_CU_HIP_THIN] >= 0)
+            r = attni_cu_pick_launch(attni_cu_hip_thin,
+                                     dim3((unsigned)w.n_rows, (unsigned)a->d.n_heads), 128, 0,
+                                     stream, *a, w);
+        for (int last = 0; last < 2 && r == ATTN_OK; last++)
+            if (a->at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL] >= 0)
+                r = attni_cu_hip_all_launch(c, a, &w, last, stream);
+        // a few lists: one to a multiprocessor
+        const int threads = (int64_t)w.n_rows * lists <= c->n_sm ? 512 : 256;
+        if (r == ATTN_OK)
+            r = attni_cu_pick_launch(k->second, dim3((unsigned)w.n_rows, lists), threads, smem,
+                                     stream, *a, w);
+    }
+    return r;
 }
 
 static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
@@ -8930,20 +9674,12 @@ static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
     if (c->arch < 80) a->mode = 0;
     a->flip = a->scale < 0;
     a->scale = a->flip ? -a->scale : a->scale;
+    a->page16 = (uint32_t)(a->k.page_bytes / 16);
+    a->token16 = (uint32_t)(a->k.token_bytes / 16);
     k = attni_cu_hip_choose(a);
-    if (a->f.kind == ATTN_SELECT_HIP2) {
-        const int64_t n = attni_n_blocks((int64_t)a->f.row_block * h->q_group, h->q_stride) * heads;
-        const int64_t max_rows = (n + 31) / 32 * 32, most = h->keep / h->block;
-        const int64_t smem = max_rows * (k.row_bytes + 4) +
-                             most * (3 * (int64_t)sizeof(attni_cu_hip_group) + 8);
-        const int sets = a->f.heads == ATTN_SELECT_ALL ? a->d.n_kv_heads : 1;
-        if (smem > c->smem_bytes - 2048) return ATTN_ERR_UNSUPPORTED;
-        // a few lists: one to a multiprocessor
-        const int threads = (int64_t)rows * lists <= c->n_sm ? 512 : 256;
-        return attni_cu_pick_launch(k.second, dim3(rows, lists), threads, smem, stream, *a,
-                                    (int)max_rows, sets);
-    }
-    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[1], stream) != cudaSuccess)
+    if (a->f.kind != ATTN_SELECT_HIP3) return attni_cu_hip2_launch(c, a, &k, stream);
+    if (cudaMemsetAsync(a->work, 0, (size_t)a->at[ATTNI_CU_HIP_STATE], stream) !=
+        cudaSuccess)
         return ATTN_ERR_DEVICE;
     for (int i = 0; i < h->n_stages && r == ATTN_OK; i++) {
         const attn_hip_stage *t = h->stage + i;
@@ -8953,7 +9689,10 @@ static attn_result attni_cu_hip_launch(const attn_cuda *c, attni_cu_pick *a,
         const int64_t places = i ? (int64_t)t->keep / t->chunk : a->kv_cap;
         const int low = k.wide && t->q_stride > 1 ? (int)(n * k.row_bytes) : 0;
         const int turns = (int64_t)rows * z >= 4 * (int64_t)c->n_sm ? 4 : 1;
-        const int64_t smem = n * k.row_bytes + low, slices = attni_n_blocks(places, 64 * turns);
+        const int64_t far = t->style == ATTN_ROPE_SELF_EXTEND ? n * k.row_bytes : 0;
+        const int64_t smem = n * k.row_bytes + low + far;
+        const int64_t slices = attni_n_blocks(places, 64 * turns);
+        if ((int64_t)t->chunk * a->d.n_kv_heads > UINT32_MAX) return ATTN_ERR_UNSUPPORTED;
         if (smem > c->smem_bytes - 2048 || slices > 65535) return ATTN_ERR_UNSUPPORTED;
         r = attni_cu_pick_launch(k.third, dim3(rows, (unsigned)slices, z), 256, smem, stream, *a,
                                  (int32_t)i, turns, low);
@@ -8997,6 +9736,23 @@ static attn_result attni_cu_exact_launch(const attn_cuda *c, const attn_cuda_pla
     return r;
 }
 
+// What kernels are told of a problem and its image.
+static void attni_cu_pick_problem(const attn_cuda *c, const attn_desc *d, const attn_cuda_plan *g,
+                                  attni_cu_pick *a) {
+    const uint8_t *m = (const uint8_t *)g->device;
+    a->d = attni_cu_resolved(d);
+    attni_cu_device_tables(g, &a->d);
+    (void)attni_side_init(d, 0, &a->k);
+    a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
+    a->seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
+    a->error = c->error;
+    a->group = d->n_heads / d->n_kv_heads;
+    for (a->page_shift = 0; a->page_shift < 31 && d->kv.page_tokens >> a->page_shift > 1;)
+        a->page_shift++;
+    if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a->page_shift = -1;
+    a->scale = attni_scale(d);
+}
+
 // Everything that kernels are told but the method's own.
 static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_summary *y,
@@ -9005,23 +9761,13 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
     const uint8_t *m = (const uint8_t *)g->device;
     const attn_block_list *b = &g->mask.blocks;
     int64_t n;
-    a->d = attni_cu_resolved(d);
-    attni_cu_device_tables(g, &a->d);
-    (void)attni_side_init(d, 0, &a->k);
+    attni_cu_pick_problem(c, d, g, a);
     a->x = *x;
     if (y) a->y = *y;
-    a->header = ATTNI_AT(attni_cu_header, ATTNI_CU_HEADER);
-    a->seq = ATTNI_AT(attn_plan_seq, ATTNI_CU_SEQ);
     if (b->row_start && b->seq_row && b->n_rows == x->list.n_rows &&
         b->row_block == x->list.row_block && b->kv_block == x->list.kv_block)
         a->seq_row = ATTNI_AT(int32_t, ATTNI_CU_SEQ_ROW);
-    a->error = c->error;
-    a->group = d->n_heads / d->n_kv_heads;
     a->per_list = d->n_heads / x->n_lists;
-    for (a->page_shift = 0; a->page_shift < 31 && d->kv.page_tokens >> a->page_shift > 1;)
-        a->page_shift++;
-    if (d->kv.page_tokens & (d->kv.page_tokens - 1)) a->page_shift = -1;
-    a->scale = attni_scale(d);
     a->row_of = (attni_cu_row_of *)work;
     n = attni_cu_pick_fixed(x->max_rows, 0);
     if (bytes < n) return ATTN_ERR_BUFFER;
@@ -9038,6 +9784,9 @@ static attn_result attni_cu_pick_args(const attn_cuda *c, const attn_desc *d,
     a->est = (attni_cu_est *)(void *)((uint8_t *)work + n);
     n = attni_cu_pick_fixed(x->max_rows, a->n_est);
     a->work = (uint8_t *)work + n;
+    if (attni_cu_hip2_layout(d, g->cap[2] * d->kv.page_tokens, x->max_rows, bytes - n, a) &&
+        !a->at_once)
+        return ATTN_ERR_BUFFER;
     if (a->f.kind == ATTN_SELECT_HIP3 &&
         !attni_cu_hip_layout(g->cap[2] * d->kv.page_tokens, (int64_t)x->max_rows * x->n_lists,
                              bytes - n, a))
@@ -9082,6 +9831,25 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
 static __global__ void attni_cu_forget(uint8_t *state, size_t bytes, int32_t n) {
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
         *(int32_t *)(void *)(state + (size_t)i * bytes) = -2;
+}
+
+ATTN_DEF attn_result attn_cuda_landmarks(const attn_cuda *c, const attn_desc *d,
+                                         const attn_cuda_plan *g, const attn_select *s, float *out,
+                                         attn_cuda_stream stream) {
+    attni_cu_pick a;
+    attn_result r = attn_select_check(d, s);
+    if (r != ATTN_OK) return r;
+    if (!c || !g || !g->device || !out) return ATTN_ERR_ARGUMENT;
+    if ((r = attn_cuda_supports(c, d)) != ATTN_OK) return r;
+    if (!d->q.data || !d->kv.k.data) return ATTN_ERR_ARGUMENT;
+    if (!attni_is_float(d->q.dtype)) return ATTN_ERR_DTYPE;
+    if (d->n_seq != g->n[ATTNI_CU_N_SEQS]) return ATTN_ERR_STALE;
+    memset(&a, 0, sizeof a);
+    if (!attni_select_fill(s, &a.f) || a.f.kind != ATTN_SELECT_HIP3) return ATTN_ERR_ARGUMENT;
+    attni_cu_pick_problem(c, d, g, &a);
+    return attni_cu_pick_launch(attni_cu_landmarks,
+                                dim3((unsigned)attni_n_blocks(g->cap[1], ATTNI_CU_MARKS),
+                                     (unsigned)d->n_kv_heads), 256, 0, stream, a, out);
 }
 
 ATTN_DEF attn_result attn_cuda_select_forget(const attn_cuda *c, const attn_selection *x,

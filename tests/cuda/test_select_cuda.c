@@ -7,16 +7,24 @@
 #define GUARD DEV_GUARD // its own has the same name
 #include "device.h"
 
-// What CUDA does not do, taken out.
-static void strip(attn_select *s) {
-    attn_hip *h = &s->hip;
-    int i;
-    h->low_dim = h->near = h->vertical = h->diagonal = h->random = 0;
-    h->head_group = 0;
-    if (h->sample == ATTN_HIP_ORACLE) h->sample = ATTN_HIP_MIDDLE;
-    for (i = 0; i < ATTN_HIP_STAGES; i++) h->stage[i].flags &= ATTN_HIP_LAST_SCORE;
-    h->landmark = NULL;
-    s->exact.epsilon = 0;
+// What CUDA does not do is taken out, and counted. Returned: the parameters as the device takes
+// them.
+static long long drawn[6], refused[6];
+
+static attn_select strip(const attn_desc *d, attn_select *s) {
+    const size_t n = (size_t)d->kv.n_pages * (size_t)d->n_kv_heads * (size_t)d->kv.page_tokens;
+    attn_select on;
+    drawn[s->kind]++;
+    if (attn_cuda_select_bytes(&cu, d, s) == 0) {
+        refused[s->kind]++;
+        s->exact.epsilon = 0;
+    }
+    on = *s;
+    if (s->hip.landmark) on.hip.landmark = (const float *)dev_alloc(4 * n, s->hip.landmark);
+    if (s->hip.rope)
+        on.hip.rope = (const float *)dev_alloc(4 * (size_t)s->hip.rope_len *
+                                               (size_t)s->hip.rope_dim, s->hip.rope);
+    return on;
 }
 
 typedef struct held { // a selection on the device and its twin on the host
@@ -118,7 +126,7 @@ static void cuda_problem(problem *p, test_rng *r, int kind, int family, int pref
 static void cuda_one(uint64_t seed, int kind, int family) {
     test_rng r;
     problem p;
-    attn_select s;
+    attn_select s, on;
     twin t;
     held m;
     oracle *o;
@@ -128,11 +136,11 @@ static void cuda_one(uint64_t seed, int kind, int family) {
     memset(&p, 0, sizeof p);
     cuda_problem(&p, &r, kind, family, kind == ATTN_SELECT_FLEX && test_below(&r, 2));
     make_select(&r, &p, kind, family == F_INTS, &s);
-    strip(&s);
+    on = strip(&p.d, &s);
     o = oracle_select(&p.d, &s, NULL, NULL);
     twin_make(&t, &p, 1, test_below(&r, 3) ? NULL : &r);
-    held_open(&m, &t.d, &s);
-    if (held_run(&m, &t.d, &s, test_below(&r, 2))) {
+    held_open(&m, &t.d, &on);
+    if (held_run(&m, &t.d, &on, test_below(&r, 2))) {
         compare(o, &m.host, family);
         if (kind == ATTN_SELECT_FLEX || kind == ATTN_SELECT_EXACT) worth(o, &m.host, family);
     } else {
@@ -148,7 +156,7 @@ static void cuda_one(uint64_t seed, int kind, int family) {
 static void cuda_decode(uint64_t seed, int kind, int family) {
     test_rng r;
     problem p;
-    attn_select s;
+    attn_select s, on;
     held m;
     twin w;
     oracle_slot *slots;
@@ -160,10 +168,10 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
     memset(&p, 0, sizeof p);
     cuda_problem(&p, &r, kind, family, 1);
     make_select(&r, &p, kind, family == F_INTS, &s);
-    strip(&s);
     s.n_slots = p.d.n_seq + test_below(&r, 3);
+    on = strip(&p.d, &s);
     twin_make(&w, &p, 1, NULL);
-    held_open(&m, &p.d, &s);
+    held_open(&m, &p.d, &on);
     lists = m.x.n_lists;
     slots = oracle_slots_new(s.n_slots * lists);
     for (i = 0; i < s.n_slots; i++) slot[i] = s.n_slots - 1 - i;
@@ -179,9 +187,9 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
             d.q_start = t.d.q_start, d.q_pos0 = t.d.q_pos0, d.kv.kv_len = t.d.kv.kv_len;
             d.q.data = dev_alloc((size_t)t.q_start[p.d.n_seq] * (size_t)d.n_heads *
                                      (size_t)d.head_dim * element_bytes(d.q.dtype), t.d.q.data);
-            CHECK_EQ(attn_selection_follow(&t.d, &s, slot, &m.x), ATTN_OK);
+            CHECK_EQ(attn_selection_follow(&t.d, &on, slot, &m.x), ATTN_OK);
             o = oracle_select(&t.d, &s, slot, slots);
-            if (held_run(&m, &d, &s, 1)) compare(o, &m.host, family);
+            if (held_run(&m, &d, &on, 1)) compare(o, &m.host, family);
             else tell(&p.d, &s, family, "a step");
             oracle_free(o);
         }
@@ -194,9 +202,110 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
     problem_free(&p);
 }
 
+// Positions of stages against the CPU's lists: with turns by right angles all arithmetic is exact.
+static void cuda_styles(uint64_t seed) {
+    test_rng r;
+    problem p;
+    attn_select s, on;
+    twin t;
+    held m;
+    memory cpu;
+    int32_t i, n;
+    float *rope;
+    int mark = dev_n;
+    now = seed;
+    r.state = seed * 64 + 1000;
+    memset(&p, 0, sizeof p);
+    cuda_problem(&p, &r, ATTN_SELECT_HIP3, F_INTS, 0);
+    make_select(&r, &p, ATTN_SELECT_HIP3, 1, &s);
+    s.hip.rope_dim = 2 * (1 + test_below(&r, p.d.head_dim / 2));
+    s.hip.rope_len = 1 + test_below(&r, 900);
+    s.hip.context = 4 + test_below(&r, 300);
+    for (i = 0; i < s.hip.n_stages; i++)
+        s.hip.stage[i].style = (attn_rope_style)test_below(&r, 6);
+    n = s.hip.rope_len * s.hip.rope_dim;
+    s.hip.rope = rope = (float *)problem_alloc(&p, 4 * (size_t)n);
+    for (i = 0; i < n; i++) {
+        const int32_t half = s.hip.rope_dim / 2, place = i % s.hip.rope_dim;
+        const int turn = place < half ? test_below(&r, 4) : 0;
+        if (place >= half) continue;
+        rope[i] = (float)(turn == 0) - (float)(turn == 2);
+        rope[i + half] = (float)(turn == 1) - (float)(turn == 3);
+    }
+    on = strip(&p.d, &s);
+    memory_open(&cpu, &p.d, &s);
+    CHECK_EQ(run(&p.d, &s, NULL, &cpu.x, 0), ATTN_OK);
+    twin_make(&t, &p, 1, &r);
+    held_open(&m, &t.d, &on);
+    if (held_run(&m, &t.d, &on, 0)) {
+        oracle *o = oracle_select(&p.d, &s, NULL, NULL); // its rows, not its lists
+        if (!CHECK(same(o, &cpu.x, &m.host))) tell(&p.d, &s, F_INTS, "styles");
+        oracle_free(o);
+    }
+    held_close(&m);
+    memory_close(&cpu);
+    dev_release(mark);
+    problem_free(&p);
+}
+
+// Landmarks against the CPU's.
+static void cuda_landmarks(uint64_t seed) {
+    test_rng r;
+    problem p;
+    attn_select s, on;
+    twin t;
+    how h;
+    job j;
+    int mark = dev_n;
+    size_t n, i, bytes;
+    float *want, *got, *out, size = 0, off = 0;
+    uint8_t *scratch;
+    now = seed;
+    r.state = seed * 64 + 2000;
+    memset(&p, 0, sizeof p);
+    memset(&s, 0, sizeof s);
+    memset(&h, 0, sizeof h);
+    cuda_problem(&p, &r, ATTN_SELECT_HIP3, F_NORMAL, 0);
+    n = (size_t)p.d.kv.n_pages * (size_t)p.d.n_kv_heads * (size_t)p.d.kv.page_tokens;
+    want = (float *)problem_alloc(&p, 4 * n);
+    got = (float *)problem_alloc(&p, 4 * n);
+    for (i = 0; i < n; i++) want[i] = got[i] = 7;
+    s.kind = ATTN_SELECT_HIP3;
+    s.hip.landmark = want;
+    bytes = attn_cpu_select_scratch_bytes(&p.d, &s);
+    scratch = guarded(bytes);
+    CHECK_EQ(attn_cpu_landmarks(&p.d, &s, want, 0, attn_cpu_landmarks_units(&p.d),
+                                scratch + GUARD), ATTN_OK);
+    free(scratch);
+    twin_make(&t, &p, 1, &r);
+    out = (float *)dev_alloc(4 * n, got);
+    on = s;
+    on.hip.landmark = out;
+    job_make(&j, &t.d, &h);
+    DEV(cudaDeviceSynchronize());
+    if (j.plan && CHECK_EQ(job_upload(&j, &t.d), ATTN_OK))
+        CHECK_EQ(attn_cuda_landmarks(&cu, &t.d, &j.g, &on, out, dev_stream), ATTN_OK);
+    dev_sync();
+    CHECK_EQ(dev_error(), 0);
+    CHECK(dev_guards(0));
+    dev_read(got, out, 4 * n);
+    for (i = 0; i < n; i++) {
+        if (want[i] != 7 && fabsf(want[i]) > size) size = fabsf(want[i]);
+        if (!(fabsf(want[i] - got[i]) <= off)) off = fabsf(want[i] - got[i]);
+    }
+    if (!CHECK(off <= 2e-5f * size)) {
+        tell(&p.d, &s, F_NORMAL, "landmarks");
+        printf("    off by %g of %g\n", (double)off, (double)size);
+    }
+    job_free(&j);
+    dev_release(mark);
+    problem_free(&p);
+}
+
 static void cuda_report(int kind) {
     long long n = 0, excused = 0;
     int f;
+    printf("%-5s refused %lld of %lld\n", kinds[kind], refused[kind], drawn[kind]);
     for (f = 0; f < N_FAMILIES; f++) {
         if (f <= F_SLASH) n += tally[kind][f].n;
         if (f <= F_SLASH) excused += tally[kind][f].excused;
@@ -209,19 +318,23 @@ static void cuda_report(int kind) {
 }
 
 int main(int argc, char **argv) {
-    static const int done[] = {ATTN_SELECT_FLEX, ATTN_SELECT_HIP2, ATTN_SELECT_HIP3,
-                               ATTN_SELECT_EXACT};
+    static const int done[] = {ATTN_SELECT_FLEX, ATTN_SELECT_HIP1, ATTN_SELECT_HIP2,
+                               ATTN_SELECT_HIP3, ATTN_SELECT_EXACT};
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 6), i;
     const char *only = getenv("TEST_SELECT"); // one kind
     int k, f, status = dev_open();
     if (status) return status;
-    for (k = 0; k < 4; k++) {
+    for (k = 0; k < 5; k++) {
         if (only && strcmp(only, kinds[done[k]]) != 0) continue;
         for (i = 0; i < count; i++)
             for (f = 0; f < N_FAMILIES; f++) cuda_one(seed + i, done[k], f);
         for (i = 0; i < count; i++)
             for (f = 0; f < N_FAMILIES; f += 5)
                 cuda_decode(seed + i, done[k], f);
+        for (i = 0; i < 4 * count && done[k] == ATTN_SELECT_HIP3; i++) {
+            cuda_styles(seed + i);
+            cuda_landmarks(seed + i);
+        }
         cuda_report(done[k]);
     }
     return TEST_END();
