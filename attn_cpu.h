@@ -4511,7 +4511,8 @@ ATTN_DEF attn_result attn_cpu_forward(const attn_desc *d, void *mem, size_t byte
 enum { ATTNI_SCAN_ROWS = 64 };
 
 // One thread's state while it selects; the arrays lie in its scratch. Scores are f32 sums of
-// products of the stored values, whatever the problem's numerics.
+// products of the stored values, whatever the problem's numerics: the bf16 dot serves where these
+// are bf16 themselves, so that products are exact.
 typedef struct attni_scan {
     const attn_desc *d;
     const attn_select *f;      // filled in
@@ -4521,9 +4522,13 @@ typedef struct attni_scan {
     attni_side k;
     int32_t units, group;
     float scale;
-    int few;                   // at most ATTNI_FEW rows: keys are read in their own dtype
-    attni_qk_fn qk;            // what reads kt, and its units
-    int32_t qk_units;
+    attni_exec dot;            // with the bf16 dot, if `dots`
+    int dots;
+    // asked for, before keys are taken: at most ATTNI_FEW rows, which read keys in their own dtype;
+    // or rows of bf16 pairs
+    int few, pairs;
+    attni_qk_fn qk;            // what reads kt then, in so many units; a row's 4-byte units; rows
+    int32_t qk_units, ldq, rb; // it takes together
     // keys: up to 256 in tiles of 16
     int32_t n_tiles;
     const uint32_t *kt[ATTNI_TILES + 3];
@@ -4546,6 +4551,32 @@ ATTNI_CALLED size_t attni_scan_carve(attni_scan *c, uint8_t *base, const attn_de
     return at;
 }
 
+// The kernel for what was asked for; 1 when it reads keys in their own dtype.
+ATTNI_CALLED int attni_scan_use(attni_scan *c) {
+    const int own = c->k.dtype == ATTN_F32 || c->pairs || (c->few && c->e.ma->qk[c->k.dtype]);
+    const int32_t dim = c->d->head_dim;
+    c->qk = c->pairs ? c->dot.qk : c->e.ma->qk[own ? c->k.dtype : ATTN_F32];
+    c->qk_units = own ? c->units : dim;
+    c->ldq = c->pairs ? ((dim + 31) & ~31) / 2 : dim;
+    c->rb = c->pairs ? c->dot.rb : c->e.rb;
+    return own;
+}
+
+// Scratch may be asked for before the executor is known.
+static size_t attni_scan_may_dot(const attn_desc *d) {
+    return d->q.dtype == ATTN_BF16 && d->kv.k.dtype == ATTN_BF16;
+}
+
+// n rows of f32 that are bf16 in truth to rows of pairs.
+ATTNI_CALLED void attni_scan_pairs(const attni_scan *c, const float *q, int32_t n, uint32_t *out) {
+    const int32_t dim = c->d->head_dim, ld = ((dim + 31) & ~31) / 2;
+    int32_t r;
+    for (r = 0; r < n; r++, q += dim, out += ld) {
+        memset(out, 0, 4 * (size_t)ld);
+        c->e.mv->narrow(ATTN_BF16, q, dim, out);
+    }
+}
+
 ATTNI_CALLED attn_result attni_scan_init(attni_scan *c, const attn_desc *d, const attn_select *f,
                                          const attn_summary *y, const attn_selection *x,
                                          uint8_t *scratch) {
@@ -4563,8 +4594,10 @@ ATTNI_CALLED attn_result attni_scan_init(attni_scan *c, const attn_desc *d, cons
     c->units = d->head_dim * attni_bits_of(d->kv.k.dtype) / 32;
     c->group = d->n_heads / d->n_kv_heads;
     c->scale = attni_scale(d);
-    c->qk = c->e.ma->qk[ATTN_F32];
-    c->qk_units = d->head_dim;
+    plain.o.dtype = ATTN_BF16;
+    attni_choose(&plain, &c->dot);
+    c->dots = c->dot.qk_kind == ATTNI_BDOT;
+    attni_scan_use(c);
     attni_scan_carve(c, scratch, d);
     return ATTN_OK;
 }
@@ -4624,11 +4657,9 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
     const attn_desc *d = c->d;
     const uint8_t *key[2][16]; // of this tile and the next
     attn_result r = attni_scan_locate(c, seq, kv_head, pos, first, n, 0, key[0]);
-    const int own_type = c->k.dtype == ATTN_F32 || (c->few && c->e.ma->qk[c->k.dtype]);
+    const int own_type = attni_scan_use(c);
     int32_t i;
     if (d->kv.cache && d->kv.cache->reads) attni_count_reads(d, seq, pos, first, n, 0xffffu);
-    c->qk = c->e.ma->qk[own_type ? c->k.dtype : ATTN_F32];
-    c->qk_units = own_type ? c->units : d->head_dim;
     c->n_tiles = (n + 15) / 16;
     for (i = 0; i < c->n_tiles; i++) {
         uint32_t *raw = c->raw + 16 * i * (int64_t)c->units;
@@ -4654,19 +4685,19 @@ ATTNI_CALLED attn_result attni_scan_keys(attni_scan *c, int32_t seq, int32_t kv_
 
 // Raw products of nr <= 64 rows at q (RB_MAX more may be read) with the keys: s[r * LDS + i]. Not
 // yet times ks and scale.
-ATTNI_CALLED void attni_scan_rows(attni_scan *c, const float *q, int32_t nr) {
+ATTNI_CALLED void attni_scan_rows(attni_scan *c, const void *q, int32_t nr) {
     static const uint8_t col[ATTNI_TILES + 3] = {0, 1,  2,  3,  4,  5,  6,  7,  8, 9,
                                                  10, 11, 12, 13, 14, 15, 15, 15, 15};
     const uint8_t *ahead[ATTNI_TILES + 3];
     uint8_t own[ATTNI_TILES + 3];
-    const int32_t dim = c->d->head_dim;
     int32_t r, i;
     for (i = 0; i < c->n_tiles + 3; i++) { // tiles may lie in memory still
         ahead[i] = (const uint8_t *)c->kt[attni_min32(i + 4, c->n_tiles - 1)];
         own[i] = col[attni_min32(i, c->n_tiles - 1)];
     }
-    for (r = 0; r < nr; r += c->e.rb)
-        c->qk(q + (int64_t)r * dim, dim, attni_min32(c->e.rb, nr - r), c->kt, ahead,
+    for (r = 0; r < nr; r += c->rb)
+        c->qk((const uint32_t *)q + (int64_t)r * c->ldq, c->ldq, attni_min32(c->rb, nr - r), c->kt,
+              ahead,
               c->few && c->k.k16 ? 64 : 0, own, c->n_tiles, c->qk_units, c->s + (int64_t)r * ATTNI_LDS);
 }
 
@@ -4709,6 +4740,7 @@ typedef struct attni_flex {
     int32_t ld, min_blocks, max_blocks; // ld: of rows of blocks
     float scale, softcap;
     float *q;                    // (FLEX_HEADS, n, head_dim)
+    uint32_t *pairs;             // the same for the bf16 dot
     float *m, *l, *lo, *hi;      // (FLEX_HEADS, n, ld): lo, hi: weights times the keys' distance
                                  // before and behind the query's own place in its block
     float *near_lo, *near_hi;    // (2 * block) distances
@@ -4763,6 +4795,8 @@ ATTNI_CALLED size_t attni_flex_carve(attni_flex *w, uint8_t *base, const attn_de
     const size_t old = f->flex.compatible ? 1 : 0, aware = f->flex.tau > 0 ? 1 : 0;
     size_t at = 0;
     ATTNI_CARVE(w, q, float *, (ATTNI_FLEX_HEADS * n + ATTNI_RB_MAX + 1) * dim)
+    ATTNI_CARVE(w, pairs, uint32_t *, attni_scan_may_dot(d) *
+                                          (ATTNI_FLEX_HEADS * n + ATTNI_RB_MAX) * ((dim + 31) / 2))
     ATTNI_CARVE(w, m, float *, cells)
     ATTNI_CARVE(w, l, float *, cells)
     ATTNI_CARVE(w, lo, float *, old ? 0 : cells)
@@ -4904,6 +4938,10 @@ ATTNI_CALLED void attni_flex_mean_keys(attni_scan *c, attni_flex *w, int64_t fir
         const int64_t b = (first + i) / w->block;
         const float *k = (const float *)(const void *)c->kt[i / 16], *f = c->ks + i;
         float *out = w->mean_k + b / 16 * 16 * dim + b % 16;
+        if (c->pairs) {
+            c->e.mv->widen_tile(c->k.dtype, c->kt[i / 16], c->units, c->kf);
+            k = c->kf;
+        }
         for (e = 0; e < dim; e++) {
             float a[16];
             for (j = 0; j < 16; j++) a[j] = k[16 * e + j] * f[j];
@@ -4950,6 +4988,7 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
     int32_t r, nr;
     attn_result res;
     // the kernels work on 32 keys at a time: a tile is whole blocks of so many, or part of one
+    c->pairs = c->dots;
     for (; first < w->end; first += n) {
         n = attni_min64(most, w->end - first);
         if (b > ATTN_SPAN || b % 32) n = attni_min64(n, b - first % b);
@@ -4958,9 +4997,10 @@ ATTNI_CALLED attn_result attni_flex_pass(attni_scan *c, attni_flex *w, int32_t k
         if (res != ATTN_OK) return res;
         if (means) attni_flex_mean_keys(c, w, first, (int32_t)n);
         for (r = 0; r < nh * w->n; r += nr) {
-            nr = attni_min32(nh * w->n - r, c->e.rb); // so that the scores stay in the first cache
+            nr = attni_min32(nh * w->n - r, c->rb); // so that the scores stay in the first cache
             if (tokens) nr = attni_min32(nr, w->n - r % w->n);
-            attni_scan_rows(c, w->q + (int64_t)r * dim, nr);
+            if (c->pairs) attni_scan_rows(c, w->pairs + (int64_t)r * c->ldq, nr);
+            else attni_scan_rows(c, w->q + (int64_t)r * dim, nr);
             if (tokens) attni_flex_tokens(c, w, r / w->n, r % w->n, nr, first, (int32_t)n);
             for (from = 0; from < n && !tokens; from += b)
                 attni_flex_cells(c, w, r, nr, first, (int32_t)from,
@@ -5203,6 +5243,8 @@ ATTNI_CALLED void attni_flex_mean_scores(attni_scan *c, attni_flex *w, const flo
     const int32_t dim = c->d->head_dim;
     int32_t b, i, k;
     memcpy(c->q, q, 4 * (size_t)dim);
+    c->pairs = 0;
+    attni_scan_use(c);
     for (b = 0; b < n; b += ATTN_SPAN) {
         k = attni_min32(n - b, ATTN_SPAN);
         c->n_tiles = (k + 15) / 16;
@@ -5440,6 +5482,7 @@ ATTNI_CALLED attn_result attni_flex_heads(attni_scan *c, attni_flex *w, int32_t 
             attni_scan_query(c, 0, w->q_begin + w->q_len - w->n + i, kv * w->group + h0 + h,
                              w->q + ((int64_t)h * w->n + i) * dim);
     memset(w->q + (int64_t)nh * w->n * dim, 0, 4 * (size_t)((ATTNI_RB_MAX + 1) * dim));
+    if (c->dots) attni_scan_pairs(c, w->q, nh * w->n + ATTNI_RB_MAX, w->pairs);
     if (means) memset(w->mean_k, 0, 4 * (size_t)((w->n_blocks + 15) / 16 * 16) * (size_t)dim);
     if ((r = attni_flex_pass(c, w, kv, nh, means, 0)) != ATTN_OK) return r;
     for (b = w->first; means && b < w->n_blocks; b++) {
@@ -5495,6 +5538,7 @@ ATTNI_CALLED attn_result attni_flex_unit(attni_scan *c, int64_t unit) {
 typedef struct attni_hip_set {
     int32_t kv_head, head, n_heads;
     float *row; // (n_pos * n_heads, head_dim)
+    uint32_t *pairs; // the same for the bf16 dot, or NULL
 } attni_hip_set;
 
 // HIP2: a group of blocks, of the lane'th list of a unit. HIP1: start is a cell of the grid.
@@ -5523,6 +5567,7 @@ typedef struct attni_hip {
     int32_t list;                      // of the lists at hand the first
     attni_hip_set *set;                // (n_kv_heads or a group's heads)
     float *rows;                       // (n_kv_heads * group * positions + RB_MAX, head_dim)
+    uint32_t *pairs;                   // the same for the bf16 dot
     int32_t *at;                       // (positions) of the rows
     float *wide, *sum;                 // (head_dim + 16)
     int32_t *ids;                      // blocks of a list
@@ -5603,6 +5648,8 @@ ATTNI_CALLED size_t attni_hip_carve(attni_hip *h, uint8_t *base, const attn_desc
     for (s = 0; third && s < f->hip.n_stages; s++)
         if (f->hip.stage[s].style == ATTN_ROPE_SELF_EXTEND) twice = 2;
     ATTNI_CARVE(h, rows, float *, (twice * n * heads + ATTNI_RB_MAX) * d->head_dim)
+    ATTNI_CARVE(h, pairs, uint32_t *, (int64_t)attni_scan_may_dot(d) * (n * heads + ATTNI_RB_MAX) *
+                                          ((d->head_dim + 31) / 2))
     ATTNI_CARVE(h, at, int32_t *, n)
     ATTNI_CARVE(h, wide, float *, d->head_dim + 16)
     ATTNI_CARVE(h, sum, float *, d->head_dim + 16)
@@ -5707,6 +5754,7 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
     int32_t r, i, far, wanted, part;
     attn_result e;
     c->few = nr <= ATTNI_FEW && !h->key_at;
+    c->pairs = nr > ATTNI_FEW && set->pairs;
     e = attni_scan_keys(c, h->seq, set->kv_head, pos, 0, n);
     if (e != ATTN_OK) return e;
     for (i = 0; h->key_at && i < n; i++) // a tile holds [head_dim][16]
@@ -5718,10 +5766,11 @@ ATTNI_CALLED attn_result attni_hip_values(attni_hip *h, const attni_hip_set *set
         if (!wanted) continue;
         for (i = 0; i < ATTN_SPAN; i++) m[i] = attni_hip_none();
         for (r = 0; r < nr; r += part) {
-            part = attni_min32(ATTNI_SCAN_ROWS / c->e.rb * c->e.rb, nr - r); // whole blocks
+            part = attni_min32(ATTNI_SCAN_ROWS / c->rb * c->rb, nr - r); // whole blocks
             for (i = 0; late >= 0 && i < part; i++)
                 limit[i] = h->at[(r0 + r + i) / set->n_heads] - late;
-            attni_scan_rows(c, set->row + (far * h->far_rows + r0 + r) * dim, part);
+            if (c->pairs) attni_scan_rows(c, set->pairs + (r0 + r) * (int64_t)c->ldq, part);
+            else attni_scan_rows(c, set->row + (far * h->far_rows + r0 + r) * dim, part);
             attni_hip_max(c, part, late >= 0 ? limit : NULL, pos, n, top, m);
         }
         for (i = 0; i < n; i++)
@@ -5821,6 +5870,16 @@ ATTNI_CALLED void attni_hip_mean(attni_hip *h, const attn_hip_stage *t, int64_t 
     for (e = 0; e < dim; e++) out[e] = next - p > 1 ? h->sum[e] / (float)(next - p) : h->sum[e];
 }
 
+// Rows of a set that are queries as they were, not means or rotated, for the bf16 dot, too.
+ATTNI_CALLED void attni_hip_pairs(attni_hip *h, attni_hip_set *set, int raw) {
+    const int64_t first = (set->row - h->rows) / h->c->d->head_dim;
+    const int32_t ld = ((h->c->d->head_dim + 31) & ~31) / 2;
+    set->pairs = NULL;
+    if (!h->c->dots || !raw) return;
+    set->pairs = h->pairs + first * ld;
+    attni_scan_pairs(h->c, set->row, h->n_pos * set->n_heads + ATTNI_RB_MAX, set->pairs);
+}
+
 // The rows of stage t for some query heads: means of runs.
 ATTNI_CALLED void attni_hip_pool(attni_hip *h, const attn_hip_stage *t, attni_hip_set *set) {
     const int32_t dim = h->c->d->head_dim;
@@ -5840,6 +5899,7 @@ ATTNI_CALLED void attni_hip_pool(attni_hip *h, const attn_hip_stage *t, attni_hi
     }
     memset(out, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
     set->row = h->rows;
+    attni_hip_pairs(h, set, t->q_stride == 1 && !t->style);
 }
 
 // attni_hip_descend for few rows and short chunks of K16: a probe there reads most of its tile's
@@ -6119,6 +6179,7 @@ ATTNI_CALLED void attni_hip_gather(attni_hip *h) {
     memset(out, 0, 4 * (size_t)(ATTNI_RB_MAX * dim));
     for (s = 0; s < h->n_sets && p->low_dim && p->low_dim < dim; s++)
         attni_hip_thin(h, h->set + s);
+    for (s = 0; s < h->n_sets; s++) attni_hip_pairs(h, h->set + s, 1);
 }
 
 // S of n blocks for one lane (blk NULL: block first + i), by all its rows or the last query's.
@@ -7318,10 +7379,12 @@ ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
     if (first > attni_select_units(d, &f) - count) return ATTN_ERR_ARGUMENT;
     if ((r = attni_scan_init(&c, d, &f, y, x, (uint8_t *)scratch)) != ATTN_OK) return r;
     mode = attni_mode_enter();
+    if (c.dots) ATTNI_AMX_BEGIN(&c.dot);
     for (u = first; u < first + count && r == ATTN_OK; u++)
         r = f.kind == ATTN_SELECT_FLEX    ? attni_flex_unit(&c, u)
             : f.kind == ATTN_SELECT_EXACT ? attni_exact_unit(&c, u)
                                           : attni_hip_unit(&c, u);
+    if (c.dots) ATTNI_AMX_END(&c.dot);
     attni_mode_leave(mode);
     return r;
 }

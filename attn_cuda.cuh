@@ -6342,8 +6342,8 @@ ATTNI_DEV void attni_cu_mma_tile(const attni_cu_pick &a, float (*acc)[8][4], uin
     }
 }
 
-// The same of one set in f32, from where its 128 rows lie. All threads of the block call. buf: (192,
-// 17).
+// The same of one set in f32, from where its 128 rows lie. All threads of the block call.
+// buf: (192, 17).
 ATTNI_DEV_FAR void attni_cu_f32_tile(const attni_cu_pick &a, float acc[8][4],
                                      const uint8_t *const *q, const uint8_t *const *k, float *buf) {
     const int lane = (int)threadIdx.x & 31, row = ((int)threadIdx.x >> 5) * 16 + (lane >> 2);
@@ -6470,8 +6470,8 @@ static __global__ void __launch_bounds__(1024)
 
 // ==== >>impl-select-cut  Selectors: the largest of many, by count and by sum =====================
 //
-// What works for a warp or a block takes s: NULL for a warp; all of its threads call. Sums are f32,
-// of four runs per thread, added up in a fixed order: more values never sum up to less.
+// For a team of 32 threads, a warp, or 1024, a block, all of which call. Sums are f32, of four runs
+// per thread, added up in a fixed order: more values never sum up to less.
 
 typedef struct attni_cu_sums {
     float sum[32];
@@ -6519,31 +6519,33 @@ ATTNI_DEV double attni_cu_warp_double(double x) {
     return x;
 }
 
-// How many of v's n values are at least `least` (over: more than that), and what their w sum up to.
-ATTNI_DEV float attni_cu_sum_from(const float *v, const float *w, int64_t n, float least, int over,
+// How many of v's n values are at least `least`, and what their w (NULL: v) sum up to.
+template <int TEAM>
+ATTNI_DEV float attni_cu_sum_from(const float *v, const float *w, int32_t n, float least,
                                   uint32_t *count, attni_cu_sums *s) {
-    const int step = s ? (int)blockDim.x : 32, lane = (int)threadIdx.x & 31;
+    const int lane = (int)threadIdx.x & 31, own = !w || w == v;
+    int32_t i = TEAM == 32 ? lane : (int)threadIdx.x;
     float sum[4] = {0, 0, 0, 0}, all;
     uint32_t c[4] = {0, 0, 0, 0};
 #pragma unroll 2
-    for (int64_t i0 = s ? (int)threadIdx.x : lane; i0 < n; i0 += 4 * step)
+    for (; i + 3 * TEAM < n; i += 4 * TEAM)
 #pragma unroll
         for (int u = 0; u < 4; u++) {
-            const int64_t i = i0 + u * step;
-            const float x = i < n ? v[i] : -1, y = w == v ? x : w && i < n ? w[i] : 0;
-            const int in = i < n && (over ? x > least : x >= least);
-            c[u] += in;
-            sum[u] += in ? y : 0;
+            const float x = v[i + u * TEAM], y = own ? x : w[i + u * TEAM];
+            if (x >= least) c[u]++, sum[u] += y;
         }
+    for (; i < n; i += TEAM) {
+        const float x = v[i], y = own ? x : w[i];
+        if (x >= least) c[0]++, sum[0] += y;
+    }
     *count = attni_cu_warp_count(c[0] + c[1] + c[2] + c[3]);
     all = attni_cu_warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    if (!s) return all;
+    if (TEAM == 32) return all;
     __syncthreads();
     if (lane == 0) s->count[threadIdx.x >> 5] = *count, s->sum[threadIdx.x >> 5] = all;
     __syncthreads();
-    const int used = lane < (int)blockDim.x >> 5;
-    *count = attni_cu_warp_count(used ? s->count[lane] : 0);
-    return attni_cu_warp_sum(used ? s->sum[lane] : 0);
+    *count = attni_cu_warp_count(s->count[lane]);
+    return attni_cu_warp_sum(s->sum[lane]);
 }
 
 ATTNI_DEV int attni_cu_holds(double sum, double part, int rule) {
@@ -6553,13 +6555,14 @@ ATTNI_DEV int attni_cu_holds(double sum, double part, int rule) {
 // The fewest of v's n values, largest first, the lower index of equals first, such that they are
 // at least lo and their w hold `part`, or that they are hi. The key is found bit by bit. 1 <= hi <=
 // n; w: v or other weights >= 0, NULL: hi decides.
-ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int64_t n, int32_t lo,
+template <int TEAM>
+ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int32_t n, int32_t lo,
                                              int32_t hi, double part, int rule, attni_cu_sums *s) {
     attni_cu_cut c = {0, 0, 0, 0};
     uint32_t key = 0, reached = (uint32_t)n, count;
     double sum;
     if (w && rule & ATTNI_CU_SHARE) {
-        sum = (double)attni_cu_sum_from(v, w, n, ATTNI_NINF, 0, &count, s);
+        sum = (double)attni_cu_sum_from<TEAM>(v, w, n, ATTNI_NINF, &count, s);
         part *= sum;
         if (!(sum > 0) && !lo) { // nothing holds that
             c.key = __int_as_float(0x7f800000), c.held = 1;
@@ -6567,15 +6570,15 @@ ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int
         }
     }
     for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
-        sum = (double)attni_cu_sum_from(v, w, n, attni_cu_ordered(key | bit), 0, &count, s);
+        sum = (double)attni_cu_sum_from<TEAM>(v, w, n, attni_cu_ordered(key | bit), &count, s);
         if ((count >= (uint32_t)lo && w && attni_cu_holds(sum, part, rule)) ||
             count >= (uint32_t)hi)
             key |= bit, reached = count;
     }
     c.key = attni_cu_ordered(key);
-    sum = (double)attni_cu_sum_from(v, w, n, c.key, 1, &count, s);
+    sum = (double)attni_cu_sum_from<TEAM>(v, w, n, attni_cu_ordered(key + 1), &count, s);
     c.above = (int32_t)count;
-    const int32_t most = (int32_t)attni_min64(reached, hi) - c.above;
+    const int32_t most = attni_min32((int32_t)reached, hi) - c.above;
     c.ties = most;
     if (!w) return c;
     if (v == w) {
@@ -6587,7 +6590,7 @@ ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int
         sum += c.ties * each;
     } else if (most > 0) { // equals of other weights, in their order
         int32_t m = 0;
-        for (int64_t i = 0; i < n && m < most; i++) {
+        for (int32_t i = 0; i < n && m < most; i++) {
             if (!(v[i] == c.key)) continue;
             if (c.above + m >= lo && attni_cu_holds(sum, part, rule)) break;
             sum += (double)w[i];
@@ -6766,9 +6769,10 @@ ATTNI_DEV_FAR void attni_cu_flex_flush(float4 x, float4 *to) {
     if (to && (threadIdx.x & 3) == 0) *to = make_float4(most, x.y, x.z, x.w);
 }
 
-// Rows are (head of the KV head, query); `rows` of them, 128 or 256, against `per` blocks of keys.
+// Rows are (head of the KV head, query); `rows` of them, 128 or 256, against a share of the blocks
+// of keys.
 static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
-    attni_cu_flex_cells(const __grid_constant__ attni_cu_pick a, int rows, int per) {
+    attni_cu_flex_cells(const __grid_constant__ attni_cu_pick a, int rows) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ attni_cu_keys keys;
     __shared__ int32_t place[4][ATTNI_CU_PICK_KEYS];
@@ -6783,6 +6787,7 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
     const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
     attni_cu_tiling g;
     g.wide = (b + 7) / 8 * 8, g.parts = (b + 63) / 64, g.fit = g.parts > 1 ? 1 : 64 / g.wide;
+    const int32_t per = (e.nb - q.kv_pos0 / b + (int32_t)gridDim.x - 1) / (int32_t)gridDim.x;
     g.j0 = q.kv_pos0 / b + (int32_t)blockIdx.x * per, g.j1 = attni_min32(g.j0 + per, e.nb);
     g.n = g.parts > 1 ? (g.j1 - g.j0) * g.parts : (g.j1 - g.j0 + g.fit - 1) / g.fit;
     if (g.j0 >= g.j1 || r0 >= all) return;
@@ -6857,7 +6862,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
             const int part = t % g.parts;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                attni_cu_flex_fold<8>(acc[i >> 1], i & 1, u[i] - (float)(64 * part), (float)b, x[i]);
+                attni_cu_flex_fold<8>(acc[i >> 1], i & 1, u[i] - (float)(64 * part), (float)b,
+                                      x[i]);
                 if (part < g.parts - 1) continue;
                 float4 *to = cell[row0 + 8 * (i & 1) + (i > 1 && rows > 128 ? 128 : 0)];
                 to = i > 1 && rows == 128 ? NULL : to;
@@ -6949,7 +6955,8 @@ static __global__ void __launch_bounds__(256)
 
 // The weights of 128 rows against a tile, in shared memory, to sums of columns and of diagonals.
 // rows: so many are there. diag: of row - key.
-ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t rows, float *diag, float *part, float *v) {
+ATTNI_DEV void attni_cu_flex_sums(const float *w, int32_t rows, float *diag, float *part,
+                                  float *v) {
     const int tid = (int)threadIdx.x, c = tid & 63, quarter = tid >> 6;
     float column = 0, sum = 0;
     for (int i = 32 * quarter; i < 32 * quarter + 32; i++) column += w[i * ATTNI_CU_P + c];
@@ -7076,8 +7083,8 @@ ATTNI_DEV void attni_cu_flex_counts(const attni_cu_pick &a, const attni_cu_est &
     for (int h = 0; h < 2; h++) {
         const float *x = h ? tokens : v;
         const int32_t all = h ? len : held;
-        const attni_cu_cut c = attni_cu_find_cut(x, x, all, 0, all, (double)a.f.flex.gamma,
-                                                 ATTNI_CU_STRICT, s);
+        const attni_cu_cut c = attni_cu_find_cut<1024>(x, x, all, 0, all, (double)a.f.flex.gamma,
+                                                       ATTNI_CU_STRICT, s);
         const int32_t least = (a.f.flex.min_budget - 1) / (int32_t)b + 1;
         const int32_t most = (a.f.flex.max_budget - 1) / (int32_t)b + 1;
         n_of[h] = attni_max32((c.above + c.ties) / 128 + 1, least);
@@ -7264,19 +7271,23 @@ ATTNI_DEV void attni_cu_flex_pool(const attni_cu_pick &a, const attni_cu_est &e,
     }
 }
 
-// (Jensen-Shannon distance) ^ 2 of e and p below tau ^ 2? As coded 0 ln 0 is no number. A warp.
-ATTNI_DEV int attni_cu_flex_aware(const attni_cu_pick &a, const float *e, const float *p,
-                                  int32_t n) {
+// (Jensen-Shannon distance) ^ 2 of e and p below tau ^ 2? As coded 0 ln 0 is no number. All threads
+// call.
+ATTNI_DEV int attni_cu_flex_aware(const attni_cu_pick &a, const float *e, const float *p, int32_t n,
+                                  double *part) {
     double sum = 0;
     int zeros = 0;
-    for (int32_t i = (int32_t)threadIdx.x & 31; i < n; i += 32) {
+    for (int32_t i = (int32_t)threadIdx.x; i < n; i += (int32_t)blockDim.x) {
         const double x = (double)e[i], y = (double)p[i], m = (x + y) / 2;
         if (x > 0) sum += x * log(x / m) / 2;
         if (y > 0) sum += y * log(y / m) / 2;
         zeros |= x <= 0 || y <= 0;
     }
     sum = attni_cu_warp_double(sum);
-    zeros = __any_sync(~0u, zeros);
+    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = sum;
+    zeros = __syncthreads_or(zeros);
+    sum = 0;
+    for (int i = 0; i < (int)blockDim.x / 32; i++) sum += part[i];
     return sum < (double)a.f.flex.tau * (double)a.f.flex.tau &&
            !(a.f.flex.compatible && zeros);
 }
@@ -7285,11 +7296,12 @@ ATTNI_DEV int attni_cu_flex_aware(const attni_cu_pick &a, const float *e, const 
 // blocks. A warp.
 ATTNI_DEV double attni_cu_flex_gamma(const attni_cu_pick &a, const float *own, const float *mass,
                                      int32_t n, int32_t *need) {
-    const attni_cu_cut c = attni_cu_find_cut(own, mass, n, 0, n, (double)a.f.flex.gamma,
-                                             ATTNI_CU_SHARE, NULL);
+    const attni_cu_cut c = attni_cu_find_cut<32>(own, mass, n, 0, n, (double)a.f.flex.gamma,
+                                                 ATTNI_CU_SHARE, NULL);
+    const float over = attni_cu_ordered(attni_cu_order(c.key) + 1);
     uint32_t count;
-    const double all = (double)attni_cu_sum_from(own, own, n, ATTNI_NINF, 0, &count, NULL);
-    double sum = (double)attni_cu_sum_from(own, own, n, c.key, 1, &count, NULL);
+    const double all = (double)attni_cu_sum_from<32>(own, own, n, ATTNI_NINF, &count, NULL);
+    double sum = (double)attni_cu_sum_from<32>(own, own, n, over, &count, NULL);
     *need = c.above + c.ties;
     if (c.ties > 0) sum += c.ties * (double)c.key;
     return all > 0 ? sum / all : 0;
@@ -7300,7 +7312,7 @@ static __global__ void __launch_bounds__(1024)
     attni_cu_flex_choose(const __grid_constant__ attni_cu_pick a) {
     __shared__ attni_cu_sums s;
     __shared__ __align__(16) float mean[3 * ATTN_MAX_HEAD_DIM];
-    __shared__ double gamma[2];
+    __shared__ double gamma[2], js[32];
     const attni_cu_est e = a.est[blockIdx.z];
     const int32_t head = (int32_t)blockIdx.y, b = a.f.kv_block, coded = a.f.flex.compatible;
     if (e.seq < 0) return;
@@ -7334,14 +7346,14 @@ static __global__ void __launch_bounds__(1024)
         if (warp < 3) attni_cu_flex_softmax(own + warp * n, warp ? row + 1 : e.nb);
     }
     __syncthreads();
-    if (a.f.flex.tau > 0) aware = attni_cu_flex_aware(a, own, f + ATTNI_CU_ALL * n, e.nb);
+    if (a.f.flex.tau > 0) aware = attni_cu_flex_aware(a, own, f + ATTNI_CU_ALL * n, e.nb, js);
     if (warp < 2 && (coded || !aware)) {
         const float *x = f + (warp ? ATTNI_CU_SLASH : ATTNI_CU_COLS) * n;
         const int32_t want = aware ? attni_min32(least, e.nb) : n_of[warp];
         const attni_cu_cut c =
-            coded ? attni_cu_find_cut(x, NULL, e.nb, want, want, 0, 0, NULL)
-                  : attni_cu_find_cut(x, x, e.nb, least, most, (double)a.f.flex.gamma,
-                                      ATTNI_CU_SHARE, NULL);
+            coded ? attni_cu_find_cut<32>(x, NULL, e.nb, want, want, 0, 0, NULL)
+                  : attni_cu_find_cut<32>(x, x, e.nb, least, most, (double)a.f.flex.gamma,
+                                          ATTNI_CU_SHARE, NULL);
         attni_cu_keep_cut(x, e.nb, c, coded && warp ? e.nb - 1 : -1, bits + warp * words);
     } else if (aware && !coded && (warp == 1 || warp == 2)) {
         const double g = attni_cu_flex_gamma(a, own + warp * n, f + (ATTNI_CU_MASS + warp - 1) * n,
@@ -7420,11 +7432,12 @@ static __global__ void __launch_bounds__(1024)
     attni_cu_flex_choice *to = attni_cu_flex_chosen(a, blockIdx.z, (int32_t)blockIdx.y);
     if (!to->aware) return;
     const float *x = attni_cu_flex_floats(a, blockIdx.z, (int32_t)blockIdx.y, ATTNI_CU_FLEX_MAP);
-    const int64_t n = (int64_t)e.nb * e.nb, row0 = a.seq[e.seq].q_pos0 / a.f.kv_block;
+    const int64_t row0 = a.seq[e.seq].q_pos0 / a.f.kv_block;
     const int32_t visible = (int32_t)(((int64_t)e.nb * (e.nb + 1) - row0 * (row0 + 1)) / 2);
     const double part = (double)a.f.flex.gamma * (double)(e.nb - row0);
     // the entry that crosses stays out: the fewest that hold more than part, less one
-    attni_cu_cut c = attni_cu_find_cut(x, x, n, 0, visible, part, ATTNI_CU_STRICT, &s);
+    attni_cu_cut c = attni_cu_find_cut<1024>(x, x, e.nb * e.nb, 0, visible, part, ATTNI_CU_STRICT,
+                                             &s);
     if (c.ties > 0 && c.held) c.ties--;
     if (threadIdx.x == 0) to->map = c;
 }
@@ -7435,7 +7448,7 @@ ATTNI_DEV void attni_cu_flex_mapped(const float *map, int32_t nb, int32_t r,
     const float *own = map + (int64_t)r * nb;
     const int lane = (int)threadIdx.x & 31;
     attni_cu_cut mine = c;
-    for (int64_t i0 = 0; i0 < (int64_t)r * nb && mine.ties > 0; i0 += 32) { // equals, in their order
+    for (int64_t i0 = 0; i0 < (int64_t)r * nb && mine.ties > 0; i0 += 32) { // those of rows before
         const int64_t i = i0 + lane;
         mine.ties -= __popc(__ballot_sync(
             ~0u, i < (int64_t)r * nb && map[i] == c.key));
@@ -7474,8 +7487,8 @@ ATTNI_DEV int32_t attni_cu_flex_keep(const attni_cu_pick &a, const attni_cu_row_
         const int32_t n = w.block + 1, most = attni_min32((a.f.flex.max_budget - 1) / b + 1, n);
         int32_t least = (a.f.flex.min_budget - 1) / b + 1;
         if (w.block >= e.p0 / b) least = attni_max32(least, c->need[w.block > e.p0 / b]);
-        const attni_cu_cut k = attni_cu_find_cut(own, own, n, least, most,
-                                                 c->gamma, ATTNI_CU_SHARE, NULL);
+        const attni_cu_cut k =
+            attni_cu_find_cut<32>(own, own, n, least, most, c->gamma, ATTNI_CU_SHARE, NULL);
         attni_cu_keep_cut(own, n, k, -1, bits);
     }
     return w.block + 1 - q.kv_pos0 / b;
@@ -7483,7 +7496,7 @@ ATTNI_DEV int32_t attni_cu_flex_keep(const attni_cu_pick &a, const attni_cu_row_
 
 // `rows` list rows, the longest first. Shared memory: mean queries (rows, head_dim), e (rows,
 // n_blocks) where heads may be query-aware; bits (rows, words).
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256, 3)
     attni_cu_flex_write(const __grid_constant__ attni_cu_pick a, int rows, int words) {
     extern __shared__ __align__(256) uint8_t smem[];
     __shared__ attni_cu_row_of row[ATTNI_CU_FLEX_ROWS];
@@ -8947,7 +8960,8 @@ ATTNI_DEV void attni_cu_exact_block_mass(const attni_cu_pick &a, const attni_cu_
         for (int j = 0; j < 8; j++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                if (!(acc[0][j][i] == ATTNI_NINF)) l[i >> 1] += attni_exp2(acc[0][j][i] - m[i >> 1]);
+                if (!(acc[0][j][i] == ATTNI_NINF))
+                    l[i >> 1] += attni_exp2(acc[0][j][i] - m[i >> 1]);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -9513,13 +9527,13 @@ static attn_result attni_cu_flex_scan(const attn_cuda *c, attni_cu_pick *a, int 
     const int rows = a->mode && two + 9000 > c->smem_bytes ? ATTNI_CU_PICK_ROWS
                                                             : 2 * ATTNI_CU_PICK_ROWS;
     const int64_t tiles = attni_n_blocks((int64_t)a->group * b, rows) * a->d.n_kv_heads;
-    const int64_t per = attni_n_blocks(a->n_blocks * tiles, 4 * (int64_t)c->n_sm);
+    const int64_t wave = attni_max64(2 * (int64_t)c->n_sm / tiles, 1);
     const int64_t smem = !a->mode || rows == ATTNI_CU_PICK_ROWS ? a->tile_bytes : two;
     attn_result r;
     if (tiles > 65535) return ATTN_ERR_UNSUPPORTED;
     r = attni_cu_pick_launch(attni_cu_flex_cells,
-                             dim3((unsigned)attni_n_blocks(a->n_blocks, per), (unsigned)tiles, est),
-                             ATTNI_CU_PICK, smem, stream, *a, rows, (int)per);
+                             dim3((unsigned)attni_min64(a->n_blocks, wave), (unsigned)tiles, est),
+                             ATTNI_CU_PICK, smem, stream, *a, rows);
     if (r == ATTN_OK)
         r = attni_cu_pick_launch(attni_cu_flex_norm, dim3((unsigned)(b + 31) / 32, heads, est),
                                  1024, 0, stream, *a);
@@ -9549,6 +9563,8 @@ static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan
     attn_result r = ATTN_OK;
     while (rows > 1 && rows * (row_bytes + 4 * words) > c->smem_bytes / 4) rows /= 2;
     if (rows * (row_bytes + 4 * words) > c->smem_bytes - 2048) return ATTN_ERR_UNSUPPORTED;
+    if (coded && a->f.flex.tau > 0 && a->n_blocks > 46340) // its map is counted in 32 bits
+        return ATTN_ERR_UNSUPPORTED;
     attni_cu_pick_mode(c, &a->d, extra, a);
     if (coded) {
         attn_desc plain = a->d;
@@ -9560,7 +9576,7 @@ static attn_result attni_cu_flex_launch(const attn_cuda *c, const attn_cuda_plan
         (int64_t)a->x.row_capacity * b > a->f.dense_below) { // else every list is full
         r = attni_cu_flex_scan(c, a, extra, stream);
         if (r == ATTN_OK)
-            r = attni_cu_pick_launch(attni_cu_flex_choose, dim3(1, heads, est), coded ? 1024 : 256,
+            r = attni_cu_pick_launch(attni_cu_flex_choose, dim3(1, heads, est), coded ? 1024 : 512,
                                      0, stream, *a);
         if (r == ATTN_OK && a->f.flex.tau > 0 && coded) {
             r = attni_cu_pick_launch(attni_cu_flex_map,

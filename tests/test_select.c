@@ -129,6 +129,7 @@ static void make_problem(problem *p, test_rng *r, int kind, int family, int pref
     o.head_dim = o.v_head_dim = dims[test_below(r, 8)];
     o.k = o.v = types[test_below(r, 7)];
     o.q = (attn_dtype)(1 + test_below(r, 3));
+    if (o.k == ATTN_BF16 || test_below(r, 6) == 0) o.k = o.v = o.q = ATTN_BF16; // for its dot
     o.o = ATTN_F32;
     o.softcap = test_below(r, 6) == 0;
     o.sink = test_below(r, 6) == 0;
@@ -511,7 +512,9 @@ static attn_summary summarized(problem *p) {
 
 static void one(uint64_t seed, int kind, int family) {
     static const attn_cpu_isa isas[] = {ATTN_CPU_SCALAR, ATTN_CPU_AVX2, ATTN_CPU_AVX512,
-                                        ATTN_CPU_NEON, ATTN_CPU_WASM};
+                                        ATTN_CPU_AVX512_BF16, ATTN_CPU_AMX, ATTN_CPU_NEON,
+                                        ATTN_CPU_NEON_BF16, ATTN_CPU_WASM};
+    int dots;
     test_rng r;
     problem p;
     attn_select s;
@@ -525,11 +528,14 @@ static void one(uint64_t seed, int kind, int family) {
     make_select(&r, &p, kind, family == F_INTS, &s);
     if (!CHECK_EQ(attn_select_check(&p.d, &s), ATTN_OK)) tell(&p.d, &s, family, "refused");
     o = oracle_select(&p.d, &s, NULL, NULL);
+    dots = p.d.q.dtype == ATTN_BF16 && p.d.kv.k.dtype == ATTN_BF16; // else they add nothing
     if (kind == ATTN_SELECT_EXACT) y = summarized(&p);
     memory_open(&a, &p.d, &s);
     memory_open(&b, &p.d, &s);
     for (i = 0; i < sizeof isas / sizeof *isas; i++) {
-        if (!attn_cpu_has(isas[i])) continue;
+        const int dot = isas[i] == ATTN_CPU_AVX512_BF16 || isas[i] == ATTN_CPU_AMX ||
+                        isas[i] == ATTN_CPU_NEON_BF16;
+        if (!attn_cpu_has(isas[i]) || (dot && !dots)) continue;
         attn_cpu_set_isa(isas[i]);
         if (!CHECK_EQ(run(&p.d, &s, y.data ? &y : NULL, &a.x, 0), ATTN_OK)) break;
         compare(o, &a.x, family);
@@ -934,6 +940,7 @@ int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 8), i;
     const char *only = getenv("TEST_SELECT"); // one kind
     int kind, f;
+    attn_cpu_open();
     if (!only) parameter_errors();
     if (!only) hip_parameter_errors();
     if (!only) stage_errors();
