@@ -758,7 +758,8 @@ typedef struct attn_select {
     int32_t kv_block;  // tokens of a listed block (default 0: FLEX 128, EXACT 64, HIP 2, HIP3 8);
                        // FLEX: row_block = kv_block
     int32_t dense_below; // sequences with kv_len at most so many keep every block (default 0: none
-                         // but what a method says itself)
+                         // but what a method says itself; -1: as long as dense attention was
+                         // measured to be faster: FLEX 4096, HIP3 12288, else 8192)
     int32_t n_slots;     // rows of sequences that decode (default 0: they are like the others)
     int32_t max_rows;    // capacity in list rows for later problems (default 0: as described)
     int32_t max_kv_len;  // ... and in tokens, kv_pos0 included
@@ -792,6 +793,8 @@ typedef struct attn_selection {
     uint8_t *state;               // HIP: stage caches, private
     int32_t *seq_row;             // (n_seq) host memory
     int32_t row_capacity, max_rows, n_lists, n_slots, keep_sink, keep_recent;
+    int32_t keeps_all; // follow: by dense_below everything is kept, so select does nothing and the
+                       // mask has no lists (0: lists all the same)
     size_t state_bytes;
 } attn_selection;
 
@@ -1952,7 +1955,7 @@ ATTNI_FAR int attni_select_fill(const attn_select *s, attn_select *f) {
     const int flex = s->kind == ATTN_SELECT_FLEX, exact = s->kind == ATTN_SELECT_EXACT;
     *f = *s;
     if (!(hip || flex || exact) || (int)s->heads < 0 || s->heads > ATTN_SELECT_ALL) return 0;
-    if (s->row_block < 0 || s->kv_block < 0 || s->dense_below < 0) return 0;
+    if (s->row_block < 0 || s->kv_block < 0 || s->dense_below < -1) return 0;
     if (s->n_slots < 0 || s->max_rows < 0 || s->max_kv_len < 0) return 0;
     if (!f->heads)
         f->heads = exact                          ? ATTN_SELECT_GROUP
@@ -1961,6 +1964,8 @@ ATTNI_FAR int attni_select_fill(const attn_select *s, attn_select *f) {
     f->kv_block = attni_or(s->kv_block,
                            flex ? 128 : exact ? 64 : s->kind == ATTN_SELECT_HIP3 ? 8 : 2);
     f->row_block = attni_or(s->row_block, flex ? f->kv_block : 64);
+    if (s->dense_below < 0)
+        f->dense_below = flex ? 4096 : s->kind == ATTN_SELECT_HIP3 ? 12288 : 8192;
     if (flex) {
         if (!(s->flex.gamma >= 0 && s->flex.gamma <= 1) || !(s->flex.tau >= 0)) return 0;
         if (s->flex.min_budget < 0 || s->flex.max_budget < 0) return 0;
@@ -2909,19 +2914,22 @@ ATTN_DEF attn_result attn_selection_follow(const attn_desc *d, const attn_select
         if (d->q_start[i + 1] - d->q_start[i] == 1 && (own < 0 || own >= f.n_slots))
             return ATTN_ERR_BUFFER;
     }
+    x->keeps_all = 1;
     for (at = f.n_slots, i = 0; i < d->n_seq; i++) {
         int32_t n = attni_rows_of(d, f.row_block, i), p = attni_q_pos0(d, i);
         int decodes = f.n_slots && d->q_start[i + 1] - d->q_start[i] == 1;
         x->seq_row[i] = (int32_t)((decodes ? slot ? slot[i] : i : at) - p / f.row_block);
         if (!decodes) at += n;
+        if (n && d->kv.kv_len[i] > f.dense_below) x->keeps_all = 0;
     }
     return ATTN_OK;
 }
 
 ATTN_DEF void attn_selection_mask(const attn_selection *x, attn_mask *m) {
-    m->blocks = x->list;
-    m->keep_sink = x->keep_sink;
-    m->keep_recent = x->keep_recent;
+    memset(&m->blocks, 0, sizeof m->blocks);
+    if (!x->keeps_all) m->blocks = x->list;
+    m->keep_sink = x->keeps_all ? 0 : x->keep_sink;
+    m->keep_recent = x->keeps_all ? 0 : x->keep_recent;
 }
 
 // Keys that query t of sequence s sees with head.

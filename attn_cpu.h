@@ -7374,6 +7374,7 @@ ATTN_DEF attn_result attn_cpu_select(const attn_desc *d, const attn_select *s,
     if (!x || !x->block || !scratch || first < 0 || count < 0) return ATTN_ERR_ARGUMENT;
     if (x->list.device_entries) return ATTN_ERR_UNSUPPORTED;
     if (!attni_select_fits(d, &f, x)) return ATTN_ERR_STALE;
+    if (x->keeps_all) return ATTN_OK;
     if ((uintptr_t)scratch % 64) return ATTN_ERR_BUFFER;
     if (!d->q.data || !attni_is_float(d->q.dtype)) return ATTN_ERR_ARGUMENT;
     if (first > attni_select_units(d, &f) - count) return ATTN_ERR_ARGUMENT;

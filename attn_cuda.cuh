@@ -9831,6 +9831,7 @@ ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
     memset(&a, 0, sizeof a);
     if (!attni_select_fill(s, &a.f)) return ATTN_ERR_ARGUMENT;
     if (!attni_select_fits(d, &a.f, x)) return ATTN_ERR_STALE;
+    if (x->keeps_all) return ATTN_OK;
     if (attni_bad_cache(&d->kv)) return ATTN_ERR_ARGUMENT;
     if (!attni_cu_pick_supports(&a.f)) return ATTN_ERR_UNSUPPORTED;
     if ((r = attni_cu_pick_args(c, d, g, y, x, work, (int64_t)bytes, &a)) != ATTN_OK) return r;

@@ -119,6 +119,7 @@ static void choose(const attn_desc *d, const attn_select *s, const attn_summary 
     memset((uint8_t *)scratch + need, 0x5a, 64 - need % 64);
     CHECK(bytes > 0 && need > 0);
     CHECK_EQ(attn_selection_init(d, s, c->mem, bytes, c->seq_row, 0, &c->x), ATTN_OK);
+    c->x.keeps_all = 0; // lists all the same
     for (i = units - 1; i >= 0; i--)
         CHECK_EQ(attn_cpu_select(d, s, y, &c->x, i, 1, scratch), ATTN_OK);
     for (i = 0; i < (int64_t)(64 - need % 64); i++)

@@ -108,6 +108,7 @@ static void flex_run(const attn_desc *d, const attn_select *s, int32_t *seq_row,
     *scratch = flex_alloc(attn_cpu_select_scratch_bytes(d, s));
     CHECK(bytes > 0 && units > 0);
     CHECK_EQ(attn_selection_init(d, s, *mem, bytes, seq_row, 0, x), ATTN_OK);
+    x->keeps_all = 0; // lists all the same
     for (u = units; u-- > 0;) // any order
         CHECK_EQ(attn_cpu_select(d, s, NULL, x, u, 1, *scratch), ATTN_OK);
 }

@@ -169,6 +169,7 @@ static void lists_select(lists *l, const attn_desc *d, const attn_select *s, con
     uint8_t *scratch = (uint8_t *)zeroed(bytes + 64);
     memset(scratch, 0xa5, bytes + 64);
     CHECK_EQ(attn_selection_follow(d, s, slot, &l->x), ATTN_OK);
+    l->x.keeps_all = 0; // lists all the same
     CHECK_EQ(attn_cpu_select(d, s, NULL, &l->x, half, n - half, scratch), ATTN_OK);
     CHECK_EQ(attn_cpu_select(d, s, NULL, &l->x, 0, half, scratch), ATTN_OK);
     for (i = bytes; i < bytes + 64; i++) whole &= scratch[i] == 0xa5;

@@ -290,6 +290,7 @@ static void memory_open(memory *m, const attn_desc *d, const attn_select *s) {
     m->base = guarded(m->bytes);
     m->seq_row = (int32_t *)oracle_alloc((size_t)d->n_seq, 4);
     CHECK_EQ(attn_selection_init(d, s, m->base + GUARD, m->bytes, m->seq_row, 0, &m->x), ATTN_OK);
+    m->x.keeps_all = 0; // lists all the same
 }
 
 static void memory_close(memory *m) {
@@ -632,6 +633,7 @@ static void decode(uint64_t seed, int kind, int family) {
             int32_t f = step_forgets(&r, slots, s.n_slots, lists);
             if (f >= 0) CHECK_EQ(attn_cpu_select_forget(&m.x, f), ATTN_OK);
             CHECK_EQ(attn_selection_follow(&t.d, &s, slot, &m.x), ATTN_OK);
+            m.x.keeps_all = 0;
             CHECK_EQ(run(&t.d, &s, NULL, &m.x, n % 2), ATTN_OK);
             o = oracle_select(&t.d, &s, slot, slots);
             for (i = 0; i < p.d.n_seq; i++)
@@ -687,7 +689,7 @@ static void parameter_errors(void) {
     REFUSED(ATTN_SELECT_EXACT, s.heads = (attn_select_heads)-1);
     REFUSED(ATTN_SELECT_EXACT, s.row_block = -1);
     REFUSED(ATTN_SELECT_EXACT, s.kv_block = -1);
-    REFUSED(ATTN_SELECT_EXACT, s.dense_below = -1);
+    REFUSED(ATTN_SELECT_EXACT, s.dense_below = -2);
     REFUSED(ATTN_SELECT_EXACT, s.n_slots = -1);
     REFUSED(ATTN_SELECT_EXACT, s.max_rows = -1);
     REFUSED(ATTN_SELECT_EXACT, s.max_kv_len = -1);
@@ -917,6 +919,34 @@ static void dense_border(int kind) {
     problem_free(&p);
 }
 
+// As long as dense attention is faster there are no lists, and nothing is selected.
+static void dense_whole(int kind) {
+    problem p;
+    attn_desc d = plain_desc(&p);
+    attn_select s;
+    attn_mask mask;
+    memory m;
+    int32_t longest = 0, i;
+    memset(&s, 0, sizeof s);
+    s.kind = (attn_select_kind)kind;
+    for (i = 0; i < d.n_seq; i++) longest = attni_max32(longest, d.kv.kv_len[i]);
+    for (i = 0; i < 3; i++) {
+        const int dense = i < 2;
+        s.dense_below = i == 0 ? -1 : longest - !dense;
+        memory_open(&m, &d, &s);
+        CHECK_EQ(attn_selection_follow(&d, &s, NULL, &m.x), ATTN_OK);
+        CHECK_EQ(m.x.keeps_all, dense);
+        mask = d.mask;
+        mask.blocks = m.x.list, mask.keep_sink = mask.keep_recent = 7; // of a step before
+        attn_selection_mask(&m.x, &mask);
+        CHECK((mask.blocks.row_start == NULL) == dense);
+        if (dense) CHECK(!mask.keep_sink && !mask.keep_recent && !mask.blocks.block);
+        if (dense) CHECK_EQ(attn_cpu_select(&d, &s, NULL, &m.x, 0, 1, m.base), ATTN_OK);
+        memory_close(&m);
+    }
+    problem_free(&p);
+}
+
 // ---- all
 
 static void report(int kind) {
@@ -948,6 +978,7 @@ int main(int argc, char **argv) {
         if (only && strcmp(only, kinds[kind]) != 0) continue;
         call_errors((attn_select_kind)kind);
         dense_border(kind);
+        dense_whole(kind);
         for (i = 0; i < count; i++)
             for (f = 0; f < N_FAMILIES; f++) one(seed + i, kind, f);
         for (i = 0; i < count; i++)

@@ -48,6 +48,7 @@ static void held_open(held *m, const attn_desc *d, const attn_select *s) {
     m->seq_row2 = (int32_t *)oracle_alloc((size_t)d->n_seq, 4);
     CHECK_EQ(attn_selection_init(d, s, m->mem, m->bytes, m->seq_row, 1, &m->x), ATTN_OK);
     CHECK_EQ(attn_selection_init(d, s, m->copy, m->bytes, m->seq_row2, 0, &m->host), ATTN_OK);
+    m->x.keeps_all = 0; // lists all the same
     for (i = 0; i < s->n_slots; i++)
         CHECK_EQ(attn_cuda_select_forget(&cu, &m->x, i, dev_stream), ATTN_OK);
 }
@@ -188,6 +189,7 @@ static void cuda_decode(uint64_t seed, int kind, int family) {
             d.q.data = dev_alloc((size_t)t.q_start[p.d.n_seq] * (size_t)d.n_heads *
                                      (size_t)d.head_dim * element_bytes(d.q.dtype), t.d.q.data);
             CHECK_EQ(attn_selection_follow(&t.d, &on, slot, &m.x), ATTN_OK);
+            m.x.keeps_all = 0;
             o = oracle_select(&t.d, &s, slot, slots);
             if (held_run(&m, &d, &on, 1)) compare(o, &m.host, family);
             else tell(&p.d, &s, family, "a step");
