@@ -1107,6 +1107,7 @@ static int follow_batch(engine *e) {
     for (int32_t l = 0; l < e->m->n_layers; l++) {
         attn_result r = attn_selection_follow(&e->d, &e->select, e->slot, &e->lists[l]);
         if (r) return attn_failed("selecting", r);
+        e->lists[l].keeps_all = 0; /* lists all the same: what they keep is counted */
     }
     return e->on->follow(e);
 }
