@@ -816,8 +816,8 @@ ATTNI_TGT static void ATTNI_K(soft)(const attni_soft *a, const attni_row *row, i
 }
 
 // For FlexPrefill. Raw products of a row to the largest score m of keys [from, to), the sum l of
-// weights below it, and sums lo, hi of weights times what a->lo (up to key cut) and a->hi (from there
-// on) have for a key, from the tile of key `from` on (NULL: neither). out: m, l, lo, hi.
+// weights below it, and sums lo, hi of weights times what a->lo (up to key cut) and a->hi (from
+// there on) have for a key, from the tile of key `from` on (NULL: neither). out: m, l, lo, hi.
 ATTNI_TGT static void ATTNI_K(ramps)(const attni_ramps *a, float *s, int from, int to, int cut,
                                      float *out) {
     const V ninf = ATTNI_I(barrier)(ATTNI_I(asv)(ATTNI_I(uset1)(0xff800000u)));
@@ -1020,9 +1020,9 @@ ATTNI_TGT static void ATTNI_K(norms)(const float *tile, int dim, float *out) {
     }
 #endif
 static const attni_math ATTNI_K(math) = {ATTNI_ALL(qk), ATTNI_ALL(pv), ATTNI_K(soft),
-                                         ATTNI_K(ramps), ATTNI_I(fold_portable), ATTNI_I(finish_portable),
-                                         ATTNI_I(sums_portable), ATTNI_I(bounds_portable),
-                                         ATTNI_I(norms_portable)};
+                                         ATTNI_K(ramps), ATTNI_I(fold_portable),
+                                         ATTNI_I(finish_portable), ATTNI_I(sums_portable),
+                                         ATTNI_I(bounds_portable), ATTNI_I(norms_portable)};
 
 #undef ATTNI_ALL
 #undef ATTNI_MADD
@@ -3491,6 +3491,28 @@ static int32_t attni_row_mates(const attni_work *w, int32_t i) {
     return n;
 }
 
+// How many heads of the group from the h'th on go together for the task's token i: all of them, or
+// those whose gathered lists are the same.
+ATTNI_CALLED int32_t attni_head_mates(const attni_work *w, int32_t i, int32_t h) {
+    const attn_block_list *b = &w->d->mask.blocks;
+    const int32_t head = w->task->kv_head * w->group + h;
+    int64_t row, list, at, n;
+    int32_t k = 1;
+    if (!w->gathers || !w->per_head) return w->group;
+    row = attni_list_row(w->d, w->seq[i], w->pos[i]);
+    list = attni_list_of(w->d, b->n_lists, head);
+    at = attni_row_start(b, (int32_t)list, row);
+    n = attni_row_end(b, (int32_t)list, row) - at;
+    for (; h + k < w->group; k++) {
+        const int32_t other = attni_list_of(w->d, b->n_lists, head + k);
+        const int64_t from = attni_row_start(b, other, row);
+        if (attni_row_end(b, other, row) - from != n ||
+            (n && memcmp(b->block + at, b->block + from, 4 * (size_t)n) != 0))
+            break;
+    }
+    return k;
+}
+
 // ---- spans, in order
 
 // The next tokens [lo, hi) from k->pos on, none of them or all in the list. 0 at the end.
@@ -3501,9 +3523,12 @@ static int attni_walk_run(const attn_block_list *b, attni_walk *k, int64_t *lo, 
     while (k->e < k->end && (b->block[k->e] + (int64_t)1) * size <= pos) k->e++;
     block = k->e < k->end ? b->block[k->e] * size : k->stop;
     *listed = block <= rest;
-    if (*listed) {
+    if (*listed) { // with the blocks that follow it at once
+        int64_t e = k->e + 1;
         *lo = attni_max64(block, pos);
         *hi = attni_min64(block + size, k->stop);
+        for (; *hi - *lo < ATTN_SPAN && e < k->end && b->block[e] * size == *hi; e++)
+            *hi = attni_min64(*hi + size, k->stop);
     } else {
         *lo = rest;
         *hi = attni_min64(rest < k->sink ? k->sink : k->stop, attni_min64(block, k->stop));
@@ -3730,8 +3755,6 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                   hi = attni_at_least(x, (int64_t)q->kv_pos0 + q->kv_len);
     const int kscale = attni_is_scaled(w->k.dtype), vscale = attni_is_scaled(w->v.dtype);
     const int64_t k_step = w->k.k16 ? 4 : w->k.token_bytes;
-    const uint8_t *k_page = NULL, *v_page = NULL; // of the page met last, whose tokens end at next
-    int32_t page = -1, next = -1;
     int i, t;
     x->tiles = tiles;
     x->n_parts = 0;
@@ -3747,19 +3770,9 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                 x->ks[t] = x->vs[t] = 0;
             }
         for (t = t0; t < t1; t = end) { // up to the end of the tile, page or block
-            const int32_t j = x->at[t] - q->kv_pos0;
+            int32_t j = x->at[t] - q->kv_pos0, place = j % pt, page = attni_page_of(w->d, s, j);
             const uint8_t *k, *v, *look;
             int64_t look_step = w->k.token_bytes;
-            int32_t place;
-            if (j >= next) {
-                page = attni_page_of(w->d, s, j);
-                next = (j / pt + 1) * pt; // at most INT32_MAX, as kv_len is
-                if (page >= 0) {
-                    k_page = attni_page_data(&w->k, page) + attni_token_offset(&w->k, 0, head);
-                    v_page = attni_page_data(&w->v, page) + attni_token_offset(&w->v, 0, head);
-                }
-            }
-            place = j - (next - pt);
             end = attni_min32(t + attni_in_line(x, t, t1), t + (pt - place));
             if (page < 0) {
                 if (!looking) return ATTN_ERR_PAGE;
@@ -3771,8 +3784,8 @@ ATTNI_CALLED attn_result attni_find_rows(attni_work *w, uint32_t tiles, int look
                 continue;
             }
             if (w->k.k16) end = attni_min32(end, t + (16 - place % 16));
-            k = look = k_page + attni_token_offset(&w->k, place, 0);
-            v = v_page + attni_token_offset(&w->v, place, 0);
+            k = look = attni_page_data(&w->k, page) + attni_token_offset(&w->k, place, head);
+            v = attni_page_data(&w->v, page) + attni_token_offset(&w->v, place, head);
             if (w->k.k16) look_step = 4 * w->k_units;
             if (w->k.k16 && t == 16 * i && place % 16 == 0 && end == t1)
                 x->kt[i] = (const uint32_t *)(const void *)k;
@@ -3849,9 +3862,9 @@ ATTNI_CALLED attni_pv_fn attni_prepare_v(attni_work *w, const void **row, uint32
 static int attni_next_rows(const attni_work *w, attni_walk *k) {
     const attn_plan *p = w->p;
     const attn_task *t = w->then;
-    int32_t i = w->first + w->n_tokens, head = w->head, place, skip, s;
-    if (i == w->task->n_tokens) i = 0, head += w->n_heads;
-    if (head < (w->task->kv_head + 1) * w->group) {
+    int32_t i = w->first, head = w->head + w->n_heads, place, skip, s;
+    if (head == (w->task->kv_head + 1) * w->group) i += w->n_tokens, head -= w->group;
+    if (i < w->task->n_tokens) {
         attni_walk_start(w, k, w->task->segment, w->seq[i], w->pos[i], head);
         return 1;
     }
@@ -3979,8 +3992,10 @@ ATTNI_CALLED void attni_fetch_next(attni_work *w, int32_t part) {
     }
 }
 
-// Of these parts those of the scores; the weights have the rest.
-#define ATTNI_SCORES_PART(w) ((w)->x.qk_kind == ATTNI_F32 ? 48 : 24)
+// Of these parts those of the scores; where the dot makes them fast the weights have the rest.
+ATTNI_INLINE int32_t attni_scores_part(const attni_work *w) {
+    return w->x.qk_kind == ATTNI_F32 ? 64 : 24;
+}
 
 // Scores of rows r0 .. r1, 64 tokens at a time when there are many: their K stays in the
 // first-level cache. qk NULL: K is prepared here.
@@ -3988,9 +4003,8 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
     const attni_rows *x = &w->rows[0];
     const int few = w->n_rows <= ATTNI_FEW, here = !qk, n_panel = few ? ATTNI_TILES : 4;
     const int whole = w->k.k16; // packing has not asked for half of V
-    const int step = w->n_rows > ATTNI_ONE && w->x.qk_kind == ATTNI_F32 ? w->x.rb / 2 : w->x.rb;
     int64_t q_bytes = w->ldq * (w->x.qk_kind == ATTNI_IDOT ? 1 : 4);
-    int panel, i, r, turn, look, part = 0;
+    int panel, i, r, turn, look;
     for (panel = 0; panel < ATTNI_TILES; panel += n_panel) {
         uint32_t in = tiles & ((few ? 0xffffu : 15u) << panel);
         if (!in) continue;
@@ -3998,7 +4012,7 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
         // V of the same tokens, as much per unit of K as it takes
         look = w->n_rows > ATTNI_ONE || !w->v_dense
                    ? 0 : (int)((whole ? 16 : 8) * w->v.token_bytes / units);
-        for (r = w->r0; r < w->r1; r += step) {
+        for (r = w->r0; r < w->r1; r += w->x.rb) {
             const uint32_t *kt[ATTNI_TILES + 3];
             const uint8_t *ahead[ATTNI_TILES + 3];
             uint8_t col[ATTNI_TILES + 3];
@@ -4015,10 +4029,10 @@ ATTNI_CALLED void attni_scores(attni_work *w, attni_qk_fn qk, int units, uint32_
             for (i = n; n && i < n + 3; i++)
                 kt[i] = kt[n - 1], ahead[i] = ahead[n - 1], col[i] = col[n - 1];
             if (n)
-                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(step, w->r1 - r), kt,
+                qk((const uint8_t *)w->q + r * q_bytes, w->ldq, attni_min32(w->x.rb, w->r1 - r), kt,
                    ahead, look, col, n, units, w->s + (int64_t)(r - w->r0) * ATTNI_LDS);
-            attni_fetch_next(w, part += ATTNI_SCORES_PART(w) / 4 * step / w->x.rb);
         }
+        attni_fetch_next(w, attni_scores_part(w) / 4 * (panel / 4 + 1));
     }
 }
 
@@ -4056,8 +4070,9 @@ ATTNI_CALLED void attni_weights(attni_work *w) {
     const attn_logits *c = &w->d->logits;
     const int64_t at = w->rows[0].at[0];
     attni_soft a;
-    int32_t r, first = w->r0, few = w->n_rows > ATTNI_ONE ? 4 : w->n_rows;
-    const int32_t part = ATTNI_SCORES_PART(w);
+    const int32_t part = attni_scores_part(w);
+    const int32_t few = w->n_rows > ATTNI_ONE && part < 64 ? 4 : w->n_rows;
+    int32_t r, first = w->r0;
     a.k_scale = attni_is_scaled(w->k.dtype) ? w->rows[0].ks : NULL;
     a.v_scale = attni_is_scaled(w->v.dtype) ? w->rows[0].vs : NULL;
     a.scale = w->scale;
@@ -4251,13 +4266,12 @@ ATTNI_CALLED attn_result attni_run_rows(attni_work *w, float *partials) {
 }
 
 ATTNI_CALLED attn_result attni_run_task(attni_work *w, const attn_task *t, float *partials) {
-    const int32_t n_heads = w->gathers && w->per_head ? 1 : w->group;
     attn_result r = attni_load_tokens(w, t);
     int32_t h, i;
-    for (h = 0; h < w->group; h += n_heads)
-        for (i = 0; i < t->n_tokens && r == ATTN_OK; i += w->n_tokens) {
+    for (i = 0; i < t->n_tokens && r == ATTN_OK; i += w->n_tokens)
+        for (h = 0; h < w->group && r == ATTN_OK; h += w->n_heads) {
             attni_set_rows(w, i, w->gathers ? attni_row_mates(w, i) : t->n_tokens,
-                           t->kv_head * w->group + h, n_heads);
+                           t->kv_head * w->group + h, attni_head_mates(w, i, h));
             r = attni_run_rows(w, partials);
         }
     return r;
@@ -4697,8 +4711,8 @@ ATTNI_CALLED void attni_scan_rows(attni_scan *c, const void *q, int32_t nr) {
     }
     for (r = 0; r < nr; r += c->rb)
         c->qk((const uint32_t *)q + (int64_t)r * c->ldq, c->ldq, attni_min32(c->rb, nr - r), c->kt,
-              ahead,
-              c->few && c->k.k16 ? 64 : 0, own, c->n_tiles, c->qk_units, c->s + (int64_t)r * ATTNI_LDS);
+              ahead, c->few && c->k.k16 ? 64 : 0, own, c->n_tiles, c->qk_units,
+              c->s + (int64_t)r * ATTNI_LDS);
 }
 
 // Of c->q's rows [0, nr).
@@ -7766,6 +7780,7 @@ ATTN_DEF attn_result attn_cpu_delta_add(const attn_desc *d, int32_t s, int32_t s
 #undef ATTNI_COUNT
 #undef ATTNI_CPU_OPEN
 #undef ATTNI_EACH
+#undef ATTNI_EFFECT
 #undef ATTNI_F2
 #undef ATTNI_F5
 #undef ATTNI_GET

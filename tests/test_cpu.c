@@ -114,6 +114,56 @@ static void nan_values(attn_dtype type, int32_t dim, int mask) {
     problem_free(&p);
 }
 
+// A list per query head: of four, two are the same and a third differs in one block only.
+static void alike_lists(attn_dtype type) {
+    enum { ROWS = 40, MOST = 5 };
+    static int64_t start[4 * (ROWS + 1)];
+    static int32_t ids[4 * ROWS * MOST];
+    attn_block_list *b;
+    problem p;
+    problem_opts o;
+    test_rng r = {12};
+    int32_t h, i, j, n = 0;
+    int isa;
+    double ratio = 0;
+    float *out, *plain;
+    memset(&o, 0, sizeof o);
+    o.mask = M_CAUSAL;
+    o.phase = PREFILL, o.layout = ATTN_HEAD_MAJOR, o.page_tokens = 16;
+    o.n_seq = 1, o.n_heads = 4, o.n_kv_heads = 1, o.head_dim = 64, o.v_head_dim = 64;
+    o.k = o.v = o.q = o.o = type;
+    o.max_kv = 420;
+    do problem_make(&p, &o, &r);
+    while (p.d.kv.kv_len[0] <= 300 && (problem_free(&p), 1));
+    for (h = 0; h < 4; h++)
+        for (i = 0; i <= ROWS; i++) {
+            start[h * (ROWS + 1) + i] = n;
+            for (j = 0; i < ROWS && j < attni_min32(i, MOST - 1); j++) ids[n++] = j;
+            if (i < ROWS) ids[n++] = h == 2 && i > MOST ? i - 1 : h == 3 && i > 9 ? i - 2 : i;
+        }
+    b = &p.d.mask.blocks;
+    b->row_block = b->kv_block = 16;
+    b->n_lists = 4;
+    b->n_rows = ROWS;
+    b->row_start = start;
+    b->block = ids;
+    CHECK_EQ(attn_ref_forward(&p.d, p.ref, p.ref_lse), ATTN_OK);
+    out = (float *)malloc(4 * 256 * (size_t)p.n_tokens);
+    plain = (float *)malloc(4 * 256 * (size_t)p.n_tokens);
+    problem_plain(&p, plain);
+    for (isa = ATTN_CPU_SCALAR; isa < ATTN_CPU_ISA_COUNT; isa++) {
+        if (!attn_cpu_has((attn_cpu_isa)isa)) continue;
+        attn_cpu_set_isa((attn_cpu_isa)isa);
+        run(&p, 1);
+        problem_output(&p, out);
+        if (!CHECK(problem_accurate(&p, out, plain, 2, 4, &ratio)))
+            printf("  lists that are alike, %s: %g\n", attn_cpu_executor(&p.d), ratio);
+    }
+    free(out);
+    free(plain);
+    problem_free(&p);
+}
+
 int main(int argc, char **argv) {
     uint64_t seed = test_arg(argc, argv, 1, 1), count = test_arg(argc, argv, 2, 300), i;
     attn_cpu_open(); // AMX, where there is one
@@ -121,6 +171,8 @@ int main(int argc, char **argv) {
     nan_values(ATTN_F16, 128, M_CAUSAL);
     nan_values(ATTN_F16, 128, M_BLOCKS);
     nan_values(ATTN_BF16, 64, M_BLOCKS_HEADS);
+    alike_lists(ATTN_F32);
+    alike_lists(ATTN_BF16);
     for (i = 0; i < count; i++) one(seed + i);
     return TEST_END();
 }

@@ -853,8 +853,8 @@ static void list_table(const row *r, const char *only, double *total) {
 enum { N_TYPES = 3 };
 static const attn_dtype list_types[N_TYPES][2] = {{F16, F32}, {F16, BF16}, {BF16, BF16}};
 
-// GQA 4 on one KV head for prefill (a whole model's time is in proportion), 32/8 for decode (1: pages
-// of rows, 2: of tiles); bf16 alone on the best executor, AMX included.
+// GQA 4 on one KV head for prefill (a whole model's time is in proportion), 32/8 for decode (1:
+// pages of rows, 2: of tiles); bf16 alone on the best executor, AMX included.
 static row list_row(int n, int queries, int phase, int type) {
     row r = {"lists", SPEED, 128, 4, 1, 1, 0, 0, 0, F16, F32, 1, C_NONE, 0, 0, 0, PAGED};
     r.kv = n;
