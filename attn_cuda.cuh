@@ -207,7 +207,8 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
 // the uploaded mask had x's terms (else slot[s] is s). What outgrew the capacities keeps every
 // block, or has rows missing, and sets *c->error (ERR_BUFFER). HiP's slots must have been forgotten
 // once; landmarks and rope lie in device memory, and styles are computed in f32. ERR_UNSUPPORTED:
-// epsilon; more query rows of a list, or blocks that HiP chooses, than fit in shared memory.
+// epsilon; FLEX: kv_block > 4096, compatible with tau beyond 46340 blocks; more query rows of a
+// list, or blocks that HiP chooses, than fit in shared memory.
 ATTN_DEF attn_result attn_cuda_select(const attn_cuda *c, const attn_desc *d,
                                       const attn_cuda_plan *g, const attn_select *s,
                                       const attn_summary *y, const attn_selection *x, void *work,
@@ -6481,7 +6482,7 @@ typedef struct attni_cu_sums {
 typedef struct attni_cu_cut { // what is above key, and the first `ties` of what equals it
     float key;
     int32_t above, ties;
-    int32_t held;             // 1: that holds the part
+    int32_t held;             // 1: that holds the part (where values are their own weights)
 } attni_cu_cut;
 
 enum { ATTNI_CU_STRICT = 1, ATTNI_CU_SHARE = 2 }; // more than part; part is a share of the sum
@@ -6548,6 +6549,21 @@ ATTNI_DEV float attni_cu_sum_from(const float *v, const float *w, int32_t n, flo
     return attni_cu_warp_sum(s->sum[lane]);
 }
 
+// The largest of v's n values below limit.
+template <int TEAM>
+ATTNI_DEV float attni_cu_max_below(const float *v, int32_t n, float limit, attni_cu_sums *s) {
+    const int lane = (int)threadIdx.x & 31;
+    float most = ATTNI_NINF;
+    for (int32_t i = TEAM == 32 ? lane : (int)threadIdx.x; i < n; i += TEAM)
+        if (!(v[i] >= limit)) most = fmaxf(most, v[i]);
+    most = attni_cu_warp_max(most);
+    if (TEAM == 32) return most;
+    __syncthreads();
+    if (lane == 0) s->sum[threadIdx.x >> 5] = most;
+    __syncthreads();
+    return attni_cu_warp_max(s->sum[lane]);
+}
+
 ATTNI_DEV int attni_cu_holds(double sum, double part, int rule) {
     return rule & ATTNI_CU_STRICT ? sum > part : sum >= part;
 }
@@ -6559,8 +6575,8 @@ template <int TEAM>
 ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int32_t n, int32_t lo,
                                              int32_t hi, double part, int rule, attni_cu_sums *s) {
     attni_cu_cut c = {0, 0, 0, 0};
-    uint32_t key = 0, reached = (uint32_t)n, count;
-    double sum;
+    uint32_t key = 0, limit = ~0u, reached = (uint32_t)n, above = 0, count;
+    double sum, over = 0; // of what is at least limit, `above` values
     if (w && rule & ATTNI_CU_SHARE) {
         sum = (double)attni_cu_sum_from<TEAM>(v, w, n, ATTNI_NINF, &count, s);
         part *= sum;
@@ -6569,15 +6585,19 @@ ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int
             return c;
         }
     }
-    for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+    for (uint32_t bit = 0x80000000u; bit && reached - above != 1; bit >>= 1) {
         sum = (double)attni_cu_sum_from<TEAM>(v, w, n, attni_cu_ordered(key | bit), &count, s);
         if ((count >= (uint32_t)lo && w && attni_cu_holds(sum, part, rule)) ||
             count >= (uint32_t)hi)
             key |= bit, reached = count;
+        else
+            limit = key | bit, above = count, over = sum;
     }
     c.key = attni_cu_ordered(key);
-    sum = (double)attni_cu_sum_from<TEAM>(v, w, n, attni_cu_ordered(key + 1), &count, s);
-    c.above = (int32_t)count;
+    if (reached - above == 1) // the only one from key to limit
+        c.key = attni_cu_max_below<TEAM>(v, n, attni_cu_ordered(limit), s);
+    sum = over;
+    c.above = (int32_t)above;
     const int32_t most = attni_min32((int32_t)reached, hi) - c.above;
     c.ties = most;
     if (!w) return c;
@@ -6588,7 +6608,7 @@ ATTNI_DEV_FAR attni_cu_cut attni_cu_find_cut(const float *v, const float *w, int
         while (need < most && !attni_cu_holds(sum + need * each, part, rule)) need += 1;
         c.ties = attni_min32(most, attni_max32((int32_t)need, lo - c.above));
         sum += c.ties * each;
-    } else if (most > 0) { // equals of other weights, in their order
+    } else if (most > 1) { // equals of other weights, in their order
         int32_t m = 0;
         for (int32_t i = 0; i < n && m < most; i++) {
             if (!(v[i] == c.key)) continue;
@@ -7124,7 +7144,6 @@ ATTNI_DEV_FAR void attni_cu_mean(const attni_cu_pick &a, const attni_cu_run &w, 
     const int unit = wide ? 8 : 1, per = a.d.head_dim / unit; // lanes that a row takes
     const int turns = per < 32 ? 32 / per : 1, lane = (int)threadIdx.x & 31;
     const int own = per < 32 ? lane / per : 0;
-    const uint8_t *any = (const uint8_t *)(w.q ? (const void *)a.k.data : a.d.q.data);
     for (int c0 = 0; c0 < per; c0 += 32) {
         const int c = per < 32 ? lane % per : c0 + lane, works = own < turns && c < per;
         float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -7135,20 +7154,30 @@ ATTNI_DEV_FAR void attni_cu_mean(const attni_cu_pick &a, const attni_cu_run &w, 
             if (lane < n)
                 row = w.q ? attni_cu_key_at(a, *w.q, w.seq, w.head, w.first + i0 + lane, &scale)
                           : attni_cu_query_at(a, w.first + i0 + lane, w.head);
-#pragma unroll 8
-            for (int i = 0; i < n; i += turns) {
-                const uint8_t *from = (const uint8_t *)(uintptr_t)__shfl_sync(
-                    ~0u, (unsigned long long)(uintptr_t)row, (i + own) & 31);
-                const float f = __shfl_sync(~0u, scale, (i + own) & 31);
-                const int held = works && i + own < n && from;
-                if (wide) { // the loads of several rows are on their way at once
-                    uint4 y = *(const uint4 *)(const void *)((held ? from : any) +
-                                                             (held ? 2 * c * unit : 0));
-                    if (!held) y = make_uint4(0, 0, 0, 0);
-                    attni_cu_mean_add(y, t, f, x);
-                } else if (held) {
-                    x[0] += attni_cu_value_at(from, t, c) * f;
+            for (int i = 0; i < n; i += 8 * turns) { // eight loads are on their way at once
+                const uint8_t *from[8];
+                uint4 y[8];
+                float f[8];
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    const int r = i + k * turns + own;
+                    from[k] = (const uint8_t *)(uintptr_t)__shfl_sync(
+                        ~0u, (unsigned long long)(uintptr_t)row, r & 31);
+                    f[k] = __shfl_sync(~0u, scale, r & 31);
+                    if (!works || r >= n) from[k] = NULL;
                 }
+                if (!wide) {
+#pragma unroll
+                    for (int k = 0; k < 8; k++)
+                        if (from[k]) x[0] += attni_cu_value_at(from[k], t, c) * f[k];
+                    continue;
+                }
+#pragma unroll
+                for (int k = 0; k < 8; k++)
+                    y[k] = from[k] ? *(const uint4 *)(const void *)(from[k] + 16 * c)
+                                   : make_uint4(0, 0, 0, 0);
+#pragma unroll
+                for (int k = 0; k < 8; k++) attni_cu_mean_add(y[k], t, f[k], x);
             }
         }
         for (int s = 0; s < turns; s++) { // in order: the sum does not depend on timing
