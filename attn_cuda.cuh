@@ -7451,8 +7451,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
     __shared__ int32_t limit[ATTNI_CU_PICK_ROWS], top, n_q;
     const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
     const int32_t x = w.n_rows - 1 - (int32_t)blockIdx.x, kv_head = blockIdx.y % a.d.n_kv_heads;
-    const int32_t part = (int32_t)blockIdx.y / a.d.n_kv_heads, block = a.f.hip.block;
-    const int32_t seq = a.row_of[w.row0 + x].seq, stride = LAST ? 1 : a.f.hip.k_stride;
+    const int32_t part = (int32_t)blockIdx.y / a.d.n_kv_heads, seq = a.row_of[w.row0 + x].seq;
+    const uint32_t block = (uint32_t)a.f.hip.block, stride = LAST ? 1 : a.f.hip.k_stride;
     int64_t b0 = 0;
     if (seq < 0 || (x % each && a.row_of[w.row0 + x - 1].seq == seq)) return;
     const attn_plan_seq q = a.seq[seq];
@@ -7503,24 +7503,25 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
         }
         attni_cu_products(a, acc, smem, attni_smem(k_tile), q_row, n_q, keys.row[0]);
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            const int r = row0 + 4 * i;
+        for (int j = 0; j < 8; j++) { // two keys, often of one block, and two rows
+            const int c = 8 * j + 2 * (lane & 3);
+            const uint32_t from = (uint32_t)(t * ATTNI_CU_PICK_KEYS + c), of = from / block;
+            const uint32_t place = from - of * block, apart = place + 1 == block;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float best = ATTNI_NINF;
-                int64_t at = -1;
+            for (int i = 0; i < 4; i += 2) {
+                const int32_t last = limit[row0 + 4 * i] - (int32_t)(b0 * block + from);
+                float v[2];
 #pragma unroll
-                for (int e = 0; e < 2; e++) { // two keys, often of one block
-                    const int c = 8 * j + 2 * (lane & 3) + e;
-                    const int64_t from = t * ATTNI_CU_PICK_KEYS + c, of = from / block;
-                    const float v = (a.flip ? -acc[j][i + e] : acc[j][i + e]) * keys.scale[0][c];
-                    if (of != at && best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
-                    if (of != at) best = ATTNI_NINF, at = of;
-                    if (keys.row[0][c] && b0 * block + from <= limit[r] &&
-                        (from - of * block) % stride == 0)
-                        best = fmaxf(best, v);
+                for (int e = 0; e < 2; e++) {
+                    const int scores = last >= e && keys.row[0][c + e] &&
+                                       (apart && e ? 0 : place + e) % stride == 0;
+                    v[e] = (a.flip ? -acc[j][i + e] : acc[j][i + e]) * keys.scale[0][c + e];
+                    v[e] = scores && v[e] == v[e] ? v[e] : ATTNI_NINF;
                 }
-                if (best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
+                if (!apart) v[0] = fmaxf(v[0], v[1]);
+                if (v[0] > ATTNI_NINF) atomicMax(out[row0 + 4 * i] + of, attni_cu_order(v[0]));
+                if (apart && v[1] > ATTNI_NINF)
+                    atomicMax(out[row0 + 4 * i] + of + 1, attni_cu_order(v[1]));
             }
         }
     }
@@ -8347,7 +8348,8 @@ static attn_result attni_cu_pick_launch(void (*kernel)(const attni_cu_pick, T...
                                         int threads, int64_t smem, attn_cuda_stream stream,
                                         const attni_cu_pick &a, T... more) {
     if (!grid.x || !grid.y || !grid.z) return ATTN_OK;
-    if (smem > 48000 && cudaFuncSetAttribute((const void *)kernel,
+    // what kernels have besides counts, too
+    if (smem > 32768 && cudaFuncSetAttribute((const void *)kernel,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              (int)smem) != cudaSuccess)
         return ATTN_ERR_UNSUPPORTED;
@@ -8453,7 +8455,7 @@ static attn_result attni_cu_hip2_launch(const attn_cuda *c, attni_cu_pick *a,
                                         const attni_cu_hip_kernels *k, attn_cuda_stream stream) {
     const attn_hip *h = &a->f.hip;
     const int32_t lanes = h->head_group, heads = a->f.heads == ATTN_SELECT_EACH ? 1 : a->group;
-        const unsigned lists = (unsigned)(a->x.n_lists / lanes);
+    const unsigned lists = (unsigned)(a->x.n_lists / lanes);
     const int64_t most = (int64_t)(h->keep / h->block) * lanes;
     attni_cu_hip_grid w;
     attn_result r = ATTN_OK;
