@@ -6749,6 +6749,43 @@ typedef struct attni_cu_hip_turns { // of two keys; which come after how many ro
     int32_t skip[2];
 } attni_cu_hip_turns;
 
+// Of the largest products of a lane's rows with columns 2 (lane % 4) + e of 8 h, best[h][e], what
+// the lane gets of all rows: each passes on what is not its own.
+ATTNI_DEV float attni_cu_hip_over_rows(const float best[2][2]) {
+    const int lane = (int)threadIdx.x & 31;
+    const int h = lane >> 2 & 1, e = lane >> 3 & 1;
+    const float even = fmaxf(h ? best[1][0] : best[0][0],
+                             __shfl_xor_sync(~0u, h ? best[0][0] : best[1][0], 4));
+    const float odd = fmaxf(h ? best[1][1] : best[0][1],
+                            __shfl_xor_sync(~0u, h ? best[0][1] : best[1][1], 4));
+    const float m = fmaxf(e ? odd : even, __shfl_xor_sync(~0u, e ? even : odd, 8));
+    return fmaxf(m, __shfl_xor_sync(~0u, m, 16));
+}
+
+// attni_cu_hip_score in f32.
+ATTNI_DEV float attni_cu_hip_score_f32(const attni_cu_pick &a, const uint8_t *q, int n,
+                                       const uint8_t *const key[2], const int32_t *limit,
+                                       const int32_t pos[2], const attni_cu_hip_turns *turns) {
+    const int lane = (int)threadIdx.x & 31;
+    float m[2] = {ATTNI_NINF, ATTNI_NINF};
+    for (int r = lane & 3; r < 32 * n; r += 4) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float *turn = turns ? turns->turn[h] : NULL;
+            const float *y = (const float *)(const void *)q +
+                             (r + (turns ? turns->skip[h] : 0)) * a.d.head_dim;
+            float c = 0;
+            for (int e = 0; e < a.d.head_dim && key[h]; e++)
+                c = __fmaf_rn(y[e], attni_cu_hip_element(a, key[h], a.k.dtype, e, turn), c);
+            if (!limit || pos[h] <= limit[r]) m[h] = fmaxf(m[h], c);
+        }
+    }
+    const int from = 4 * (2 * (lane & 3) + (lane >> 3 & 1));
+    m[0] = __shfl_sync(~0u, attni_quad_max(m[0]), from);
+    m[1] = __shfl_sync(~0u, attni_quad_max(m[1]), from);
+    return lane & 4 ? m[1] : m[0];
+}
+
 // The largest product of a key with 32 n rows, of 16 keys: the lane's are lane / 4 of each 8 (NULL:
 // anything), what it gets is of 8 h + 2 (lane % 4) + e, h and e the bits above. With limits only of
 // rows r that see the key: pos <= limit[r]. turns: in f32, or NULL.
@@ -6756,8 +6793,8 @@ template <int BF, int NQ>
 ATTNI_DEV float attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int n, int low,
                                    const uint8_t *const key[2], const int32_t *limit,
                                    const int32_t pos[2], const attni_cu_hip_turns *turns) {
-    const int lane = (int)threadIdx.x & 31;
     if constexpr (NQ > 0) {
+        const int lane = (int)threadIdx.x & 31;
         uint32_t x[2][NQ][4], at = attni_smem(q) + (uint32_t)(16 * lane);
         float best[2][2] = {{ATTNI_NINF, ATTNI_NINF}, {ATTNI_NINF, ATTNI_NINF}};
 #pragma unroll
@@ -6799,32 +6836,9 @@ ATTNI_DEV float attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int
                 best[i >> 2 & 1][i & 1] = fmaxf(best[i >> 2 & 1][i & 1],
                                                 c[i >> 3][i >> 2 & 1][i & 3]);
         }
-        // over the lanes' rows, each of which passes on what is not its own
-        const int h = lane >> 2 & 1, e = lane >> 3 & 1;
-        const float even = fmaxf(h ? best[1][0] : best[0][0],
-                                 __shfl_xor_sync(~0u, h ? best[0][0] : best[1][0], 4));
-        const float odd = fmaxf(h ? best[1][1] : best[0][1],
-                                __shfl_xor_sync(~0u, h ? best[0][1] : best[1][1], 4));
-        const float m = fmaxf(e ? odd : even, __shfl_xor_sync(~0u, e ? even : odd, 8));
-        return fmaxf(m, __shfl_xor_sync(~0u, m, 16));
+        return attni_cu_hip_over_rows(best);
     } else {
-        float m[2] = {ATTNI_NINF, ATTNI_NINF};
-        for (int r = lane & 3; r < 32 * n; r += 4) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float *turn = turns ? turns->turn[h] : NULL;
-                const float *y = (const float *)(const void *)q +
-                                 (r + (turns ? turns->skip[h] : 0)) * a.d.head_dim;
-                float c = 0;
-                for (int e = 0; e < a.d.head_dim && key[h]; e++)
-                    c = __fmaf_rn(y[e], attni_cu_hip_element(a, key[h], a.k.dtype, e, turn), c);
-                if (!limit || pos[h] <= limit[r]) m[h] = fmaxf(m[h], c);
-            }
-        }
-        const int from = 4 * (2 * (lane & 3) + (lane >> 3 & 1));
-        m[0] = __shfl_sync(~0u, attni_quad_max(m[0]), from);
-        m[1] = __shfl_sync(~0u, attni_quad_max(m[1]), from);
-        return lane & 4 ? m[1] : m[0];
+        return attni_cu_hip_score_f32(a, q, n, key, limit, pos, turns);
     }
 }
 
