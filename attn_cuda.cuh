@@ -7740,16 +7740,52 @@ typedef struct attni_cu_hip_turns { // of two keys; which come after how many ro
     int32_t skip[2];
 } attni_cu_hip_turns;
 
-// m: the largest product of each of the lane's two keys (lane / 4 of each 8; NULL: anything) with
-// 32 n rows; with limits only of rows r that see it: pos <= limit[r]. turns: in f32, or NULL.
-template <int BF, int NQ>
-ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int n, int low,
-                                  const uint8_t *const key[2], const int32_t *limit,
-                                  const int32_t pos[2], const attni_cu_hip_turns *turns,
-                                  float m[2]) {
+// Of the largest products of a lane's rows with columns 2 (lane % 4) + e of 8 h, best[h][e], what
+// the lane gets of all rows: each passes on what is not its own.
+ATTNI_DEV float attni_cu_hip_over_rows(const float best[2][2]) {
     const int lane = (int)threadIdx.x & 31;
-    m[0] = m[1] = ATTNI_NINF;
+    const int h = lane >> 2 & 1, e = lane >> 3 & 1;
+    const float even = fmaxf(h ? best[1][0] : best[0][0],
+                             __shfl_xor_sync(~0u, h ? best[0][0] : best[1][0], 4));
+    const float odd = fmaxf(h ? best[1][1] : best[0][1],
+                            __shfl_xor_sync(~0u, h ? best[0][1] : best[1][1], 4));
+    const float m = fmaxf(e ? odd : even, __shfl_xor_sync(~0u, e ? even : odd, 8));
+    return fmaxf(m, __shfl_xor_sync(~0u, m, 16));
+}
+
+// attni_cu_hip_score in f32.
+ATTNI_DEV float attni_cu_hip_score_f32(const attni_cu_pick &a, const uint8_t *q, int n,
+                                       const uint8_t *const key[2], const int32_t *limit,
+                                       const int32_t pos[2], const attni_cu_hip_turns *turns) {
+    const int lane = (int)threadIdx.x & 31;
+    float m[2] = {ATTNI_NINF, ATTNI_NINF};
+    for (int r = lane & 3; r < 32 * n; r += 4) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const float *turn = turns ? turns->turn[h] : NULL;
+            const float *y = (const float *)(const void *)q +
+                             (r + (turns ? turns->skip[h] : 0)) * a.d.head_dim;
+            float c = 0;
+            for (int e = 0; e < a.d.head_dim && key[h]; e++)
+                c = __fmaf_rn(y[e], attni_cu_hip_element(a, key[h], a.k.dtype, e, turn), c);
+            if (!limit || pos[h] <= limit[r]) m[h] = fmaxf(m[h], c);
+        }
+    }
+    const int from = 4 * (2 * (lane & 3) + (lane >> 3 & 1));
+    m[0] = __shfl_sync(~0u, attni_quad_max(m[0]), from);
+    m[1] = __shfl_sync(~0u, attni_quad_max(m[1]), from);
+    return lane & 4 ? m[1] : m[0];
+}
+
+// The largest product of a key with 32 n rows, of 16 keys: the lane's are lane / 4 of each 8 (NULL:
+// anything), what it gets is of 8 h + 2 (lane % 4) + e, h and e the bits above. With limits only of
+// rows r that see the key: pos <= limit[r]. turns: in f32, or NULL.
+template <int BF, int NQ>
+ATTNI_DEV float attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int n, int low,
+                                   const uint8_t *const key[2], const int32_t *limit,
+                                   const int32_t pos[2], const attni_cu_hip_turns *turns) {
     if constexpr (NQ > 0) {
+        const int lane = (int)threadIdx.x & 31;
         uint32_t x[2][NQ][4], at = attni_smem(q) + (uint32_t)(16 * lane);
         float best[2][2] = {{ATTNI_NINF, ATTNI_NINF}, {ATTNI_NINF, ATTNI_NINF}};
 #pragma unroll
@@ -7791,29 +7827,9 @@ ATTNI_DEV void attni_cu_hip_score(const attni_cu_pick &a, const uint8_t *q, int 
                 best[i >> 2 & 1][i & 1] = fmaxf(best[i >> 2 & 1][i & 1],
                                                 c[i >> 3][i >> 2 & 1][i & 3]);
         }
-#pragma unroll
-        for (int h = 0; h < 2; h++) { // over rows, then from columns to the keys' lanes
-            for (int i = 4; i < 32; i *= 2)
-                for (int e = 0; e < 2; e++)
-                    best[h][e] = fmaxf(best[h][e], __shfl_xor_sync(~0u, best[h][e], i));
-            const float even = __shfl_sync(~0u, best[h][0], lane >> 3);
-            const float odd = __shfl_sync(~0u, best[h][1], lane >> 3);
-            m[h] = lane & 4 ? odd : even;
-        }
+        return attni_cu_hip_over_rows(best);
     } else {
-        for (int r = lane & 3; r < 32 * n; r += 4) {
-            for (int h = 0; h < 2; h++) {
-                const float *turn = turns ? turns->turn[h] : NULL;
-                const float *y = (const float *)(const void *)q +
-                                 (r + (turns ? turns->skip[h] : 0)) * a.d.head_dim;
-                float c = 0;
-                for (int e = 0; e < a.d.head_dim && key[h]; e++)
-                    c = __fmaf_rn(y[e], attni_cu_hip_element(a, key[h], a.k.dtype, e, turn), c);
-                if (!limit || pos[h] <= limit[r]) m[h] = fmaxf(m[h], c);
-            }
-        }
-        m[0] = attni_quad_max(m[0]);
-        m[1] = attni_quad_max(m[1]);
+        return attni_cu_hip_score_f32(a, q, n, key, limit, pos, turns);
     }
 }
 
@@ -7950,7 +7966,7 @@ typedef struct attni_cu_hip_rows { // a list row in shared memory
     uint32_t *bits;            // blocks listed
     const uint32_t *all;       // S of eligible blocks of the first list, or NULL
     int32_t b0, n, w, next;    // eligible blocks; HIP1: the grid, the one after it
-    int32_t n_groups;
+    int32_t n_groups, per;     // keys of a block that score
 } attni_cu_hip_rows;
 
 ATTNI_DEV uint64_t attni_cu_hip_hash(uint64_t seed, uint64_t a, uint64_t c) {
@@ -8058,10 +8074,10 @@ ATTNI_DEV void attni_cu_hip2_split(const attni_cu_pick &a, const attni_cu_hip_ro
     }
 }
 
-// What stands for the children and, until they are scored, their keys. Their number, of the
-// thread's.
-ATTNI_DEV int attni_cu_hip2_children(const attni_cu_pick &a, const attni_cu_hip_rows &x,
-                                     int64_t m) {
+// What stands for the children and, until they are scored, their keys. Their number, and that of
+// those to be scored, of the thread's.
+ATTNI_DEV int attni_cu_hip2_children(const attni_cu_pick &a, const attni_cu_hip_rows &x, int64_t m,
+                                     int *visited) {
     const uint32_t none = attni_cu_order(ATTNI_NINF);
     int there = 0;
     for (int i = (int)threadIdx.x; i < x.n_groups; i += (int)blockDim.x) {
@@ -8084,43 +8100,69 @@ ATTNI_DEV int attni_cu_hip2_children(const attni_cu_pick &a, const attni_cu_hip_
                 if (rep == g.rep) key = g.key, rep = -1 - rep;
             }
             x.rep[2 * i + c] = rep, x.key[2 * i + c] = key;
+            *visited += rep >= 0;
         }
     }
     return there;
 }
 
-// Scores of the children that are to be scored, for a set of heads; lane: of a list alone, -1: all.
-// A warp takes 16 keys at a time.
+// Where key i of the children's lies (NULL: not to be scored), its position.
+template <int BF, int NQ>
+ATTNI_DEV const uint8_t *attni_cu_hip2_key(const attni_cu_pick &a, const attni_cu_hip_block &b,
+                                           const attni_cu_hip_rows &x, int32_t only, int i,
+                                           int32_t *pos, float *scale) {
+    const int of = x.per == 1 ? i : x.per == 2 ? i >> 1 : i / x.per;
+    *pos = 0, *scale = 0;
+    if (of >= 2 * x.n_groups) return NULL;
+    const int32_t rep = x.rep[of];
+    if (rep < 0 || (only >= 0 && x.group[of >> 1].lane != only)) return NULL;
+    *pos = rep * a.f.hip.block + (i - of * x.per) * a.f.hip.k_stride;
+    return attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)*pos, scale);
+}
+
+// Scores of the children that are to be scored, for a set of heads; only: of a list alone, -1: all.
+// A lane of a warp looks for one of 32 keys, while those before are multiplied, 16 at a time.
 template <int BF, int NQ>
 ATTNI_DEV void attni_cu_hip2_scores(const attni_cu_pick &a, const attni_cu_hip_block &b,
                                     const attni_cu_hip_rows &x, int rows, int32_t only) {
-    const int lane = (int)threadIdx.x & 31, block = a.f.hip.block;
-    const int stride = attni_min32(a.f.hip.k_stride, block), per = (block + stride - 1) / stride;
-    const int n = 2 * x.n_groups * per;
+    const int lane = (int)threadIdx.x & 31, mine = 8 * (lane >> 2 & 1) + 2 * (lane & 3) +
+                                                   (lane >> 3 & 1);
+    const int n = 2 * x.n_groups * x.per;
     const int32_t seen = (int32_t)(b.p_min - attni_cu_hip_late(a)); // by all rows
-    for (int t = (int)threadIdx.x >> 5; 16 * t < n; t += (int)blockDim.x >> 5) {
-        const uint8_t *key[2];
-        int32_t pos[2], of[2];
-        float scale[2], m[2];
+    int i = (int)(threadIdx.x & ~31u);
+    int32_t next_pos;
+    float next_scale;
+    const uint8_t *next = attni_cu_hip2_key<BF, NQ>(a, b, x, only, i + lane, &next_pos,
+                                                    &next_scale);
+    for (; i < n; i += (int)blockDim.x) {
+        const uint8_t *now = next;
+        const int32_t at = next_pos, all = __all_sync(~0u, at <= seen);
+        const float scale_now = next_scale;
+        next = attni_cu_hip2_key<BF, NQ>(a, b, x, only, i + (int)blockDim.x + lane, &next_pos,
+                                         &next_scale);
+        for (int d = 0; d < 64 * NQ && next; d += 128) attni_prefetch(next + d);
+#pragma unroll 1
+        for (int j = 0; j < 32; j += 16) {
+            const uint8_t *key[2];
+            int32_t pos[2] = {0, 0};
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int i = 16 * t + 8 * h + (lane >> 2);
-            of[h] = i >= n ? 0 : per == 1 ? i : per == 2 ? i >> 1 : i / per;
-            int32_t rep = i < n ? x.rep[of[h]] : -1;
-            if (only >= 0 && x.group[of[h] >> 1].lane != only) rep = -1;
-            pos[h] = rep < 0 ? 0 : rep * block + (i - of[h] * per) * stride;
-            key[h] = NULL, scale[h] = 0;
-            if (rep >= 0) key[h] = attni_cu_hip_key<(NQ > 0)>(a, b, (uint32_t)pos[h], &scale[h]);
+            for (int h = 0; h < 2; h++) {
+                const int from = j + 8 * h + (lane >> 2);
+                key[h] = (const uint8_t *)__shfl_sync(~0u, (unsigned long long)now, from);
+                if (!all) pos[h] = __shfl_sync(~0u, at, from);
+            }
+            if (!__any_sync(~0u, key[0] || key[1])) continue;
+            const float m = attni_cu_hip_score<BF, NQ>(a, x.q, rows, 0, key, all ? NULL : x.limit,
+                                                       pos, NULL);
+            const int is = __shfl_sync(~0u, now != NULL, j + mine);
+            const float scale = NQ ? a.scale : __shfl_sync(~0u, scale_now, j + mine);
+            const int of = i + j + mine;
+            if (is && lane < 16)
+                attni_shared_max(attni_smem(x.key + (x.per == 1   ? of
+                                                     : x.per == 2 ? of >> 1
+                                                                  : of / x.per)),
+                                 attni_cu_order(attni_cu_hip_value(m, x.q, scale)));
         }
-        if (!__any_sync(~0u, key[0] || key[1])) continue;
-        const int all = __all_sync(~0u, attni_max32(pos[0], pos[1]) <= seen);
-        attni_cu_hip_score<BF, NQ>(a, x.q, rows, 0, key, all ? NULL : x.limit, pos, NULL,
-                                   m);
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-            if (key[h] && (lane & 3) == 0)
-                attni_shared_max(attni_smem(x.key + of[h]),
-                                 attni_cu_order(attni_cu_hip_value(m[h], key[h], scale[h])));
     }
 }
 
@@ -8158,14 +8200,13 @@ ATTNI_DEV int attni_cu_hip2_keep(const attni_cu_pick &a, attni_cu_hip_rows *x, i
     return __syncthreads_or(open);
 }
 
-// The rounds of either generation; b's set is left anywhere. Keys read.
+// The rounds of either generation; b (in shared memory) is left with any set. Keys read.
 template <int BF, int NQ>
-ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_block b,
+ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_block &b,
                                        const attni_cu_hip_grid &w, int32_t row,
                                        attni_cu_hip_rows *x) {
     const attn_hip &h = a.f.hip;
     const int first = a.f.kind == ATTN_SELECT_HIP1, lanes = h.head_group, k = h.keep / h.block;
-    const int stride = attni_min32(h.k_stride, h.block);
     int rows = 0, visited = 0;
     uint32_t all;
     x->n_groups = k * lanes, x->w = k;
@@ -8179,15 +8220,19 @@ ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_bloc
     for (int open = 1; open;) {
         int want = k * lanes, there, score = 1;
         x->next = (int32_t)attni_min64(2 * (int64_t)x->w, x->n);
-        there = attni_cu_hip2_children(a, *x, b.m);
-        attni_cu_count_before((uint32_t)there, &all);
-        there = (int)all;
-        if (first) {
+        const int before = visited;
+        there = attni_cu_hip2_children(a, *x, b.m, &visited);
+        if (!first) {
+            there = INT32_MAX; // more than stay: one of k groups can be split
+        } else {
+            attni_cu_count_before((uint32_t)there, &all);
+            there = (int)all;
             want = (int)attni_max64(h.patches / h.block, (int64_t)k * x->next / x->n);
             score = there > want;
         }
         for (int set = 0; set < w.n_sets && score; set++) {
-            attni_cu_hip_set(a, set, &b);
+            __syncthreads();
+            if (threadIdx.x == 0) attni_cu_hip_set(a, set, &b);
             __syncthreads();
             if (w.n_sets > 1 || !rows) {
                 rows = attni_cu_hip2_queries<BF, NQ>(a, w, b, row, x->q, x->limit);
@@ -8196,9 +8241,8 @@ ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_bloc
             attni_cu_hip2_scores<BF, NQ>(a, b, *x, rows, lanes > 1 ? set : -1);
         }
         __syncthreads();
-        for (int i = (int)threadIdx.x; i < 2 * x->n_groups && score; i += (int)blockDim.x)
-            visited += x->rep[i] >= 0;
-        if (first && !score) // what they were is what they stay
+        if (!score) visited = before;
+        if (!score) // what they were is what they stay
             for (int i = (int)threadIdx.x; i < 2 * x->n_groups; i += (int)blockDim.x)
                 if (x->key[i]) x->key[i] = x->group[i / 2].key;
         open = attni_cu_hip2_keep(a, x, there, want);
@@ -8208,7 +8252,7 @@ ATTNI_DEV int32_t attni_cu_hip2_rounds(const attni_cu_pick &a, attni_cu_hip_bloc
     for (int i = (int)threadIdx.x; i < x->n_groups && first; i += (int)blockDim.x)
         x->group[i].start += x->b0;
     attni_cu_count_before((uint32_t)visited, &all);
-    return (int32_t)all * ((h.block + stride - 1) / stride) / lanes;
+    return (int32_t)all * x->per / lanes;
 }
 
 // Sets bits of the eligible blocks from number `from` to `to`.
@@ -8330,9 +8374,12 @@ static __global__ void __launch_bounds__(512)
     const attn_hip &h = a.f.hip;
     const int32_t row = w.row0 + w.n_rows - 1 - (int32_t)blockIdx.x; // the longest first
     const int k = h.keep / h.block, lanes = h.head_group, most = k * lanes;
-    attni_cu_hip_block b;
+    __shared__ attni_cu_hip_block b; // registers are short
     attni_cu_hip_rows x;
-    if (!attni_cu_hip_focus(a, row, (int32_t)blockIdx.y * lanes, attni_cu_hip_span(a), &b)) return;
+    int found = 0;
+    if (threadIdx.x == 0)
+        found = attni_cu_hip_focus(a, row, (int32_t)blockIdx.y * lanes, attni_cu_hip_span(a), &b);
+    if (!__syncthreads_or(found)) return;
     const int dense = b.kv_end - b.kv_pos0 <= a.f.dense_below;
     int64_t b0;
     x.n = (int32_t)attni_cu_hip_eligible(a, b, &b0);
@@ -8355,10 +8402,9 @@ static __global__ void __launch_bounds__(512)
         x.rep = (int32_t *)(void *)(x.key + 2 * most);
         x.bits = (uint32_t *)(void *)(x.rep + 2 * most);
         x.all = attni_cu_hip_all_of(a, w, 0, row, b.list);
-        const int stride = attni_min32(h.k_stride, h.block);
-        const int64_t per = (h.block + stride - 1) / stride;
+        x.per = (int32_t)attni_n_blocks(h.block, h.k_stride);
         int64_t read = attni_cu_hip2_rounds<BF, NQ>(a, b, w, row, &x);
-        if (attni_cu_hip_oracle(a.f)) read += x.n * per;
+        if (attni_cu_hip_oracle(a.f)) read += (int64_t)x.n * x.per;
         if (h.vertical || h.diagonal) read += (int64_t)x.n * h.block;
         attni_cu_hip2_lists(a, b, w, x, row, read);
     }
@@ -8410,8 +8456,8 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
     __shared__ int32_t limit[ATTNI_CU_PICK_ROWS], top, n_q;
     const int tid = (int)threadIdx.x, lane = tid & 31, row0 = (tid >> 5) * 16 + (lane >> 2);
     const int32_t x = w.n_rows - 1 - (int32_t)blockIdx.x, kv_head = blockIdx.y % a.d.n_kv_heads;
-    const int32_t part = (int32_t)blockIdx.y / a.d.n_kv_heads, block = a.f.hip.block;
-    const int32_t seq = a.row_of[w.row0 + x].seq, stride = LAST ? 1 : a.f.hip.k_stride;
+    const int32_t part = (int32_t)blockIdx.y / a.d.n_kv_heads, seq = a.row_of[w.row0 + x].seq;
+    const uint32_t block = (uint32_t)a.f.hip.block, stride = LAST ? 1 : a.f.hip.k_stride;
     int64_t b0 = 0;
     if (seq < 0 || (x % each && a.row_of[w.row0 + x - 1].seq == seq)) return;
     const attn_plan_seq q = a.seq[seq];
@@ -8464,24 +8510,25 @@ static __global__ void __launch_bounds__(ATTNI_CU_PICK, 2)
         attni_cu_products<1>(a, acc, smem, ATTNI_CU_PICK_ROWS, attni_smem(k_tile), q_row,
                              keys.row[0]);
 #pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-            const int r = row0 + 4 * i;
+        for (int j = 0; j < 8; j++) { // two keys, often of one block, and two rows
+            const int c = 8 * j + 2 * (lane & 3);
+            const uint32_t from = (uint32_t)(t * ATTNI_CU_PICK_KEYS + c), of = from / block;
+            const uint32_t place = from - of * block, apart = place + 1 == block;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float best = ATTNI_NINF;
-                int64_t at = -1;
+            for (int i = 0; i < 4; i += 2) {
+                const int32_t last = limit[row0 + 4 * i] - (int32_t)(b0 * block + from);
+                float v[2];
 #pragma unroll
-                for (int e = 0; e < 2; e++) { // two keys, often of one block
-                    const int c = 8 * j + 2 * (lane & 3) + e;
-                    const int64_t from = t * ATTNI_CU_PICK_KEYS + c, of = from / block;
-                    const float v = (a.flip ? -acc[0][j][i + e] : acc[0][j][i + e]) * keys.scale[0][c];
-                    if (of != at && best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
-                    if (of != at) best = ATTNI_NINF, at = of;
-                    if (keys.row[0][c] && b0 * block + from <= limit[r] &&
-                        (from - of * block) % stride == 0)
-                        best = fmaxf(best, v);
+                for (int e = 0; e < 2; e++) {
+                    const int scores = last >= e && keys.row[0][c + e] &&
+                                       (apart && e ? 0 : place + e) % stride == 0;
+                    v[e] = (a.flip ? -acc[0][j][i + e] : acc[0][j][i + e]) * keys.scale[0][c + e];
+                    v[e] = scores && v[e] == v[e] ? v[e] : ATTNI_NINF;
                 }
-                if (best > ATTNI_NINF) atomicMax(out[r] + at, attni_cu_order(best));
+                if (!apart) v[0] = fmaxf(v[0], v[1]);
+                if (v[0] > ATTNI_NINF) atomicMax(out[row0 + 4 * i] + of, attni_cu_order(v[0]));
+                if (apart && v[1] > ATTNI_NINF)
+                    atomicMax(out[row0 + 4 * i] + of + 1, attni_cu_order(v[1]));
             }
         }
     }
@@ -8622,7 +8669,7 @@ ATTNI_DEV int64_t attni_cu_hip3_landmark(const attni_cu_pick &a, const attni_cu_
     return rep;
 }
 
-// Score of the chunk at l (active: if there is one) by descent, 8 chunks a warp; what stands for it.
+// Score of the chunk at l (active: if there is one) by descent, 8 chunks a warp; its key that won.
 template <int BF, int NQ>
 ATTNI_DEV float attni_cu_hip3_descend(const attni_cu_pick &a, const attni_cu_hip_block &b,
                                       const attn_hip_stage &t, const uint8_t *q, int rows, int low,
@@ -8635,7 +8682,7 @@ ATTNI_DEV float attni_cu_hip3_descend(const attni_cu_pick &a, const attni_cu_hip
         const int32_t mid = (lo + hi) / 2;
         const int64_t pos[2] = {marked ? *rep : l + (lo + mid) / 2, l + (mid + hi) / 2};
         const uint8_t *key[2] = {NULL, NULL};
-        float scale[2] = {0, 0}, m[2];
+        float scale[2] = {0, 0};
         attni_cu_hip_turns turns;
 #pragma unroll
         for (int h = 0; h < 2; h++)
@@ -8648,10 +8695,11 @@ ATTNI_DEV float attni_cu_hip3_descend(const attni_cu_pick &a, const attni_cu_hip
             turns.skip[h] = t.style == ATTN_ROPE_SELF_EXTEND && b.p_min - pos[h] >= 8192
                                 ? 32 * rows : 0;
         }
-        attni_cu_hip_score<BF, NQ>(a, q, rows, low, key, NULL, NULL,
-                                   !NQ && t.style ? &turns : NULL, m);
-        const float left = attni_cu_hip_value(m[0], key[0], scale[0]);
-        const float right = attni_cu_hip_value(m[1], key[1], scale[1]);
+        const float m = attni_cu_hip_score<BF, NQ>(a, q, rows, low, key, NULL, NULL,
+                                                   !NQ && t.style ? &turns : NULL);
+        const int from = (int)(threadIdx.x >> 3 & 3) | (int)(threadIdx.x >> 2 & 1) << 3;
+        const float left = attni_cu_hip_value(__shfl_sync(~0u, m, from), key[0], scale[0]);
+        const float right = attni_cu_hip_value(__shfl_sync(~0u, m, from | 4), key[1], scale[1]);
         if (!active) continue;
         const int to_left = marked || left > right;
         const float won = to_left ? left : right;
@@ -9423,14 +9471,13 @@ static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, 
     for (int i = 1; i < h->n_stages; i++)
         if (h->stage[i].flags & ATTN_HIP_CENTRE) each = 12;
     if (bytes >= 0)
-        most = attni_min64(most, attni_max64((bytes - state - 256) & ~(int64_t)255, 0) /
-                                     (each * rows));
+        most = attni_min64(most, attni_max64(bytes - state - 512, 0) / (each * rows));
     a->kv_cap = most;
     a->at[ATTNI_CU_HIP_KEYS] = 0;
     a->at[ATTNI_CU_HIP_REPS] = attni_cu_up256(4 * rows * most);
     a->at[ATTNI_CU_HIP_STATE] =
         a->at[ATTNI_CU_HIP_REPS] + attni_cu_up256((each - 4) * rows * most);
-    return most ? a->at[ATTNI_CU_HIP_STATE] + state + 256 : 0;
+    return most ? a->at[ATTNI_CU_HIP_STATE] + state + 512 : 0;
 }
 
 // EXACT: tiles of 128 query rows of a list row, those of one KV head, and slices of its blocks.
@@ -9539,7 +9586,8 @@ static attn_result attni_cu_pick_launch(void (*kernel)(const attni_cu_pick, T...
                                         int threads, int64_t smem, attn_cuda_stream stream,
                                         const attni_cu_pick &a, T... more) {
     if (!grid.x || !grid.y || !grid.z) return ATTN_OK;
-    if (smem > 48000 && cudaFuncSetAttribute((const void *)kernel,
+    // what kernels have besides counts, too
+    if (smem > 32768 && cudaFuncSetAttribute((const void *)kernel,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              (int)smem) != cudaSuccess)
         return ATTN_ERR_UNSUPPORTED;
@@ -9677,7 +9725,7 @@ static attn_result attni_cu_hip2_launch(const attn_cuda *c, attni_cu_pick *a,
                                         const attni_cu_hip_kernels *k, attn_cuda_stream stream) {
     const attn_hip *h = &a->f.hip;
     const int32_t lanes = h->head_group, heads = a->f.heads == ATTN_SELECT_EACH ? 1 : a->group;
-        const unsigned lists = (unsigned)(a->x.n_lists / lanes);
+    const unsigned lists = (unsigned)(a->x.n_lists / lanes);
     const int64_t most = (int64_t)(h->keep / h->block) * lanes;
     attni_cu_hip_grid w;
     attn_result r = ATTN_OK;
@@ -9700,7 +9748,7 @@ static attn_result attni_cu_hip2_launch(const attn_cuda *c, attni_cu_pick *a,
             if (a->at[last ? ATTNI_CU_HIP_LAST : ATTNI_CU_HIP_ALL] >= 0)
                 r = attni_cu_hip_all_launch(c, a, &w, last, stream);
         // a few lists: one to a multiprocessor
-        const int threads = (int64_t)w.n_rows * lists <= c->n_sm ? 512 : 256;
+        const int threads = (int64_t)w.n_rows * lists <= c->n_sm ? 512 : 128;
         if (r == ATTN_OK)
             r = attni_cu_pick_launch(k->second, dim3((unsigned)w.n_rows, lists), threads, smem,
                                      stream, *a, w);

@@ -275,6 +275,12 @@ static shape hip(const char *name, attn_select_kind kind, int32_t n, int32_t q) 
     return w;
 }
 
+static shape vertical(const char *name, int32_t n, int32_t q) {
+    shape w = hip(name, ATTN_SELECT_HIP2, n, q);
+    w.s.hip.keep = 1024, w.s.hip.vertical = 32;
+    return w;
+}
+
 static shape exact(const char *name, int32_t n, int32_t q) {
     shape w;
     memset(&w, 0, sizeof w);
@@ -311,6 +317,9 @@ int main(int argc, char **argv) {
         hip("hip2 32k", ATTN_SELECT_HIP2, 32 * k, 32 * k),
         hip("hip2 128k", ATTN_SELECT_HIP2, 128 * k, 128 * k),
         hip("hip2 128k decode", ATTN_SELECT_HIP2, 128 * k, 1),
+        vertical("hip2 16k vertical", 16 * k, 16 * k),
+        vertical("hip2 128k vertical", 128 * k, 128 * k),
+        vertical("hip2 128k vertical decode", 128 * k, 1),
         hip("hip3 32k", ATTN_SELECT_HIP3, 32 * k, 32 * k),
         hip("hip3 128k", ATTN_SELECT_HIP3, 128 * k, 128 * k),
         hip("hip3 128k decode", ATTN_SELECT_HIP3, 128 * k, 1),
