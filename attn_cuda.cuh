@@ -324,7 +324,7 @@ typedef struct attni_cu_args {
     int32_t wide_q, wide_o;   // rows of Q and O are found with 32 bits, 16 bytes each
     int32_t pieces;           // 64 rows of a page of so many lie in one piece of less than 2 GB
     int32_t page_shift;       // page_tokens is 1 << page_shift, or -1
-    int32_t runs;             // of 16 tokens in every page
+    int32_t runs;             // of 16 tokens in every page, none of which has a copy
     float scale;              // of a score; with log2(e) in it when there are no mods
 } attni_cu_args;
 
@@ -3151,32 +3151,6 @@ ATTNI_DEV_FAR uint32_t attni_cu_look_at_rows(const attni_cu_args &a, const W *s,
     return a.sparse ? any : 0xffff; // what no row sees is not read
 }
 
-// Copies a unit whose tokens of K and V lie one behind the other, from the lane's pieces on.
-template <int Q8, int D>
-ATTNI_DEV void attni_cu_copy_unit(const attni_cu_args &a, uint32_t there, const uint8_t *k,
-                                  const uint8_t *v) {
-    constexpr int ROW = Q8 ? D : 2 * D, CHUNKS = ROW / 16, STEP = 32 / CHUNKS;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const attni_side &d = i ? a.v : a.k;
-        const int some = !Q8 || d.dtype != ATTN_I4 || (threadIdx.x & 31) % CHUNKS < CHUNKS / 2;
-        const uint8_t *from = i ? v : k;
-#pragma unroll
-        for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
-            if (some)
-                attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(n) << 4)) +
-                                     (uint32_t)((16 * i + n) * ROW),
-                                 from, 16);
-    }
-}
-// From copies of pages, with the lane's scale: apart, so that others do not pay for it.
-template <int Q8, int D>
-ATTNI_DEV_FAR void attni_cu_copy_copy(const attni_cu_args &a, uint32_t there, const uint8_t *k,
-                                      const uint8_t *v, const uint8_t *scale, uint32_t stage) {
-    attni_cu_copy_unit<Q8, D>(a, there, k, v);
-    if (Q8) attni_cp_async4(stage + 2 * 16 * D + 4 * (threadIdx.x & 31), scale, 4);
-}
-
 // Copies a unit of block b token by token: a partial one, one with a page that is none, rows that
 // are no multiples of 16 bytes. page: of the unit where there are runs. A warp calls. (It has no
 // registers to spare for this.)
@@ -3345,17 +3319,20 @@ template <int BF, int Q8, int D, int S> struct attni_cu_team {
 
     // Copies a unit that lies in one run of a page.
     __device__ __forceinline__ void copy(int32_t pg, int32_t e) const {
+        constexpr int STEP = 32 / CHUNKS;
         const uint32_t there = ring + (uint32_t)(stage * STAGE) + to_lane;
-        const uint8_t *k = kv[0] + e * a.k.token_bytes, *v = kv[1] + e * a.v.token_bytes;
-        if (pg >= a.k.first_copy) {
-            const int64_t kp = attni_cu_page_offset(a.k, pg), vp = attni_cu_page_offset(a.v, pg);
-            const int64_t own = lane >> 4 ? a.v.head_scale ? 0 : vp : a.k.head_scale ? 0 : kp;
-            attni_cu_copy_copy<Q8, D>(a, there, k + kp, v + vp,
-                                      Q8 ? scale + own + e * to_scale(lane >> 4) : NULL,
-                                      there - to_lane);
-            return;
+#pragma unroll
+        for (int v = 0; v < 2; v++) {
+            const attni_side &d = v ? a.v : a.k;
+            const int some = !Q8 || d.dtype != ATTN_I4 || lane % CHUNKS < CHUNKS / 2;
+            const uint8_t *from = kv[v] + pg * d.page_bytes + e * d.token_bytes;
+#pragma unroll
+            for (int n = 0; n < 16; n += STEP, from += STEP * d.token_bytes)
+                if (some)
+                    attni_cp_async16((there ^ (uint32_t)(attni_cu_twist<ROW>(n) << 4)) +
+                                         (uint32_t)((16 * v + n) * ROW),
+                                     from, 16);
         }
-        attni_cu_copy_unit<Q8, D>(a, there, k + pg * a.k.page_bytes, v + pg * a.v.page_bytes);
         if (Q8) copy_scale(pg, e);
     }
 
@@ -5600,7 +5577,7 @@ ATTN_DEF attn_result attn_cuda_run(const attn_cuda *c, const attn_desc *d, const
     a.scale = attni_scale(d);
     a.mods = attni_cu_mods(d);
     attni_cu_alignment(&a);
-    a.runs = d->kv.page_tokens % 16 == 0 && !a.odd_rows;
+    a.runs = d->kv.page_tokens % 16 == 0 && !a.odd_rows && !d->kv.cache;
     a.wide_q = attni_cu_wide(&a.d, &a.d.q, g->cap[1]);
     a.wide_o = attni_cu_wide(&a.d, &a.d.o, g->cap[1]);
     a.pieces = attni_cu_in_pieces(&a, &a.k) && attni_cu_in_pieces(&a, &a.v);
