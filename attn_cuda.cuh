@@ -111,7 +111,7 @@ ATTN_DEF attn_result attn_cuda_copy_pages(const attn_cuda *c, const attn_desc *d
                                           attn_cuda_stream stream);
 
 // As attn_cpu_cache_load: makes the copies that attn_cache_update asked for in d.kv.cache of one
-// layer. loads: host memory, free again when the call returns. See WHERE THINGS LIE.
+// layer. loads: host memory, free again when the call returns. See OFFLOAD above.
 ATTN_DEF attn_result attn_cuda_cache_load(const attn_cuda *c, const attn_desc *d,
                                           const attn_cache_load *loads, int32_t n,
                                           attn_cuda_stream stream);
@@ -4622,7 +4622,7 @@ static void attni_cu_alignment(attni_cu_args *a) {
 static int attni_cu_in_pieces(const attni_cu_args *a, const attni_side *s) {
     const int32_t n = attni_max32(a->d.kv.n_pages, s->copies ? s->n_slots : 0);
     return !a->odd_rows && (!a->d.kv.page_table || a->page_shift >= 6) &&
-           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= INT32_MAX / n;
+           s->token_bytes < INT32_MAX / 64 && s->page_bytes >> 4 <= UINT32_MAX / n;
 }
 
 // Do rows of Q or O lie at multiples of 16 bytes that 32 bits count?
