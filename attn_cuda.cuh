@@ -8326,10 +8326,6 @@ ATTNI_DEV void attni_cu_hip2_lists(const attni_cu_pick &a, const attni_cu_hip_bl
         const int64_t top = ((int64_t)x.b0 + x.n - 1) * h.block;
         const int64_t end = attni_min64(top, b.last) / a.f.kv_block + 1;
         const int n_bits = (int)attni_max64(end - first, 0);
-        if (top / a.f.kv_block - first >= 32 * (int64_t)w.words) {
-            if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
-            return;
-        }
         __syncthreads();
         for (int i = (int)threadIdx.x; i < w.words; i += (int)blockDim.x) x.bits[i] = 0;
         __syncthreads();
@@ -8370,6 +8366,9 @@ static __global__ void __launch_bounds__(512)
         const int64_t hi = dense ? (attni_min64(b.last + 1, b.kv_end) - 1) / kv
                                  : x.n ? attni_min64((end - 1) / kv, top) : -1;
         for (int l = 0; l < lanes; l++) attni_cu_hip_range(a, b.list + l, row, lo, hi, 0);
+    } else if (x.n > a.kv_cap && (w.words || attni_cu_hip_oracle(a.f))) { // outgrew the memory
+        for (int l = 0; l < lanes; l++) attni_cu_hip_range(a, b.list + l, row, 0, -1, 0);
+        if (a.error) *a.error = (int32_t)ATTN_ERR_BUFFER;
     } else {
         x.q = smem;
         x.limit = (int32_t *)(void *)(smem + w.q_rows * attni_cu_hip_row_bytes<NQ>(a));
@@ -9489,12 +9488,19 @@ static int64_t attni_cu_hip_row_extra(const attn_desc *d, const attn_select *f, 
 // As attni_cu_hip_layout, but list rows may be done some at a time: a->at_once, 0: not even one.
 static int64_t attni_cu_hip2_layout(const attn_desc *d, int64_t tokens, int64_t rows, int64_t bytes,
                                     attni_cu_pick *a) {
+    const int64_t room = attni_max64(bytes - 3 * 256, 0);
     int64_t size[3], each, at = 0, n = rows;
     if (a->f.kind != ATTN_SELECT_HIP1 && a->f.kind != ATTN_SELECT_HIP2) return 0;
     a->kv_cap = (tokens / a->f.hip.block + 9) & ~(int64_t)7;
     each = attni_cu_hip_row_extra(d, &a->f, a->kv_cap, size);
     if (each && bytes < 0) n = attni_max64(1, ((int64_t)256 << 20) / each); // as are worth it
-    if (each && bytes >= 0) n = attni_max64(bytes - 3 * 256, 0) / each;
+    if (each && bytes >= 0) n = room / each;
+    if (each && bytes >= 0 && n < 1 && room > size[2]) { // one row, of fewer blocks
+        const int64_t block = each - size[2] > 0 ? (each - size[2]) / a->kv_cap : room + 1;
+        a->kv_cap = (room - size[2]) / block & ~(int64_t)7;
+        each = attni_cu_hip_row_extra(d, &a->f, a->kv_cap, size);
+        n = a->kv_cap > 0;
+    }
     a->at_once = (int32_t)attni_min64(n, rows);
     for (int i = 0; i < 3; i++) {
         a->at[ATTNI_CU_HIP_ALL + i] = size[i] ? at : -1;

@@ -318,7 +318,7 @@ int main(int argc, char **argv) {
         hip("hip2 128k", ATTN_SELECT_HIP2, 128 * k, 128 * k),
         hip("hip2 128k decode", ATTN_SELECT_HIP2, 128 * k, 1),
         vertical("hip2 16k vertical", 16 * k, 16 * k),
-        vertical("hip2 128k vertical", 128 * k, 128 * k),
+        vertical("hip2 32k vertical", 32 * k, 32 * k),
         vertical("hip2 128k vertical decode", 128 * k, 1),
         hip("hip3 32k", ATTN_SELECT_HIP3, 32 * k, 32 * k),
         hip("hip3 128k", ATTN_SELECT_HIP3, 128 * k, 128 * k),
