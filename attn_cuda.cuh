@@ -9673,7 +9673,7 @@ static attni_cu_hip_kernels attni_cu_hip_choose(const attni_cu_pick *a) {
     int styled = 0; // positions of its own: in f32
     for (int i = 0; a->f.kind == ATTN_SELECT_HIP3 && i < a->f.hip.n_stages; i++)
         styled |= a->f.hip.stage[i].style != ATTN_ROPE_NONE;
-    const int wide = !styled && a->mode && !a->odd_k && !a->odd_q && !a->flip &&
+    const int wide = !styled && a->mode && !a->odd_k && !a->odd_q && !a->flip && !a->k.copies &&
                      !attni_is_scaled(a->k.dtype) && a->k.page_bytes < (int64_t)1 << 36;
     if (wide && dim == 64)
         return a->mode == 1 ? attni_cu_hip_kernels_of<1, 2>(per)

@@ -36,7 +36,7 @@ SETTINGS = [
     ("HiP 2", "--select hip2:k=1024", 16),
     ("local-stride", "--select stride:64,16,2", None),
     ("window", "--mask window:1023,64", None),
-    ("exact", "--select exact:share=.005", None), ("exact", "--select exact:share=.01", None),
+    ("exact", "--select exact:share=.01", None), ("exact", "--select exact:share=.015", None),
     ("exact", "--select exact:share=.02", None), ("exact", "--select exact:share=.1", None),
     ("exact, epsilon", "--select exact:share=.5,epsilon=.03", None),
     ("exact, epsilon", "--select exact:share=.5,epsilon=.01", None),
