@@ -55,13 +55,13 @@ SETTINGS = [
     ("HiP 2", "--select hip2:k=2048", None),
     ("HiP 2, no verticals", "--select hip2:k=1024,vertical=0", None),
     ("HiP 2, no verticals", "--select hip2:k=4096,vertical=0", None),
-    ("HiP 2, no verticals", "--select hip2:k=1024,vertical=0,dense=3", None),
+    ("HiP 2, layer 3 dense", "--select hip2:k=1024,vertical=0,dense=3", None),
     ("HiP 3", "--select hip:keep=256,window=256,sink=64", None),
     ("HiP 3", "--select hip:keep=512,window=256,sink=64", None),
     ("HiP 3", "--select hip:keep=1024,window=512,sink=64", None),
     ("HiP 3, authors' stages", "--select hip:keep=2048,kvblock=8", None),
     ("HiP 3, authors' stages", "--select hip:keep=4096,kvblock=8", None),
-    ("HiP 3, authors' stages", "--select hip:keep=2048,kvblock=8,dense=3", None),
+    ("HiP 3, layer 3 dense", "--select hip:keep=2048,kvblock=8,dense=3", None),
     ("local-stride", "--select stride:64,4,16", None),
     ("local-stride", "--select stride:64,8,8", None),
     ("local-stride", "--select stride:64,16,4", None),
@@ -226,22 +226,24 @@ def plot(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7.2, 4.2), dpi=100)
+    fig, ax = plt.subplots(figsize=(8.6, 4.2), dpi=100)
     families = []
     for r in rows:
         if r["family"] not in families and r["family"] != "dense":
             families.append(r["family"])
     n_dense = [r["right"].count("1") for r in rows if r["family"] == "dense"][0]
-    for family, marker in zip(families, "sDo^v<>PX*" * 3):
+    colours = plt.get_cmap("tab20").colors
+    for family, marker, colour in zip(families, "sDo^v<>PX*dphH8" * 3, colours):
         mine = sorted((100 * float(r["kept"]), 100 * (1 - int(r["lost"]) / n_dense))
                       for r in rows if r["family"] == family)
-        ax.plot([x for x, _ in mine], [y for _, y in mine], marker=marker, label=family)
+        ax.plot([x for x, _ in mine], [y for _, y in mine], marker=marker, color=colour,
+                label=family)
     ax.set_xscale("log")
     ax.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     ax.set_xlabel("kept share of the causal pairs, %")
     ax.set_ylabel("kept of what dense answers right, %")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     fig.tight_layout()
     fig.savefig(path, metadata={"Software": None})
 
