@@ -794,7 +794,8 @@ typedef struct attn_selection {
     int32_t *seq_row;             // (n_seq) host memory
     int32_t row_capacity, max_rows, n_lists, n_slots, keep_sink, keep_recent;
     int32_t keeps_all; // follow: by dense_below everything is kept, so select does nothing and the
-                       // mask has no lists (0: lists all the same)
+                       // mask has no lists. 0 (a host may set it): lists all the same, which a
+                       // captured graph follows past dense_below
     size_t state_bytes;
 } attn_selection;
 
