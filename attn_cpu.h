@@ -1241,7 +1241,7 @@ ATTNI_TGT static void ATTNI_I(pv_bdot)(const void *pv, int nr, const void *const
 #define ATTNI_HIDE(p) ((void)0)
 #define ATTNI_EFFECT ((void)0)
 #endif
-#ifdef __NVCC__ // it hands GCC's pragma to gcc, and complains
+#if defined(__NVCC__) && defined(__CUDACC__) // it hands GCC's pragma to gcc, and complains
 #pragma nv_diagnostic push
 #pragma nv_diag_suppress 1675
 #endif
@@ -7798,7 +7798,7 @@ ATTN_DEF attn_result attn_cpu_delta_add(const attn_desc *d, int32_t s, int32_t s
 #undef ATTNI_TD
 #undef ATTNI_TILE_FENCE
 #undef ATTNI_UNROLL
-#ifdef __NVCC__
+#if defined(__NVCC__) && defined(__CUDACC__)
 #pragma nv_diagnostic pop
 #endif
 #undef ATTNI_WASM
