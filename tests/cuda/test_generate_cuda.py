@@ -28,7 +28,8 @@ MORE = ["--kv f16", "--kv bf16", "--kv int8", "--kv int4", "--mask window:1023,6
         "--select hip2:k=512,vertical=0,refresh=4,dense=0+3 --kv fp8",
         "--select hip:keep=512,window=256,sink=64",
         "--select hip:keep=512,kvblock=8,dense=3 --page 64 --no-share",
-        "--select hip2:k=256", "--select hip1:k=256", "--select hip2:k=512,sample=oracle,headgroup=2",
+        "--select hip2:k=256", "--select hip1:k=256",
+        "--select hip2:k=512,sample=oracle,headgroup=2",
         "--select stride:16,4,8,dense=0+2+4", "--select exact:dense=0-5"]
 LISTS = 1e-3  # of the kept share, between lists of one device and of the other
 passed = failed = 0
