@@ -758,8 +758,8 @@ typedef struct attn_select {
     int32_t kv_block;  // tokens of a listed block (default 0: FLEX 128, EXACT 64, HIP 2, HIP3 8);
                        // FLEX: row_block = kv_block
     int32_t dense_below; // sequences with kv_len at most so many keep every block (default 0: none
-                         // but what a method says itself; -1: as long as dense attention was
-                         // measured to be faster: FLEX 4096, HIP3 12288, else 8192)
+                         // but what a method says itself; -1: up to about where it overtakes
+                         // dense attention: FLEX 4096, HIP3 12288, else 8192)
     int32_t n_slots;     // rows of sequences that decode (default 0: they are like the others)
     int32_t max_rows;    // capacity in list rows for later problems (default 0: as described)
     int32_t max_kv_len;  // ... and in tokens, kv_pos0 included

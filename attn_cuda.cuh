@@ -9430,11 +9430,6 @@ static void attni_cu_flex_layout(const attn_desc *d, int64_t kv_end, attni_cu_pi
                    attni_cu_up256(aware * d->n_kv_heads * (int64_t)a->n_blocks * d->head_dim * 4);
 }
 
-static int32_t attni_cu_lists(const attn_desc *d, const attn_select *f) {
-    return f->heads == ATTN_SELECT_ALL ? 1 : f->heads == ATTN_SELECT_GROUP ? d->n_kv_heads
-                                                                           : d->n_heads;
-}
-
 // HIP3: the most candidates of a stage of sequences that hold so many tokens; per list row scores
 // of candidates and what it remembers. 0: does not fit in `bytes` (-1: any).
 static int64_t attni_cu_hip_layout(int64_t tokens, int64_t rows, int64_t bytes, attni_cu_pick *a) {
@@ -9477,8 +9472,8 @@ static int64_t attni_cu_hip_row_extra(const attn_desc *d, const attn_select *f, 
                                       int64_t size[3]) {
     const attn_hip *h = &f->hip;
     memset(size, 0, 3 * sizeof *size);
-    if (attni_cu_hip_oracle(*f)) size[0] = 4 * attni_cu_lists(d, f) * blocks;
-    if (h->vertical || h->diagonal) size[1] = 4 * attni_cu_lists(d, f) * blocks;
+    if (attni_cu_hip_oracle(*f)) size[0] = 4 * attni_select_lists(d, f) * blocks;
+    if (h->vertical || h->diagonal) size[1] = 4 * attni_select_lists(d, f) * blocks;
     if (h->low_dim && h->low_dim < d->head_dim)
         size[2] = (int64_t)d->n_heads * attni_cu_hip_scorers_of(f) * d->head_dim *
                   (d->q.dtype == ATTN_F32 ? 4 : 2);
@@ -9557,11 +9552,11 @@ ATTN_DEF size_t attn_cuda_select_bytes(const attn_cuda *c, const attn_desc *d,
         n_est = attni_max64(n_est, 1);
     }
     return (size_t)(attni_cu_pick_fixed((int32_t)rows, n_est) + n_est * a.est_bytes +
-                    attni_cu_hip_layout(attni_cu_kv_end(d, &a.f), rows * attni_cu_lists(d, &a.f),
-                                        -1, &a) +
+                    attni_cu_hip_layout(attni_cu_kv_end(d, &a.f),
+                                        rows * attni_select_lists(d, &a.f), -1, &a) +
                     attni_cu_hip2_layout(d, attni_cu_kv_end(d, &a.f), rows, -1, &a) +
                     attni_cu_exact_layout(c, d, attni_cu_kv_end(d, &a.f),
-                                          rows * attni_cu_lists(d, &a.f), -1, &a));
+                                          rows * attni_select_lists(d, &a.f), -1, &a));
 }
 
 template <class... T>
